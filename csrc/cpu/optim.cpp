@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "singlepass/optim/cpu_engine.h"
+#include "singlepass/optim/grad_norm.h"
+#include "singlepass/optim/rules.h"
+
+namespace singlepass::optim {
+
+void widen(const void* from, DType dtype, float* to, int64_t n) {
+  const uint16_t* half = static_cast<const uint16_t*>(from);
+  if (dtype == DType::kBFloat16) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) to[i] = bfloat16_to_float(half[i]);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) to[i] = float16_to_float(half[i]);
+  }
+}
+
+void narrow(const float* from, void* to, DType dtype, int64_t n) {
+  uint16_t* half = static_cast<uint16_t*>(to);
+  if (dtype == DType::kBFloat16) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) half[i] = float_to_bfloat16(from[i]);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) half[i] = float_to_float16(from[i]);
+  }
+}
+
+void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random) {
+  alignas(64) uint32_t words[4][kTile / 8];
+  const int64_t groups = (n + 7) / 8;
+  const uint64_t first = random.start / 8;
+  const uint64_t high = static_cast<uint64_t>(random.step) << 32 | random.id;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < groups; ++i) {
+    const Philox4 bits = philox4x32(random.seed, first + i, high);
+    words[0][i] = bits.word[0];
+    words[1][i] = bits.word[1];
+    words[2][i] = bits.word[2];
+    words[3][i] = bits.word[3];
+  }
+  uint16_t* half = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t word = words[(i % 8) / 2][i / 8];
+    half[i] = float_to_bfloat16_stochastic(from[i], i % 2 == 0 ? word & 0xffffu : word >> 16);
+  }
+}
+
+double sum_of_squares(const float* values, int64_t n) {
+  constexpr int kLanes = 16;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(values[i + k]) * values[i + k];
+  }
+  for (int k = 0; i + k < n; ++k) lanes[k] += static_cast<double>(values[i + k]) * values[i + k];
+  double sum = 0.0;
+  for (int k = 0; k < kLanes; ++k) sum += lanes[k];
+  return sum;
+}
+
+GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptions& options,
+                       const ParallelFor& parallel_for) {
+  const std::vector<Chunk> chunks = make_chunks(tensors.data(), 0, static_cast<int64_t>(tensors.size()), kCpuChunk);
+  const int64_t n = static_cast<int64_t>(chunks.size());
+  std::vector<double> partials(n, 0.0);
+  parallel_for(n, [&](int64_t begin, int64_t end) {
+    alignas(64) float buffer[kTile];
+    for (int64_t i = begin; i < end; ++i) {
+      const TensorRecord& t = tensors[chunks[i].tensor];
+      const int64_t stop = std::min(t.numel, (chunks[i].index + 1) * kCpuChunk);
+      for (int64_t start = chunks[i].index * kCpuChunk; start < stop; start += kTile) {
+        const int64_t count = std::min(kTile, stop - start);
+        const TileView g(const_cast<void*>(t.grad), t.grad_dtype, start, count, buffer, true);
+        partials[i] += sum_of_squares(g.values, count);
+      }
+    }
+  });
+  double sum = 0.0;
+  for (const double partial : partials) sum += partial;
+  return finish_grad_norm(sum, options);
+}
+
+#define SINGLEPASS_INSTANTIATE(...)                                                                      \
+  template void step_cpu<__VA_ARGS__>(const std::vector<TensorRecord>&, const typename __VA_ARGS__::Hyper&, \
+                                      const StepOptions&, const ParallelFor&);
+SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
+
+}  // namespace singlepass::optim

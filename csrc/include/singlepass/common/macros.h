@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// SINGLEPASS_HD marks mathematics that is compiled for the host and for the device.
+#if defined(__CUDACC__)
+#define SINGLEPASS_HD __host__ __device__ __forceinline__
+#else
+#define SINGLEPASS_HD inline __attribute__((always_inline))
+#endif
+
+// One loop compiled for SSE2, AVX2 and AVX-512, chosen when the library is loaded. Sanitizers and other
+// architectures take the plain build.
+#if defined(__x86_64__) && !defined(__CUDACC__) && !defined(SINGLEPASS_NO_TARGET_CLONES)
+#define SINGLEPASS_TARGET_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define SINGLEPASS_TARGET_CLONES
+#endif

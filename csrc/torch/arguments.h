@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "singlepass/common/dtype.h"
+
+// What registrations share: checks of what memory safety needs, with messages of one shape,
+// `<op>: expected <contract>; got <value>. <remedy>`.
+namespace singlepass::registration {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+template <class... Parts>
+[[noreturn]] void fail(const std::string& op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": expected ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t k = 0; k < t.dim(); ++k) text << (k == 0 ? "" : ", ") << t.size(k);
+  text << ")";
+  return text.str();
+}
+
+inline DType dtype_of(const std::string& op, const char* role, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      fail(op, role, " of float32, bfloat16 or float16; got ", torch::headeronly::toString(t.scalar_type()),
+           ". Use backend=\"eager\" for other dtypes.");
+  }
+}
+
+// Whether the strides order the elements of a tensor without gaps and overlaps.
+inline bool is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const auto sizes = t.sizes();
+  const auto strides = t.strides();
+  std::vector<int64_t> order;
+  for (size_t k = 0; k < sizes.size(); ++k) {
+    if (sizes[k] != 1) order.push_back(static_cast<int64_t>(k));
+  }
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (const int64_t k : order) {
+    if (strides[k] != expected) return false;
+    expected *= sizes[k];
+  }
+  return true;
+}
+
+// Whether two tensors of one shape order their elements alike; strides of dimensions of size 1 don't matter.
+inline bool same_order(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes();
+  const auto strides_a = a.strides();
+  const auto strides_b = b.strides();
+  for (size_t k = 0; k < sizes.size(); ++k) {
+    if (sizes[k] != 1 && strides_a[k] != strides_b[k]) return false;
+  }
+  return true;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  const auto sizes_a = a.sizes();
+  const auto sizes_b = b.sizes();
+  for (size_t k = 0; k < sizes_a.size(); ++k) {
+    if (sizes_a[k] != sizes_b[k]) return false;
+  }
+  return true;
+}
+
+inline void check_device(const std::string& op, const char* role, const Tensor& t, const Tensor& like) {
+  if (t.is_cpu() != like.is_cpu() || t.get_device_index() != like.get_device_index()) {
+    fail(op, role, " on the parameters' device; got another one. Move it there.");
+  }
+}
+
+// One float of a caller's tensor, on the device of `like`, or null.
+inline const float* scalar_pointer(const std::string& op, const char* role, const std::optional<Tensor>& t,
+                                   const Tensor& like) {
+  if (!t.has_value()) return nullptr;
+  check_device(op, role, *t, like);
+  if (t->numel() != 1 || t->scalar_type() != ScalarType::Float) {
+    fail(op, role, " as one float32; got ", t->numel(), " of ", torch::headeronly::toString(t->scalar_type()), ".");
+  }
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+}  // namespace singlepass::registration

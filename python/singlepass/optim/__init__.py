@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused optimizer steps: drop-in :class:`torch.optim.Optimizer` subclasses that read and write every byte once."""
+
+from .adabelief import AdaBelief
+from .adamw import AdamW
+from .adan import Adan
+from .diffgrad import DiffGrad
+from .lamb import LAMB
+from .lars import LARS
+from .lion import Lion
+from .sgdsai import SGDSaI
+
+__all__ = ["LAMB", "LARS", "AdaBelief", "AdamW", "Adan", "DiffGrad", "Lion", "SGDSaI"]

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all optimizers share: gathering tensors, creating states, clipping, loss scaling, saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .._dispatch import Choice, choose, requested
+from .._errors import message, require
+from .._ops.optim import RULES, Rule
+
+_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class _Bucket:
+    """Parameters of one group that one call of the op can take."""
+
+    choice: Choice
+    device: torch.device
+    params: list[Tensor] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # positions in the group
+    ids: list[int] = field(default_factory=list)  # positions in the optimizer
+    grads: list[Tensor] = field(default_factory=list)  # of the present step
+
+
+class FusedOptimizer(Optimizer):
+    """Base of the optimizers: a subclass names its rule and turns a group into the rule's hyperparameters."""
+
+    rule_name: ClassVar[str]
+    counts_steps: ClassVar[bool] = True
+
+    # GradScaler then leaves unscaling and skipping to step(), through `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        maximize: bool,
+        capturable: bool,
+        state_dtype: torch.dtype | str | None,
+        stochastic_rounding: bool,
+        backend: str | None,
+    ) -> None:
+        defaults = defaults | {
+            "maximize": maximize,
+            "capturable": capturable,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "backend": backend,
+            "seed": torch.initial_seed() & (2**63 - 1),
+        }
+        self._buckets: dict[int, list[_Bucket]] = {}
+        super().__init__(params, defaults)
+
+    # -- what a subclass provides ---------------------------------------------------------------------------------
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError for hyperparameters outside their range."""
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's hyperparameters, as the op names them."""
+        raise NotImplementedError
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the states that this group needs."""
+        return self._rule.states
+
+    def _state_dtype_of(self, name: str, p: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """The dtype of a new state."""
+        if p.dtype == torch.float64:
+            return torch.float64
+        dtype = group["state_dtype"]
+        return torch.float32 if dtype is None else p.dtype if dtype == "param" else dtype
+
+    def _clipping(self) -> tuple[float, float]:
+        """(max_norm, eps) of clipping by the global norm; max_norm 0 for none."""
+        return 0.0, 0.0
+
+    def _before_step(self, bucket: _Bucket, group: dict[str, Any], grad_scale, found_inf) -> bool:
+        """Called once the states exist. False leaves the bucket's parameters alone in this step."""
+        return True
+
+    # -- construction ---------------------------------------------------------------------------------------------
+
+    @property
+    def _rule(self) -> Rule:
+        return RULES[self.rule_name]
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _require(self, condition: bool, contract: str, got: object, remedy: str) -> None:
+        require(condition, self._name, contract, got, remedy)
+
+    def _check_range(self, group: dict[str, Any], **bounds: str) -> None:
+        """Checks hyperparameters against ">= 0" or "in [0, 1)"."""
+        for key, contract in bounds.items():
+            values = group[key] if isinstance(group[key], (tuple, list)) else (group[key],)
+            for value in values:
+                low = float(value) >= 0.0
+                self._require(
+                    low and (contract != "in [0, 1)" or float(value) < 1.0), f"{key} {contract}", value, f"Change {key}."
+                )
+
+    def _check_one_max_grad_norm(self, group: dict[str, Any]) -> None:
+        for other in self.param_groups:
+            same = other["max_grad_norm"] == group["max_grad_norm"]
+            self._require(same, "one max_grad_norm for all groups", group["max_grad_norm"], "It clips the global norm.")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, after checking its tensors and hyperparameters; nothing is added if one is refused."""
+        group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        tensors = [t for t in (entry[1] if isinstance(entry, tuple) else entry for entry in params) if _is_tensor(t)]
+        for p in tensors:
+            self._check_param(p)
+        unique = len({id(p) for p in tensors})
+        self._require(unique == len(tensors), "each parameter once", "one given twice", "Remove the repetition.")
+        self._check_common(group, tensors)
+        self._check_group(group)
+        if group["capturable"] and tensors and not isinstance(group["lr"], Tensor):
+            # A captured step then reads the learning rate that a scheduler writes.
+            param_group = param_group | {"lr": torch.tensor(group["lr"], dtype=torch.float32, device=tensors[0].device)}
+        super().add_param_group(param_group | {"params": params})
+        self._buckets.clear()
+
+    def _check_param(self, p: Tensor) -> None:
+        self._require(
+            p.is_floating_point(), "real floating-point parameters", p.dtype, "Use torch.view_as_real for complex ones."
+        )
+        overlap = any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True))
+        self._require(not overlap, "parameters without overlapping elements", f"strides {p.stride()}", "Clone them.")
+
+    def _check_common(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        self._check_range(group, lr=">= 0")
+        dtype = group["state_dtype"]
+        self._require(
+            dtype is None or dtype == "param" or dtype in _STATE_DTYPES,
+            'state_dtype None (float32), "param", torch.float32, torch.bfloat16 or torch.float16',
+            dtype,
+            "Leave it at None.",
+        )
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            self._require(lr.numel() == 1, "lr as a number or a tensor of one element", lr.numel(), "Use a 0-dim tensor.")
+            self._require(
+                lr.device.type == "cpu" or lr.dtype == torch.float32, "a float32 lr on a device", lr.dtype, "Convert it."
+            )
+        backend = requested(group["backend"])
+        if backend is not None:
+            for p in params:
+                choose(self._rule.op_name, p.device.type, frozenset((p.dtype,)), backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buckets = {}
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient, or one of another shape or device; nothing is changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        buckets = [(group, self._gather(index, group)) for index, group in enumerate(self.param_groups)]
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        max_norm, eps = self._clipping()
+        if max_norm > 0.0 or (grad_scale is not None and found_inf is None):
+            grad_scale, found_inf = self._measure(buckets, max_norm, eps, grad_scale, found_inf)
+
+        for group, members in buckets:
+            hyper, names = self._hyper(group), self._state_names(group)
+            for bucket in members:
+                self._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
+        return loss
+
+    def _step_bucket(self, bucket: _Bucket, group, names, hyper, grad_scale, found_inf) -> None:
+        states = [self._state_of(p, group, names) for p in bucket.params]
+        grad_scale, found_inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
+        if not self._before_step(bucket, group, grad_scale, found_inf):
+            return
+        lists = [[s[name] for s in states] if name in names else [] for name in self._rule.states]
+        if self._rule.scale is not None:
+            lists.append([s[self._rule.scale] for s in states])
+        stochastic = group["stochastic_rounding"]
+        bucket.choice.function(
+            bucket.params,
+            bucket.grads,
+            *lists,
+            [s["step"] for s in states] if self.counts_steps or stochastic else [],
+            self._lr(group, bucket.device),
+            **hyper,
+            maximize=group["maximize"],
+            seed=group["seed"] if stochastic else None,
+            ids=bucket.ids if stochastic else [],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+    def _gather(self, index: int, group: dict[str, Any]) -> list[_Bucket]:
+        """The group's parameters with gradients, by device and by what their dtypes and layouts allow."""
+        grads = [p.grad for p in group["params"]]
+        for g in grads:
+            if g is not None and g.layout is not torch.strided:
+                raise RuntimeError(
+                    message(self._name, "dense gradients", f"a {g.layout} one", "Create the embedding with sparse=False.")
+                )
+        complete = all(g is not None for g in grads)
+        buckets = self._buckets.get(index) if complete else None
+        if buckets is None:
+            buckets = self._make_buckets(index, group, grads)
+            if complete:
+                self._buckets[index] = buckets
+        for bucket in buckets:
+            bucket.grads = [grads[offset] for offset in bucket.offsets]
+        return buckets
+
+    def _make_buckets(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[_Bucket]:
+        backend = requested(group["backend"])
+        first_id = sum(len(g["params"]) for g in self.param_groups[:index])
+        buckets: dict[tuple[torch.device, str], _Bucket] = {}
+        for offset, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
+            if g is None:
+                continue
+            wanted = backend
+            if not _is_dense(p):
+                self._require(
+                    backend in (None, "eager"),
+                    "dense parameters for kernels",
+                    f"shape {tuple(p.shape)} with strides {p.stride()}",
+                    'Use backend="eager" or None.',
+                )
+                wanted = "eager"
+            choice = choose(self._rule.op_name, p.device.type, frozenset((p.dtype, g.dtype)), wanted)
+            bucket = buckets.setdefault((p.device, choice.backend), _Bucket(choice, p.device))
+            bucket.params.append(p)
+            bucket.offsets.append(offset)
+            bucket.ids.append(first_id + offset)
+        return list(buckets.values())
+
+    def _state_of(self, p: Tensor, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+        state = self.state[p]
+        if len(state) == 0:
+            if self.counts_steps or group["stochastic_rounding"]:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            for name in names:
+                dtype = self._state_dtype_of(name, p, group)
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    @staticmethod
+    def _lr(group: dict[str, Any], device: torch.device) -> Tensor:
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            return torch.tensor(lr, dtype=torch.float64)
+        return lr if lr.device.type == "cpu" else lr.to(device)
+
+    def _measure(self, buckets, max_norm: float, eps: float, grad_scale, found_inf) -> tuple[Tensor, Tensor | None]:
+        """One read of all gradients: (divisor that unscales and clips, found_inf)."""
+        grads: dict[torch.device, list[Tensor]] = {}
+        choices: dict[torch.device, Choice] = {}
+        for group, members in buckets:
+            for bucket in members:
+                grads.setdefault(bucket.device, []).extend(bucket.grads)
+        stats = []
+        for device, members in grads.items():
+            dtypes = frozenset(g.dtype for g in members)
+            backend = requested(self.param_groups[0]["backend"])
+            choices[device] = choose("grad_norm", device.type, dtypes, backend)
+            scale = _to(grad_scale, device)
+            stats.append(choices[device].function(members, max_norm=max_norm, eps=eps, grad_scale=scale))
+        if not stats:
+            return grad_scale, found_inf
+        first = stats[0]
+        if len(stats) > 1:
+            norm = torch.linalg.vector_norm(torch.stack([s[0].to(first.device) for s in stats]).double())
+            scale = torch.ones_like(norm) if grad_scale is None else _to(grad_scale, first.device).double().reshape(())
+            clip = max_norm / (norm + eps) if max_norm > 0.0 else torch.ones_like(norm)
+            divisor = torch.where(clip >= 1.0, scale, scale / clip)
+            first = torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
+        scaling_by_hand = grad_scale is not None and found_inf is None
+        return first[1], first[2] if scaling_by_hand else found_inf
+
+    # -- saving and loading ---------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` of this class, or of the official implementation, returned.
+
+        States keep the dtypes that they were saved with. Hyperparameters that the saved groups don't have keep their
+        present values.
+
+        Raises:
+            ValueError: another number of groups or of parameters; nothing is changed.
+        """
+        saved_groups = state_dict["param_groups"]
+        groups = [self._merge(current, saved) for current, saved in zip(self.param_groups, saved_groups, strict=False)]
+        groups += saved_groups[len(groups) :]  # torch reports the mismatch
+        states: dict[Tensor, dict[str, Any]] = {}
+        for current, group, saved in zip(self.param_groups, groups, saved_groups, strict=False):
+            for p, key in zip(current["params"], saved["params"], strict=False):
+                if key in state_dict["state"]:
+                    states[p] = self._adopt(dict(state_dict["state"][key]), p, group, saved)
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        # torch casts states to their parameter's dtype: they come back as they were saved.
+        for p, state in states.items():
+            self.state[p] = state
+        self._buckets.clear()
+
+    @staticmethod
+    def _merge(current: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved group, completed by what it doesn't have, without the counters of official implementations."""
+        kept = {key: value for key, value in current.items() if key != "params"}
+        return kept | {key: value for key, value in saved.items() if key not in ("step", "buffer")}
+
+    def _adopt(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved state as this class keeps it: tensors of its own, and the step count as a tensor."""
+        names = self._state_names(group)
+        scale = (self._rule.scale,) if self._rule.scale else ()
+        missing = [name for name in (*names, *scale) if name not in state]
+        self._require(not missing, f"states {', '.join(names + scale)}", f"no {', '.join(missing)}", "Load a whole state.")
+        adopted: dict[str, Any] = {}
+        if self.counts_steps or group["stochastic_rounding"]:
+            count = state.get("step", saved.get("step", self._steps_of_uncounted()))
+            adopted["step"] = torch.as_tensor(count, dtype=torch.float32).reshape(()).to(p.device, copy=True)
+        for name in names:
+            value = torch.as_tensor(state[name])
+            fits = value.shape == p.shape
+            self._require(fits, f"{name} of shape {tuple(p.shape)}", tuple(value.shape), "Load the state of this model.")
+            adopted[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+        for name in scale:
+            adopted[name] = torch.as_tensor(state[name], dtype=torch.float32).reshape(()).to(p.device, copy=True)
+        return adopted
+
+    def _steps_of_uncounted(self) -> float:
+        """The count of a saved state that has none."""
+        return 0.0
+
+
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor)
+
+
+def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device, non_blocking=True)
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the strides order the elements without gaps: then, and only then, new tensors like it keep them."""
+    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()

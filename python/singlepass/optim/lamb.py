@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ._base import FusedOptimizer
+from ._doc import shared_arguments
+
+
+@shared_arguments
+class LAMB(FusedOptimizer):
+    r"""LAMB, layer-wise adaptive moments (arXiv 1904.00962, Algorithm 2, with the identity for phi).
+
+    .. math::
+        u &= \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \\
+        p &= p - \eta \frac{\|p\|}{\|u\|} u
+
+    The ratio is 1 where a norm is zero; norms are per tensor. Clipping to ``max_grad_norm`` before the moments is apex's
+    and NVLAMB's, not the paper's; 0 gives the paper's. apex's FusedLAMB leaves tensors without weight decay unadapted
+    by default: ``always_adapt=False``; the paper adapts all.
+
+    States per parameter: ``exp_avg``, ``exp_avg_sq`` and ``step``. State dicts of apex's FusedLAMB load.
+
+    Args:
+        params: parameters, or groups of them. Give biases and normalisations a group without weight decay.
+        lr: learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: added to the direction.
+        always_adapt: scale groups without weight decay by the ratio too (apex's ``use_nvlamb``).
+        max_grad_norm: clip the global norm of all gradients to this; 0 does not clip. One value for all groups.
+{shared}
+    Example:
+        >>> import torch, singlepass
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = singlepass.optim.LAMB(model.parameters())
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    rule_name = "lamb"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        always_adapt: bool = True,
+        max_grad_norm: float = 1.0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "always_adapt": always_adapt,
+                "max_grad_norm": max_grad_norm,
+            },
+            maximize=maximize,
+            capturable=capturable,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            backend=backend,
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_range(group, betas="in [0, 1)", eps=">= 0", weight_decay=">= 0", max_grad_norm=">= 0")
+        self._check_one_max_grad_norm(group)
+
+    def _clipping(self) -> tuple[float, float]:
+        return self.param_groups[0]["max_grad_norm"], 0.0
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        beta1, beta2 = group["betas"]
+        return {
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "always_adapt": group["always_adapt"],
+        }

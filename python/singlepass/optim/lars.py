@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ._base import FusedOptimizer
+from ._doc import shared_arguments
+
+
+@shared_arguments
+class LARS(FusedOptimizer):
+    r"""LARS, layer-wise adaptive rates for SGD with momentum (arXiv 1708.03888, Algorithm 1).
+
+    .. math::
+        v &= \mu v + \eta \frac{\kappa \|p\|}{\|g\| + \lambda \|p\| + \epsilon} (g + \lambda p) \\
+        p &= p - v
+
+    The local rate is 1 where a norm is zero; norms are per tensor. The learning rate is inside the momentum, as in the
+    paper. States per parameter: ``momentum_buffer``.
+
+    Args:
+        params: parameters, or groups of them. Give biases and normalisations another optimizer, or a group of their own.
+        lr: global learning rate.
+        momentum: decay rate of the momentum.
+        weight_decay: weight decay, added to the gradient and to the norm that divides.
+        trust_coefficient: the paper's eta, here kappa.
+        eps: added to the norm that divides; the paper has none.
+{shared}
+    Example:
+        >>> import torch, singlepass
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = singlepass.optim.LARS(model.parameters())
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    rule_name = "lars"
+    counts_steps = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        eps: float = 0.0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "trust_coefficient": trust_coefficient,
+                "eps": eps,
+            },
+            maximize=maximize,
+            capturable=capturable,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            backend=backend,
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_range(group, momentum="in [0, 1)", weight_decay=">= 0", trust_coefficient=">= 0", eps=">= 0")
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {name: group[name] for name in self._rule.hyper_names}

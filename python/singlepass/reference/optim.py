@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer steps in eager PyTorch.
+
+A rule here is what it is in ``csrc/include/singlepass/optim/``: coefficients, made in float64 from the step count, and
+an update of one tensor, in the same order of operations, so that float32 results agree to the last bit wherever no sum
+over a tensor, no exponential and no root is involved (ATen's vectorised root is not always correctly rounded). Nothing
+here looks at a tensor's value from the host: the functions run under CUDA graphs and ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._ops.optim import RULES
+from .philox import random_halves, stochastic_bfloat16
+
+Coefficients = SimpleNamespace
+States = list[Tensor]
+
+
+def _bias_correction(beta: float, step: Tensor) -> Tensor:
+    return 1.0 - beta**step
+
+
+class AdamW:
+    """Decoupled weight decay regularization, arXiv 1711.05101; AMSGrad where a third state is given."""
+
+    @staticmethod
+    def coefficients(lr, step, scale, *, beta1, beta2, eps, weight_decay):
+        return Coefficients(
+            decay=1.0 - lr * weight_decay,
+            step_size=lr / _bias_correction(beta1, step),
+            root_correction2=_bias_correction(beta2, step).sqrt(),
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        )
+
+    @staticmethod
+    def update(c, p, g, s):
+        m = c.beta1 * s[0] + (1.0 - c.beta1) * g
+        v = c.beta2 * s[1] + (1.0 - c.beta2) * (g * g)
+        new = [m, v]
+        if len(s) == 3:
+            new.append(torch.maximum(s[2], v))
+        denominator = new[-1].sqrt() / c.root_correction2 + c.eps
+        return p * c.decay - c.step_size * (m / denominator), new
+
+
+class Lion:
+    """Symbolic discovery of optimization algorithms, arXiv 2302.06675, Algorithm 2."""
+
+    @staticmethod
+    def coefficients(lr, step, scale, *, beta1, beta2, weight_decay):
+        return Coefficients(lr=lr, decay=1.0 - lr * weight_decay, beta1=beta1, beta2=beta2)
+
+    @staticmethod
+    def update(c, p, g, s):
+        direction = torch.sign(c.beta1 * s[0] + (1.0 - c.beta1) * g)
+        return p * c.decay - c.lr * direction, [c.beta2 * s[0] + (1.0 - c.beta2) * g]
+
+
+class AdaBelief:
+    """AdaBelief, arXiv 2010.07468, as adabelief-pytorch 0.2.1; rectified as in RAdam, arXiv 1908.03265."""
+
+    @staticmethod
+    def coefficients(
+        lr,
+        step,
+        scale,
+        *,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        decoupled_weight_decay,
+        fixed_decay,
+        rectify,
+        degenerated_to_sgd,
+    ):
+        correction1, correction2 = _bias_correction(beta1, step), _bias_correction(beta2, step)
+        c = Coefficients(
+            decay=1.0 - (1.0 if fixed_decay else lr) * weight_decay if decoupled_weight_decay else 1.0,
+            coupled_decay=0.0 if decoupled_weight_decay else weight_decay,
+            step_size=lr / correction1,
+            root_correction2=correction2.sqrt(),
+            adaptive=None,
+            use_maximum=not rectify,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        )
+        if rectify:
+            n_max = 2.0 / (1.0 - beta2) - 1.0
+            n = n_max - 2.0 * step * (1.0 - correction2) / correction2
+            c.adaptive = n >= 5.0
+            c.root_correction2 = 1.0
+            ratio = correction2 * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0)
+            fallback = c.step_size if degenerated_to_sgd else torch.zeros_like(c.step_size)
+            c.step_size = torch.where(c.adaptive, c.step_size * ratio.abs().sqrt(), fallback)
+        return c
+
+    @staticmethod
+    def update(c, p, g, s):
+        g = g + c.coupled_decay * p
+        m = c.beta1 * s[0] + (1.0 - c.beta1) * g
+        residual = g - m
+        v = c.beta2 * s[1] + (1.0 - c.beta2) * (residual * residual) + c.eps
+        new = [m, v]
+        if len(s) == 3:
+            new.append(torch.maximum(s[2], v))
+        variance = new[-1] if c.use_maximum else v
+        denominator = variance.sqrt() / c.root_correction2 + c.eps
+        if c.adaptive is not None:
+            denominator = torch.where(c.adaptive, denominator, torch.ones_like(denominator))
+        return p * c.decay - c.step_size * (m / denominator), new
+
+
+class Adan:
+    """Adan, arXiv 2208.06677, as the authors' adan.py."""
+
+    @staticmethod
+    def coefficients(lr, step, scale, *, beta1, beta2, beta3, eps, weight_decay, no_prox):
+        return Coefficients(
+            decay=1.0 - lr * weight_decay if no_prox else 1.0,
+            shrink=1.0 if no_prox else 1.0 + lr * weight_decay,
+            step_size=lr / _bias_correction(beta1, step),
+            difference_step_size=lr * beta2 / _bias_correction(beta2, step),
+            root_correction3=_bias_correction(beta3, step).sqrt(),
+            first=step == 1.0,
+            beta1=beta1,
+            beta2=beta2,
+            beta3=beta3,
+            eps=eps,
+        )
+
+    @staticmethod
+    def update(c, p, g, s):
+        difference = torch.where(c.first, torch.zeros_like(g), g + s[3])
+        lookahead = g + c.beta2 * difference
+        m = c.beta1 * s[0] + (1.0 - c.beta1) * g
+        v = c.beta2 * s[1] + (1.0 - c.beta2) * difference
+        n = c.beta3 * s[2] + (1.0 - c.beta3) * (lookahead * lookahead)
+        denominator = n.sqrt() / c.root_correction3 + c.eps
+        step = (c.step_size * m + c.difference_step_size * v) / denominator
+        return (p * c.decay - step) / c.shrink, [m, v, n, -g]
+
+
+class DiffGrad:
+    """diffGrad, arXiv 1909.11015, as the authors' second version."""
+
+    @staticmethod
+    def coefficients(lr, step, scale, *, beta1, beta2, eps, weight_decay):
+        return Coefficients(
+            coupled_decay=weight_decay,
+            step_size=lr * _bias_correction(beta2, step).sqrt() / _bias_correction(beta1, step),
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        )
+
+    @staticmethod
+    def update(c, p, g, s):
+        g = g + c.coupled_decay * p
+        m = c.beta1 * s[0] + (1.0 - c.beta1) * g
+        v = c.beta2 * s[1] + (1.0 - c.beta2) * (g * g)
+        friction = 1.0 / (1.0 + torch.exp(-(s[2] - g).abs()))
+        return p - c.step_size * ((m * friction) / (v.sqrt() + c.eps)), [m, v, g]
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+class LAMB:
+    """LAMB, arXiv 1904.00962, Algorithm 2 with phi the identity."""
+
+    @staticmethod
+    def coefficients(lr, step, scale, *, beta1, beta2, eps, weight_decay, always_adapt):
+        return Coefficients(
+            lr=lr,
+            decay=weight_decay,
+            correction1=_bias_correction(beta1, step),
+            correction2=_bias_correction(beta2, step),
+            adapt=always_adapt or weight_decay != 0.0,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+        )
+
+    @staticmethod
+    def update(c, p, g, s):
+        m = c.beta1 * s[0] + (1.0 - c.beta1) * g
+        v = c.beta2 * s[1] + (1.0 - c.beta2) * (g * g)
+        u = (m / c.correction1) / ((v / c.correction2).sqrt() + c.eps) + c.decay * p
+        lr = c.lr
+        if c.adapt:
+            ratio = _norm(p) / _norm(u)
+            lr = torch.where((ratio > 0.0) & ratio.isfinite(), lr.double() * ratio, lr.double()).to(p.dtype)
+        return p - lr * u, [m, v]
+
+
+class LARS:
+    """LARS, arXiv 1708.03888, Algorithm 1; the local rate is 1 where a norm is zero."""
+
+    @staticmethod
+    def coefficients(lr, step, scale, *, momentum, weight_decay, trust_coefficient, eps):
+        return Coefficients(lr=lr, decay=weight_decay, momentum=momentum, trust=trust_coefficient, eps=eps)
+
+    @staticmethod
+    def update(c, p, g, s):
+        norm_p, norm_g = _norm(p), _norm(g)
+        rate = c.trust * norm_p / (norm_g + c.decay * norm_p + c.eps)
+        lr = torch.where((norm_p > 0.0) & (norm_g > 0.0), c.lr.double() * rate, c.lr.double()).to(p.dtype)
+        v = c.momentum * s[0] + lr * (g + c.decay * p)
+        return p - v, [v]
+
+
+class SGDSaI:
+    """SGD-SaI, arXiv 2412.11768, as the authors' sgd_sai.py; ``scale`` is the tensor's gradient signal-to-noise ratio."""
+
+    @staticmethod
+    def coefficients(lr, step, scale, *, momentum, weight_decay):
+        held = torch.where(step == 1.0, torch.zeros_like(step), torch.full_like(step, momentum))
+        return Coefficients(decay=1.0 - lr * weight_decay, momentum=held, rest=1.0 - held, step_size=lr * scale)
+
+    @staticmethod
+    def update(c, p, g, s):
+        m = c.momentum * s[0] + c.rest * g
+        return p * c.decay - c.step_size * m, [m]
+
+
+_UPDATES: dict[str, Any] = {
+    "adamw": AdamW,
+    "lion": Lion,
+    "adabelief": AdaBelief,
+    "adan": Adan,
+    "diffgrad": DiffGrad,
+    "lamb": LAMB,
+    "lars": LARS,
+    "sgdsai": SGDSaI,
+}
+
+
+def _cast(c: Coefficients, dtype: torch.dtype, device: torch.device) -> Coefficients:
+    """Tensors to the arithmetic's dtype; Python numbers take it by themselves."""
+
+    def cast(value):
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+
+    return Coefficients(**{name: cast(value) for name, value in vars(c).items()})
+
+
+def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    target.copy_(value if skip is None else torch.where(skip, target.to(value.dtype), value))
+
+
+def _memory_order(t: Tensor) -> Tensor:
+    """A flat view of dense memory, in the order in which the kernels number its elements."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def _make_step(name: str) -> Callable[..., None]:
+    rule, update = RULES[name], _UPDATES[name]
+    state_count, has_scale = len(rule.states), rule.scale is not None
+
+    def step_(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        *args: Any,
+        maximize: bool = False,
+        seed: int | None = None,
+        ids: Sequence[int] = (),
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **hyper: Any,
+    ) -> None:
+        *lists, steps, lr = args
+        states = [values for values in lists[:state_count] if values]
+        for i, p in enumerate(params):
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            skip = None if found_inf is None else found_inf.reshape(()) != 0
+            g = grads[i].to(dtype)
+            if grad_scale is not None:
+                g = g * (1.0 / grad_scale.reshape(()).to(dtype))
+            if maximize:
+                g = -g
+            step = steps[i].double() + 1.0 if steps else torch.ones((), dtype=torch.float64, device=p.device)
+            scale = lists[state_count][i].double() if has_scale else None
+            c = _cast(update.coefficients(lr.double(), step, scale, **hyper), dtype, p.device)
+            old = [values[i] for values in states]
+            value, new = update.update(c, p.to(dtype), g, [s.to(dtype) for s in old])
+            for target, s in zip(old, new, strict=True):
+                _store(target, s, skip)
+            if seed is not None and p.dtype == torch.bfloat16:
+                stream = (steps[i].long() << 32) | ids[i]
+                random = random_halves(seed, stream, p.numel(), p.device)
+                rounded = torch.empty_like(p)
+                flat = torch.empty_like(p, dtype=dtype).copy_(value)
+                _memory_order(rounded).copy_(stochastic_bfloat16(_memory_order(flat), random))
+                value = rounded
+            _store(p, value, skip)
+            if steps:
+                _store(steps[i], steps[i] + 1.0, skip)
+
+    step_.__name__ = step_.__qualname__ = rule.op_name
+    step_.__doc__ = f"{update.__doc__} Arguments as in ``singlepass._ops.optim``."
+    return step_
+
+
+STEPS = {rule.op_name: _make_step(rule.name) for rule in RULES.values()}
+
+
+def grad_norm(
+    grads: Sequence[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
+) -> Tensor:
+    """Norm, divisor and non-finite flag of all gradients, as ``singlepass._ops.optim`` defines them."""
+    device = grads[0].device
+    scale = torch.ones((), dtype=torch.float64, device=device)
+    if grad_scale is not None:
+        scale = grad_scale.reshape(()).double()
+    norm = torch.linalg.vector_norm(torch.stack([_norm(g) for g in grads])) / scale
+    divisor = scale
+    if max_norm > 0.0:
+        clip = max_norm / (norm + eps)
+        divisor = torch.where(clip >= 1.0, scale, scale / clip)
+    return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
+
+
+def stream_(reads: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
+    """Reads every tensor of ``reads``, reads and writes every tensor of ``updates``."""
+    total: Tensor | float = 0.0
+    for r in reads:
+        total = total + r
+    for u in updates:
+        u.add_(total, alpha=0.0)
