@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 import torch
 
@@ -41,15 +40,6 @@ def ops() -> tuple[str, ...]:
     return tuple(_EAGER)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A backend, its function (with the op's signature), and why those before it were passed over."""
-
-    backend: str
-    function: Callable
-    rejected: dict[str, str]
-
-
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -75,41 +65,37 @@ def rejection(name: str, backend: str, device_type: str, dtypes: Collection[torc
     return None
 
 
-def _function(name: str, backend: str) -> Callable:
-    if backend == "native":
-        return op(name)
-    if backend == "eager":
-        return _EAGER[name]
-    module = importlib.import_module(f"{__package__}.triton_kernels.{_TRITON_MODULES[name]}")
-    return module.OPS[name]
-
-
-@functools.lru_cache(maxsize=1024)
-def choose(name: str, device_type: str, dtypes: frozenset[torch.dtype], backend: str | None) -> Choice:
-    """The implementation of op ``name`` for tensors of ``dtypes`` on ``device_type``.
-
-    ``backend`` None is the automatic choice.
+@torch.compiler.assume_constant_result
+def choose(name: str, device_type: str, dtypes: frozenset[torch.dtype], backend: str | None) -> str:
+    """The backend that runs op ``name`` for tensors of ``dtypes`` on ``device_type``; None asks for the automatic choice.
 
     Raises:
         ValueError: an unknown backend.
         RuntimeError: an explicit backend that can't run here.
     """
-    if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(message(name, f"backend among {', '.join(BACKENDS)}", repr(backend), "Or leave it out."))
-        reason = rejection(name, backend, device_type, dtypes)
-        if reason:
-            raise RuntimeError(message(name, f"backend {backend!r} to be usable", reason, "Leave the choice to None."))
-        return Choice(backend, _function(name, backend), {})
-    rejected: dict[str, str] = {}
-    for candidate in BACKENDS:
-        reason = rejection(name, candidate, device_type, dtypes)
-        if reason is None:
-            why = "".join(f"; {other}: {cause}" for other, cause in rejected.items())
-            logger.info("%s on %s: %s%s", name, device_type, candidate, why)
-            return Choice(candidate, _function(name, candidate), rejected)
-        rejected[candidate] = reason
-    raise AssertionError("eager runs everywhere")
+    if backend is None:
+        return _first_usable(name, device_type, dtypes)
+    if backend not in BACKENDS:
+        raise ValueError(message(name, f"backend among {', '.join(BACKENDS)}", repr(backend), "Or leave it out."))
+    reason = rejection(name, backend, device_type, dtypes)
+    if reason:
+        raise RuntimeError(message(name, f"backend {backend!r} to be usable", reason, "Leave the choice to None."))
+    return backend
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_usable(name: str, device_type: str, dtypes: frozenset[torch.dtype]) -> str:
+    """The automatic choice; logs it, once for each combination, with the reasons against the backends before it."""
+    rejected = {backend: rejection(name, backend, device_type, dtypes) for backend in BACKENDS}
+    chosen = next(backend for backend in BACKENDS if rejected[backend] is None)
+    passed_over = "".join(f"; {backend}: {rejected[backend]}" for backend in BACKENDS[: BACKENDS.index(chosen)])
+    logger.info("%s on %s: %s%s", name, device_type, chosen, passed_over)
+    return chosen
+
+
+def implementation(name: str, backend: str) -> Callable:
+    """The function of one backend, with the op's signature."""
+    return _implementations[name, backend]
 
 
 def requested(backend: str | None) -> str | None:
@@ -118,10 +104,20 @@ def requested(backend: str | None) -> str | None:
 
 
 def _triton_op(name: str) -> Callable:
+    """Imports Triton at the first call."""
+
     def call(*args, **kwargs):
-        return _function(name, "triton")(*args, **kwargs)
+        module = importlib.import_module(f"{__package__}.triton_kernels.{_TRITON_MODULES[name]}")
+        return module.OPS[name](*args, **kwargs)
 
     return call
+
+
+_implementations: dict[tuple[str, str], Callable] = {
+    **{(name, "native"): op(name) for name in _EAGER},
+    **{(name, "triton"): _triton_op(name) for name in _TRITON_MODULES},
+    **{(name, "eager"): function for name, function in _EAGER.items()},
+}
 
 
 def register_implementations() -> None:
@@ -130,4 +126,4 @@ def register_implementations() -> None:
         library.impl(name, function, "CompositeExplicitAutograd")
     if not _native.status("cuda").loaded and importlib.util.find_spec("triton") is not None:
         for name in _TRITON_MODULES:
-            library.impl(name, _triton_op(name), "CUDA")
+            library.impl(name, implementation(name, "triton"), "CUDA")

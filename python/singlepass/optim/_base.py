@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._dispatch import Choice, choose, requested
+from .._dispatch import choose, implementation, requested
 from .._errors import message, require
 from .._ops.optim import RULES, Rule
 
@@ -22,7 +22,7 @@ _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class _Bucket:
     """Parameters of one group that one call of the op can take."""
 
-    choice: Choice
+    backend: str
     device: torch.device
     params: list[Tensor] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # positions in the group
@@ -211,7 +211,7 @@ class FusedOptimizer(Optimizer):
         if self._rule.scale is not None:
             lists.append([s[self._rule.scale] for s in states])
         stochastic = group["stochastic_rounding"]
-        bucket.choice.function(
+        implementation(self._rule.op_name, bucket.backend)(
             bucket.params,
             bucket.grads,
             *lists,
@@ -259,8 +259,8 @@ class FusedOptimizer(Optimizer):
                     'Use backend="eager" or None.',
                 )
                 wanted = "eager"
-            choice = choose(self._rule.op_name, p.device.type, frozenset((p.dtype, g.dtype)), wanted)
-            bucket = buckets.setdefault((p.device, choice.backend), _Bucket(choice, p.device))
+            chosen = choose(self._rule.op_name, p.device.type, frozenset((p.dtype, g.dtype)), wanted)
+            bucket = buckets.setdefault((p.device, chosen), _Bucket(chosen, p.device))
             bucket.params.append(p)
             bucket.offsets.append(offset)
             bucket.ids.append(first_id + offset)
@@ -286,17 +286,15 @@ class FusedOptimizer(Optimizer):
     def _measure(self, buckets, max_norm: float, eps: float, grad_scale, found_inf) -> tuple[Tensor, Tensor | None]:
         """One read of all gradients: (divisor that unscales and clips, found_inf)."""
         grads: dict[torch.device, list[Tensor]] = {}
-        choices: dict[torch.device, Choice] = {}
-        for group, members in buckets:
+        for _, members in buckets:
             for bucket in members:
                 grads.setdefault(bucket.device, []).extend(bucket.grads)
+        wanted = requested(self.param_groups[0]["backend"])
         stats = []
-        for device, members in grads.items():
-            dtypes = frozenset(g.dtype for g in members)
-            backend = requested(self.param_groups[0]["backend"])
-            choices[device] = choose("grad_norm", device.type, dtypes, backend)
-            scale = _to(grad_scale, device)
-            stats.append(choices[device].function(members, max_norm=max_norm, eps=eps, grad_scale=scale))
+        for device, present in grads.items():
+            backend = choose("grad_norm", device.type, frozenset(g.dtype for g in present), wanted)
+            measure = implementation("grad_norm", backend)
+            stats.append(measure(present, max_norm=max_norm, eps=eps, grad_scale=_to(grad_scale, device)))
         if not stats:
             return grad_scale, found_inf
         first = stats[0]
