@@ -65,7 +65,7 @@ GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptio
   const std::vector<Chunk> chunks = make_chunks(tensors.data(), 0, static_cast<int64_t>(tensors.size()), kCpuChunk);
   const int64_t n = static_cast<int64_t>(chunks.size());
   std::vector<double> partials(n, 0.0);
-  parallel_for(n, [&](int64_t begin, int64_t end) {
+  parallel_for_elements(parallel_for, n, element_count(tensors, 0, static_cast<int64_t>(tensors.size())), [&](int64_t begin, int64_t end) {
     alignas(64) float buffer[kTile];
     for (int64_t i = begin; i < end; ++i) {
       const TensorRecord& t = tensors[chunks[i].tensor];

@@ -105,6 +105,9 @@ class FusedOptimizer(Optimizer):
 
     def _check_range(self, group: dict[str, Any], **bounds: str) -> None:
         """Checks hyperparameters against ">= 0" or "in [0, 1)"."""
+        if "betas" in bounds:
+            count = sum(name.startswith("beta") for name in self._rule.hyper_names)
+            self._require(len(group["betas"]) == count, f"{count} betas", group["betas"], "Change betas.")
         for key, contract in bounds.items():
             values = group[key] if isinstance(group[key], (tuple, list)) else (group[key],)
             for value in values:

@@ -9,4 +9,17 @@ namespace singlepass {
 // Calls body(begin, end) over [0, n) in any split, on any threads, and returns when all is done.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
+// Below this many elements waking other threads costs more than it saves.
+inline constexpr int64_t kParallelElements = 1 << 15;
+
+// parallel_for over n tasks that work on `elements` elements in all.
+inline void parallel_for_elements(const ParallelFor& parallel_for, int64_t n, int64_t elements,
+                                  const std::function<void(int64_t begin, int64_t end)>& body) {
+  if (elements < kParallelElements) {
+    body(0, n);
+  } else {
+    parallel_for(n, body);
+  }
+}
+
 }  // namespace singlepass

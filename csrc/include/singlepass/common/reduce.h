@@ -39,7 +39,9 @@ __device__ inline bool is_last_block(unsigned* ticket, unsigned count) {
     __threadfence();
   }
   __syncthreads();
-  return last;
+  const bool result = last;
+  __syncthreads();  // before another call may write `last`
+  return result;
 }
 
 }  // namespace singlepass

@@ -124,6 +124,12 @@ typename Rule::Coefficients coefficients_of(const TensorRecord& t, const typenam
 // norm pass read; a larger tensor is a wave of its own.
 inline constexpr int64_t kWave = 1 << 19;
 
+inline int64_t element_count(const std::vector<TensorRecord>& tensors, int64_t first, int64_t last) {
+  int64_t count = 0;
+  for (int64_t t = first; t < last; ++t) count += tensors[t].numel;
+  return count;
+}
+
 template <class Rule>
 int64_t end_of_wave(const std::vector<TensorRecord>& tensors, int64_t first) {
   const int64_t count = static_cast<int64_t>(tensors.size());
@@ -147,10 +153,11 @@ void step_cpu(const std::vector<TensorRecord>& tensors, const typename Rule::Hyp
     last = end_of_wave<Rule>(tensors, first);
     const std::vector<Chunk> chunks = make_chunks(tensors.data(), first, last, kCpuChunk);
     const int64_t n = static_cast<int64_t>(chunks.size());
+    const int64_t elements = element_count(tensors, first, last);
     std::vector<double> squares;
     if constexpr (kHasNorms<Rule>) {
       std::vector<double> partials(n * kNorms, 0.0);
-      parallel_for(n, [&](int64_t begin, int64_t end) {
+      parallel_for_elements(parallel_for, n, elements, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const TensorRecord& t = tensors[chunks[i].tensor];
           run_chunk<Rule, kNormPass>(t, coefficients_of<Rule>(t, hyper, lr), options, chunks[i].index,
@@ -162,7 +169,7 @@ void step_cpu(const std::vector<TensorRecord>& tensors, const typename Rule::Hyp
         for (int k = 0; k < kNorms; ++k) squares[(chunks[i].tensor - first) * kNorms + k] += partials[i * kNorms + k];
       }
     }
-    parallel_for(n, [&](int64_t begin, int64_t end) {
+    parallel_for_elements(parallel_for, n, elements, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const TensorRecord& t = tensors[chunks[i].tensor];
         typename Rule::Coefficients c = coefficients_of<Rule>(t, hyper, lr);
