@@ -23,6 +23,11 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   return ::simt::launch(kernel, grid, block, shared_bytes, stream, args...);
 }
 
+template <class T>
+T* global_memory(T* pointer) {
+  return pointer;
+}
+
 }  // namespace singlepass
 
 #else
@@ -37,6 +42,14 @@ template <class T>
 __device__ T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
   return reinterpret_cast<T*>(dynamic_shared_memory);
+}
+
+// A pointer that was itself loaded from memory could point anywhere: the compiler then takes the slower generic loads
+// and stores, unless it is told.
+template <class T>
+__device__ __forceinline__ T* global_memory(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
 }
 
 template <class... Params, class... Args>

@@ -22,10 +22,11 @@ struct alignas(kWidth == kVector ? 16 : 4) Raw {
 
 template <int kWidth>
 __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, Raw<kWidth>& raw) {
+  const char* address = global_memory(static_cast<const char*>(base) + i * size_of(dtype));
   if constexpr (kWidth == 1) {
-    raw.bits[0] = dtype == DType::kFloat32 ? static_cast<const uint32_t*>(base)[i] : static_cast<const uint16_t*>(base)[i];
+    raw.bits[0] = dtype == DType::kFloat32 ? *reinterpret_cast<const uint32_t*>(address)
+                                           : *reinterpret_cast<const uint16_t*>(address);
   } else {
-    const char* address = static_cast<const char*>(base) + i * size_of(dtype);
     *reinterpret_cast<uint4*>(&raw.bits[0]) = *reinterpret_cast<const uint4*>(address);
     if (dtype == DType::kFloat32) {
       *reinterpret_cast<uint4*>(&raw.bits[4]) = *reinterpret_cast<const uint4*>(address + 16);
@@ -34,32 +35,37 @@ __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, R
 }
 
 template <int kWidth>
-__device__ __forceinline__ void decode(const Raw<kWidth>& raw, DType dtype, float* values) {
-  if (dtype == DType::kFloat32) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) values[k] = bit_cast<float>(raw.bits[k]);
+__device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void* base, int64_t i) {
+  char* address = global_memory(static_cast<char*>(base) + i * size_of(dtype));
+  if constexpr (kWidth == 1) {
+    if (dtype == DType::kFloat32) {
+      *reinterpret_cast<uint32_t*>(address) = raw.bits[0];
+    } else {
+      *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(raw.bits[0]);
+    }
   } else {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const uint16_t half = static_cast<uint16_t>(raw.bits[k / 2] >> (16 * (k % 2)));
-      values[k] = dtype == DType::kBFloat16 ? bfloat16_to_float(half) : float16_to_float(half);
+    *reinterpret_cast<uint4*>(address) = *reinterpret_cast<const uint4*>(&raw.bits[0]);
+    if (dtype == DType::kFloat32) {
+      *reinterpret_cast<uint4*>(address + 16) = *reinterpret_cast<const uint4*>(&raw.bits[4]);
     }
   }
 }
 
+// The loops stand inside the branches on the dtype, which all threads of a block take alike.
 template <int kWidth>
-__device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void* base, int64_t i) {
-  if constexpr (kWidth == 1) {
-    if (dtype == DType::kFloat32) {
-      static_cast<uint32_t*>(base)[i] = raw.bits[0];
-    } else {
-      static_cast<uint16_t*>(base)[i] = static_cast<uint16_t>(raw.bits[0]);
+__device__ __forceinline__ void decode(const Raw<kWidth>& raw, DType dtype, float* values) {
+  if (dtype == DType::kFloat32) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) values[k] = bit_cast<float>(raw.bits[k]);
+  } else if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      values[k] = bfloat16_to_float(static_cast<uint16_t>(raw.bits[k / 2] >> (16 * (k % 2))));
     }
   } else {
-    char* address = static_cast<char*>(base) + i * size_of(dtype);
-    *reinterpret_cast<uint4*>(address) = *reinterpret_cast<const uint4*>(&raw.bits[0]);
-    if (dtype == DType::kFloat32) {
-      *reinterpret_cast<uint4*>(address + 16) = *reinterpret_cast<const uint4*>(&raw.bits[4]);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      values[k] = float16_to_float(static_cast<uint16_t>(raw.bits[k / 2] >> (16 * (k % 2))));
     }
   }
 }
@@ -71,6 +77,20 @@ struct Rounding {
 
 // Element i takes half i % 2 of word (i % 8) / 2 of block i / 8.
 template <int kWidth>
+__device__ __forceinline__ void round_stochastic(const float* values, int64_t i, const Rounding& rounding,
+                                                 uint16_t* half) {
+  const Philox4 random = philox4x32(rounding.seed, static_cast<uint64_t>(i) / kVector, rounding.stream);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const int lane = kWidth == 1 ? static_cast<int>(i % kVector) : k;
+    const uint32_t low = lane < 2 ? random.word[0] : random.word[1];
+    const uint32_t high = lane < 6 ? random.word[2] : random.word[3];
+    const uint32_t word = lane < 4 ? low : high;
+    half[k] = float_to_bfloat16_stochastic(values[k], lane % 2 == 0 ? word & 0xffffu : word >> 16);
+  }
+}
+
+template <int kWidth>
 __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, int64_t i, const Rounding& rounding) {
   Raw<kWidth> raw = {};
   if (dtype == DType::kFloat32) {
@@ -79,21 +99,14 @@ __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, 
     return raw;
   }
   uint16_t half[kWidth];
-  if (dtype == DType::kBFloat16 && rounding.stochastic) {
-    const Philox4 random = philox4x32(rounding.seed, static_cast<uint64_t>(i) / kVector, rounding.stream);
+  if (dtype == DType::kFloat16) {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const int lane = kWidth == 1 ? static_cast<int>(i % kVector) : k;
-      const uint32_t low = lane < 2 ? random.word[0] : random.word[1];
-      const uint32_t high = lane < 6 ? random.word[2] : random.word[3];
-      const uint32_t word = lane < 4 ? low : high;
-      half[k] = float_to_bfloat16_stochastic(values[k], lane % 2 == 0 ? word & 0xffffu : word >> 16);
-    }
+    for (int k = 0; k < kWidth; ++k) half[k] = float_to_float16(values[k]);
+  } else if (rounding.stochastic) {
+    round_stochastic<kWidth>(values, i, rounding, half);
   } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      half[k] = dtype == DType::kBFloat16 ? float_to_bfloat16(values[k]) : float_to_float16(values[k]);
-    }
+    for (int k = 0; k < kWidth; ++k) half[k] = float_to_bfloat16(values[k]);
   }
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) raw.bits[k / 2] |= static_cast<uint32_t>(half[k]) << (16 * (k % 2));
