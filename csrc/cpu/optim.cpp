@@ -65,24 +65,25 @@ GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptio
   const std::vector<Chunk> chunks = make_chunks(tensors.data(), 0, static_cast<int64_t>(tensors.size()), kCpuChunk);
   const int64_t n = static_cast<int64_t>(chunks.size());
   std::vector<double> partials(n, 0.0);
-  parallel_for_elements(parallel_for, n, element_count(tensors, 0, static_cast<int64_t>(tensors.size())), [&](int64_t begin, int64_t end) {
-    alignas(64) float buffer[kTile];
-    for (int64_t i = begin; i < end; ++i) {
-      const TensorRecord& t = tensors[chunks[i].tensor];
-      const int64_t stop = std::min(t.numel, (chunks[i].index + 1) * kCpuChunk);
-      for (int64_t start = chunks[i].index * kCpuChunk; start < stop; start += kTile) {
-        const int64_t count = std::min(kTile, stop - start);
-        const TileView g(const_cast<void*>(t.grad), t.grad_dtype, start, count, buffer, true);
-        partials[i] += sum_of_squares(g.values, count);
-      }
-    }
-  });
+  parallel_for_elements(parallel_for, n, element_count(tensors, 0, static_cast<int64_t>(tensors.size())),
+                        [&](int64_t begin, int64_t end) {
+                          alignas(64) float buffer[kTile];
+                          for (int64_t i = begin; i < end; ++i) {
+                            const TensorRecord& t = tensors[chunks[i].tensor];
+                            const int64_t stop = std::min(t.numel, (chunks[i].index + 1) * kCpuChunk);
+                            for (int64_t start = chunks[i].index * kCpuChunk; start < stop; start += kTile) {
+                              const int64_t count = std::min(kTile, stop - start);
+                              const TileView g(const_cast<void*>(t.grad), t.grad_dtype, start, count, buffer, true);
+                              partials[i] += sum_of_squares(g.values, count);
+                            }
+                          }
+                        });
   double sum = 0.0;
   for (const double partial : partials) sum += partial;
   return finish_grad_norm(sum, options);
 }
 
-#define SINGLEPASS_INSTANTIATE(...)                                                                      \
+#define SINGLEPASS_INSTANTIATE(...)                                                                         \
   template void step_cpu<__VA_ARGS__>(const std::vector<TensorRecord>&, const typename __VA_ARGS__::Hyper&, \
                                       const StepOptions&, const ParallelFor&);
 SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)

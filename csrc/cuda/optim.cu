@@ -4,8 +4,8 @@
 
 namespace singlepass::optim {
 
-#define SINGLEPASS_INSTANTIATE(...)                                                                              \
-  template cudaError_t launch_step<__VA_ARGS__>(const DeviceTable&, const typename __VA_ARGS__::Hyper&,          \
+#define SINGLEPASS_INSTANTIATE(...)                                                                     \
+  template cudaError_t launch_step<__VA_ARGS__>(const DeviceTable&, const typename __VA_ARGS__::Hyper&, \
                                                 const StepOptions&, cudaStream_t);
 SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
 

@@ -11,7 +11,9 @@ struct Pointers {
   float* updates[kMaxUpdates];
 };
 
-__device__ __forceinline__ float sum4(const float4& v) { return (v.x + v.y) + (v.z + v.w); }
+__device__ __forceinline__ float sum4(const float4& v) {
+  return (v.x + v.y) + (v.z + v.w);
+}
 
 // A thread owns 16 bytes of every array.
 template <int kReads, int kUpdates>

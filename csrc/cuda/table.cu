@@ -35,7 +35,9 @@ __global__ void expand_piece(const Piece piece, const PieceStart start, const De
   }
 }
 
-constexpr int64_t words_of(int64_t bytes) { return (bytes + 7) / 8; }
+constexpr int64_t words_of(int64_t bytes) {
+  return (bytes + 7) / 8;
+}
 
 // Offsets of the parts, in 8-byte words.
 struct Layout {

@@ -102,7 +102,8 @@ inline const float* scalar_pointer(const std::string& op, const char* role, cons
   if (!t.has_value()) return nullptr;
   check_device(op, role, *t, like);
   if (t->numel() != 1 || t->scalar_type() != ScalarType::Float) {
-    fail(op, role, " as one float32; got ", t->numel(), " of ", torch::headeronly::toString(t->scalar_type()), ".");
+    fail(op, role, " as one float32; got ", t->numel(), " of ", torch::headeronly::toString(t->scalar_type()),
+         ". Convert it.");
   }
   return static_cast<const float*>(t->const_data_ptr());
 }

@@ -15,8 +15,8 @@ namespace singlepass::registration {
 
 using optim::TensorRecord;
 
-// What an engine needs of a step. `kept` owns gradients that had to be copied to their parameters' layout, `like` is any
-// of the parameters.
+// What an engine needs of a step. `kept` owns gradients that had to be copied to their parameters' layout, `like` is
+// any of the parameters.
 struct Step {
   std::vector<TensorRecord> records;
   const Tensor* like = nullptr;
@@ -40,12 +40,14 @@ struct StepArguments {
 };
 
 inline void check_count(const StepArguments& a, const char* role, size_t count) {
-  if (count != a.params.size()) fail(a.op, "as many ", role, " as parameters, ", a.params.size(), "; got ", count, ".");
+  if (count != a.params.size())
+    fail(a.op, "as many ", role, " as parameters, ", a.params.size(), "; got ", count, ". Pass one for each.");
 }
 
 inline void check_strided(const StepArguments& a, const char* role, const Tensor& t) {
   if (t.layout() != torch::headeronly::Layout::Strided) {
-    fail(a.op, "strided ", role, "; got a sparse one. Use torch.Tensor.to_dense, or an optimizer for sparse gradients.");
+    fail(a.op, "strided ", role,
+         "; got a sparse one. Use torch.Tensor.to_dense, or an optimizer for sparse gradients.");
   }
 }
 
@@ -56,7 +58,7 @@ inline const Tensor& aligned_grad(const StepArguments& a, size_t i, Step& step) 
   check_strided(a, "gradients", g);
   check_device(a.op, "gradients", g, p);
   if (!same_shape(p, g)) {
-    fail(a.op, "gradients of their parameters' shapes; got ", shape_of(g), " for ", shape_of(p), ".");
+    fail(a.op, "gradients of their parameters' shapes; got ", shape_of(g), " for ", shape_of(p), ". Reshape them.");
   }
   if (same_order(p, g)) return g;
   Tensor copy = torch::stable::empty_like(p);
@@ -79,11 +81,11 @@ inline float* scalar_of_tensor(const StepArguments& a, const char* role, const T
 }
 
 inline optim::Scalar lr_of(const StepArguments& a) {
-  if (a.lr.numel() != 1) fail(a.op, "lr as one number; got ", a.lr.numel(), ".");
+  if (a.lr.numel() != 1) fail(a.op, "lr as one number; got ", a.lr.numel(), ". Use a tensor of no dimensions.");
   if (!a.lr.is_cpu()) return {0.0, scalar_pointer(a.op, "lr", std::optional<Tensor>(a.lr), a.params[0])};
   if (a.lr.scalar_type() == ScalarType::Double) return {*static_cast<const double*>(a.lr.const_data_ptr()), nullptr};
   if (a.lr.scalar_type() == ScalarType::Float) return {*static_cast<const float*>(a.lr.const_data_ptr()), nullptr};
-  fail(a.op, "lr of float32 or float64; got ", torch::headeronly::toString(a.lr.scalar_type()), ".");
+  fail(a.op, "lr of float32 or float64; got ", torch::headeronly::toString(a.lr.scalar_type()), ". Convert it.");
 }
 
 inline Step make_step(const StepArguments& a) {
@@ -147,8 +149,8 @@ struct StepOp;
 
 template <class Engine, class Rule, size_t... K, class... H>
 struct StepOp<Engine, Rule, std::index_sequence<K...>, std::tuple<H...>> {
-  static void call(Tensors params, Tensors grads, typename ListArgument<K>::Type... lists, Tensors steps, Tensor lr, H... hyper,
-                   bool maximize, std::optional<int64_t> seed, std::vector<int64_t> ids,
+  static void call(Tensors params, Tensors grads, typename ListArgument<K>::Type... lists, Tensors steps, Tensor lr,
+                   H... hyper, bool maximize, std::optional<int64_t> seed, std::vector<int64_t> ids,
                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
     std::vector<const Tensors*> states = {&lists...};
     const Tensors* scales = nullptr;
@@ -176,7 +178,7 @@ struct StepOp<Engine, Rule, std::index_sequence<K...>, std::tuple<H...>> {
 
 // Records of gradients alone, for grad_norm.
 inline std::vector<TensorRecord> grad_records(const Tensors& grads, Tensors& kept) {
-  if (grads.empty()) fail("grad_norm", "at least one gradient; got none.");
+  if (grads.empty()) fail("grad_norm", "at least one gradient; got none. Leave out the call.");
   std::vector<TensorRecord> records(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     check_device("grad_norm", "gradients", grads[i], grads[0]);

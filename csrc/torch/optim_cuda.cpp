@@ -29,7 +29,9 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-Tensor allocate(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {bytes}, ScalarType::Byte); }
+Tensor allocate(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
 
 // Device tables by their contents. An entry belongs to one stream: its memory comes from that stream's pool and is only
 // used on it, so that dropping the entry needs no synchronisation.

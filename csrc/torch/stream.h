@@ -16,7 +16,7 @@ inline StreamPointers stream_pointers(const Tensors& reads, const Tensors& updat
   if (reads.size() > static_cast<size_t>(kMaxReads) || updates.size() > static_cast<size_t>(kMaxUpdates) ||
       reads.size() + updates.size() == 0) {
     fail("stream_", "one tensor or more, at most ", kMaxReads, " to read and ", kMaxUpdates, " to update; got ",
-         reads.size(), " and ", updates.size(), ".");
+         reads.size(), " and ", updates.size(), ". Split the call.");
   }
   StreamPointers result;
   const Tensor& first = reads.empty() ? updates[0] : reads[0];
@@ -26,7 +26,7 @@ inline StreamPointers stream_pointers(const Tensors& reads, const Tensors& updat
       check_device("stream_", "tensors", t, first);
       if (t.scalar_type() != ScalarType::Float || !t.is_contiguous() || t.numel() != result.n) {
         fail("stream_", "contiguous float32 tensors of one size, ", result.n, "; got ", t.numel(), " elements of ",
-             torch::headeronly::toString(t.scalar_type()), ".");
+             torch::headeronly::toString(t.scalar_type()), ". Convert them.");
       }
     }
   }

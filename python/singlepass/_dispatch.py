@@ -7,12 +7,11 @@ automatic one takes the first backend of :data:`BACKENDS` that can run, and logs
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -32,7 +31,10 @@ _EAGER: dict[str, Callable] = {
     "grad_norm": reference_optim.grad_norm,
     "stream_": reference_optim.stream_,
 }
-_TRITON_MODULES = {name: "optim" for name in (*reference_optim.STEPS, "grad_norm")}
+_TRITON_MODULES = dict.fromkeys((*reference_optim.STEPS, "grad_norm"), "optim")
+_DEVICES = ("cpu", "cuda")
+_obstacles: dict[tuple[str, str, str], str | None] = {}  # found once, so that torch.compile traces a choice
+_logged: set[str] = set()
 
 
 def ops() -> tuple[str, ...]:
@@ -40,19 +42,12 @@ def ops() -> tuple[str, ...]:
     return tuple(_EAGER)
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def rejection(name: str, backend: str, device_type: str, dtypes: Collection[torch.dtype] = ()) -> str | None:
-    """Why a backend can't run an op on this device and these dtypes, or None if it can."""
+def _obstacle(name: str, backend: str, device_type: str) -> str | None:
+    """Why a backend can't run an op on a type of device, whatever the dtypes; None if it can."""
     if backend == "eager":
         return None
-    unsupported = sorted(str(dtype) for dtype in set(dtypes) - _KERNEL_DTYPES)
-    if unsupported:
-        return f"kernels take float32, bfloat16 and float16, not {', '.join(unsupported)}"
     if backend == "native":
-        if device_type not in ("cpu", "cuda"):
+        if device_type not in _DEVICES:
             return f"there is no native library for {device_type}"
         status = _native.status(device_type)
         return None if status.loaded else status.reason
@@ -60,14 +55,22 @@ def rejection(name: str, backend: str, device_type: str, dtypes: Collection[torc
         return "there is no Triton kernel for this op"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device_type != "cuda" and not (device_type == "cpu" and _interpreting()):
-        return f"Triton kernels run on cuda, not on {device_type}"
-    return None
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return None if device_type == "cuda" or interpreted else f"Triton kernels run on cuda, not on {device_type}"
 
 
-@torch.compiler.assume_constant_result
-def choose(name: str, device_type: str, dtypes: frozenset[torch.dtype], backend: str | None) -> str:
-    """The backend that runs op ``name`` for tensors of ``dtypes`` on ``device_type``; None asks for the automatic choice.
+def rejection(name: str, backend: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
+    """Why a backend can't run an op on this type of device and these dtypes, or None if it can."""
+    if backend != "eager":
+        for dtype in dtypes:
+            if dtype not in _KERNEL_DTYPES:
+                return f"kernels take float32, bfloat16 and float16, not {dtype}"
+    key = (name, backend, device_type)
+    return _obstacles[key] if key in _obstacles else _obstacle(name, backend, device_type)
+
+
+def choose(name: str, device_type: str, dtypes: Collection[torch.dtype], backend: str | None) -> str:
+    """The backend that runs op ``name`` for these dtypes and this type of device; None asks for the automatic choice.
 
     Raises:
         ValueError: an unknown backend.
@@ -83,14 +86,23 @@ def choose(name: str, device_type: str, dtypes: frozenset[torch.dtype], backend:
     return backend
 
 
-@functools.lru_cache(maxsize=1024)
-def _first_usable(name: str, device_type: str, dtypes: frozenset[torch.dtype]) -> str:
-    """The automatic choice; logs it, once for each combination, with the reasons against the backends before it."""
-    rejected = {backend: rejection(name, backend, device_type, dtypes) for backend in BACKENDS}
-    chosen = next(backend for backend in BACKENDS if rejected[backend] is None)
-    passed_over = "".join(f"; {backend}: {rejected[backend]}" for backend in BACKENDS[: BACKENDS.index(chosen)])
-    logger.info("%s on %s: %s%s", name, device_type, chosen, passed_over)
-    return chosen
+def _first_usable(name: str, device_type: str, dtypes: Collection[torch.dtype]) -> str:
+    """The automatic choice, logged once for each combination with the reasons against the backends before it."""
+    reasons: list[str] = []
+    for backend in BACKENDS:
+        reason = rejection(name, backend, device_type, dtypes)
+        if reason is None:
+            if not torch.compiler.is_compiling():
+                _log_once(f"{name} on {device_type}: " + "; ".join([backend, *reasons]))
+            return backend
+        reasons.append(f"{backend}: {reason}")
+    raise AssertionError("eager runs everywhere")
+
+
+def _log_once(line: str) -> None:
+    if line not in _logged:
+        _logged.add(line)
+        logger.info(line)
 
 
 def implementation(name: str, backend: str) -> Callable:
@@ -122,6 +134,10 @@ _implementations: dict[tuple[str, str], Callable] = {
 
 def register_implementations() -> None:
     """Puts Python implementations behind the ops: eager on every device, Triton on CUDA where native is missing."""
+    for name in _EAGER:
+        for backend in BACKENDS:
+            for device_type in _DEVICES:
+                _obstacles[name, backend, device_type] = _obstacle(name, backend, device_type)
     for name, function in _EAGER.items():
         library.impl(name, function, "CompositeExplicitAutograd")
     if not _native.status("cuda").loaded and importlib.util.find_spec("triton") is not None:

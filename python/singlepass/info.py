@@ -94,7 +94,9 @@ def check() -> dict[str, str]:
 
 def _print_text(data: dict[str, Any]) -> None:
     cuda = f"CUDA {data['torch_cuda']}" if data["torch_cuda"] else "no CUDA"
-    print(f"singlepass {data['singlepass']}, torch {data['torch']} ({cuda}), triton {data['triton'] or 'not installed'}")
+    print(
+        f"singlepass {data['singlepass']}, torch {data['torch']} ({cuda}), triton {data['triton'] or 'not installed'}"
+    )
     print(f"python {data['python']}, {data['platform']}, {data['cpu_capability']}, {data['threads']} threads")
     print("gpus: " + (", ".join(data["gpus"]) or "none"))
     for device, library in data["libraries"].items():

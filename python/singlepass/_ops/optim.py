@@ -99,7 +99,9 @@ library.define("grad_norm(Tensor[] grads, *, float max_norm=0.0, float eps=0.0, 
 
 
 @torch.library.register_fake(f"{NAMESPACE}::grad_norm", lib=library)
-def _grad_norm_fake(grads: list[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None):
+def _grad_norm_fake(
+    grads: list[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
+) -> Tensor:
     return grads[0].new_empty(3, dtype=torch.float32)
 
 

@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 from .._dispatch import choose, implementation, requested
 from .._errors import message, require
 from .._ops.optim import RULES, Rule
+from ._loading import adopt_tensors, merge_group, scalar_like
 
 _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
-class _Bucket:
+class Bucket:
     """Parameters of one group that one call of the op can take."""
 
     backend: str
@@ -58,7 +59,7 @@ class FusedOptimizer(Optimizer):
             "backend": backend,
             "seed": torch.initial_seed() & (2**63 - 1),
         }
-        self._buckets: dict[int, list[_Bucket]] = {}
+        self._buckets: dict[int, list[Bucket]] = {}
         super().__init__(params, defaults)
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
@@ -86,7 +87,9 @@ class FusedOptimizer(Optimizer):
         """(max_norm, eps) of clipping by the global norm; max_norm 0 for none."""
         return 0.0, 0.0
 
-    def _before_step(self, bucket: _Bucket, group: dict[str, Any], grad_scale, found_inf) -> bool:
+    def _before_step(
+        self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> bool:
         """Called once the states exist. False leaves the bucket's parameters alone in this step."""
         return True
 
@@ -113,7 +116,10 @@ class FusedOptimizer(Optimizer):
             for value in values:
                 low = float(value) >= 0.0
                 self._require(
-                    low and (contract != "in [0, 1)" or float(value) < 1.0), f"{key} {contract}", value, f"Change {key}."
+                    low and (contract != "in [0, 1)" or float(value) < 1.0),
+                    f"{key} {contract}",
+                    value,
+                    f"Change {key}.",
                 )
 
     def _check_one_max_grad_norm(self, group: dict[str, Any]) -> None:
@@ -129,8 +135,8 @@ class FusedOptimizer(Optimizer):
         tensors = [t for t in (entry[1] if isinstance(entry, tuple) else entry for entry in params) if _is_tensor(t)]
         for p in tensors:
             self._check_param(p)
-        unique = len({id(p) for p in tensors})
-        self._require(unique == len(tensors), "each parameter once", "one given twice", "Remove the repetition.")
+        present = [id(p) for g in self.param_groups for p in g["params"]] + [id(p) for p in tensors]
+        self._require(len(set(present)) == len(present), "each parameter once", "one twice", "Give it to one group.")
         self._check_common(group, tensors)
         self._check_group(group)
         if group["capturable"] and tensors and not isinstance(group["lr"], Tensor):
@@ -147,7 +153,6 @@ class FusedOptimizer(Optimizer):
         self._require(not overlap, "parameters without overlapping elements", f"strides {p.stride()}", "Clone them.")
 
     def _check_common(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        self._check_range(group, lr=">= 0")
         dtype = group["state_dtype"]
         self._require(
             dtype is None or dtype == "param" or dtype in _STATE_DTYPES,
@@ -157,14 +162,20 @@ class FusedOptimizer(Optimizer):
         )
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            self._require(lr.numel() == 1, "lr as a number or a tensor of one element", lr.numel(), "Use a 0-dim tensor.")
             self._require(
-                lr.device.type == "cpu" or lr.dtype == torch.float32, "a float32 lr on a device", lr.dtype, "Convert it."
+                lr.numel() == 1, "lr as a number or a tensor of one element", lr.numel(), "Use a 0-dim tensor."
             )
+            self._require(
+                lr.device.type == "cpu" or lr.dtype == torch.float32,
+                "a float32 lr on a device",
+                lr.dtype,
+                "Convert it.",
+            )
+        self._check_range(group, lr=">= 0")
         backend = requested(group["backend"])
         if backend is not None:
             for p in params:
-                choose(self._rule.op_name, p.device.type, frozenset((p.dtype,)), backend)
+                choose(self._rule.op_name, p.device.type, (p.dtype,), backend)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -205,7 +216,15 @@ class FusedOptimizer(Optimizer):
                 self._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
         return loss
 
-    def _step_bucket(self, bucket: _Bucket, group, names, hyper, grad_scale, found_inf) -> None:
+    def _step_bucket(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        names: tuple[str, ...],
+        hyper: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         states = [self._state_of(p, group, names) for p in bucket.params]
         grad_scale, found_inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
         if not self._before_step(bucket, group, grad_scale, found_inf):
@@ -228,13 +247,15 @@ class FusedOptimizer(Optimizer):
             found_inf=found_inf,
         )
 
-    def _gather(self, index: int, group: dict[str, Any]) -> list[_Bucket]:
+    def _gather(self, index: int, group: dict[str, Any]) -> list[Bucket]:
         """The group's parameters with gradients, by device and by what their dtypes and layouts allow."""
         grads = [p.grad for p in group["params"]]
         for g in grads:
             if g is not None and g.layout is not torch.strided:
                 raise RuntimeError(
-                    message(self._name, "dense gradients", f"a {g.layout} one", "Create the embedding with sparse=False.")
+                    message(
+                        self._name, "dense gradients", f"a {g.layout} one", "Create the embedding with sparse=False."
+                    )
                 )
         complete = all(g is not None for g in grads)
         buckets = self._buckets.get(index) if complete else None
@@ -246,10 +267,10 @@ class FusedOptimizer(Optimizer):
             bucket.grads = [grads[offset] for offset in bucket.offsets]
         return buckets
 
-    def _make_buckets(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[_Bucket]:
+    def _make_buckets(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[Bucket]:
         backend = requested(group["backend"])
         first_id = sum(len(g["params"]) for g in self.param_groups[:index])
-        buckets: dict[tuple[torch.device, str], _Bucket] = {}
+        buckets: dict[tuple[torch.device, str], Bucket] = {}
         for offset, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
             if g is None:
                 continue
@@ -262,8 +283,8 @@ class FusedOptimizer(Optimizer):
                     'Use backend="eager" or None.',
                 )
                 wanted = "eager"
-            chosen = choose(self._rule.op_name, p.device.type, frozenset((p.dtype, g.dtype)), wanted)
-            bucket = buckets.setdefault((p.device, chosen), _Bucket(chosen, p.device))
+            chosen = choose(self._rule.op_name, p.device.type, (p.dtype, g.dtype), wanted)
+            bucket = buckets.setdefault((p.device, chosen), Bucket(chosen, p.device))
             bucket.params.append(p)
             bucket.offsets.append(offset)
             bucket.ids.append(first_id + offset)
@@ -286,7 +307,14 @@ class FusedOptimizer(Optimizer):
             return torch.tensor(lr, dtype=torch.float64)
         return lr if lr.device.type == "cpu" else lr.to(device)
 
-    def _measure(self, buckets, max_norm: float, eps: float, grad_scale, found_inf) -> tuple[Tensor, Tensor | None]:
+    def _measure(
+        self,
+        buckets: list[tuple[dict[str, Any], list[Bucket]]],
+        max_norm: float,
+        eps: float,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """One read of all gradients: (divisor that unscales and clips, found_inf)."""
         grads: dict[torch.device, list[Tensor]] = {}
         for _, members in buckets:
@@ -295,20 +323,14 @@ class FusedOptimizer(Optimizer):
         wanted = requested(self.param_groups[0]["backend"])
         stats = []
         for device, present in grads.items():
-            backend = choose("grad_norm", device.type, frozenset(g.dtype for g in present), wanted)
+            backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
             measure = implementation("grad_norm", backend)
             stats.append(measure(present, max_norm=max_norm, eps=eps, grad_scale=_to(grad_scale, device)))
         if not stats:
             return grad_scale, found_inf
-        first = stats[0]
-        if len(stats) > 1:
-            norm = torch.linalg.vector_norm(torch.stack([s[0].to(first.device) for s in stats]).double())
-            scale = torch.ones_like(norm) if grad_scale is None else _to(grad_scale, first.device).double().reshape(())
-            clip = max_norm / (norm + eps) if max_norm > 0.0 else torch.ones_like(norm)
-            divisor = torch.where(clip >= 1.0, scale, scale / clip)
-            first = torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
+        _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
         scaling_by_hand = grad_scale is not None and found_inf is None
-        return first[1], first[2] if scaling_by_hand else found_inf
+        return divisor, nonfinite if scaling_by_hand else found_inf
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
@@ -322,42 +344,25 @@ class FusedOptimizer(Optimizer):
             ValueError: another number of groups or of parameters; nothing is changed.
         """
         saved_groups = state_dict["param_groups"]
-        groups = [self._merge(current, saved) for current, saved in zip(self.param_groups, saved_groups, strict=False)]
+        groups = [merge_group(current, saved) for current, saved in zip(self.param_groups, saved_groups, strict=False)]
         groups += saved_groups[len(groups) :]  # torch reports the mismatch
         states: dict[Tensor, dict[str, Any]] = {}
         for current, group, saved in zip(self.param_groups, groups, saved_groups, strict=False):
             for p, key in zip(current["params"], saved["params"], strict=False):
                 if key in state_dict["state"]:
-                    states[p] = self._adopt(dict(state_dict["state"][key]), p, group, saved)
+                    states[p] = self._adopt(state_dict["state"][key], p, group, saved)
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         # torch casts states to their parameter's dtype: they come back as they were saved.
         for p, state in states.items():
             self.state[p] = state
         self._buckets.clear()
 
-    @staticmethod
-    def _merge(current: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-        """A saved group, completed by what it doesn't have, without the counters of official implementations."""
-        kept = {key: value for key, value in current.items() if key != "params"}
-        return kept | {key: value for key, value in saved.items() if key not in ("step", "buffer")}
-
     def _adopt(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-        """A saved state as this class keeps it: tensors of its own, and the step count as a tensor."""
-        names = self._state_names(group)
-        scale = (self._rule.scale,) if self._rule.scale else ()
-        missing = [name for name in (*names, *scale) if name not in state]
-        self._require(not missing, f"states {', '.join(names + scale)}", f"no {', '.join(missing)}", "Load a whole state.")
-        adopted: dict[str, Any] = {}
+        names, scale = self._state_names(group), self._rule.scale
+        adopted = adopt_tensors(self._name, state, p, names, () if scale is None else (scale,))
         if self.counts_steps or group["stochastic_rounding"]:
             count = state.get("step", saved.get("step", self._steps_of_uncounted()))
-            adopted["step"] = torch.as_tensor(count, dtype=torch.float32).reshape(()).to(p.device, copy=True)
-        for name in names:
-            value = torch.as_tensor(state[name])
-            fits = value.shape == p.shape
-            self._require(fits, f"{name} of shape {tuple(p.shape)}", tuple(value.shape), "Load the state of this model.")
-            adopted[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-        for name in scale:
-            adopted[name] = torch.as_tensor(state[name], dtype=torch.float32).reshape(()).to(p.device, copy=True)
+            adopted["step"] = scalar_like(count, p)
         return adopted
 
     def _steps_of_uncounted(self) -> float:
@@ -371,6 +376,16 @@ def _is_tensor(value: object) -> TypeGuard[Tensor]:
 
 def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device, non_blocking=True)
+
+
+def _join(stats: list[Tensor], max_norm: float, eps: float, grad_scale: Tensor | None) -> Tensor:
+    """What grad_norm would say of the gradients of several devices together, on the first of them."""
+    device = stats[0].device
+    norm = torch.linalg.vector_norm(torch.stack([s[0].to(device) for s in stats]).double())
+    scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(device).double().reshape(())
+    clip = max_norm / (norm + eps) if max_norm > 0.0 else torch.ones_like(norm)
+    divisor = torch.where(clip >= 1.0, scale, scale / clip)
+    return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
 
 
 def _is_dense(t: Tensor) -> bool:

@@ -12,7 +12,7 @@ from ._doc import shared_arguments
 
 @shared_arguments
 class DiffGrad(FusedOptimizer):
-    r"""diffGrad, Adam with a friction from the change of the gradient (arXiv 1909.11015), as the authors' second version.
+    r"""diffGrad, Adam with a friction from the gradient's change (arXiv 1909.11015), as the authors' second version.
 
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2, \quad

@@ -18,9 +18,9 @@ class LAMB(FusedOptimizer):
         u &= \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \\
         p &= p - \eta \frac{\|p\|}{\|u\|} u
 
-    The ratio is 1 where a norm is zero; norms are per tensor. Clipping to ``max_grad_norm`` before the moments is apex's
-    and NVLAMB's, not the paper's; 0 gives the paper's. apex's FusedLAMB leaves tensors without weight decay unadapted
-    by default: ``always_adapt=False``; the paper adapts all.
+    The ratio is 1 where a norm is zero; norms are per tensor. Clipping to ``max_grad_norm`` before the moments is
+    apex's and NVLAMB's, not the paper's; 0 gives the paper's. apex's FusedLAMB leaves tensors without weight decay
+    unadapted by default: ``always_adapt=False``; the paper adapts all.
 
     States per parameter: ``exp_avg``, ``exp_avg_sq`` and ``step``. State dicts of apex's FusedLAMB load.
 

@@ -22,7 +22,7 @@ class LARS(FusedOptimizer):
     paper. States per parameter: ``momentum_buffer``.
 
     Args:
-        params: parameters, or groups of them. Give biases and normalisations another optimizer, or a group of their own.
+        params: parameters, or groups of them. Give biases and normalisations another optimizer, or their own group.
         lr: global learning rate.
         momentum: decay rate of the momentum.
         weight_decay: weight decay, added to the gradient and to the norm that divides.

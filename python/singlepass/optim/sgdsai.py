@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._base import FusedOptimizer
+from ._base import Bucket, FusedOptimizer
 from ._doc import shared_arguments
 
 
@@ -76,7 +76,13 @@ class SGDSaI(FusedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum": group["momentum"], "weight_decay": group["weight_decay"]}
 
-    def _before_step(self, bucket, group: dict[str, Any], grad_scale, found_inf) -> bool:
+    def _before_step(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        grad_scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+    ) -> bool:
         fresh = [(p, g) for p, g in zip(bucket.params, bucket.grads, strict=True) if "gsnr" not in self.state[p]]
         if fresh and found_inf is not None and bool(found_inf):
             return False

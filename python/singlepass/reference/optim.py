@@ -10,7 +10,6 @@ here looks at a tensor's value from the host: the functions run under CUDA graph
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,8 +18,14 @@ from torch import Tensor
 from .._ops.optim import RULES
 from .philox import random_halves, stochastic_bfloat16
 
-Coefficients = SimpleNamespace
-States = list[Tensor]
+
+class Coefficients:
+    """Named numbers: Python's, or float64 tensors of no dimensions."""
+
+    def __init__(self, **values: Any) -> None:
+        self.names = tuple(values)
+        for name, value in values.items():
+            setattr(self, name, value)
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:
@@ -84,26 +89,28 @@ class AdaBelief:
         degenerated_to_sgd,
     ):
         correction1, correction2 = _bias_correction(beta1, step), _bias_correction(beta2, step)
-        c = Coefficients(
+        step_size = lr / correction1
+        root_correction2: Tensor | float = correction2.sqrt()
+        adaptive = None
+        if rectify:
+            n_max = 2.0 / (1.0 - beta2) - 1.0
+            n = n_max - 2.0 * step * (1.0 - correction2) / correction2
+            adaptive = n >= 5.0
+            root_correction2 = 1.0
+            ratio = correction2 * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0)
+            fallback = step_size if degenerated_to_sgd else torch.zeros_like(step_size)
+            step_size = torch.where(adaptive, step_size * ratio.abs().sqrt(), fallback)
+        return Coefficients(
             decay=1.0 - (1.0 if fixed_decay else lr) * weight_decay if decoupled_weight_decay else 1.0,
             coupled_decay=0.0 if decoupled_weight_decay else weight_decay,
-            step_size=lr / correction1,
-            root_correction2=correction2.sqrt(),
-            adaptive=None,
+            step_size=step_size,
+            root_correction2=root_correction2,
+            adaptive=adaptive,
             use_maximum=not rectify,
             beta1=beta1,
             beta2=beta2,
             eps=eps,
         )
-        if rectify:
-            n_max = 2.0 / (1.0 - beta2) - 1.0
-            n = n_max - 2.0 * step * (1.0 - correction2) / correction2
-            c.adaptive = n >= 5.0
-            c.root_correction2 = 1.0
-            ratio = correction2 * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0)
-            fallback = c.step_size if degenerated_to_sgd else torch.zeros_like(c.step_size)
-            c.step_size = torch.where(c.adaptive, c.step_size * ratio.abs().sqrt(), fallback)
-        return c
 
     @staticmethod
     def update(c, p, g, s):
@@ -222,7 +229,7 @@ class LARS:
 
 
 class SGDSaI:
-    """SGD-SaI, arXiv 2412.11768, as the authors' sgd_sai.py; ``scale`` is the tensor's gradient signal-to-noise ratio."""
+    """SGD-SaI, arXiv 2412.11768, as the authors' sgd_sai.py; ``scale`` is the tensor's signal-to-noise ratio."""
 
     @staticmethod
     def coefficients(lr, step, scale, *, momentum, weight_decay):
@@ -255,7 +262,7 @@ def _cast(c: Coefficients, dtype: torch.dtype, device: torch.device) -> Coeffici
             return value
         return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
 
-    return Coefficients(**{name: cast(value) for name, value in vars(c).items()})
+    return Coefficients(**{name: cast(getattr(c, name)) for name in c.names})
 
 
 def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
@@ -283,6 +290,7 @@ def _make_step(name: str) -> Callable[..., None]:
         **hyper: Any,
     ) -> None:
         *lists, steps, lr = args
+        lr = lr.reshape(())
         states = [values for values in lists[:state_count] if values]
         for i, p in enumerate(params):
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32

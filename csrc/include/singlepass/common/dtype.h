@@ -11,7 +11,9 @@ namespace singlepass {
 // Storage types of tensors. Arithmetic is float everywhere.
 enum class DType : uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-SINGLEPASS_HD int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+SINGLEPASS_HD int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 template <class To, class From>
 SINGLEPASS_HD To bit_cast(From from) {
@@ -21,9 +23,13 @@ SINGLEPASS_HD To bit_cast(From from) {
   return to;
 }
 
-SINGLEPASS_HD bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
+SINGLEPASS_HD bool is_finite(float x) {
+  return (bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
+}
 
-SINGLEPASS_HD float bfloat16_to_float(uint16_t h) { return bit_cast<float>(static_cast<uint32_t>(h) << 16); }
+SINGLEPASS_HD float bfloat16_to_float(uint16_t h) {
+  return bit_cast<float>(static_cast<uint32_t>(h) << 16);
+}
 
 // Round to nearest, ties to even; every NaN becomes the quiet one.
 SINGLEPASS_HD uint16_t float_to_bfloat16(float x) {

@@ -7,9 +7,13 @@
 
 namespace singlepass {
 
-SINGLEPASS_HD float sign(float x) { return static_cast<float>((x > 0.0f) - (x < 0.0f)); }
+SINGLEPASS_HD float sign(float x) {
+  return static_cast<float>((x > 0.0f) - (x < 0.0f));
+}
 
-SINGLEPASS_HD float maximum(float a, float b) { return a > b || a != a ? a : b; }
+SINGLEPASS_HD float maximum(float a, float b) {
+  return a > b || a != a ? a : b;
+}
 
 // exp(-a) for a >= 0 within 2 ulp, without a library call: it vectorises, and gives host and device the same bits.
 // exp(-a) = 2^n * exp(r), |r| <= ln(2)/2, with exp(r) by its Taylor polynomial of degree 7.

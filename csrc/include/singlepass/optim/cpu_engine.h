@@ -56,7 +56,9 @@ SINGLEPASS_TARGET_CLONES void run_elements(const typename Rule::Coefficients& c,
   run_elements<Rule, pass>(c, factor, n, p, g, states, terms0, terms1, std::make_index_sequence<Rule::kStates>{});
 }
 
-inline void* at(void* base, DType dtype, int64_t i) { return static_cast<char*>(base) + i * size_of(dtype); }
+inline void* at(void* base, DType dtype, int64_t i) {
+  return static_cast<char*>(base) + i * size_of(dtype);
+}
 
 // One tensor of a tile: its place in memory, and the floats that the rule works on.
 struct TileView {
@@ -92,7 +94,8 @@ void run_chunk(const TensorRecord& t, const typename Rule::Coefficients& c, cons
     TileView g(const_cast<void*>(t.grad), t.grad_dtype, start, n, buffers[1], kAccess.reads & kGrad);
     float* states[kMaxStates] = {};
     for (int k = 0; k < Rule::kStates; ++k) {
-      states[k] = TileView(t.state[k], t.state_dtype[k], start, n, buffers[2 + k], kAccess.reads & (kState << k)).values;
+      states[k] =
+          TileView(t.state[k], t.state_dtype[k], start, n, buffers[2 + k], kAccess.reads & (kState << k)).values;
     }
     run_elements<Rule, pass>(c, factor, n, p.values, g.values, states, terms[0], terms[1]);
     if constexpr (pass == kNormPass) {

@@ -157,7 +157,8 @@ struct Tile {
       store(encode<kWidth>(param, dtype(t.param_dtype), i, rounding), dtype(t.param_dtype), t.param, i);
     }
     if constexpr (kAccess.writes >= kState) {
-      (store(encode<kWidth>(state[K], dtype(t.state_dtype[K]), i, nearest), dtype(t.state_dtype[K]), t.state[K], i), ...);
+      (store(encode<kWidth>(state[K], dtype(t.state_dtype[K]), i, nearest), dtype(t.state_dtype[K]), t.state[K], i),
+       ...);
     }
   }
 };

@@ -24,13 +24,11 @@ struct DiffGrad {
 
   SINGLEPASS_HD static Coefficients coefficients(const Hyper& h, double lr, double step, double) {
     const double root_correction2 = sqrt(bias_correction(h.beta2, step));
-    return {static_cast<float>(h.weight_decay),
-            static_cast<float>(h.beta1),
-            static_cast<float>(1.0 - h.beta1),
-            static_cast<float>(h.beta2),
-            static_cast<float>(1.0 - h.beta2),
-            static_cast<float>(lr * root_correction2 / bias_correction(h.beta1, step)),
-            static_cast<float>(h.eps)};
+    return {
+        static_cast<float>(h.weight_decay), static_cast<float>(h.beta1),
+        static_cast<float>(1.0 - h.beta1),  static_cast<float>(h.beta2),
+        static_cast<float>(1.0 - h.beta2),  static_cast<float>(lr * root_correction2 / bias_correction(h.beta1, step)),
+        static_cast<float>(h.eps)};
   }
 
   SINGLEPASS_HD static void update(const Coefficients& c, float& p, float g, float* s) {

@@ -23,12 +23,9 @@ struct Lion {
   };
 
   SINGLEPASS_HD static Coefficients coefficients(const Hyper& h, double lr, double, double) {
-    return {static_cast<float>(lr),
-            static_cast<float>(1.0 - lr * h.weight_decay),
-            static_cast<float>(h.beta1),
-            static_cast<float>(1.0 - h.beta1),
-            static_cast<float>(h.beta2),
-            static_cast<float>(1.0 - h.beta2)};
+    return {static_cast<float>(lr),      static_cast<float>(1.0 - lr * h.weight_decay),
+            static_cast<float>(h.beta1), static_cast<float>(1.0 - h.beta1),
+            static_cast<float>(h.beta2), static_cast<float>(1.0 - h.beta2)};
   }
 
   SINGLEPASS_HD static void update(const Coefficients& c, float& p, float g, float* s) {

@@ -27,7 +27,9 @@ inline constexpr int kNorms = 2;
 // Bits that name the tensors of one parameter in Access masks; states follow: kState << 0, kState << 1, ...
 enum : uint32_t { kParam = 1, kGrad = 2, kState = 4 };
 
-constexpr uint32_t states(int count) { return ((1u << count) - 1u) * kState; }
+constexpr uint32_t states(int count) {
+  return ((1u << count) - 1u) * kState;
+}
 
 struct Access {
   uint32_t reads;
@@ -49,6 +51,8 @@ constexpr Access access() {
   }
 }
 
-SINGLEPASS_HD double bias_correction(double beta, double step) { return 1.0 - pow(beta, step); }
+SINGLEPASS_HD double bias_correction(double beta, double step) {
+  return 1.0 - pow(beta, step);
+}
 
 }  // namespace singlepass::optim

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved states as the optimizers keep them: in the dtypes they were saved with, and in tensors of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import require
+
+
+def merge_group(current: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group, completed by what it doesn't have, without the counters of official implementations."""
+    kept = {key: value for key, value in current.items() if key != "params"}
+    return kept | {key: value for key, value in saved.items() if key not in ("step", "buffer")}
+
+
+def adopt_tensors(
+    where: str, state: dict[str, Any], p: Tensor, names: tuple[str, ...], scales: tuple[str, ...]
+) -> dict[str, Any]:
+    """Copies of the named states, with the parameter's device and strides, and of its scalars.
+
+    Raises:
+        ValueError: a state that is missing, or of another shape than its parameter.
+    """
+    missing = [name for name in (*names, *scales) if name not in state]
+    require(
+        not missing, where, f"states {', '.join(names + scales)}", f"no {', '.join(missing)}", "Load a whole state."
+    )
+    adopted: dict[str, Any] = {}
+    for name in names:
+        value = torch.as_tensor(state[name])
+        got = tuple(value.shape)
+        require(value.shape == p.shape, where, f"{name} of shape {tuple(p.shape)}", got, "Load this model's state.")
+        adopted[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+    for name in scales:
+        adopted[name] = scalar_like(state[name], p)
+    return adopted
+
+
+def scalar_like(value: Any, p: Tensor) -> Tensor:
+    """A float32 tensor of no dimensions on the parameter's device."""
+    return torch.as_tensor(value, dtype=torch.float32).reshape(()).to(p.device, copy=True)
