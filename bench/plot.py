@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of a run: how far each implementation is from the one-pass floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import models
+from .results import Row, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Columns in the order of the bars: ours in a strong colour, the others lighter.
+STYLE = {
+    "native": ("singlepass", "#0072b2"),
+    "triton": ("singlepass (Triton)", "#56b4e9"),
+    "torch.optim": ("torch.optim", "#e69f00"),
+    "torch.compile": ("torch.compile of eager", "#f2d492"),
+    "peer": ("best other package", "#c9b3d9"),
+    "eager": ("eager PyTorch", "#c8c8c8"),
+}
+TITLES = {m.name: m.title for m in (models.GPT2_SMALL, models.VIT_B16, models.MANY_SMALL, models.TENSORS_300)}
+
+
+def bars(run: Run, size: str, dtype: str) -> dict[str, list[Row]]:
+    """The fastest row of each column, by optimizer."""
+    picked: dict[str, list[Row]] = {}
+    rows = [row for row in run.find(family="optim", size=size, dtype=dtype) if row.median is not None]
+    for op in dict.fromkeys(row.op for row in rows):
+        for column in STYLE:
+            found = [row for row in rows if row.op == op and row.column == column]
+            if found:
+                picked.setdefault(op, []).append(min(found, key=lambda row: row.median or 0.0))
+    return picked
+
+
+def draw(run: Run, path: Path, size: str = models.GPT2_SMALL.name, dtype: str = "float32") -> None:
+    """Write a bar chart as SVG, PNG or whatever else the suffix of `path` says."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = bars(run, size, dtype)
+    if not groups:
+        raise ValueError(f"bench plot: expected rows of {size} in {dtype}; got none. Run singlepass bench run first")
+    count = sum(map(len, groups.values()))
+    style: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "svg.hashsalt": "singlepass",
+        "svg.fonttype": "none",
+    }
+    with matplotlib.rc_context(style):
+        figure, axes = plt.subplots(figsize=(8, 1.6 + 0.17 * count + 0.12 * len(groups)), layout="constrained")
+        _bars(axes, groups)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        shown = [label for label, _ in STYLE.values() if label in handles]
+        figure.legend([handles[label] for label in shown], shown, loc="outside lower center", ncols=3, frameon=False)
+        title = TITLES.get(size, size)
+        axes.set_title(f"One optimizer step, {title}, {dtype}", loc="left", fontsize=12, fontweight="bold", pad=24)
+        axes.text(0, 1.012, run.device_line, transform=axes.transAxes, color="#555555", va="bottom")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+
+
+def _bars(axes: Axes, groups: dict[str, list[Row]]) -> None:
+    y, ticks, seen = 0.0, [], set()
+    for rows in groups.values():
+        top = y
+        for row in rows:
+            label, colour = STYLE[row.column]
+            times = row.times_floor or 0.0
+            axes.barh(y, times, height=0.9, color=colour, label=None if label in seen else label)
+            strong = "bold" if row.column == "native" else "normal"
+            axes.annotate(
+                f"{times:.2f}x" if times < 10 else f"{times:.0f}x",
+                (times, y),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                fontweight=strong,
+            )
+            seen.add(label)
+            y += 1
+        ticks.append((top + y - 1) / 2)
+        y += 0.7
+    axes.axvline(1.0, color="#333333", linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate("memory floor", (1.0, -1.0), (3, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(ticks, list(groups))
+    axes.set_ylim(y - 0.7, -1.4)
+    axes.margins(x=0.06)
+    axes.set_xlabel("time of a step, in multiples of the time that this machine takes to move its bytes once")
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)

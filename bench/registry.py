@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark case is: inputs, traffic of its floor, and the providers that compete on it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+FAMILIES = ("optim",)
+
+
+# Kinds of providers. A yardstick is another op than the case's own, for a bar that refers to it.
+COLUMNS = ("native", "triton", "eager", "torch.optim", "yardstick", "torch.compile", "peer")
+
+
+class Tier(IntEnum):
+    """How soon a provider is measured: a run that is short of time leaves out the later tiers."""
+
+    FUSED = 0  # ours and torch's own fused code
+    EAGER = 1  # plain PyTorch
+    COMPILED = 2  # by torch.compile, in seconds
+    PEER = 3  # other packages
+    SLOW = 4  # what compiles for long
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One trip through memory: the bytes of each stream that is only read, and of each that is read and written."""
+
+    reads: tuple[int, ...]
+    updates: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.reads) + 2 * sum(self.updates)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A provider ready to be timed. `before(i)` runs untimed ahead of the i-th call of `run`."""
+
+    run: Callable[[], object]
+    before: Callable[[int], None] = lambda i: None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The outcome of comparing a provider with the float64 reference on a small input.
+
+    `error` is the largest elementwise error in units of the allowed one: at most 1 means that it agrees.
+    """
+
+    error: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.error <= 1.0
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of a case.
+
+    name: identifier in results. column: one of `COLUMNS`; several variants of one kind share a column.
+    prepare: builds a `Step` from the case's inputs. gate: compares with the float64 reference on a small input.
+    why_not: the reason why it cannot run on a device, or None.
+    differs: how the formula of a peer differs from ours; None where the gate must agree.
+    footprint: bytes that it holds while it is timed, temporaries included.
+    first_calls: calls until states are made and code is compiled.
+    """
+
+    name: str
+    column: str
+    tier: Tier
+    prepare: Callable[[Any], Step]
+    gate: Callable[[torch.device], Gate]
+    why_not: Callable[[torch.device], str | None] = lambda device: None
+    differs: str | None = None
+    footprint: int = 0
+    first_calls: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one input.
+
+    ops: the registered ops that are measured. passes: the traffic of the one-pass floor. flops: arithmetic of one call.
+    elements: elements of the input (parameters, for an optimizer); their bytes are `input_bytes`.
+    tensors: how many tensors the call works on. rank: cases of a higher one get their later tiers last.
+    """
+
+    family: str
+    op: str
+    size: str
+    dtype: torch.dtype
+    ops: tuple[str, ...]
+    passes: tuple[Pass, ...]
+    flops: int
+    elements: int
+    input_bytes: int
+    tensors: int
+    inputs: Callable[[torch.device], Any]
+    providers: tuple[Provider, ...] = field(repr=False)
+    rank: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}/{self.op}/{self.size}/{dtype_name(self.dtype)}"
+
+    @property
+    def bytes(self) -> int:
+        """Floor traffic in bytes."""
+        return sum(p.bytes for p in self.passes)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """All cases of all families that make sense on a device."""
+    for family in FAMILIES:
+        module = importlib.import_module(f".cases.{family}", __package__)
+        yield from module.cases(device)

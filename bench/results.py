@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Result files: one JSON for each run, with everything needed to judge its numbers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+RESULTS = Path("bench/results")
+PACKAGES = ("singlepass", "torch", "triton", "numpy", "pytorch_optimizer", "lion-pytorch", "adabelief-pytorch")
+
+
+@dataclass
+class Row:
+    """One provider of one case. Times in milliseconds; `ms` and `floor_ms` have the keys q20, q50, q80 and n.
+
+    status: "ok", "unavailable" (see `reason`), "skipped" (out of time) or "wrong" (failed the gate, hence not timed).
+    gate_error: largest error against the float64 reference, in units of the allowed one.
+    differs: for a peer whose formula is another one, how it differs.
+    startup_s: seconds in the gate and in the first calls, which make states and compile.
+    extra_bytes: peak memory of a call above parameters, gradients and states. host_us, launches: GPU only.
+    """
+
+    family: str
+    op: str
+    size: str
+    dtype: str
+    provider: str
+    column: str
+    status: str
+    reason: str | None = None
+    differs: str | None = None
+    gate_error: float | None = None
+    elements: int = 0
+    tensors: int = 0
+    input_bytes: int = 0
+    bytes: int = 0
+    flops: int = 0
+    ms: dict[str, float] | None = None
+    floor_ms: dict[str, float] | None = None
+    startup_s: float | None = None
+    extra_bytes: int | None = None
+    host_us: float | None = None
+    launches: int | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.family, self.op, self.size, self.dtype, self.provider
+
+    @property
+    def median(self) -> float | None:
+        return self.ms["q50"] if self.ms else None
+
+    @property
+    def times_floor(self) -> float | None:
+        return self.ms["q50"] / self.floor_ms["q50"] if self.ms and self.floor_ms else None
+
+    @property
+    def gbps(self) -> float | None:
+        """Floor bytes over time: what the step would move if it moved nothing twice."""
+        return self.bytes / self.ms["q50"] / 1e6 if self.ms else None
+
+
+@dataclass
+class Run:
+    """All rows of a run and the machine that they were measured on."""
+
+    date: str
+    commit: str | None
+    dirty: bool
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    copy_gbps: float
+    budget_s: float | None
+    seconds: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def device_line(self) -> str:
+        """What a plot says under its title."""
+        m = self.machine
+        threads = f", {m['threads']} threads" if m["kind"] == "cpu" else ""
+        return f"{m['device']}{threads}, torch {self.versions['torch']}, {self.date[:10]}"
+
+    def find(self, **want: str) -> list[Row]:
+        return [row for row in self.rows if all(getattr(row, key) == value for key, value in want.items())]
+
+    def save(self, folder: Path = RESULTS) -> Path:
+        name = f"{self.date[:16].replace(':', '')}-{self.commit or self.versions['singlepass'] or 'unknown'}.json"
+        path = folder / slug(self.machine) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=1) + "\n")
+        return path
+
+
+def load(path: Path) -> Run:
+    data = json.loads(path.read_text())
+    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
+        raise ValueError(
+            f"bench: expected a result file of schema {SCHEMA}; got {path}. Measure again with singlepass bench run"
+        )
+    rows = [Row(**row) for row in data.pop("rows")]
+    return Run(**data, rows=rows)
+
+
+def newest(kind: str, folder: Path = RESULTS) -> Run | None:
+    """The latest run on a kind of device ("cpu" or "cuda"), or None."""
+    runs = [run for run in map(load, folder.glob("*/*.json")) if run.machine["kind"] == kind]
+    return max(runs, key=lambda run: run.date, default=None)
+
+
+def start(device: torch.device, copy_gbps: float, budget_s: float | None) -> Run:
+    """An empty run, with the facts of this machine."""
+    commit, dirty = git_state()
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Run(now, commit, dirty, machine(device), versions(), copy_gbps, budget_s)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "kind": device.type,
+        "device": cpu_model(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "device_memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "driver": nvidia_driver(),
+        }
+    return facts
+
+
+def cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def nvidia_driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {package: version(package) for package in PACKAGES}
+
+
+def git_state() -> tuple[str | None, bool]:
+    """Short commit of the source tree and whether tracked files differ from it; (None, False) outside of one."""
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / "csrc" / "sources.json").exists() and (root / ".git").exists():
+            try:
+                commit = _git(root, "rev-parse", "--short", "HEAD")
+                return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+            except (OSError, subprocess.CalledProcessError):
+                break
+    return None, False
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """Folder name of a device."""
+    threads = f"-{machine['threads']}-threads" if machine["kind"] == "cpu" else ""
+    return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-") + threads

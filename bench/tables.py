@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of a run: one text grid, shown by rich or written as Markdown between marker comments of the docs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .checks import Check, check
+from .registry import dtype_name
+from .results import Row, Run
+
+NOT_MEASURED = "not measured"
+
+MARKER = re.compile(
+    r"(<!-- bench:(?P<name>[\w-]+)(?P<options>(?: [\w-]+=\S+)*) -->\n)(?P<old>.*?)(<!-- /bench -->)", re.S
+)
+
+
+@dataclass
+class Grid:
+    title: str
+    head: list[str]
+    lines: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        align = [":--"] + ["--:"] * (len(self.head) - 1)
+        rows = [self.head, align, *self.lines]
+        text = [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
+        return "\n".join(text + ([""] + [f"{note}  " for note in self.notes] if self.notes else [])) + "\n"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return "–"
+    decimals = max(0, digits - len(str(int(abs(value))))) if abs(value) >= 1 else digits - 1
+    return f"{value:,.{decimals}f}"
+
+
+def size_of(count: int | None) -> str:
+    """Bytes in MiB, as memory is allocated."""
+    return "–" if count is None else f"{count / 2**20:,.1f} MiB"
+
+
+class Notes:
+    """Footnotes in the order of their first use; equal ones share a mark."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f" [{self.texts.index(text) + 1}]"
+
+
+def cell(rows: list[Row], notes: Notes, show_name: bool = False) -> str:
+    """The fastest of the rows, or why there is none."""
+    done = [row for row in rows if row.median is not None]
+    if not done:
+        reasons = dict.fromkeys(row.reason or row.status for row in rows)
+        return "; ".join(r if len(r) < 24 else "failed" + notes.mark(r) for r in reasons) or "–"
+    best = min(done, key=lambda row: row.median or 0.0)
+    name = f" ({best.provider})" if show_name else ""
+    differs = notes.mark(f"{best.provider} computes something else: {best.differs}.") if best.differs else ""
+    return f"{number(best.median)}{name}{differs}"
+
+
+def optimizer_grid(run: Run, size: str, dtype: str) -> Grid:
+    """Milliseconds of one step by provider, for one model."""
+    rows = run.find(family="optim", size=size, dtype=dtype)
+    on_gpu = run.machine["kind"] == "cuda"
+    many = any(row.column == "yardstick" for row in rows)
+    columns = {"eager": "eager", "torch.optim": "torch.optim", "torch.compile": "torch.compile", "peer": "best peer"}
+    if on_gpu:
+        columns = {"triton": "Triton"} | columns
+    if many:
+        columns["yardstick"] = "torch fused AdamW"
+    head = [
+        "optimizer",
+        "floor",
+        "**singlepass**",
+        "x floor",
+        "GB/s",
+        *columns.values(),
+        "eager / ours",
+        "extra memory",
+        "eager's",
+    ]
+    if on_gpu:
+        head += ["launches", "host us"]
+    grid, notes = Grid(f"{size}, {dtype}: ms per step", head), Notes()
+    for op in dict.fromkeys(row.op for row in rows):
+        by_column: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.op == op:
+                by_column.setdefault(row.column, []).append(row)
+        native, eager = (next(iter(by_column.get(name, [])), None) for name in ("native", "eager"))
+        measured = native if native and native.median else None
+        faster = eager.median / measured.median if eager and eager.median and measured and measured.median else None
+        line = [op, number(measured.floor_ms["q50"] if measured and measured.floor_ms else None)]
+        line += [cell(by_column.get("native", []), notes), number(measured.times_floor if measured else None)]
+        line += [number(measured.gbps if measured else None)]
+        line += [cell(by_column.get(name, []), notes, name in ("torch.optim", "peer")) for name in columns]
+        line += [f"{faster:.1f}x" if faster else "–"]
+        line += [size_of(row.extra_bytes if row else None) for row in (native, eager)]
+        if on_gpu:
+            line += [number(measured.launches if measured else None), number(measured.host_us if measured else None)]
+        grid.lines.append(line)
+    grid.notes = [f"[{i}] {text}" for i, text in enumerate(notes.texts, 1)]
+    return grid
+
+
+def grids(run: Run, **want: str) -> list[Grid]:
+    """One grid for each model and dtype of a run, or for those that are wanted."""
+    keys = dict.fromkeys((row.size, row.dtype) for row in run.find(family="optim", **want))
+    return [optimizer_grid(run, size, dtype) for size, dtype in keys]
+
+
+def check_grid(checks: list[Check]) -> Grid:
+    grid = Grid("Bars", ["bar", "case", "measured", "allowed", "verdict"])
+    for c in checks:
+        grid.lines.append([c.bar, c.case, number(c.value), f"{'>=' if c.at_least else '<='} {c.limit:g}", c.verdict])
+    return grid
+
+
+def traffic_grid() -> Grid:
+    """The passes of each optimizer's floor and their bytes for a parameter."""
+    from .cases.optim import RULES
+
+    dtypes = (torch.float32, torch.bfloat16)
+    head = ["optimizer", "passes: read only / read and written", *(f"p, g, h in {dtype_name(d)}" for d in dtypes)]
+    grid = Grid("Bytes of a step for each parameter", head)
+    for rule in RULES:
+        passes = "; ".join(" / ".join(" ".join(letters) or "–" for letters in p) for p in rule.passes)
+        grid.lines.append([rule.name, passes, *(str(sum(p.bytes for p in rule.traffic(1, d))) for d in dtypes)])
+    return grid
+
+
+def machine_line(run: Run) -> str:
+    commit = f"commit {run.commit}{' with local changes' if run.dirty else ''}" if run.commit else "no commit"
+    return f"{run.device_line}; copy bandwidth {run.copy_gbps:.0f} GB/s; {commit}."
+
+
+def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[Run, dict[str, str]], str]) -> str:
+    """The generated text of one marker. `draw` makes a plot and returns the Markdown that shows it."""
+    if name == "traffic":
+        return traffic_grid().markdown()
+    if run is None:
+        return f"{NOT_MEASURED}\n"
+    if name == "machine":
+        return machine_line(run) + "\n"
+    if name == "checks":
+        return check_grid(check(run)).markdown()
+    if name == "plot":
+        return draw(run, options) + "\n"
+    if name == "optim":
+        picked = grids(run, **{key: value for key, value in options.items() if key in ("size", "dtype")})
+        return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
+    raise ValueError(
+        f"bench table: expected a marker machine, checks, traffic, plot or optim; got {name!r}. Correct the marker"
+    )
+
+
+def inject(path: Path, runs: dict[str, Run | None], draw: Callable[[Path, Run, dict[str, str]], str]) -> int:
+    """Rewrite every marked block of a file; returns how many there are.
+
+    A marker reads `<!-- bench:NAME device=cpu size=gpt2-small -->` and ends at `<!-- /bench -->`. `runs` maps a kind of
+    device to its run, or to None where none exists.
+    """
+    found = 0
+
+    def fill(match: re.Match[str]) -> str:
+        nonlocal found
+        found += 1
+        options = dict(option.split("=", 1) for option in match["options"].split())
+        run = runs.get(options.get("device", "cpu"))
+        return match[1] + block(match["name"], options, run, lambda r, o: draw(path, r, o)) + match[5]
+
+    text = MARKER.sub(fill, path.read_text())
+    path.write_text(text)
+    return found

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from singlepass.bench import checks, results, tables
+from singlepass.bench.plot import draw
+from singlepass.bench.results import Row, Run
+
+MakeRow = Callable[..., Row]
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def good_run(make_row: MakeRow, make_run: MakeRun) -> Run:
+    rows = [
+        make_row("AdamW", "native", 82.0),
+        make_row("AdamW", "torch-fused", 83.0),
+        make_row("AdamW", "eager", 1000.0),
+        make_row("Lion", "native", 60.0, floor=55.0),
+        make_row("Lion", "eager", 900.0, floor=55.0, extra_bytes=300 << 20),
+        make_row("Lion", "pytorch_optimizer-loop", 400.0, floor=55.0, column="peer"),
+        make_row("Lion", "pytorch_optimizer-foreach", 200.0, floor=55.0, column="peer", differs="no decay"),
+        make_row("Lion", "compile", 120.0, floor=55.0),
+    ]
+    return make_run(rows)
+
+
+def verdicts(run: Run) -> dict[tuple[str, str], bool | None]:
+    return {(c.bar, c.case.split()[0]): c.holds for c in checks.check(run)}
+
+
+def replace_row(run: Run, new: Row) -> None:
+    run.rows = [new if row.key == new.key else row for row in run.rows]
+
+
+def test_all_bars_hold(good_run: Run) -> None:
+    found = verdicts(good_run)
+    assert set(found.values()) == {True}
+    assert checks.exit_status(checks.check(good_run)) == 0
+    assert {bar for bar, op in found if op == "Lion"} == {
+        "times the floor",
+        "times faster than eager",
+        "time over pytorch_optimizer's best",
+        "time over torch.compile",
+        "extra memory over allowed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("op", "provider", "change", "bar"),
+    [
+        ("AdamW", "native", {"ms": 101.0}, "times the floor"),
+        ("AdamW", "torch-fused", {"ms": 81.0}, "time over torch fused"),
+        ("Lion", "eager", {"ms": 179.0}, "times faster than eager"),
+        ("Lion", "pytorch_optimizer-loop", {"ms": 59.0}, "time over pytorch_optimizer's best"),
+        ("Lion", "compile", {"ms": 59.0}, "time over torch.compile"),
+        ("Lion", "native", {"ms": 60.0, "extra_bytes": 3 << 20}, "extra memory over allowed"),
+    ],
+)
+def test_each_bar_can_fail(
+    good_run: Run, make_row: MakeRow, op: str, provider: str, change: dict[str, float], bar: str
+) -> None:
+    floor = 80.0 if op == "AdamW" else 55.0
+    replace_row(good_run, make_row(op, provider, **({"floor": floor} | change)))
+    assert verdicts(good_run)[bar, op] is False
+    assert checks.exit_status(checks.check(good_run)) == 1
+
+
+def test_what_is_not_measured_neither_holds_nor_fails(good_run: Run, make_row: MakeRow) -> None:
+    replace_row(good_run, make_row("Lion", "compile", None, reason="out of time"))
+    assert verdicts(good_run)["time over torch.compile", "Lion"] is None
+    assert checks.exit_status(checks.check(good_run)) == 2
+    assert checks.exit_status([]) == 2
+
+
+def test_a_rival_left_out_can_only_fail_a_bar(good_run: Run, make_row: MakeRow) -> None:
+    skipped = make_row("Lion", "compile-whole", None, column="torch.compile", status="skipped", reason="out of time")
+    good_run.rows.append(skipped)
+    assert verdicts(good_run)["time over torch.compile", "Lion"] is None
+    replace_row(good_run, make_row("Lion", "compile", 50.0))
+    assert verdicts(good_run)["time over torch.compile", "Lion"] is False
+
+
+def test_many_small_tensors(make_row: MakeRow, make_run: MakeRun) -> None:
+    rows = [
+        make_row("Lion", "native", 4.0, size="1000x1000"),
+        make_row("Lion", "torch-fused-adamw", 2.1, size="1000x1000", column="yardstick"),
+    ]
+    assert verdicts(make_run(rows)) == {("time over torch fused AdamW", "Lion"): True}
+    replace_row(run := make_run(rows), make_row("Lion", "native", 4.3, size="1000x1000"))
+    assert verdicts(run) == {("time over torch fused AdamW", "Lion"): False}
+
+
+def test_gpu_bars(make_row: MakeRow, make_run: MakeRun) -> None:
+    def found(ms: float, **values: float) -> dict[str, bool | None]:
+        facts = {"launches": 1, "host_us": 60.0} | values
+        row = make_row("AdamW", "native", ms, size="300-tensors", **facts)
+        return {bar: holds for (bar, _), holds in verdicts(make_run([row], kind="cuda")).items()}
+
+    # 28 bytes for each of 124M parameters at the copy bandwidth of 40 GB/s take 86.8 ms.
+    assert set(found(100.0).values()) == {True}
+    assert found(105.0)["share of copy bandwidth"] is False
+    assert found(100.0, launches=2)["launches"] is False
+    assert found(100.0, host_us=120.0)["host microseconds"] is False
+
+
+def test_table_shows_best_peer_and_how_it_differs(good_run: Run) -> None:
+    text = tables.optimizer_grid(good_run, "gpt2-small", "float32").markdown()
+    lion = next(line for line in text.splitlines() if line.startswith("| Lion"))
+    assert "200 (pytorch_optimizer-foreach) [1]" in lion
+    assert "15.0x" in lion
+    assert "300.0 MiB" in lion
+    assert "[1] pytorch_optimizer-foreach computes something else: no decay." in text
+
+
+def test_table_says_why_nothing_is_there(good_run: Run, make_row: MakeRow) -> None:
+    replace_row(good_run, make_row("Lion", "compile", None, reason="out of time"))
+    text = tables.optimizer_grid(good_run, "gpt2-small", "float32").markdown()
+    assert "| out of time |" in next(line for line in text.splitlines() if line.startswith("| Lion"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0.25, "0.25"), (1.0, "1.00"), (81.94, "81.9"), (1234.5, "1,234")]
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert tables.number(value) == text
+
+
+def test_marked_blocks_are_rewritten(good_run: Run, tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(
+        "before\n<!-- bench:optim size=gpt2-small -->\nold\n<!-- /bench -->\nbetween\n"
+        "<!-- bench:optim device=cuda -->\n<!-- /bench -->\n<!-- bench:plot path=p.svg -->\n<!-- /bench -->\nafter\n"
+    )
+    runs = {"cpu": good_run, "cuda": None}
+    drawn = []
+
+    def picture(path: Path, run: Run, options: dict[str, str]) -> str:
+        drawn.append(options)
+        return "![a plot](p.svg)"
+
+    assert tables.inject(document, runs, picture) == 3
+    once = document.read_text()
+    assert "old" not in once
+    assert "| AdamW |" in once
+    assert "<!-- bench:optim device=cuda -->\nnot measured\n<!-- /bench -->" in once
+    assert "![a plot](p.svg)" in once
+    assert drawn == [{"path": "p.svg"}]
+    assert once.startswith("before\n")
+    assert once.endswith("after\n")
+    tables.inject(document, runs, picture)
+    assert document.read_text() == once
+
+
+def test_unknown_marker(good_run: Run, tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text("<!-- bench:optin -->\n<!-- /bench -->\n")
+    with pytest.raises(ValueError, match="expected a marker machine, checks, traffic, plot or optim; got 'optin'"):
+        tables.inject(document, {"cpu": good_run}, lambda *_: "")
+
+
+def test_traffic_table() -> None:
+    text = tables.traffic_grid().markdown()
+    assert "| AdamW | g / p m v | 28 | 22 |" in text
+    assert "| LAMB | g / –; g p / m v; m v / p | 44 | 34 |" in text
+
+
+def test_results_come_back_as_saved(good_run: Run, tmp_path: Path) -> None:
+    path = good_run.save(tmp_path)
+    assert path == tmp_path / "some-processor-2-threads" / "2030-01-02T0304-abc1234.json"
+    assert results.load(path) == good_run
+
+
+def test_newest_of_a_kind(make_run: MakeRun, tmp_path: Path) -> None:
+    assert results.newest("cpu", tmp_path) is None
+    for date in ("2030-01-03", "2030-01-04", "2030-01-02"):
+        make_run([], date=f"{date}T00:00:00+00:00").save(tmp_path)
+    make_run([], kind="cuda", date="2030-01-09T00:00:00+00:00").save(tmp_path)
+    found = results.newest("cpu", tmp_path)
+    assert found is not None
+    assert found.date.startswith("2030-01-04")
+
+
+def test_other_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="expected a result file of schema 1"):
+        results.load(path)
+
+
+def test_facts_of_this_machine() -> None:
+    import torch
+
+    run = results.start(torch.device("cpu"), 1.0, None)
+    assert run.machine["device"]
+    assert run.machine["threads"] == torch.get_num_threads()
+    assert run.versions["torch"]
+
+
+def test_plot_names_device_and_optimizers(good_run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "plot.svg"
+    draw(good_run, path)
+    text = path.read_text()
+    for words in ("GPT-2 small", "Some Processor, 2 threads", "AdamW", "Lion", "singlepass", "1.09x"):
+        assert words in text
+    draw(good_run, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_nothing(good_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected rows of vit-b16"):
+        draw(good_run, tmp_path / "plot.svg", size="vit-b16")
