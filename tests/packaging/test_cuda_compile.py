@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA sources under the CUDA compiler, which needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHS = (80, 90, 100, 120)
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in /usr/local/cuda"),
+    pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on PATH"),
+]
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
+    build = ROOT / "build" / "cmake"
+    run("cmake", "-S", ROOT, "-B", build)
+    run("cmake", "--build", build, "--target", "cubin_check", "-j2")
+    kernels = json.loads((ROOT / "csrc" / "sources.json").read_text())["core_cuda"]
+    expected = {f"{Path(kernel).stem}.sm_{arch}.cubin" for kernel in kernels for arch in ARCHS}
+    assert expected <= {path.name for path in (build / "cubin").glob("*.cubin")}
+
+
+def test_registration_compiles_against_this_torch() -> None:
+    """Also where torch is built without CUDA, and no library can be linked."""
+    csrc = ROOT / "csrc"
+    flags = ["-std=c++20", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-DTORCH_STABLE_ONLY", "-DUSE_CUDA"]
+    folders = [csrc / "include", *include_paths("cpu"), cuda_headers()]
+    for source in json.loads((csrc / "sources.json").read_text())["torch_cuda"]:
+        run("c++", *flags, *(f"-I{folder}" for folder in folders), csrc / source)
+
+
+def cuda_headers() -> Path:
+    """Asked of nvcc itself, because what is on PATH may be a wrapper."""
+    dry_run = subprocess.run([str(NVCC), "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True)
+    (top,) = [line.removeprefix("#$ TOP=") for line in dry_run.stderr.splitlines() if line.startswith("#$ TOP=")]
+    return Path(top.strip()).resolve() / "include"

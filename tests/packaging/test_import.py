@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed package: it imports whatever state its libraries are in, and says what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPORT = """
+import dataclasses, json, pathlib
+import singlepass
+from singlepass import _native
+folder = pathlib.Path(singlepass.__file__).parent
+print(json.dumps({"folder": str(folder), "cpu": dataclasses.asdict(_native.status("cpu")),
+                  "cuda": dataclasses.asdict(_native.status("cuda"))}, default=str))
+"""
+Run = Callable[[str], str]
+
+
+@pytest.fixture
+def installed(clean_python: Run, tmp_path: Path) -> Iterator[Path]:
+    """The folder of the installed package. What a test does to it is undone."""
+    find = "import importlib.util; print(importlib.util.find_spec('singlepass').origin)"
+    folder = Path(clean_python(find)).parent
+    shutil.copytree(folder, tmp_path / "kept")
+    yield folder
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "kept", folder)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_imports_away_from_the_repository(clean_python: Run, root: Path) -> None:
+    report = json.loads(clean_python(REPORT))  # which also shows that importing prints nothing
+    assert not Path(report["folder"]).is_relative_to(root)
+    assert report["cpu"] == {"loaded": True, "path": f"{report['folder']}/_C_cpu.so", "reason": ""}
+    assert report["cuda"]["loaded"] or report["cuda"]["reason"]
+
+
+def test_console_script_is_installed(clean_python: Run) -> None:
+    code = "from importlib.metadata import distribution as d; print(*(e.load() for e in d('singlepass').entry_points))"
+    assert "function main" in clean_python(code)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (Path.unlink, "_C_cpu.so is not in"),
+        (lambda path: path.write_text("not a library " * 100), "invalid ELF header"),
+        (lambda path: path.write_bytes(b""), "file too short"),
+        (truncate, "is truncated"),
+    ],
+    ids=["missing", "garbage", "empty", "truncated"],
+)
+def test_a_broken_library_does_not_break_the_import(
+    clean_python: Run, installed: Path, damage: Callable[[Path], object], reason: str
+) -> None:
+    damage(installed / "_C_cpu.so")
+    status = json.loads(clean_python(REPORT))["cpu"]
+    assert not status["loaded"]
+    assert reason in status["reason"]
+    assert "\n" not in status["reason"]
+
+
+def test_a_library_of_another_cuda_major_is_not_loaded(clean_python: Run, installed: Path) -> None:
+    (installed / "_C_cuda.so").write_text("never opened")
+    (installed / "build_info.json").write_text(json.dumps({"torch": "2.10.0+cu110", "cuda": "11.0"}))
+    as_cuda_torch = "import torch; torch.version.cuda = '13.0'\n"
+    status = json.loads(clean_python(as_cuda_torch + REPORT))["cuda"]
+    assert not status["loaded"]
+    assert "is built for CUDA 11.0" in status["reason"]
+    assert "for CUDA 13.0" in status["reason"]

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One wheel for every Python and every torch: what must and what must not be in it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from elftools.elf.elffile import ELFFile
+from packaging.version import Version
+
+TORCH_FLOOR = "2.10"
+# What every torch brings or every Linux has; anything else would have to be bundled.
+SYSTEM = {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64"}
+ALLOWED = {"_C_cpu.so": SYSTEM | {"libtorch_cpu", "libc10"}}
+ALLOWED["_C_cuda.so"] = ALLOWED["_C_cpu.so"] | {"libtorch_cuda", "libcudart"}
+FOLDERS = {"": "python/singlepass", "triton_kernels/": "triton_kernels", "bench/": "bench"}
+
+
+def needed(library: Path) -> set[str]:
+    with library.open("rb") as file:
+        dynamic = ELFFile(file).get_section_by_name(".dynamic")
+        return {tag.needed.split(".so")[0] for tag in dynamic.iter_tags("DT_NEEDED")}
+
+
+def symbols(library: Path) -> dict[str, bool]:
+    """Dynamic symbols: name -> whether the library defines it."""
+    with library.open("rb") as file:
+        table = ELFFile(file).get_section_by_name(".dynsym")
+        return {symbol.name: symbol["st_shndx"] != "SHN_UNDEF" for symbol in table.iter_symbols() if symbol.name}
+
+
+def test_tag_names_no_python(wheel: Path) -> None:
+    assert re.fullmatch(r"singlepass-[^-]+-py3-none-linux_\w+\.whl", wheel.name)
+
+
+def test_one_top_level_name(wheel: Path) -> None:
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"singlepass"}
+
+
+def test_holds_exactly_the_modules_of_the_tree(wheel: Path, root: Path) -> None:
+    expected = {
+        f"singlepass/{package}{path.relative_to(root / folder).as_posix()}"
+        for package, folder in FOLDERS.items()
+        for path in (root / folder).rglob("*.py")
+    }
+    extras = {"singlepass/py.typed", "singlepass/build_info.json", "singlepass/_C_cpu.so", "singlepass/_C_cuda.so"}
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names - extras == expected
+    assert names >= {"singlepass/py.typed", "singlepass/build_info.json", "singlepass/_C_cpu.so"}
+
+
+def test_libraries_are_those_that_the_build_reports(unpacked: Path, libraries: list[Path]) -> None:
+    info = json.loads((unpacked / "singlepass" / "build_info.json").read_text())
+    assert [path.name for path in libraries] == ["_C_cpu.so"] + ["_C_cuda.so"] * (info["cuda"] is not None)
+    assert (info["cuda"] is None) == bool(info["cuda_reason"])
+
+
+def test_no_library_is_bundled_or_needed_beyond_torch_and_the_system(libraries: list[Path]) -> None:
+    for library in libraries:
+        assert needed(library) <= ALLOWED[library.name]
+
+
+def test_no_python_symbols(libraries: list[Path]) -> None:
+    for library in libraries:
+        assert not [name for name in symbols(library) if re.match(r"_?Py[A-Z_]", name)]
+
+
+def test_libtorch_is_used_through_its_c_shim_only(libraries: list[Path]) -> None:
+    cxx = re.compile(r"_ZN?[A-Z]*K?(2at|3c10|5torch|6caffe2)")
+    for library in libraries:
+        undefined = [name for name, defined in symbols(library).items() if not defined]
+        assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)
+        assert not [name for name in undefined if cxx.match(name)]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="torch-abi-audit needs Python 3.11")
+def test_stable_abi_at_the_torch_floor(libraries: list[Path]) -> None:
+    audit = pytest.importorskip("torch_abi_audit", reason="torch-abi-audit is not installed")
+    for library in libraries:
+        report = audit.inspect_extension(library)
+        assert report.error is None
+        assert report.torch.stable
+        assert Version(report.torch.min_torch_version) <= Version(TORCH_FLOOR)
+
+
+def test_nothing_is_exported(libraries: list[Path]) -> None:
+    for library in libraries:
+        assert not [name for name, defined in symbols(library).items() if defined]
+
+
+def test_metadata(unpacked: Path) -> None:
+    (metadata,) = unpacked.glob("*.dist-info/METADATA")
+    text = metadata.read_text()
+    required = [line.partition(": ")[2] for line in text.splitlines() if line.startswith("Requires-Dist")]
+    assert [line for line in required if "extra ==" not in line] == [f"torch>={TORCH_FLOOR}"]
+    assert "License-Expression: Apache-2.0" in text
+    assert (metadata.parent / "licenses" / "LICENSE").is_file()
