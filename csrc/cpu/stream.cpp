@@ -27,9 +27,11 @@ SINGLEPASS_TARGET_CLONES void stream_chunk(const float* const* reads, float* con
   } else {
 #pragma GCC ivdep
     for (int64_t i = begin; i < end; ++i) {
-      float sum = 0.0f;
+      // All loads before the first store: a load behind a store to the same offset in another page would wait for it.
+      float sum = 0.0f, values[kUpdates];
       for (int k = 0; k < kReads; ++k) sum += r[k][i];
-      for (int k = 0; k < kUpdates; ++k) u[k][i] += 0.0f * sum;
+      for (int k = 0; k < kUpdates; ++k) values[k] = u[k][i];
+      for (int k = 0; k < kUpdates; ++k) u[k][i] = values[k] + 0.0f * sum;
     }
   }
 }

@@ -131,6 +131,8 @@ class FusedOptimizer(Optimizer):
         """Adds a group, after checking its tensors and hyperparameters; nothing is added if one is refused."""
         group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError(message(self._name, "parameters in an order", "a set", "Use a list."))
         params = [params] if isinstance(params, Tensor) else list(params)
         tensors = [t for t in (entry[1] if isinstance(entry, tuple) else entry for entry in params) if _is_tensor(t)]
         for p in tensors:

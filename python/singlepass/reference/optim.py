@@ -40,7 +40,7 @@ class AdamW:
         return Coefficients(
             decay=1.0 - lr * weight_decay,
             step_size=lr / _bias_correction(beta1, step),
-            root_correction2=_bias_correction(beta2, step).sqrt(),
+            inverse_root2=_bias_correction(beta2, step).rsqrt(),
             beta1=beta1,
             beta2=beta2,
             eps=eps,
@@ -53,7 +53,7 @@ class AdamW:
         new = [m, v]
         if len(s) == 3:
             new.append(torch.maximum(s[2], v))
-        denominator = new[-1].sqrt() / c.root_correction2 + c.eps
+        denominator = new[-1].sqrt() * c.inverse_root2 + c.eps
         return p * c.decay - c.step_size * (m / denominator), new
 
 
@@ -90,13 +90,13 @@ class AdaBelief:
     ):
         correction1, correction2 = _bias_correction(beta1, step), _bias_correction(beta2, step)
         step_size = lr / correction1
-        root_correction2: Tensor | float = correction2.sqrt()
+        inverse_root2: Tensor | float = correction2.rsqrt()
         adaptive = None
         if rectify:
             n_max = 2.0 / (1.0 - beta2) - 1.0
             n = n_max - 2.0 * step * (1.0 - correction2) / correction2
             adaptive = n >= 5.0
-            root_correction2 = 1.0
+            inverse_root2 = 1.0
             ratio = correction2 * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0)
             fallback = step_size if degenerated_to_sgd else torch.zeros_like(step_size)
             step_size = torch.where(adaptive, step_size * ratio.abs().sqrt(), fallback)
@@ -104,7 +104,7 @@ class AdaBelief:
             decay=1.0 - (1.0 if fixed_decay else lr) * weight_decay if decoupled_weight_decay else 1.0,
             coupled_decay=0.0 if decoupled_weight_decay else weight_decay,
             step_size=step_size,
-            root_correction2=root_correction2,
+            inverse_root2=inverse_root2,
             adaptive=adaptive,
             use_maximum=not rectify,
             beta1=beta1,
@@ -122,7 +122,7 @@ class AdaBelief:
         if len(s) == 3:
             new.append(torch.maximum(s[2], v))
         variance = new[-1] if c.use_maximum else v
-        denominator = variance.sqrt() / c.root_correction2 + c.eps
+        denominator = variance.sqrt() * c.inverse_root2 + c.eps
         if c.adaptive is not None:
             denominator = torch.where(c.adaptive, denominator, torch.ones_like(denominator))
         return p * c.decay - c.step_size * (m / denominator), new
@@ -135,10 +135,10 @@ class Adan:
     def coefficients(lr, step, scale, *, beta1, beta2, beta3, eps, weight_decay, no_prox):
         return Coefficients(
             decay=1.0 - lr * weight_decay if no_prox else 1.0,
-            shrink=1.0 if no_prox else 1.0 + lr * weight_decay,
+            shrink=1.0 if no_prox else 1.0 / (1.0 + lr * weight_decay),
             step_size=lr / _bias_correction(beta1, step),
             difference_step_size=lr * beta2 / _bias_correction(beta2, step),
-            root_correction3=_bias_correction(beta3, step).sqrt(),
+            inverse_root3=_bias_correction(beta3, step).rsqrt(),
             first=step == 1.0,
             beta1=beta1,
             beta2=beta2,
@@ -153,9 +153,9 @@ class Adan:
         m = c.beta1 * s[0] + (1.0 - c.beta1) * g
         v = c.beta2 * s[1] + (1.0 - c.beta2) * difference
         n = c.beta3 * s[2] + (1.0 - c.beta3) * (lookahead * lookahead)
-        denominator = n.sqrt() / c.root_correction3 + c.eps
+        denominator = n.sqrt() * c.inverse_root3 + c.eps
         step = (c.step_size * m + c.difference_step_size * v) / denominator
-        return (p * c.decay - step) / c.shrink, [m, v, n, -g]
+        return (p * c.decay - step) * c.shrink, [m, v, n, -g]
 
 
 class DiffGrad:
@@ -192,8 +192,8 @@ class LAMB:
         return Coefficients(
             lr=lr,
             decay=weight_decay,
-            correction1=_bias_correction(beta1, step),
-            correction2=_bias_correction(beta2, step),
+            inverse1=1.0 / _bias_correction(beta1, step),
+            inverse2=1.0 / _bias_correction(beta2, step),
             adapt=always_adapt or weight_decay != 0.0,
             beta1=beta1,
             beta2=beta2,
@@ -204,7 +204,7 @@ class LAMB:
     def update(c, p, g, s):
         m = c.beta1 * s[0] + (1.0 - c.beta1) * g
         v = c.beta2 * s[1] + (1.0 - c.beta2) * (g * g)
-        u = (m / c.correction1) / ((v / c.correction2).sqrt() + c.eps) + c.decay * p
+        u = (m * c.inverse1) / ((v * c.inverse2).sqrt() + c.eps) + c.decay * p
         lr = c.lr
         if c.adapt:
             ratio = _norm(p) / _norm(u)

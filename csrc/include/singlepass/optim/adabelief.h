@@ -23,7 +23,7 @@ struct AdaBelief {
   using HyperTypes = std::tuple<double, double, double, double, bool, bool, bool, bool>;
 
   struct Coefficients {
-    float decay, coupled_decay, beta1, rest1, beta2, rest2, step_size, root_correction2, eps;
+    float decay, coupled_decay, beta1, rest1, beta2, rest2, step_size, inverse_root2, eps;
     bool adaptive, use_maximum;
   };
 
@@ -32,13 +32,13 @@ struct AdaBelief {
     const double correction1 = bias_correction(h.beta1, step);
     const double correction2 = bias_correction(h.beta2, step);
     double step_size = lr / correction1;
-    double root_correction2 = sqrt(correction2);
+    double inverse_root2 = 1.0 / sqrt(correction2);
     bool adaptive = true;
     if (h.rectify) {
       const double n_max = 2.0 / (1.0 - h.beta2) - 1.0;
       const double n = n_max - 2.0 * step * (1.0 - correction2) / correction2;
       adaptive = n >= 5.0;
-      root_correction2 = 1.0;  // the correction is part of the rectification
+      inverse_root2 = 1.0;  // the correction is part of the rectification
       if (adaptive) {
         step_size *= sqrt(correction2 * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0));
       } else if (!h.degenerated_to_sgd) {
@@ -52,7 +52,7 @@ struct AdaBelief {
             static_cast<float>(h.beta2),
             static_cast<float>(1.0 - h.beta2),
             static_cast<float>(step_size),
-            static_cast<float>(root_correction2),
+            static_cast<float>(inverse_root2),
             static_cast<float>(h.eps),
             adaptive,
             !h.rectify};
@@ -68,7 +68,7 @@ struct AdaBelief {
       s[2] = maximum(s[2], s[1]);
       variance = c.use_maximum ? s[2] : s[1];
     }
-    const float denominator = sqrtf(variance) / c.root_correction2 + c.eps;
+    const float denominator = sqrtf(variance) * c.inverse_root2 + c.eps;
     p = p * c.decay - c.step_size * (s[0] / (c.adaptive ? denominator : 1.0f));
   }
 };

@@ -20,7 +20,7 @@ struct AdamW {
   using HyperTypes = std::tuple<double, double, double, double>;
 
   struct Coefficients {
-    float decay, beta1, rest1, beta2, rest2, step_size, root_correction2, eps;
+    float decay, beta1, rest1, beta2, rest2, step_size, inverse_root2, eps;
   };
 
   SINGLEPASS_HD static Coefficients coefficients(const Hyper& h, double lr, double step, double) {
@@ -30,7 +30,7 @@ struct AdamW {
             static_cast<float>(h.beta2),
             static_cast<float>(1.0 - h.beta2),
             static_cast<float>(lr / bias_correction(h.beta1, step)),
-            static_cast<float>(sqrt(bias_correction(h.beta2, step))),
+            static_cast<float>(1.0 / sqrt(bias_correction(h.beta2, step))),
             static_cast<float>(h.eps)};
   }
 
@@ -39,7 +39,7 @@ struct AdamW {
     s[1] = c.beta2 * s[1] + c.rest2 * (g * g);
     float v = s[1];
     if constexpr (kAmsgrad) v = s[2] = maximum(s[2], s[1]);
-    const float denominator = sqrtf(v) / c.root_correction2 + c.eps;
+    const float denominator = sqrtf(v) * c.inverse_root2 + c.eps;
     p = p * c.decay - c.step_size * (s[0] / denominator);
   }
 };

@@ -21,14 +21,13 @@ struct Adan {
   using HyperTypes = std::tuple<double, double, double, double, double, bool>;
 
   struct Coefficients {
-    float decay, shrink, beta1, rest1, beta2, rest2, beta3, rest3, step_size, difference_step_size, root_correction3,
-        eps;
+    float decay, shrink, beta1, rest1, beta2, rest2, beta3, rest3, step_size, difference_step_size, inverse_root3, eps;
     bool first;
   };
 
   SINGLEPASS_HD static Coefficients coefficients(const Hyper& h, double lr, double step, double) {
     return {static_cast<float>(h.no_prox ? 1.0 - lr * h.weight_decay : 1.0),
-            static_cast<float>(h.no_prox ? 1.0 : 1.0 + lr * h.weight_decay),
+            static_cast<float>(h.no_prox ? 1.0 : 1.0 / (1.0 + lr * h.weight_decay)),
             static_cast<float>(h.beta1),
             static_cast<float>(1.0 - h.beta1),
             static_cast<float>(h.beta2),
@@ -37,7 +36,7 @@ struct Adan {
             static_cast<float>(1.0 - h.beta3),
             static_cast<float>(lr / bias_correction(h.beta1, step)),
             static_cast<float>(lr * h.beta2 / bias_correction(h.beta2, step)),
-            static_cast<float>(sqrt(bias_correction(h.beta3, step))),
+            static_cast<float>(1.0 / sqrt(bias_correction(h.beta3, step))),
             static_cast<float>(h.eps),
             step == 1.0};
   }
@@ -49,9 +48,9 @@ struct Adan {
     s[1] = c.beta2 * s[1] + c.rest2 * difference;
     s[2] = c.beta3 * s[2] + c.rest3 * (lookahead * lookahead);
     s[3] = -g;
-    const float denominator = sqrtf(s[2]) / c.root_correction3 + c.eps;
+    const float denominator = sqrtf(s[2]) * c.inverse_root3 + c.eps;
     const float step = (c.step_size * s[0] + c.difference_step_size * s[1]) / denominator;
-    p = (p * c.decay - step) / c.shrink;
+    p = (p * c.decay - step) * c.shrink;
   }
 };
 

@@ -22,7 +22,7 @@ struct Lamb {
   using HyperTypes = std::tuple<double, double, double, double, bool>;
 
   struct Coefficients {
-    float lr, decay, beta1, rest1, beta2, rest2, correction1, correction2, eps;
+    float lr, decay, beta1, rest1, beta2, rest2, inverse1, inverse2, eps;
   };
 
   SINGLEPASS_HD static Coefficients coefficients(const Hyper& h, double lr, double step, double) {
@@ -32,13 +32,13 @@ struct Lamb {
             static_cast<float>(1.0 - h.beta1),
             static_cast<float>(h.beta2),
             static_cast<float>(1.0 - h.beta2),
-            static_cast<float>(bias_correction(h.beta1, step)),
-            static_cast<float>(bias_correction(h.beta2, step)),
+            static_cast<float>(1.0 / bias_correction(h.beta1, step)),
+            static_cast<float>(1.0 / bias_correction(h.beta2, step)),
             static_cast<float>(h.eps)};
   }
 
   SINGLEPASS_HD static float direction(const Coefficients& c, float p, const float* s) {
-    return (s[0] / c.correction1) / (sqrtf(s[1] / c.correction2) + c.eps) + c.decay * p;
+    return (s[0] * c.inverse1) / (sqrtf(s[1] * c.inverse2) + c.eps) + c.decay * p;
   }
 
   SINGLEPASS_HD static void norm_terms(const Coefficients& c, float p, float g, float* s, float* terms) {
