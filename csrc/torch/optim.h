@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "arguments.h"
@@ -194,17 +195,20 @@ inline std::vector<TensorRecord> grad_records(const Tensors& grads, Tensors& kep
   return records;
 }
 
+template <class Engine, class Rule, class Library>
+void register_step(Library& m) {
+  if constexpr (requires { typename Rule::Plain; }) {
+    if constexpr (std::is_same_v<Rule, typename Rule::Plain>) return;  // runs under the op of the rule with a maximum
+  }
+  m.impl((std::string(Rule::kName) + "_step_").c_str(), TORCH_BOX((&StepOp<Engine, Rule>::call)));
+}
+
 // The engine's op for every rule, under its name in the schema.
 template <class Engine, class Library>
 void register_steps(Library& m) {
-  m.impl("adamw_step_", TORCH_BOX((&StepOp<Engine, optim::AdamW<true>>::call)));
-  m.impl("lion_step_", TORCH_BOX((&StepOp<Engine, optim::Lion>::call)));
-  m.impl("adabelief_step_", TORCH_BOX((&StepOp<Engine, optim::AdaBelief<true>>::call)));
-  m.impl("adan_step_", TORCH_BOX((&StepOp<Engine, optim::Adan>::call)));
-  m.impl("diffgrad_step_", TORCH_BOX((&StepOp<Engine, optim::DiffGrad>::call)));
-  m.impl("lamb_step_", TORCH_BOX((&StepOp<Engine, optim::Lamb>::call)));
-  m.impl("lars_step_", TORCH_BOX((&StepOp<Engine, optim::Lars>::call)));
-  m.impl("sgdsai_step_", TORCH_BOX((&StepOp<Engine, optim::SgdSaI>::call)));
+#define SINGLEPASS_REGISTER(...) register_step<Engine, __VA_ARGS__>(m);
+  SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_REGISTER)
+#undef SINGLEPASS_REGISTER
 }
 
 }  // namespace singlepass::registration
