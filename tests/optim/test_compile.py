@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.library's own checks of the ops, torch.compile, torch.export and vmap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from singlepass import optim
+from singlepass._ops import op
+
+from ..simt.truth import CASES, Case
+from ..tolerances import assert_same_bits
+from .steps import Mix, Place, each_case, each_kernel, hyper_of, make_tensors, normal, rule_of, set_grads
+from .trajectory import CLASSES, contents, give_grads, make_optimizer, make_params
+
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+one_case_a_rule = pytest.mark.parametrize("case", [c for c in CASES if not c.label], ids=lambda case: case.id)
+
+LAYOUTS = {"contiguous": lambda t: t, "permuted": lambda t: t.permute(2, 0, 1).contiguous().permute(1, 2, 0)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def arguments(case: Case, device: str, layout=LAYOUTS["contiguous"], mix: Mix | None = None):
+    tensors = make_tensors(case, [(3, 4, 5), (2, 1, 7)], mix or Mix(), device=device, like=layout)
+    set_grads(tensors, 1)
+    return tensors, (*tensors.arguments(case), torch.tensor(case.lr, dtype=torch.float64))
+
+
+@each_device
+@one_case_a_rule
+def test_step_ops_pass_opcheck(case: Case, device: str) -> None:
+    _, args = arguments(case, device)
+    torch.library.opcheck(op(rule_of(case).op_name), args, hyper_of(case, torch.float32))
+
+
+@each_device
+@one_case_a_rule
+def test_step_ops_pass_opcheck_with_every_option(case: Case, device: str) -> None:
+    _, args = arguments(case, device, LAYOUTS["permuted"], Mix(torch.bfloat16, torch.float16))
+    one = torch.ones((), device=device)
+    options = {"maximize": True, "seed": 3, "ids": [0, 1], "grad_scale": 2 * one, "found_inf": 0 * one}
+    torch.library.opcheck(op(rule_of(case).op_name), args, hyper_of(case, torch.float32) | options)
+
+
+@each_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grad_norm_passes_opcheck(layout: str, device: str) -> None:
+    grads = [LAYOUTS[layout](normal((3, 4, 5), i, device=device)) for i in range(3)]
+    torch.library.opcheck(op("grad_norm"), (grads,))
+    torch.library.opcheck(op("grad_norm"), (grads,), {"max_norm": 1.0, "grad_scale": torch.ones((), device=device)})
+
+
+@each_device
+def test_stream_passes_opcheck(device: str) -> None:
+    tensors = [normal((64,), i, device=device) for i in range(4)]
+    torch.library.opcheck(op("stream_"), (tensors[:2], tensors[2:]))
+
+
+@each_kernel
+@one_case_a_rule
+def test_step_ops_compile_into_one_graph(case: Case, place: Place) -> None:
+    tensors, args = arguments(case, place.device)
+    expected = tensors.clone()
+    hyper = hyper_of(case, torch.float32)
+
+    def step(*args: object) -> None:
+        op(rule_of(case).op_name)(*args, **hyper)
+
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
+    step(*expected.arguments(case), args[-1])
+    for a, b in zip(tensors.written(), expected.written(), strict=True):
+        assert_same_bits(a, b)
+
+
+COMPILED = [pytest.param(name, None, id=name) for name in sorted(CLASSES)]
+
+
+@each_kernel
+@pytest.mark.parametrize(("name", "dynamic"), [*COMPILED, pytest.param("adamw", True, id="adamw-dynamic")])
+def test_optimizer_steps_compile_into_one_graph(name: str, dynamic: bool | None, place: Place) -> None:
+    case = next(c for c in CASES if rule_of(c).name == name)
+    compiled_params, plain_params = (make_params([(5, 7), (64,), ()], device=place.device) for _ in range(2))
+    compiled, plain = (make_optimizer(case, ps, backend=place.backend) for ps in (compiled_params, plain_params))
+    step = torch.compile(compiled.step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for k in range(1, 5):
+        for params, do in ((compiled_params, step), (plain_params, plain.step)):
+            give_grads(params, k)
+            do()
+    expected = contents(plain)
+    for key, value in contents(compiled).items():
+        assert_same_bits(value, expected[key], key)
+
+
+def test_a_learning_rate_that_changes_does_not_compile_again() -> None:
+    params = make_params([(8,)])
+    lr = torch.tensor(1e-2)
+    optimizer = optim.AdamW(params, lr=lr)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
+    for k in range(1, 7):
+        give_grads(params, k)
+        step()
+        lr.mul_(0.9)
+    assert counter.frame_count <= 2  # states are made in the first step
+
+
+class Norm(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return op("grad_norm")([x], max_norm=1.0)
+
+
+class Step(torch.nn.Module):
+    def forward(self, p: Tensor, g: Tensor, m: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+        p, m = p.clone(), m.clone()
+        op("lion_step_")([p], [g], [m], [], lr, beta1=0.9, beta2=0.99, weight_decay=0.0)
+        return p, m
+
+
+@each_device
+def test_ops_export(device: str) -> None:
+    x = normal((5, 7), 1, device=device)
+    dynamic = {"x": {0: torch.export.Dim("rows", min=2, max=64)}}
+    norm = torch.export.export(Norm(), (x,), dynamic_shapes=dynamic)
+    for rows in (5, 9):
+        y = normal((rows, 7), 2, device=device)
+        torch.testing.assert_close(norm.module()(y), Norm()(y))
+    inputs = (normal((8,), 1, device=device), normal((8,), 2, device=device), torch.zeros(8, device=device), torch.tensor(1e-2))
+    step = torch.export.export(Step(), inputs)
+    for a, b in zip(step.module()(*inputs), Step()(*inputs), strict=True):
+        assert_same_bits(a, b)
+
+
+@one_case_a_rule
+def test_vmap_is_refused_clearly(case: Case) -> None:
+    """Per-example states make no step: a batching rule would have to invent a meaning."""
+    _, args = arguments(case, "cpu")
+    lists, lr = args[:-1], args[-1]
+    batched = [[t.unsqueeze(0).repeat(2, *[1] * t.dim()) for t in values] for values in lists]
+
+    def step(lists: list[list[Tensor]]) -> None:
+        op(rule_of(case).op_name)(*lists, lr, **hyper_of(case, torch.float32))
+
+    before = [t.clone() for values in batched for t in values]
+    with pytest.raises(RuntimeError, match=f"[Bb]atching rule not implemented for singlepass::{rule_of(case).op_name}"):
+        torch.vmap(step)(batched)
+    for t, old in zip((t for values in batched for t in values), before, strict=True):
+        assert torch.equal(t, old)
+
+
+@each_case
+def test_fakes_change_nothing(case: Case) -> None:
+    tensors, args = arguments(case, "cpu")
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [[mode.from_tensor(t) for t in values] for values in args[:-1]]
+        assert op(rule_of(case).op_name)(*fakes, mode.from_tensor(args[-1]), **hyper_of(case, torch.float32)) is None
+        norm = op("grad_norm")(fakes[1])
+        assert (norm.shape, norm.dtype, norm.device.type) == ((3,), torch.float32, "cpu")
+    assert torch.equal(tensors.steps[0], torch.zeros(()))

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs: the automatic order, its one line in the log, strict wishes, and the reasons against a backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from singlepass import _dispatch, _native, optim
+
+FLOAT32 = frozenset((torch.float32,))
+OP = "lion_step_"
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test finds out for itself what can run, and has the log to itself."""
+    monkeypatch.setattr(_dispatch, "_obstacles", {})
+    monkeypatch.setattr(_dispatch, "_logged", set())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, cpu: bool = True, cuda: bool = True, triton: bool = True) -> None:
+    """Libraries and Triton as if they were there, or not."""
+    there = {"cpu": cpu, "cuda": cuda}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        _native,
+        "status",
+        lambda device: _native.LibraryStatus(there[device], Path("x.so"), "" if there[device] else "not built"),
+    )
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: (object() if triton else None) if name == "triton" else find(name)
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "expected"),
+    [
+        ("cpu", {}, "native"),
+        ("cpu", {"cpu": False}, "eager"),
+        ("cuda", {}, "native"),
+        ("cuda", {"cuda": False}, "triton"),
+        ("cuda", {"cuda": False, "triton": False}, "eager"),
+        ("mps", {}, "eager"),
+        ("meta", {}, "eager"),
+    ],
+)
+def test_the_automatic_order(monkeypatch: pytest.MonkeyPatch, device: str, there: dict[str, bool], expected: str) -> None:
+    pretend(monkeypatch, **there)
+    assert _dispatch.choose(OP, device, FLOAT32, None) == expected
+
+
+@pytest.mark.parametrize("dtypes", [{torch.float64}, {torch.float32, torch.float64}], ids=str)
+def test_dtypes_that_kernels_do_not_take_go_to_eager(dtypes: set[torch.dtype]) -> None:
+    assert _dispatch.choose(OP, "cpu", frozenset(dtypes), None) == "eager"
+    with pytest.raises(RuntimeError, match="not torch.float64"):
+        _dispatch.choose(OP, "cpu", frozenset(dtypes), "native")
+
+
+def test_the_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pretend(monkeypatch, cuda=False)
+    with caplog.at_level(logging.INFO, "singlepass"):
+        for _ in range(3):
+            _dispatch.choose(OP, "cuda", FLOAT32, None)
+            _dispatch.choose(OP, "cpu", FLOAT32, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "lion_step_ on cuda: triton; native: not built",
+        "lion_step_ on cpu: native",
+    ]
+
+
+def test_steps_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with caplog.at_level(logging.INFO, "singlepass"):
+        for _ in range(2):
+            optimizer = optim.Lion([p])
+            for _ in range(2):
+                optimizer.step()
+    assert [record.getMessage() for record in caplog.records] == ["lion_step_ on cpu: native"]
+
+
+def test_an_explicit_choice_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "singlepass"):
+        _dispatch.choose(OP, "cpu", FLOAT32, "eager")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "reason"),
+    [
+        ("native", "mps", "there is no native library for mps"),
+        ("triton", "cpu", "Triton kernels run on cuda, not on cpu"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_refused(monkeypatch, backend: str, device: str, reason: str) -> None:
+    pretend(monkeypatch)
+    with pytest.raises(RuntimeError, match=rf"^{OP}: expected backend '{backend}' to be usable; got {reason}\. "):
+        _dispatch.choose(OP, device, FLOAT32, backend)
+    assert _dispatch.rejection(OP, backend, device) == reason
+
+
+def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cpu=False, cuda=False, triton=False)
+    assert _dispatch.rejection(OP, "native", "cpu") == "not built"
+    assert _dispatch.rejection(OP, "native", "cuda") == "not built"
+    assert _dispatch.rejection(OP, "triton", "cuda") == "triton is not installed"
+    assert _dispatch.rejection("stream_", "triton", "cuda") == "there is no Triton kernel for this op"
+    assert _dispatch.rejection(OP, "eager", "anything") is None
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^lion_step_: expected backend among native, triton, eager; got 'fpga'\. "):
+        _dispatch.choose(OP, "cpu", FLOAT32, "fpga")
+
+
+@pytest.mark.parametrize("environment", ["triton", "fpga"])
+def test_the_environment_is_as_strict(monkeypatch: pytest.MonkeyPatch, environment: str) -> None:
+    monkeypatch.setenv("SINGLEPASS_BACKEND", environment)
+    with pytest.raises((RuntimeError, ValueError), match=environment):
+        optim.Lion([torch.nn.Parameter(torch.ones(3))])
+
+
+@pytest.mark.parametrize(
+    ("environment", "argument", "expected"),
+    [
+        (None, None, None),
+        ("", None, None),
+        ("eager", None, "eager"),
+        ("eager", "native", "native"),
+    ],
+)
+def test_the_argument_goes_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, environment: str | None, argument: str | None, expected: str | None
+) -> None:
+    if environment is not None:
+        monkeypatch.setenv("SINGLEPASS_BACKEND", environment)
+    assert _dispatch.requested(argument) == expected
+
+
+@pytest.mark.parametrize("by", ["argument", "environment"])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_the_wish_is_what_runs(monkeypatch: pytest.MonkeyPatch, backend: str, by: str) -> None:
+    calls: list[str] = []
+    for name in ("native", "eager"):
+        function = _dispatch.implementation(OP, name)
+        spy = lambda *a, _name=name, _function=function, **k: (calls.append(_name), _function(*a, **k))[0]  # noqa: E731
+        monkeypatch.setitem(_dispatch._implementations, (OP, name), spy)
+    if by == "environment":
+        monkeypatch.setenv("SINGLEPASS_BACKEND", backend)
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optim.Lion([p], backend=backend if by == "argument" else None).step()
+    assert calls == [backend]
+
+
+def test_every_implementation_can_be_called_directly() -> None:
+    for name in _dispatch.ops():
+        for backend in ("native", "eager"):
+            assert callable(_dispatch.implementation(name, backend))
