@@ -36,6 +36,7 @@ class FusedOptimizer(Optimizer):
 
     rule_name: ClassVar[str]
     counts_steps: ClassVar[bool] = True
+    steps_where_uncounted: ClassVar[float] = 0.0  # the count of a saved state that has none
 
     # GradScaler then leaves unscaling and skipping to step(), through `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
@@ -59,7 +60,7 @@ class FusedOptimizer(Optimizer):
             "backend": backend,
             "seed": torch.initial_seed() & (2**63 - 1),
         }
-        self._buckets: dict[int, list[Bucket]] = {}
+        self._buckets: dict[int, tuple[set[torch.dtype], list[Bucket]]] = {}
         super().__init__(params, defaults)
 
     # -- what a subclass provides ---------------------------------------------------------------------------------
@@ -252,22 +253,28 @@ class FusedOptimizer(Optimizer):
     def _gather(self, index: int, group: dict[str, Any]) -> list[Bucket]:
         """The group's parameters with gradients, by device and by what their dtypes and layouts allow."""
         grads = [p.grad for p in group["params"]]
-        for g in grads:
-            if g is not None and g.layout is not torch.strided:
-                raise RuntimeError(
-                    message(
-                        self._name, "dense gradients", f"a {g.layout} one", "Create the embedding with sparse=False."
-                    )
-                )
-        complete = all(g is not None for g in grads)
-        buckets = self._buckets.get(index) if complete else None
-        if buckets is None:
+        present = [g for g in grads if g is not None]
+        dtypes = {g.dtype for g in present}
+        self._check_grads({g.layout for g in present}, dtypes)
+        complete = len(present) == len(grads)
+        known, buckets = self._buckets.get(index, (None, []))
+        if not complete or known != dtypes:
             buckets = self._make_buckets(index, group, grads)
             if complete:
-                self._buckets[index] = buckets
+                self._buckets[index] = dtypes, buckets
         for bucket in buckets:
             bucket.grads = [grads[offset] for offset in bucket.offsets]
         return buckets
+
+    def _check_grads(self, layouts: set[torch.layout], dtypes: set[torch.dtype]) -> None:
+        """Refuses gradients that no backend can take, before anything is changed."""
+        for layout in layouts - {torch.strided}:
+            raise RuntimeError(
+                message(self._name, "dense gradients", f"a {layout} one", "Create the embedding with sparse=False.")
+            )
+        for dtype in dtypes:
+            if not dtype.is_floating_point:
+                raise RuntimeError(message(self._name, "floating-point gradients", dtype, "Convert them."))
 
     def _make_buckets(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[Bucket]:
         backend = requested(group["backend"])
@@ -339,8 +346,8 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` of this class, or of the official implementation, returned.
 
-        States keep the dtypes that they were saved with. Hyperparameters that the saved groups don't have keep their
-        present values.
+        States keep the dtypes that they were saved with. What the saved groups don't have keeps its present value, and
+        so do ``backend`` and ``capturable``; a learning rate in a tensor stays in that tensor.
 
         Raises:
             ValueError: another number of groups or of parameters; nothing is changed.
@@ -353,23 +360,22 @@ class FusedOptimizer(Optimizer):
             for p, key in zip(current["params"], saved["params"], strict=False):
                 if key in state_dict["state"]:
                     states[p] = self._adopt(state_dict["state"][key], p, group, saved)
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         # torch casts states to their parameter's dtype: they come back as they were saved.
         for p, state in states.items():
             self.state[p] = state
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate.fill_(float(group["lr"])) if isinstance(rate, Tensor) else float(group["lr"])
         self._buckets.clear()
 
     def _adopt(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         names, scale = self._state_names(group), self._rule.scale
         adopted = adopt_tensors(self._name, state, p, names, () if scale is None else (scale,))
         if self.counts_steps or group["stochastic_rounding"]:
-            count = state.get("step", saved.get("step", self._steps_of_uncounted()))
+            count = state.get("step", saved.get("step", self.steps_where_uncounted))
             adopted["step"] = scalar_like(count, p)
         return adopted
-
-    def _steps_of_uncounted(self) -> float:
-        """The count of a saved state that has none."""
-        return 0.0
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

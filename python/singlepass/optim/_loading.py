@@ -10,25 +10,28 @@ from torch import Tensor
 
 from .._errors import require
 
+_NOT_LOADED = ("step", "buffer", "backend", "capturable")
+
 
 def merge_group(current: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved group, completed by what it doesn't have, without the counters of official implementations."""
+    """A saved group, completed by what it doesn't have.
+
+    Left out are the counters of official implementations, and what says where and how to run.
+    """
     kept = {key: value for key, value in current.items() if key != "params"}
-    return kept | {key: value for key, value in saved.items() if key not in ("step", "buffer")}
+    return kept | {key: value for key, value in saved.items() if key not in _NOT_LOADED}
 
 
 def adopt_tensors(
     where: str, state: dict[str, Any], p: Tensor, names: tuple[str, ...], scales: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Copies of the named states, with the parameter's device and strides, and of its scalars.
+    """Copies of the named states, with the parameter's device and strides, and of the scalars that are there.
 
     Raises:
         ValueError: a state that is missing, or of another shape than its parameter.
     """
-    missing = [name for name in (*names, *scales) if name not in state]
-    require(
-        not missing, where, f"states {', '.join(names + scales)}", f"no {', '.join(missing)}", "Load a whole state."
-    )
+    missing = [name for name in names if name not in state]
+    require(not missing, where, f"states {', '.join(names)}", f"no {', '.join(missing)}", "Load a whole state.")
     adopted: dict[str, Any] = {}
     for name in names:
         value = torch.as_tensor(state[name])
@@ -36,7 +39,8 @@ def adopt_tensors(
         require(value.shape == p.shape, where, f"{name} of shape {tuple(p.shape)}", got, "Load this model's state.")
         adopted[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
     for name in scales:
-        adopted[name] = scalar_like(state[name], p)
+        if name in state:
+            adopted[name] = scalar_like(state[name], p)
     return adopted
 
 

@@ -24,8 +24,8 @@ class Adan(FusedOptimizer):
     the root. :math:`g'` is the previous gradient; the first difference is zero. Steps are counted per parameter (the
     official code counts per group, which matters for parameters that appear late).
 
-    States per parameter: ``exp_avg``, ``exp_avg_diff``, ``exp_avg_sq``, ``neg_pre_grad`` (in the gradient's dtype where
-    that loses nothing, that is without clipping), and ``step``. State dicts of the official code load.
+    States per parameter: ``exp_avg``, ``exp_avg_diff``, ``exp_avg_sq``, ``neg_pre_grad`` (bfloat16 where
+    gradients are bfloat16 and are not clipped, which loses nothing), and ``step``. The official code's state dicts load.
 
     Args:
         params: parameters, or groups of them.
@@ -89,8 +89,9 @@ class Adan(FusedOptimizer):
         return last["max_grad_norm"], last["eps"]
 
     def _state_dtype_of(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
-        if name == "neg_pre_grad" and group["max_grad_norm"] == 0.0 and p.grad is not None:
-            return p.grad.dtype
+        lossless = group["max_grad_norm"] == 0.0 and p.grad is not None and p.grad.dtype == torch.bfloat16
+        if name == "neg_pre_grad" and lossless and p.dtype != torch.float64:
+            return torch.bfloat16
         return super()._state_dtype_of(name, p, group)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ class DiffGrad(FusedOptimizer):
     Weight decay is added to the gradient. The first version of the official code, which the paper's runs used, compares
     the gradient with itself if gradients are zeroed in place, so that its friction is always one half.
 
-    States per parameter: ``exp_avg``, ``exp_avg_sq``, ``previous_grad`` (in the gradient's dtype where that loses
-    nothing, that is without weight decay), and ``step``. State dicts of the official code load.
+    States per parameter: ``exp_avg``, ``exp_avg_sq``, ``previous_grad`` (bfloat16 where gradients are bfloat16
+    and there is no weight decay, which loses nothing), and ``step``. State dicts of the official code load.
 
     Args:
         params: parameters, or groups of them.
@@ -75,8 +75,9 @@ class DiffGrad(FusedOptimizer):
         self._check_range(group, betas="in [0, 1)", eps=">= 0", weight_decay=">= 0")
 
     def _state_dtype_of(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
-        if name == "previous_grad" and group["weight_decay"] == 0.0 and p.grad is not None:
-            return p.grad.dtype
+        lossless = group["weight_decay"] == 0.0 and p.grad is not None and p.grad.dtype == torch.bfloat16
+        if name == "previous_grad" and lossless and p.dtype != torch.float64:
+            return torch.bfloat16
         return super()._state_dtype_of(name, p, group)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class SGDSaI(FusedOptimizer):
     """
 
     rule_name = "sgdsai"
+    steps_where_uncounted = 1.0  # the official code counts none; its saved momentum has begun
 
     def __init__(
         self,
@@ -90,9 +91,6 @@ class SGDSaI(FusedOptimizer):
             scale = 1.0 if grad_scale is None else grad_scale.reshape(())
             self.state[p]["gsnr"] = _gain(g.to(torch.promote_types(g.dtype, torch.float32)) / scale, group["eps"])
         return True
-
-    def _steps_of_uncounted(self) -> float:
-        return 1.0  # the official code counts none; its saved momentum has begun
 
 
 def _gain(g: torch.Tensor, eps: float) -> torch.Tensor:

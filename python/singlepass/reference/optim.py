@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._errors import require
 from .._ops.optim import RULES
 from .philox import random_halves, stochastic_bfloat16
 
@@ -274,6 +275,16 @@ def _memory_order(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
+def _check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Refuses gradients that PyTorch would broadcast, densify or convert, before anything is changed."""
+    require(len(grads) == len(params), op, f"{len(params)} gradients", len(grads), "Pass one for each parameter.")
+    for p, g in zip(params, grads, strict=True):
+        require(g.layout is torch.strided, op, "strided gradients", f"a {g.layout} one", "Use torch.Tensor.to_dense.")
+        require(g.is_floating_point(), op, "floating-point gradients", g.dtype, "Convert them.")
+        contract, got = f"a gradient of shape {tuple(p.shape)}", tuple(g.shape)
+        require(g.shape == p.shape, op, contract, got, "Reshape it.")
+
+
 def _make_step(name: str) -> Callable[..., None]:
     rule, update = RULES[name], _UPDATES[name]
     state_count, has_scale = len(rule.states), rule.scale is not None
@@ -290,6 +301,7 @@ def _make_step(name: str) -> Callable[..., None]:
         **hyper: Any,
     ) -> None:
         *lists, steps, lr = args
+        _check_grads(rule.op_name, params, grads)
         lr = lr.reshape(())
         states = [values for values in lists[:state_count] if values]
         for i, p in enumerate(params):
@@ -330,6 +342,7 @@ def grad_norm(
     grads: Sequence[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
 ) -> Tensor:
     """Norm, divisor and non-finite flag of all gradients, as ``singlepass._ops.optim`` defines them."""
+    require(len(grads) > 0, "grad_norm", "at least one gradient", "none", "Leave out the call.")
     device = grads[0].device
     scale = torch.ones((), dtype=torch.float64, device=device)
     if grad_scale is not None:
