@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -32,11 +30,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _automatic_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests choose backends by argument; what the shell has set must not choose for them."""
     monkeypatch.delenv("SINGLEPASS_BACKEND", raising=False)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts back the number of threads that a test has changed."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

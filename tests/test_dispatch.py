@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs: the automatic order, its one line in the log, strict wishes, and the reasons against a backend."""
+"""Which backend runs: the automatic order and its line in the log, strict wishes, the reasons against a backend."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cpu: bool = True, cuda: bool = T
         ("meta", {}, "eager"),
     ],
 )
-def test_the_automatic_order(monkeypatch: pytest.MonkeyPatch, device: str, there: dict[str, bool], expected: str) -> None:
+def test_the_automatic_order(
+    monkeypatch: pytest.MonkeyPatch, device: str, there: dict[str, bool], expected: str
+) -> None:
     pretend(monkeypatch, **there)
     assert _dispatch.choose(OP, device, FLOAT32, None) == expected
 
@@ -58,7 +60,7 @@ def test_the_automatic_order(monkeypatch: pytest.MonkeyPatch, device: str, there
 @pytest.mark.parametrize("dtypes", [{torch.float64}, {torch.float32, torch.float64}], ids=str)
 def test_dtypes_that_kernels_do_not_take_go_to_eager(dtypes: set[torch.dtype]) -> None:
     assert _dispatch.choose(OP, "cpu", frozenset(dtypes), None) == "eager"
-    with pytest.raises(RuntimeError, match="not torch.float64"):
+    with pytest.raises(RuntimeError, match=r"not torch\.float64"):
         _dispatch.choose(OP, "cpu", frozenset(dtypes), "native")
 
 

@@ -143,9 +143,7 @@ def call(function: Callable[..., None], case: Case, tensors: Tensors, **options:
     function(*tensors.arguments(case), lr, **hyper, **options)
 
 
-def step_and_check(
-    place: Place, case: Case, tensors: Tensors, t: int, *, factor: float = 1.0, **options: Any
-) -> None:
+def step_and_check(place: Place, case: Case, tensors: Tensors, t: int, *, factor: float = 1.0, **options: Any) -> None:
     """Makes step ``t``, counted from 1, and compares with eager and with the equations.
 
     ``factor`` is what ``options`` (``maximize``, ``grad_scale``) make of the gradients.

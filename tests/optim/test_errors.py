@@ -18,7 +18,7 @@ from singlepass import optim
 
 from ..simt.truth import CASES, Case
 from ..tolerances import assert_same_bits
-from .steps import DTYPES, NATIVE, GPU_PLACES, Mix, Place, Tensors, call, each_case, make_tensors, rule_of, set_grads
+from .steps import GPU_PLACES, NATIVE, Mix, Place, Tensors, call, each_case, make_tensors, rule_of, set_grads
 from .trajectory import contents, give_grads, make_optimizer, make_params, train
 
 SHAPES = [(5, 7), (64,)]
@@ -29,7 +29,9 @@ each_optimizer = pytest.mark.parametrize("name", optim.__all__)
 
 
 @contextmanager
-def refused(kind: type[Exception] | tuple[type[Exception], ...] = ValueError, match: str | None = None) -> Iterator[None]:
+def refused(
+    kind: type[Exception] | tuple[type[Exception], ...] = ValueError, match: str | None = None
+) -> Iterator[None]:
     with pytest.raises(kind, match=match) as caught:
         yield
     first_line = str(caught.value).split("\nException raised from")[0].strip()

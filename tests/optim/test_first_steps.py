@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from singlepass import optim
 
 from ..simt.truth import Case
-from ..tolerances import assert_same_bits
+from ..tolerances import BY_HAND, assert_same_bits
 from .steps import Place, each_case, each_place, normal
 from .trajectory import make_optimizer
 
@@ -35,7 +35,7 @@ def step(optimizer: torch.optim.Optimizer, *grads: list[float] | None) -> None:
 
 def assert_values(actual: Tensor, expected: Any) -> None:
     expected = torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(actual.detach().double().cpu(), expected, rtol=2e-6, atol=1e-8)
+    torch.testing.assert_close(actual.detach().double().cpu(), expected, **BY_HAND)
 
 
 def moved(p: Parameter, by: list[float]) -> None:
@@ -113,7 +113,9 @@ def test_adabelief_ignores_the_maximum_while_rectified(place: Place) -> None:
 
 
 @each_place
-@pytest.mark.parametrize(("no_prox", "decayed"), [(False, lambda p, s: (p - s) / 1.05), (True, lambda p, s: 0.95 * p - s)])
+@pytest.mark.parametrize(
+    ("no_prox", "decayed"), [(False, lambda p, s: (p - s) / 1.05), (True, lambda p, s: 0.95 * p - s)]
+)
 def test_adan_first_takes_no_difference(no_prox: bool, decayed: Any, place: Place) -> None:
     p = parameter(P, place)
     optimizer = optim.Adan([p], lr=0.1, eps=1e-12, weight_decay=0.5, no_prox=no_prox, backend=place.backend)

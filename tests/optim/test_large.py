@@ -60,13 +60,11 @@ def test_every_element_is_updated_once(rule: str, place: Place) -> None:
     states = [torch.zeros(N, dtype=dtype, device=place.device) for _ in range(state_count)]
     tensors = Tensors([p], [g], [[s] for s in states], [], [torch.zeros((), device=place.device)])
 
-    def window(x: Tensor, part: slice) -> list[Tensor]:
-        return [x[part].clone()]
+    def window(part: slice) -> Tensors:
+        step = torch.zeros((), device=place.device)
+        return Tensors([p[part].clone()], [g[part].clone()], [[s[part].clone()] for s in states], [], [step])
 
-    expected = [
-        Tensors(window(p, part), window(g, part), [window(s, part) for s in states], [], [torch.zeros_like(tensors.steps[0])])
-        for part in WINDOWS
-    ]
+    expected = [window(part) for part in WINDOWS]
     function = place.function(rule_of(case).op_name)
     for values in (tensors, *expected):
         for _ in range(2):

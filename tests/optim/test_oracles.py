@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other packages' optimizers as oracles: the same trajectories, and their state dicts load.
 
-In float64, so that a difference is one of formulas. pytorch_optimizer is compared where it has our formula. It has another
-for LAMB (no bias correction, the parameter's norm clamped to 10), for LARS's tensors with one dimension (plain SGD) and
-for SGD-SaI (momentum from zero, another gain for tensors with one dimension).
+In float64, so that a difference is one of formulas. pytorch_optimizer is compared where it has our formula. It has
+another for LAMB (no bias correction, the parameter's norm clamped to 10), for LARS's tensors with one dimension (plain
+SGD) and for SGD-SaI (momentum from zero, another gain for tensors with one dimension).
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Oracle:
         return ours
 
 
-def same(module: str, name: str, ours: type, label: str = "", theirs: dict[str, Any] | None = None, **arguments: Any) -> Oracle:
+def same(
+    module: str, name: str, ours: type, label: str = "", theirs: dict[str, Any] | None = None, **arguments: Any
+) -> Oracle:
     """``theirs``: arguments that only the oracle takes."""
     return Oracle(module, name, ours, arguments | (theirs or {}), arguments, label)
 

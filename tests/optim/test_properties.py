@@ -109,7 +109,9 @@ def test_stochastic_rounding_draws_as_eager_does(
 
 @each_kernel
 @given(inputs=step_inputs(), max_norm=st.sampled_from([0.0, 0.5, 1e3]), eps=st.sampled_from([0.0, 1e-6]))
-def test_norms_are_right(place: Place, inputs: tuple[Case, Tensors, dict[str, Any]], max_norm: float, eps: float) -> None:
+def test_norms_are_right(
+    place: Place, inputs: tuple[Case, Tensors, dict[str, Any]], max_norm: float, eps: float
+) -> None:
     grads = on(place.device, inputs[1]).grads
     options = {"max_norm": max_norm, "eps": eps, "grad_scale": torch.tensor(2.0, device=place.device)}
     norm = math.sqrt(sum(g.double().square().sum().item() for g in grads)) / 2.0

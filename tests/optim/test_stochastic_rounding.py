@@ -31,7 +31,9 @@ def one_step(p: Tensor, lr: float, place: Place, seed: int = 0, first_id: int = 
     states, steps = [torch.zeros_like(p, dtype=torch.float32)], [torch.zeros((), device=p.device)]
     hyper = case.hyper | {"weight_decay": 0.0}
     lr_tensor = torch.tensor(lr, dtype=torch.float64)
-    place.function("lion_step_")([p], [torch.ones_like(p)], states, steps, lr_tensor, **hyper, seed=seed, ids=[first_id])
+    place.function("lion_step_")(
+        [p], [torch.ones_like(p)], states, steps, lr_tensor, **hyper, seed=seed, ids=[first_id]
+    )
     return p
 
 
@@ -204,7 +206,7 @@ def test_a_loaded_state_continues_with_the_same_draws(case: Case, place: Place) 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @each_case
-def test_threads_do_not_matter(case: Case, count: int, threads: None) -> None:
+def test_threads_do_not_matter(case: Case, count: int) -> None:
     results = []
     for n in (1, count):
         torch.set_num_threads(n)

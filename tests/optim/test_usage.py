@@ -126,7 +126,9 @@ def test_schedules_are_followed(case: Case, scheduler: str, capturable: bool, pl
     assert isinstance(lr, torch.Tensor) == capturable
     seen = []
     for step in range(1, 6):
-        by_hand.param_groups[0] |= {k: float(group[k]) if k == "lr" else group[k] for k in ("lr", "betas") if k in group}
+        by_hand.param_groups[0] |= {
+            k: float(group[k]) if k == "lr" else group[k] for k in ("lr", "betas") if k in group
+        }
         seen.append(float(group["lr"]))
         give_grads(params, step)
         give_grads(others, step)
@@ -143,7 +145,9 @@ def test_schedules_are_followed(case: Case, scheduler: str, capturable: bool, pl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 @each_case
-def test_the_learning_rate_may_be_a_tensor(case: Case, shape: tuple[int, ...], dtype: torch.dtype, place: Place) -> None:
+def test_the_learning_rate_may_be_a_tensor(
+    case: Case, shape: tuple[int, ...], dtype: torch.dtype, place: Place
+) -> None:
     lr = torch.full(shape, case.lr, dtype=dtype)
     params, others = (make_params(SHAPES, device=place.device) for _ in range(2))
     tensor, number = (
@@ -206,7 +210,7 @@ def test_hooks_are_called() -> None:
 def test_gradients_of_another_dtype_from_one_step_to_the_next() -> None:
     params, others = make_params(SHAPES), make_params(SHAPES)
     optimizer, eager = optim.Lion(params), optim.Lion(others, backend="eager")
-    for step, dtype in enumerate((torch.float32, torch.bfloat16, torch.float64, torch.float32), 1):
+    for step, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16, torch.float32), 1):
         for o in (optimizer, eager):
             train(o, range(step, step + 1), dtype)
     assert_same(params, others)
@@ -238,8 +242,8 @@ def test_states_are_float32_unless_asked_otherwise(case: Case) -> None:
             states = optimizer.state[p].copy()
             for name in ("step", "gsnr"):
                 assert states.pop(name, torch.zeros(())).dtype == torch.float32
-            if case.rule == "adan":  # the previous gradient is kept as it came
-                assert states.pop("neg_pre_grad").dtype == dtype
+            if case.rule == "adan" and dtype == torch.bfloat16:  # the previous gradient, which loses nothing
+                assert states.pop("neg_pre_grad").dtype == torch.bfloat16
             assert {s.dtype for s in states.values()} == {expected}
             assert all(s.shape == p.shape for s in states.values())
 

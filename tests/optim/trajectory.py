@@ -93,7 +93,8 @@ class Trajectory:
             scale = float(optimizer.state[p]["gsnr"]) if rule_of(self.case).scale else 1.0
             value, states = self.case.step(self.values[i], gradient, self.states[i], self.t, scale, self.hyper)
             self.values[i] = self._stored(value, p.dtype)
-            self.states[i] = [self._stored(s, optimizer.state[p][n].dtype) for n, s in zip(self.names, states, strict=True)]
+            dtypes = [optimizer.state[p][name].dtype for name in self.names]
+            self.states[i] = [self._stored(s, dtype) for s, dtype in zip(states, dtypes, strict=True)]
 
     @staticmethod
     def _stored(x: Bounded, dtype: torch.dtype) -> Bounded:

@@ -25,7 +25,7 @@ class Adan(FusedOptimizer):
     official code counts per group, which matters for parameters that appear late).
 
     States per parameter: ``exp_avg``, ``exp_avg_diff``, ``exp_avg_sq``, ``neg_pre_grad`` (bfloat16 where
-    gradients are bfloat16 and are not clipped, which loses nothing), and ``step``. The official code's state dicts load.
+    gradients are bfloat16 and are not clipped, which loses nothing), and ``step``. Official state dicts load.
 
     Args:
         params: parameters, or groups of them.

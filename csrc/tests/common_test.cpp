@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// Conversions, random numbers and elementary functions of singlepass/common.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "check.h"
+#include "singlepass/common/math.h"
+#include "singlepass/common/philox.h"
+
+namespace {
+
+using namespace singlepass;
+
+// 2^24 bit patterns spread over all of float, and those around every rounding boundary.
+void for_each_float(const std::function<void(float)>& check) {
+  for (std::uint64_t u = 0; u <= 0xffffffffu; u += 257) check(bit_cast<float>(static_cast<std::uint32_t>(u)));
+  for (std::uint64_t u = 0; u <= 0xffffffffu; u += 4096) {
+    check(bit_cast<float>(static_cast<std::uint32_t>(u)));
+    check(bit_cast<float>(static_cast<std::uint32_t>(u - 1)));
+    check(bit_cast<float>(static_cast<std::uint32_t>(u + 1)));
+  }
+}
+
+TEST(sixteen_bit_floats_survive_the_way_through_float) {
+  for (std::uint32_t h = 0; h <= 0xffffu; ++h) {
+    const auto half = static_cast<std::uint16_t>(h);
+    const float b = bfloat16_to_float(half), f = float16_to_float(half);
+    CHECK_EQUAL(bit_cast<std::uint32_t>(b), h << 16);
+    if (b == b) CHECK_EQUAL(float_to_bfloat16(b), half);
+    if (b != b) CHECK_EQUAL(float_to_bfloat16(b), 0x7fc0u);
+    if (f == f) CHECK_EQUAL(float_to_float16(f), half);
+    if (f != f) CHECK_EQUAL(float_to_float16(f) & 0x7fffu, 0x7e00u);
+  }
+}
+
+#if defined(__FLT16_MANT_DIG__)
+TEST(float16_rounds_as_the_compiler_does) {
+  for (std::uint32_t h = 0; h <= 0xffffu; ++h) {
+    const auto half = static_cast<std::uint16_t>(h);
+    const float expected = static_cast<float>(bit_cast<_Float16>(half)), value = float16_to_float(half);
+    CHECK(value == expected || (value != value && expected != expected));
+  }
+  for_each_float([](float x) {
+    if (x == x) CHECK_EQUAL(float_to_float16(x), bit_cast<std::uint16_t>(static_cast<_Float16>(x)));
+  });
+}
+#endif
+
+TEST(bfloat16_rounds_to_the_nearest_and_to_even) {
+  for_each_float([](float x) {
+    if (x != x) return;
+    const std::uint32_t down = bit_cast<std::uint32_t>(x) & 0xffff0000u;
+    const std::uint32_t discarded = bit_cast<std::uint32_t>(x) & 0xffffu;
+    const bool up = discarded > 0x8000u || (discarded == 0x8000u && (down & 0x10000u) != 0);
+    CHECK_EQUAL(float_to_bfloat16(x), static_cast<std::uint16_t>((down + (up ? 0x10000u : 0u)) >> 16));
+  });
+}
+
+TEST(stochastic_rounding_goes_up_for_as_many_draws_as_it_discards) {
+  for (const float x : {1.0f, 1.001f, -3.14159f, 1e-30f, -1e-40f, 65504.0f}) {
+    const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+    std::uint32_t up = 0;
+    for (std::uint32_t random = 0; random <= 0xffffu; ++random) {
+      const std::uint16_t rounded = float_to_bfloat16_stochastic(x, random);
+      CHECK(rounded == bits >> 16 || rounded == (bits >> 16) + 1);
+      up += rounded != bits >> 16;
+    }
+    CHECK_EQUAL(up, bits & 0xffffu);
+  }
+}
+
+TEST(stochastic_rounding_never_leaves_the_finite_numbers) {
+  const float largest = bit_cast<float>(0x7f7fffffu), infinity = bit_cast<float>(0x7f800000u);
+  for (const std::uint32_t random : {0u, 1u, 0x7fffu, 0xffffu}) {
+    CHECK_EQUAL(float_to_bfloat16_stochastic(largest, random), 0x7f7fu);
+    CHECK_EQUAL(float_to_bfloat16_stochastic(-largest, random), 0xff7fu);
+    CHECK_EQUAL(float_to_bfloat16_stochastic(infinity, random), 0x7f80u);
+    CHECK_EQUAL(float_to_bfloat16_stochastic(-infinity, random), 0xff80u);
+    CHECK_EQUAL(float_to_bfloat16_stochastic(bit_cast<float>(0x7f800001u), random), 0x7fc0u);
+  }
+}
+
+// The known answers of Random123's kat_vectors for philox4x32-10.
+TEST(philox_gives_the_known_answers) {
+  const auto check = [](std::uint64_t key, std::uint64_t low, std::uint64_t high, std::vector<std::uint32_t> expected) {
+    const Philox4 random = philox4x32(key, low, high);
+    CHECK(std::vector<std::uint32_t>(random.word, random.word + 4) == expected);
+  };
+  check(0, 0, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
+  check(~0ull, ~0ull, ~0ull, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+  check(0x299f31d0a4093822, 0x85a308d3243f6a88, 0x0370734413198a2e, {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+}
+
+TEST(exp_negative_is_within_two_ulp) {
+  for (double a = 0.0; a < 87.0; a += 0.00037) {
+    const float argument = static_cast<float>(a), value = exp_negative(argument);
+    const double truth = std::exp(-static_cast<double>(argument));
+    const double ulp = std::nextafter(static_cast<float>(truth), 1.0f) - static_cast<float>(truth);
+    CHECK(std::fabs(value - truth) <= 2.0 * ulp);
+  }
+  CHECK_EQUAL(exp_negative(0.0f), 1.0f);
+  CHECK(exp_negative(1e30f) < 1e-37f);
+  CHECK(exp_negative(INFINITY) < 1e-37f);
+}
+
+TEST(sign_and_maximum) {
+  CHECK_EQUAL(sign(2.5f), 1.0f);
+  CHECK_EQUAL(sign(-1e-45f), -1.0f);
+  CHECK_EQUAL(sign(0.0f), 0.0f);
+  CHECK_EQUAL(sign(-0.0f), 0.0f);
+  CHECK_EQUAL(maximum(1.0f, 2.0f), 2.0f);
+  CHECK_EQUAL(maximum(2.0f, 1.0f), 2.0f);
+  CHECK(std::isnan(maximum(NAN, 1.0f)));
+  CHECK(std::isnan(maximum(1.0f, NAN)));
+}
+
+}  // namespace
+
+TEST_MAIN()

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the torch-free core with CMake, plain or under sanitizers, where `make core` builds it too."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Set in the process that runs under sanitizers: its module is built already, and needs their run time loaded first.
+MODULE_FOLDER = "SINGLEPASS_TEST_CORE_FOLDER"
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(str(part) for part in command)}\n{done.stdout}\n{done.stderr}"
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@functools.cache
+def build(sanitize: bool) -> Path:
+    """The build folder, up to date. Skips the test where there is nothing to build with; a failed build fails it."""
+    cmake = _tool("cmake")
+    if cmake is None:
+        pytest.skip("no CMake on PATH")
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip("no C++ compiler on PATH")
+    folder = ROOT / "build" / ("cmake-sanitize" if sanitize else "cmake")
+    _run(
+        cmake,
+        "-S",
+        ROOT,
+        "-B",
+        folder,
+        f"-DSINGLEPASS_SANITIZE={'ON' if sanitize else 'OFF'}",
+        "-DSINGLEPASS_BUILD_PYBIND=ON",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    )
+    _run(cmake, "--build", folder, "--parallel", "2")
+    return folder
+
+
+def ctest(folder: Path) -> None:
+    """Runs the C++ tests of a build folder."""
+    command = _tool("ctest")
+    assert command is not None
+    _run(command, "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+
+
+def module_path(folder: Path) -> Path:
+    return folder / f"singlepass_core{sysconfig.get_config_var('EXT_SUFFIX')}"

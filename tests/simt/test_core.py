@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ tests, and all tests of this folder again under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .build import MODULE_FOLDER, ROOT, build, ctest
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
+def test_cpp_tests(sanitize: bool) -> None:
+    ctest(build(sanitize))
+
+
+def _run(*command: str | Path, **variables: str) -> str:
+    arguments, environment = [str(part) for part in command], os.environ | variables
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-10_000:]
+    return done.stdout
+
+
+def test_python_tests_under_sanitizers() -> None:
+    folder = build(sanitize=True)
+    # ASan must come before everything else, and needs libstdc++ beside it to see exceptions.
+    compiler = os.environ.get("CXX", "c++")
+    preload = [_run(compiler, f"-print-file-name={library}").strip() for library in ("libasan.so", "libstdc++.so")]
+    # Without the project's settings and fixtures: PyTorch stays out of this process.
+    settings = ("-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "--import-mode=importlib")
+    _run(
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *settings, "--ignore", __file__, HERE),
+        LD_PRELOAD=" ".join(preload),
+        ASAN_OPTIONS="detect_leaks=0",  # Python leaks by design
+        UBSAN_OPTIONS="print_stacktrace=1",
+        **{MODULE_FOLDER: str(folder)},
+    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every kernel for every supported architecture, with no GPU, and looks at the code that comes out.
+
+Triton keeps what it has compiled: only a change of the kernels makes this slow again.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from singlepass._dispatch import implementation
+
+from ..optim.steps import Mix, call, make_tensors, rule_of
+from ..simt.truth import CASES, Case
+
+ARCHS = [80, 90, 100, 120]
+RULES = [case for case in CASES if case.id == case.rule]
+FLOAT32, BFLOAT16 = Mix(), Mix(torch.bfloat16, torch.bfloat16)
+# What a thread holds of one tensor of a tile. The assembler may put a scalar or two on the stack before the loop, where
+# that lets one more block run; tiles belong in registers.
+TILE_BYTES = 16
+
+each_arch = pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+
+
+def step(case: Case, mix: Mix) -> None:
+    options = {"seed": 0, "ids": [0]} if mix.param == torch.bfloat16 else {}
+    call(implementation(rule_of(case).op_name, "triton"), case, make_tensors(case, [(1,)], mix), **options)
+
+
+def stack_bytes(cubin: bytes, folder: Path) -> int:
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"STACK:(\d+)", usage)
+    assert match, usage
+    return int(match[1])
+
+
+def check(launch: Any, arch: int, folder: Path) -> str:
+    """Compiles a launch and returns its PTX."""
+    compiled = launch.compile(arch)
+    ptx: str = compiled.asm["ptx"]
+    assert re.search(rf"^\.target sm_{arch}", ptx, re.M)
+    rounded_otherwise = re.findall(r"fma\.rn\.f32|(?:add|sub|mul|div|sqrt|rcp)\.\S*(?:ftz|approx|full)\S*", ptx)
+    assert not rounded_otherwise, "float32 arithmetic is not what the source says"
+    assert stack_bytes(compiled.asm["cubin"], folder) < TILE_BYTES, "registers are spilled"
+    return ptx
+
+
+@pytest.mark.slow
+@each_arch
+@pytest.mark.parametrize("case", RULES, ids=lambda case: case.id)
+def test_steps(case: Case, arch: int, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
+    # Neighbouring rules and architectures take turns in dtypes: each rule has both, and so has each architecture.
+    step(case, (FLOAT32, BFLOAT16)[(RULES.index(case) + ARCHS.index(arch)) % 2])
+    for launch in recorded["step_kernel"]:
+        ptx = check(launch, arch, tmp_path)
+        assert re.search(r"ld\.global\S*\.v[248]\.b32", ptx), "full tiles are loaded by vectors"
+        settled = r"bar\.sync(?:(?!(?:ld|st)\.global)[\s\S])*atom\.global\.gpu\.acq_rel"
+        assert re.search(settled, ptx), "all threads are past their loads and stores when a ticket is drawn"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_more_dtypes(param: torch.dtype, dtype: torch.dtype, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
+    step(RULES[0], Mix(param, dtype, dtype))
+    check(recorded["step_kernel"][0], 90, tmp_path)
+
+
+@each_arch
+def test_gradient_norm_and_table(arch: int, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    implementation("grad_norm", "triton")([torch.zeros(1, dtype=dtype) for dtype in dtypes])
+    assert len(recorded["grad_norm_kernel"]) == 3
+    for launch in recorded["grad_norm_kernel"] + recorded["list_chunks_kernel"]:
+        check(launch, arch, tmp_path)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU shows of the engine: the compiled code's bits, vectors, programs side by side, graphs, streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from singlepass._dispatch import implementation
+from singlepass.triton_kernels import grad_norm, optim
+from singlepass.triton_kernels._table import CHUNK
+
+from ..optim.steps import Mix, Tensors, call, make_tensors, rule_of, set_grads
+from ..simt.truth import CASES, Case
+from ..tolerances import assert_same_bits
+
+pytestmark = pytest.mark.gpu
+
+BY_ID = {case.id: case for case in CASES}
+WITHOUT_NORMS = [case for case in CASES if case.rule not in ("lamb", "lars")]
+BF16, FP16 = torch.bfloat16, torch.float16
+MIXES = [Mix(), Mix(BF16, BF16), Mix(torch.float32, BF16, BF16), Mix(FP16, FP16, FP16)]
+SHAPES = [(0,), (1,), (7,), (1000,), (3, CHUNK + 5)]
+
+
+def run(backend: str, case: Case, tensors: Tensors, **options: Any) -> None:
+    call(implementation(rule_of(case).op_name, backend), case, tensors, **options)
+
+
+def assert_all_same(a: Tensors, b: Tensors) -> None:
+    for x, y in zip(a.written(), b.written(), strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize(
+    "mix", [Mix(), Mix(BF16, BF16), Mix(torch.float32, BF16, BF16), Mix(FP16, FP16, FP16)], ids=str
+)
+@pytest.mark.parametrize("case", WITHOUT_NORMS, ids=lambda case: case.id)
+def test_same_bits_as_cpp_on_the_cpu(case: Case, mix: Mix) -> None:
+    ours, cpp = make_tensors(case, SHAPES, mix, device="cuda"), make_tensors(case, SHAPES, mix)
+    for t in range(1, 11):
+        set_grads(ours, t)
+        set_grads(cpp, t)
+        options = {"seed": 1234567890123, "ids": [3, 0, 1, 2, 9]} if mix.param == BF16 else {}
+        run("triton", case, ours, **options)
+        run("native", case, cpp, **options)
+        assert_all_same(ours, cpp)
+
+
+@pytest.mark.parametrize("offset", [1, 3, 8])
+@pytest.mark.parametrize("mix", [Mix(), Mix(BF16, BF16)], ids=str)
+def test_misaligned_tensors_and_their_neighbours(mix: Mix, offset: int) -> None:
+    buffers: list[Tensor] = []
+
+    def shifted(t: Tensor) -> Tensor:
+        buffer = torch.full((t.numel() + 2 * offset,), float("nan"), dtype=t.dtype, device=t.device)
+        buffers.append(buffer)
+        return buffer[offset : offset + t.numel()].view(t.shape).copy_(t)
+
+    case = BY_ID["adamw"]
+    ours = make_tensors(case, SHAPES[1:], mix, device="cuda", like=shifted)
+    aligned = make_tensors(case, SHAPES[1:], mix, device="cuda")
+    for _ in range(2):
+        run("triton", case, ours)
+        run("triton", case, aligned)
+    assert_all_same(ours, aligned)
+    for buffer in buffers:
+        assert torch.cat((buffer[:offset], buffer[-offset:])).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "adamw"])
+def test_the_same_bits_again(name: str) -> None:
+    case = BY_ID[name]
+    first, second = (make_tensors(case, [(300 * CHUNK + 77,), (5,)], Mix(), device="cuda") for _ in range(2))
+    for _ in range(3):
+        run("triton", case, first)
+        run("triton", case, second)
+        assert_all_same(first, second)
+
+
+def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgdsai"])
+def test_a_captured_step_follows_its_inputs_and_outlives_the_tables(name: str) -> None:
+    case = BY_ID[name]
+    tensors = make_tensors(case, SHAPES, Mix(BF16, BF16), device="cuda")
+    options: dict[str, Any] = {
+        "lr": torch.tensor(case.lr, device="cuda"),
+        "grad_scale": torch.ones((), device="cuda"),
+        "found_inf": torch.zeros((), device="cuda"),
+        "seed": 7,
+        "ids": list(range(len(SHAPES))),
+    }
+    run("triton", case, tensors, **options)
+    expected = tensors.clone()
+    graph = captured(lambda: run("triton", case, tensors, **options))
+    assert_all_same(tensors, expected)
+
+    optim._buckets._entries.clear()
+    torch.cuda.empty_cache()
+    poison = [torch.full((1 << 20,), -1, dtype=torch.int64, device="cuda") for _ in range(4)]
+    for t, skipped in ((2, False), (3, True), (4, False)):
+        set_grads(tensors, t)
+        set_grads(expected, t)
+        options["lr"].fill_(case.lr / t)
+        options["grad_scale"].fill_(t)
+        options["found_inf"].fill_(skipped)
+        graph.replay()
+        run("triton", case, expected, **options)
+        assert_all_same(tensors, expected)
+    del poison
+
+
+def test_a_captured_gradient_norm() -> None:
+    grads = [torch.randn(CHUNK + 3, device="cuda"), torch.randn(9, device="cuda", dtype=BF16)]
+    grad_norm.grad_norm(grads)
+    results: list[Tensor] = []
+    graph = captured(lambda: results.append(grad_norm.grad_norm(grads, max_norm=1.0)))
+    for scale in (1.0, 0.5):
+        for g in grads:
+            g.mul_(scale)
+        graph.replay()
+        assert_same_bits(results[0], grad_norm.grad_norm(grads, max_norm=1.0))
+
+
+def test_another_stream() -> None:
+    case = BY_ID["lamb"]
+    tensors = make_tensors(case, SHAPES, Mix(), device="cuda")
+    expected = tensors.clone()
+    run("triton", case, expected)
+    run("triton", case, expected)
+    run("triton", case, tensors)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run("triton", case, tensors)
+    stream.synchronize()
+    assert_all_same(tensors, expected)
+
+
+def test_gradient_norm_same_bits_as_cpp_on_the_cpu() -> None:
+    grads = [torch.randn(shape) for shape in SHAPES] + [torch.randn(1001).bfloat16(), torch.randn(1001)[1:]]
+    for options in ({}, {"max_norm": 1.0, "eps": 1e-6}):
+        ours = grad_norm.grad_norm([g.cuda() for g in grads], **options)
+        assert_same_bits(ours, implementation("grad_norm", "native")(grads, **options))

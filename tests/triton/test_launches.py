@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often kernels are launched, and that nothing but dtypes, flags and the number of states compiles a new one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+from singlepass._dispatch import implementation
+from singlepass.triton_kernels._table import CHUNK, IS_ALIGNED
+
+from ..optim.steps import Mix, call, make_tensors, rule_of
+from ..simt.truth import CASES, Case
+
+TARGET = GPUTarget("cuda", 90, 32)
+BY_ID = {case.id: case for case in CASES}
+
+
+def step(case: Case, tensors: Any, **options: Any) -> None:
+    call(implementation(rule_of(case).op_name, "triton"), case, tensors, **options)
+
+
+@pytest.mark.parametrize(("name", "launches"), [("adamw", 1), ("adan", 1), ("lamb", 2), ("lars", 2)])
+def test_one_launch_for_any_number_of_tensors(name: str, launches: int, recorded: dict[str, list[Any]]) -> None:
+    tensors = make_tensors(BY_ID[name], [(1,)] * 298 + [(0,), (2 * CHUNK + 1,)], Mix())
+    step(BY_ID[name], tensors)
+    assert [launch.grid for launch in recorded["step_kernel"]] == [(302,)] * launches
+    assert len(recorded["list_chunks_kernel"]) == 1
+    step(BY_ID[name], tensors)
+    assert len(recorded["step_kernel"]) == 2 * launches
+    assert len(recorded["list_chunks_kernel"]) == 1, "the table is kept"
+
+
+def test_one_launch_for_each_combination_of_dtypes(recorded: dict[str, list[Any]]) -> None:
+    parts = [make_tensors(BY_ID["lion"], [(5,), (6,)], mix) for mix in (Mix(), Mix(torch.bfloat16), Mix())]
+    parts[0].params += parts[1].params + parts[2].params
+    parts[0].grads += parts[1].grads + parts[2].grads
+    parts[0].states[0] += parts[1].states[0] + parts[2].states[0]
+    parts[0].steps += parts[1].steps + parts[2].steps
+    step(BY_ID["lion"], parts[0])
+    assert [launch.grid for launch in recorded["step_kernel"]] == [(4,), (2,)]
+
+
+def test_gradient_norm_launches(recorded: dict[str, list[Any]]) -> None:
+    norm = implementation("grad_norm", "triton")
+    grads = [torch.zeros(5), torch.zeros(2 * CHUNK), torch.zeros(0)]
+    for _ in range(2):
+        norm(grads)
+    assert [launch.grid for launch in recorded["grad_norm_kernel"]] == [(4,)] * 2
+    assert len(recorded["list_chunks_kernel"]) == 1
+    norm([*grads, torch.zeros(3, dtype=torch.bfloat16)])
+    assert [launch.grid for launch in recorded["grad_norm_kernel"]][2:] == [(4,), (1,)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_nothing_is_compiled_again(name: str, recorded: dict[str, list[Any]]) -> None:
+    case, one = BY_ID[name], torch.ones(())
+    mix = Mix(torch.bfloat16, torch.bfloat16)
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+
+    for shapes in ([(1,)], [(16,)], [(1000,), (0,)], [(3 * CHUNK,)] * 17):
+        step(case, make_tensors(case, shapes, mix), seed=0, ids=list(range(len(shapes))))
+    step(case, make_tensors(case, [(64,)], mix, like=shifted), seed=2**40, ids=[1])
+    tensors = make_tensors(case, [(64,)], mix)
+    for lr in (0.0, 1.0, 16.0, 1e-300):
+        for lr_dtype in (torch.float32, torch.float64):
+            step(case, tensors, lr=torch.tensor(lr, dtype=lr_dtype), seed=1, ids=[16])
+    misaligned = torch.ones(2)[1:]
+    for scalar in (one, torch.zeros(64), misaligned):
+        step(case, tensors, grad_scale=scalar[:1] if scalar.dim() else scalar, seed=16, ids=[1])
+        step(case, tensors, found_inf=scalar[:1] if scalar.dim() else scalar, maximize=True, seed=1, ids=[1])
+    for step_count in (1.0, 16.0):
+        tensors.steps[0].fill_(step_count)
+        step(case, tensors, seed=1, ids=[1])
+    for eps, weight_decay in ((0.0, 0.0), (1.0, 1.0), (16.0, 16.0)):
+        other = Case(case.rule, case.step, case.lr, case.hyper | {"eps": eps, "weight_decay": weight_decay})
+        step(other, tensors, seed=1, ids=[1])
+    variants = {launch.specialization(TARGET)[2] for launch in recorded["step_kernel"]}
+    assert len(variants) == (2 if name == "lamb" else 1)
+    assert len({launch.specialization(TARGET)[2] for launch in recorded["list_chunks_kernel"]}) == 1
+
+
+def test_gradient_norm_is_not_compiled_again(recorded: dict[str, list[Any]]) -> None:
+    norm = implementation("grad_norm", "triton")
+    for numel in (1, 16, 1000):
+        for max_norm in (0.0, 1.0, 16.0):
+            norm([torch.zeros(numel), torch.zeros(numel + 1)[1:]], max_norm=max_norm, eps=max_norm)
+            norm([torch.zeros(numel)], grad_scale=torch.ones(2)[1:])
+    assert len({launch.specialization(TARGET)[2] for launch in recorded["grad_norm_kernel"]}) == 1
+
+
+@pytest.mark.parametrize("shifted", ["params", "grads", "states"])
+def test_one_misaligned_tensor_keeps_its_record_from_vectors(shifted: str, recorded: dict[str, list[Any]]) -> None:
+    def shift(t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+
+    tensors = make_tensors(BY_ID["adamw"], [(64,)] * 3, Mix())
+    values = tensors.states[1] if shifted == "states" else getattr(tensors, shifted)
+    values[1] = shift(values[1])
+    step(BY_ID["adamw"], tensors)
+    records = recorded["step_kernel"][0].args[0].view(3, -1)
+    assert records[:, IS_ALIGNED.value].tolist() == [1, 0, 1]

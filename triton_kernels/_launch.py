@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What launchers share: the checks that memory safety needs, made before anything is changed, and a cache of tables."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._errors import require
+from ._common import STORAGE, is_interpreted
+
+T = TypeVar("T")
+_get_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+def require_device(op: str, lists: Sequence[Sequence[Tensor]]) -> torch.device:
+    """The one device of all tensors, on which Triton can run."""
+    devices = {t.device for tensors in lists for t in tensors}
+    names = ", ".join(sorted(map(str, devices)))
+    require(len(devices) == 1, op, "tensors on one device", names, "Call it once for each device.")
+    (device,) = devices
+    kind = "cpu" if is_interpreted() else "cuda"
+    require(device.type == kind, op, f"{kind} tensors for the triton backend", device, "Choose backend='eager'.")
+    return device
+
+
+def require_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
+    for t in tensors:
+        require(t.dtype in STORAGE, op, "float32, bfloat16 or float16 tensors", t.dtype, "Choose backend='eager'.")
+
+
+def require_scalar(op: str, name: str, value: Tensor | None, device: torch.device) -> int:
+    """Address of an optional float32 scalar on the device; 0 if there is none."""
+    if value is None:
+        return 0
+    holds = value.device == device and value.dtype == torch.float32 and value.numel() == 1
+    got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    require(holds, op, f"{name} as one float32 on {device}", got, f"Convert {name}.")
+    return value.data_ptr()
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[object]:
+    """Makes the device the current one, on whose current stream Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph instead of running."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def identities(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """Addresses and dtypes."""
+    return tuple(map(Tensor.data_ptr, tensors)), tuple(map(_get_dtype, tensors))
+
+
+def layouts(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
+    """Shapes and strides."""
+    return tuple(map(Tensor.size, tensors)), tuple(map(Tensor.stride, tensors))
+
+
+class Cache(Generic[T]):
+    """Keeps what was made from a content, for the stream that it was made on; the least recently used goes first.
+
+    Nothing that is made while a CUDA graph is captured is kept, and nothing that was kept is used then: the graph could
+    outlive it.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.capacity = capacity
+        self._entries: OrderedDict[object, tuple[object, T]] = OrderedDict()
+
+    def get(self, key: object, content: object, device: torch.device, make: Callable[[], T]) -> T:
+        """``key`` is a part of the content, cheap to hash; the whole content is compared."""
+        if is_capturing(device):
+            return make()
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        full_key = (key, device, stream)
+        entry = self._entries.get(full_key)
+        if entry is None or entry[0] != content:
+            entry = (content, make())
+            self._entries[full_key] = entry
+            if len(self._entries) > self.capacity:
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(full_key)
+        return entry[1]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device tables: where the tensors of one launch are, and which program owns which part of which tensor.
+
+A tensor is cut into chunks of CHUNK elements, and one program owns one chunk; an empty tensor has one empty chunk,
+whose program counts its step. A table depends on addresses, shapes and dtypes alone: callers keep it while these stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import is_capturing
+
+CHUNK = 16384
+BLOCK = 512
+MAX_STATES = 4
+
+# A record is a row of int64: addresses first. Kernels read these names as constants.
+PARAM = tl.constexpr(0)  # then the gradient and the states
+STEP = tl.constexpr(2 + MAX_STATES)
+SCALE = tl.constexpr(3 + MAX_STATES)
+NUMEL = tl.constexpr(4 + MAX_STATES)
+ID = tl.constexpr(5 + MAX_STATES)
+IS_ALIGNED = tl.constexpr(6 + MAX_STATES)
+FIRST_CHUNK = tl.constexpr(7 + MAX_STATES)
+WIDTH = tl.constexpr(8 + MAX_STATES)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One tensor's row. ``addresses`` are those of parameter, gradient and states that kernels access by vectors."""
+
+    addresses: tuple[int, ...]
+    numel: int
+    step: int = 0
+    scale: int = 0
+    id: int = 0
+
+    @property
+    def chunk_count(self) -> int:
+        return max(1, -(-self.numel // CHUNK))
+
+    def row(self, first_chunk: int) -> list[int]:
+        unused = [0] * (2 + MAX_STATES - len(self.addresses))
+        is_aligned = all(address % 16 == 0 for address in self.addresses)
+        tail = [self.step, self.scale, self.numel, self.id, int(is_aligned), first_chunk]
+        return [*self.addresses, *unused, *tail]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What kernels read of a list of tensors, and their scratch memory, all on the device."""
+
+    records: Tensor  # int64 [tensors, WIDTH]
+    chunks: Tensor  # int64 [chunks]: the tensor's number in the upper half, the chunk's number in the lower
+    tickets: Tensor  # int32 [tensors], zero between launches
+    norms: Tensor  # float64 [tensors, 2]
+    partials: Tensor  # float64 [chunks, 2]
+    chunk: int  # elements in each but the last chunk of a tensor
+
+    @property
+    def chunk_count(self) -> int:
+        return self.chunks.numel()
+
+
+@triton.jit(do_not_specialize=["p_records", "p_chunks"])
+def list_chunks_kernel(p_records, p_chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Each program lists the chunks of one tensor."""
+    i_tensor = tl.program_id(0).to(tl.int64)
+    p_record = p_records + i_tensor * WIDTH
+    count = tl.maximum(tl.cdiv(tl.load(p_record + NUMEL), CHUNK), 1)
+    p_first = p_chunks + tl.load(p_record + FIRST_CHUNK)
+    for start in range(0, count, BLOCK):
+        i_chunk = start + tl.arange(0, BLOCK)
+        tl.store(p_first + i_chunk, (i_tensor << 32) + i_chunk, mask=i_chunk < count)
+
+
+def make_table(records: Sequence[Record], device: torch.device) -> Table:
+    """Uploads the records and lists their chunks, on the current stream and without waiting for it."""
+    words: list[int] = []
+    chunk_count = 0
+    for record in records:
+        words += record.row(chunk_count)
+        chunk_count += record.chunk_count
+    table = Table(
+        records=upload(words, device),
+        chunks=torch.empty(chunk_count, dtype=torch.int64, device=device),
+        tickets=torch.zeros(len(records), dtype=torch.int32, device=device),
+        norms=torch.empty(len(records), 2, dtype=torch.float64, device=device),
+        partials=torch.empty(chunk_count, 2, dtype=torch.float64, device=device),
+        chunk=CHUNK,
+    )
+    list_chunks_kernel[(len(records),)](table.records, table.chunks, CHUNK, BLOCK)
+    return table
+
+
+def upload(words: list[int], device: torch.device) -> Tensor:
+    """An int64 tensor on the device.
+
+    A CUDA graph must carry the contents itself, because host memory that it copied from would have to outlive it: there
+    the words travel as the scalars of a foreach operation, which go by value through the arguments of its kernels.
+    """
+    if is_capturing(device):
+        uploaded = torch.zeros(len(words), dtype=torch.int64, device=device)
+        torch._foreach_add_(uploaded.unbind(), words)
+        return uploaded
+    host = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each in a place of its own."""
+    if t.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return t.numel() == 0
+        filled *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether equal indices stand at equal offsets."""
+    if a.shape != b.shape:
+        return False
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return a.numel() == 0 or all(size == 1 or x == y for size, x, y in strides)

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Triton engine for every optimizer rule, and the launchers of the ops, whose arguments ``singlepass._ops.optim``
+defines.
+
+A step over any number of tensors of the same dtypes is one launch, two for rules with norms. Step counts, learning
+rate, loss scale and the non-finite flag are read on the device, for which the host never waits: a CUDA graph can replay
+a step. Make one step before a graph is captured, so that its kernels are compiled and loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._errors import require
+from .._ops import optim as ops
+from ._common import (
+    LAUNCH_OPTIONS,
+    STORAGE,
+    bfloat16_bits_stochastic,
+    double,
+    is_last_program,
+    load,
+    load_scalar,
+    random_halves,
+    square,
+    store,
+    sum_partials,
+    tile_pointers,
+)
+from ._launch import (
+    Cache,
+    device_guard,
+    identities,
+    layouts,
+    require_device,
+    require_dtypes,
+    require_scalar,
+)
+from ._table import (
+    BLOCK,
+    ID,
+    IS_ALIGNED,
+    NUMEL,
+    PARAM,
+    SCALE,
+    STEP,
+    WIDTH,
+    Record,
+    Table,
+    is_dense,
+    make_table,
+    same_layout,
+)
+from .grad_norm import grad_norm
+from .optim_rules import RULES, Pass
+
+__all__ = ["OPS", "STEPS", "grad_norm"]
+
+
+@triton.jit
+def run_tile(
+    addresses,
+    start,
+    end,
+    c,
+    factor,
+    seed,
+    low,
+    high,
+    squares0,
+    squares1,
+    FUNCTION: tl.constexpr,
+    IS_NORM_PASS: tl.constexpr,
+    STORAGES: tl.constexpr,
+    READS: tl.constexpr,
+    WRITES: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Elements [start, start + BLOCK) of a tensor: a full tile by aligned vectors, any other with a mask."""
+    mask = None if FULL else start + tl.arange(0, BLOCK) < end
+    pointers = ()
+    values = ()
+    for k in tl.static_range(len(STORAGES)):
+        pointers = pointers + (tile_pointers(addresses[k], start, tl.constexpr(STORAGES[k]), FULL, BLOCK),)
+        if READS[k]:
+            values = values + (load(pointers[k], mask, tl.constexpr(STORAGES[k])),)
+        else:
+            values = values + (0.0,)
+
+    p = values[0]
+    g = values[1] * factor
+    if IS_NORM_PASS:
+        term0, term1, s = FUNCTION(c, p, g, values[2:])
+        squares0 += square(term0, mask)
+        squares1 += square(term1, mask)
+    else:
+        p, s = FUNCTION(c, p, g, values[2:])
+
+    values = (p, g) + s
+    for k in tl.static_range(len(STORAGES)):
+        if WRITES[k]:
+            if k == 0 and STOCHASTIC:
+                random = random_halves(seed, low, high, start, BLOCK)
+                tl.store(pointers[0], bfloat16_bits_stochastic(p, random), mask=mask)
+            else:
+                store(pointers[k], values[k], mask, tl.constexpr(STORAGES[k]))
+    return squares0, squares1
+
+
+HYPER_SLOTS = 8
+SCALARS = [f"h{k}" for k in range(HYPER_SLOTS)] + ["lr", "direction", "a_lr", "a_grad_scale", "a_found_inf", "seed"]
+POINTERS = ["p_records", "p_chunks", "p_tickets", "p_norms", "p_partials"]
+
+
+@triton.jit(do_not_specialize=POINTERS + SCALARS)
+def step_kernel(
+    p_records,
+    p_chunks,
+    p_tickets,
+    p_norms,
+    p_partials,
+    h0: tl.float64,
+    h1: tl.float64,
+    h2: tl.float64,
+    h3: tl.float64,
+    h4: tl.float64,
+    h5: tl.float64,
+    h6: tl.float64,
+    h7: tl.float64,
+    lr: tl.float64,
+    direction: tl.float64,
+    a_lr: tl.int64,
+    a_grad_scale: tl.int64,
+    a_found_inf: tl.int64,
+    seed: tl.int64,
+    COEFFICIENTS: tl.constexpr,
+    APPLY_NORMS: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    IS_NORM_PASS: tl.constexpr,
+    FLAGS: tl.constexpr,
+    HYPERS: tl.constexpr,
+    STORAGES: tl.constexpr,
+    READS: tl.constexpr,
+    WRITES: tl.constexpr,
+    COUNTS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One pass over all tensors of a table; each program does one chunk of one tensor.
+
+    ``h`` are the rule's hyperparameters, ``direction`` is -1 to maximize, ``a_*`` are addresses of float32 scalars or
+    null. FUNCTION is the rule's norm_terms or update.
+    """
+    if load_scalar(a_found_inf.to(tl.int64), 0.0) != 0.0:
+        return
+
+    i_program = tl.program_id(0)
+    if APPLY_NORMS is not None and not IS_NORM_PASS:
+        # Backwards, to meet in the cache what the norm pass touched last.
+        i_program = tl.num_programs(0) - 1 - i_program
+    chunk = tl.load(p_chunks + i_program)
+    i_tensor = chunk >> 32
+    i_chunk = chunk & 0xFFFFFFFF
+    p_record = p_records + i_tensor * WIDTH
+    numel = tl.load(p_record + NUMEL)
+    addresses = ()
+    for k in tl.static_range(len(STORAGES)):
+        addresses = addresses + (tl.load(p_record + PARAM + k),)
+
+    finished = double(0.0)
+    if COUNTS:
+        p_step = tl.load(p_record + STEP).to(tl.pointer_type(tl.float32))
+        finished = tl.load(p_step).to(tl.float64)
+    h = [tl.full((), x, tl.float64) for x in (h0, h1, h2, h3, h4, h5, h6, h7)][:HYPERS]
+    rate = double(lr)
+    if a_lr != 0:
+        rate = load_scalar(a_lr.to(tl.int64), 0.0)
+    c = COEFFICIENTS(h, rate, finished + 1.0, load_scalar(tl.load(p_record + SCALE), 1.0), FLAGS)
+    if APPLY_NORMS is not None and not IS_NORM_PASS:
+        p_norm = p_norms + i_tensor * 2
+        c = APPLY_NORMS(h, c, (tl.load(p_norm), tl.load(p_norm + 1)), FLAGS)
+    scale = load_scalar(a_grad_scale.to(tl.int64), 1.0).to(tl.float32)
+    factor = double(direction).to(tl.float32) * tl.div_rn(1.0, scale)
+
+    low = tl.load(p_record + ID)
+    high = finished.to(tl.int64)
+    begin = i_chunk * CHUNK
+    end = tl.minimum(begin + CHUNK, numel)
+    full_end = begin
+    if tl.load(p_record + IS_ALIGNED) != 0:
+        full_end = end - (end - begin) % BLOCK
+    squares0 = tl.zeros((BLOCK,), tl.float64)
+    squares1 = tl.zeros((BLOCK,), tl.float64)
+    # fmt: off
+    for start in range(begin, full_end, BLOCK):
+        squares0, squares1 = run_tile(
+            addresses, start, end, c, factor, seed, low, high, squares0, squares1,
+            FUNCTION, IS_NORM_PASS, STORAGES, READS, WRITES, STOCHASTIC, True, BLOCK)
+    for start in range(full_end, end, BLOCK):
+        squares0, squares1 = run_tile(
+            addresses, start, end, c, factor, seed, low, high, squares0, squares1,
+            FUNCTION, IS_NORM_PASS, STORAGES, READS, WRITES, STOCHASTIC, False, BLOCK)
+    # fmt: on
+
+    count = tl.maximum(tl.cdiv(numel, CHUNK), 1)
+    if IS_NORM_PASS:
+        p_partial = p_partials + i_program.to(tl.int64) * 2
+        tl.store(p_partial, tl.sum(squares0))
+        tl.store(p_partial + 1, tl.sum(squares1))
+        if is_last_program(p_tickets + i_tensor, count):
+            p_first = p_partial - i_chunk * 2
+            tl.store(p_norms + i_tensor * 2, sum_partials(p_first, count, BLOCK))
+            tl.store(p_norms + i_tensor * 2 + 1, sum_partials(p_first + 1, count, BLOCK))
+    elif COUNTS:
+        if is_last_program(p_tickets + i_tensor, count):
+            tl.store(p_step, (finished + 1.0).to(tl.float32))
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The tensors of one combination of dtypes: one launch for each pass."""
+
+    table: Table
+    storages: tuple[str, ...]
+
+
+_buckets: Cache[list[Bucket]] = Cache()
+
+
+def _make_buckets(
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    scales: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    ids: Sequence[int],
+) -> list[Bucket]:
+    """Checks what memory safety needs and builds the tables. Gradients are laid out like parameters already."""
+    device = require_device(op, [params, grads, *states, scales, steps])
+    records: dict[tuple[str, ...], list[Record]] = {}
+    for i, p in enumerate(params):
+        tensors = [p, grads[i], *(values[i] for values in states)]
+        require_dtypes(op, tensors)
+        layout = f"shape {tuple(p.shape)} and strides {p.stride()}"
+        require(is_dense(p), op, "dense parameters", layout, "Choose backend='eager'.")
+        for s in tensors[2:]:
+            got = f"shape {tuple(s.shape)} and strides {s.stride()} for a parameter of {layout}"
+            require(same_layout(s, p), op, "states laid out like their parameters", got, "Use torch.empty_like.")
+        for values in filter(None, (steps, scales)):
+            require_scalar(op, "each step count and scale", values[i], device)
+        record = Record(
+            addresses=tuple(t.data_ptr() for t in tensors),
+            numel=p.numel(),
+            step=steps[i].data_ptr() if steps else 0,
+            scale=scales[i].data_ptr() if scales else 0,
+            id=ids[i] if ids else 0,
+        )
+        records.setdefault(tuple(STORAGE[t.dtype] for t in tensors), []).append(record)
+    return [Bucket(make_table(rows, device), storages) for storages, rows in records.items()]
+
+
+def _laid_out_like(op: str, grad: Tensor, param: Tensor) -> Tensor:
+    got = f"{tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}"
+    require(grad.shape == param.shape, op, "gradients of their parameters' shapes", got, "Reshape the gradient.")
+    return grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+
+def _touched(memory_pass: Pass, states: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """Which tensors of a record a pass reads, and which it writes."""
+    kinds = "pg" + "s" * states
+    return tuple(k in memory_pass.reads for k in kinds), tuple(k in memory_pass.writes for k in kinds)
+
+
+def _address_of_lr(op: str, lr: Tensor, device: torch.device) -> int:
+    """0 for a learning rate that the host passes by value."""
+    if lr.device == device and lr.dtype == torch.float32:
+        return require_scalar(op, "lr", lr, device)
+    contract = f"lr on the CPU, or as a float32 on {device}"
+    require(lr.device.type == "cpu", op, contract, f"{lr.dtype} on {lr.device}", "Convert lr.")
+    return 0
+
+
+def _make_step(name: str) -> Callable[..., None]:
+    op, rule = ops.RULES[name], RULES[name]
+    declarations = [declaration.split() for declaration in op.hyper.split(",")]
+    floats = [hyper for kind, hyper in declarations if kind == "float"]
+    flags = [hyper for kind, hyper in declarations if kind == "bool"]
+    betas = [hyper for hyper in floats if hyper.startswith("beta")]
+    passes = [rule.update] if rule.norm is None else [rule.norm, rule.update]
+
+    def step_(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        *args: Any,
+        maximize: bool = False,
+        seed: int | None = None,
+        ids: Sequence[int] = (),
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **hyper: Any,
+    ) -> None:
+        if not params:
+            return
+        *lists, steps, lr = args
+        # Only the maximum of AMSGrad may be missing.
+        states = [s for s, key in zip(lists, op.states, strict=False) if s or not key.startswith("max_")]
+        scales = lists[len(op.states)] if op.scale else []
+        counters = [steps, ids] if seed is not None else [values for values in (steps, ids) if values]
+        for values in (grads, *states, *([scales] if op.scale else []), *counters):
+            contract = f"{len(params)} in each list, one per parameter"
+            require(len(values) == len(params), op.op_name, contract, len(values), "Pass lists of one length.")
+        device = params[0].device
+        a_lr = _address_of_lr(op.op_name, lr, device)
+        a_grad_scale = require_scalar(op.op_name, "grad_scale", grad_scale, device)
+        a_found_inf = require_scalar(op.op_name, "found_inf", found_inf, device)
+
+        with device_guard(device):
+            layout = layouts(params)
+            if layouts(grads) != layout:
+                grads = [_laid_out_like(op.op_name, g, p) for g, p in zip(grads, params, strict=True)]
+            lists = [params, grads, *states, scales, steps]
+            buckets = _buckets.get(
+                (name, *map(Tensor.data_ptr, grads)),
+                (*map(identities, lists), layout, *map(layouts, states), tuple(ids)),
+                device,
+                lambda: _make_buckets(op.op_name, params, grads, states, scales, steps, ids),
+            )
+            h = [hyper[key] for key in floats]
+            h += [math.log(hyper[key]) if hyper[key] > 0.0 else -math.inf for key in betas]
+            h += [0.0] * (HYPER_SLOTS - len(h))
+            for bucket in buckets:
+                for memory_pass in passes:
+                    table = bucket.table
+                    step_kernel[(table.chunk_count,)](
+                        table.records,
+                        table.chunks,
+                        table.tickets,
+                        table.norms,
+                        table.partials,
+                        *h,
+                        0.0 if a_lr else lr.item(),
+                        -1.0 if maximize else 1.0,
+                        a_lr,
+                        a_grad_scale,
+                        a_found_inf,
+                        0 if seed is None else seed,
+                        rule.coefficients,
+                        rule.apply_norms,
+                        memory_pass.function,
+                        memory_pass is rule.norm,
+                        tuple(bool(hyper[key]) for key in flags),
+                        len(floats) + len(betas),
+                        bucket.storages,
+                        *_touched(memory_pass, len(states)),
+                        bool(steps),
+                        seed is not None and bucket.storages[0] == "bf16",
+                        table.chunk,
+                        BLOCK,
+                        **LAUNCH_OPTIONS,
+                    )
+
+    step_.__name__ = step_.__qualname__ = op.op_name
+    step_.__doc__ = f"{op.op_name} in Triton. Arguments as in ``singlepass._ops.optim``."
+    return step_
+
+
+STEPS = {ops.RULES[name].op_name: _make_step(name) for name in RULES}
+OPS = {**STEPS, "grad_norm": grad_norm}
