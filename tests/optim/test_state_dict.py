@@ -199,7 +199,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(case: Case, da
     state["param_groups"][0]["lr"] = 123.0
     damage(state)
     before, groups = contents(target), copy.deepcopy([{**g, "params": None} for g in target.param_groups])
-    with pytest.raises(ValueError, match="expected|loaded state dict"):
+    with pytest.raises(ValueError, match=r"expected|loaded state dict"):
         target.load_state_dict(state)
     after = contents(target)
     assert before.keys() == after.keys()

@@ -338,8 +338,7 @@ class FusedOptimizer(Optimizer):
         if not stats:
             return grad_scale, found_inf
         _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
-        scaling_by_hand = grad_scale is not None and found_inf is None
-        return divisor, nonfinite if scaling_by_hand else found_inf
+        return divisor, nonfinite if grad_scale is not None and found_inf is None else found_inf
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
