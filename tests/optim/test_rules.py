@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from singlepass._ops.optim import RULES
 
 from ..simt.truth import CASES, Case
-from .steps import MIXES, Mix, Place, each_case, each_kernel, make_tensors, rule_of, set_grads, step_and_check
+from .steps import MIXES, Mix, Place, call, each_case, each_kernel, make_tensors, rule_of, set_grads, step_and_check
 
 STEPS = 10
 SHAPES = [(9, 57)]
@@ -30,6 +31,23 @@ def test_ten_steps_in_every_mix_of_dtypes(case: Case, mix: Mix, place: Place) ->
     for t in range(1, STEPS + 1):
         set_grads(tensors, t)
         step_and_check(place, case, tensors, t)
+
+
+@each_kernel
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@each_case
+def test_gradients_that_are_not_finite_spoil_what_they_spoil_in_eager(case: Case, value: float, place: Place) -> None:
+    tensors = make_tensors(case, [(40,), (8,)], Mix(), device=place.device)
+    set_grads(tensors, 1)
+    tensors.grads[0][17] = value
+    eager = tensors.clone()
+    op_name = rule_of(case).op_name
+    for _ in range(2):
+        call(place.function(op_name), case, tensors)
+        call(Place("eager", place.device).function(op_name), case, eager)
+    for actual, expected in zip(tensors.written(), eager.written(), strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert torch.equal(actual.isinf(), expected.isinf())
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ def test_python_tests_under_sanitizers() -> None:
     # ASan must come before everything else, and needs libstdc++ beside it to see exceptions.
     compiler = os.environ.get("CXX", "c++")
     preload = [_run(compiler, f"-print-file-name={library}").strip() for library in ("libasan.so", "libstdc++.so")]
-    # Without the project's settings and fixtures: PyTorch stays out of this process.
+    # Without the project's settings and fixtures: PyTorch stays out of this process. Without capture: what a sanitizer
+    # reports must outlive the process that it ends.
     settings = ("-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "--import-mode=importlib")
     _run(
-        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *settings, "--ignore", __file__, HERE),
+        *(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *settings, "--ignore", __file__, HERE),
         LD_PRELOAD=" ".join(preload),
         ASAN_OPTIONS="detect_leaks=0",  # Python leaks by design
         UBSAN_OPTIONS="print_stacktrace=1",

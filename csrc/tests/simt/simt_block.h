@@ -114,6 +114,7 @@ class Block {
       for (const Thread& thread : threads_)
         if (!same(thread.site, site)) fail("divergent __syncthreads");
       at_barrier_ = 0;
+      yields_ = 0;
       draw_schedule();
       for (Thread& thread : threads_) release(thread);
     }

@@ -175,6 +175,8 @@ class FusedOptimizer(Optimizer):
                 "Convert it.",
             )
         self._check_range(group, lr=">= 0")
+        for p in params if group["capturable"] and isinstance(lr, Tensor) else ():
+            self._require(lr.device == p.device, f"a capturable lr on {p.device}", lr.device, "Move it there.")
         backend = requested(group["backend"])
         if backend is not None:
             for p in params:
@@ -183,9 +185,6 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = {}
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 

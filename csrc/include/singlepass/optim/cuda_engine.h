@@ -201,7 +201,7 @@ __device__ inline void reduce_norms(const DeviceTable& table, const Chunk& chunk
 }
 
 template <class Rule, Pass pass, bool kFloat32>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     step_kernel(const DeviceTable table, const typename Rule::Hyper hyper, const StepOptions options) {
   if (options.found_inf != nullptr && *options.found_inf != 0.0f) return;
   // The update pass of a rule with norms goes backwards, to meet in the cache what the norm pass touched last.
