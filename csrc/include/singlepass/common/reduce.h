@@ -29,9 +29,10 @@ __device__ inline double block_sum(double value) {
 }
 
 // True, in every thread, of the last of `count` blocks that call it with the same ticket, which it sets back to zero.
-// What thread 0 of any of these blocks wrote before the call can be read after it.
+// Whatever any thread of these blocks read or wrote before the call happened before what the last block does after it.
 __device__ inline bool is_last_block(unsigned* ticket, unsigned count) {
   SINGLEPASS_SHARED(bool, last);
+  __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(ticket, 1u) == count - 1;
