@@ -208,8 +208,8 @@ def diffgrad_update(c, p, g, s):
     g = g + coupled_decay * p
     m = beta1 * s[0] + rest1 * g
     v = beta2 * s[1] + rest2 * (g * g)
-    friction = tl.div_rn(1.0, 1.0 + exp_negative(tl.abs(s[2] - g)))
-    return p - step_size * tl.div_rn(m * friction, tl.sqrt_rn(v) + eps), (m, v, g)
+    denominator = (1.0 + exp_negative(tl.abs(s[2] - g))) * (tl.sqrt_rn(v) + eps)
+    return p - step_size * tl.div_rn(m, denominator), (m, v, g)
 
 
 @triton.jit

@@ -177,8 +177,8 @@ class DiffGrad:
         g = g + c.coupled_decay * p
         m = c.beta1 * s[0] + (1.0 - c.beta1) * g
         v = c.beta2 * s[1] + (1.0 - c.beta2) * (g * g)
-        friction = 1.0 / (1.0 + torch.exp(-(s[2] - g).abs()))
-        return p - c.step_size * ((m * friction) / (v.sqrt() + c.eps)), [m, v, g]
+        denominator = (1.0 + torch.exp(-(s[2] - g).abs())) * (v.sqrt() + c.eps)
+        return p - c.step_size * (m / denominator), [m, v, g]
 
 
 def _norm(x: Tensor) -> Tensor:
