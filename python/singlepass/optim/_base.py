@@ -63,8 +63,6 @@ class FusedOptimizer(Optimizer):
         self._buckets: dict[int, tuple[set[torch.dtype], list[Bucket]]] = {}
         super().__init__(params, defaults)
 
-    # -- what a subclass provides ---------------------------------------------------------------------------------
-
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError for hyperparameters outside their range."""
         raise NotImplementedError
@@ -93,8 +91,6 @@ class FusedOptimizer(Optimizer):
     ) -> bool:
         """Called once the states exist. False leaves the bucket's parameters alone in this step."""
         return True
-
-    # -- construction ---------------------------------------------------------------------------------------------
 
     @property
     def _rule(self) -> Rule:
@@ -185,8 +181,6 @@ class FusedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buckets = {}
-
-    # -- a step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -338,8 +332,6 @@ class FusedOptimizer(Optimizer):
             return grad_scale, found_inf
         _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
         return divisor, nonfinite if grad_scale is not None and found_inf is None else found_inf
-
-    # -- saving and loading ---------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` of this class, or of the official implementation, returned.
