@@ -37,7 +37,7 @@ TOLERANCES = {
     "lion_step_": _SAME_BITS,
     "adabelief_step_": _ROOT,
     "adan_step_": _ROOT,
-    "diffgrad_step_": Tolerance(2, 3, "as for a root; the friction feels half of an exponential's two ulp"),
+    "diffgrad_step_": Tolerance(2, 3, "as for a root; the friction's denominator is within two ulp"),
     "lamb_step_": Tolerance(2, 3, "as for a root; norms are summed in float64 in another order, and rounded once"),
     "lars_step_": Tolerance(2, 1, "norms are summed in float64 in another order; their ratio is rounded once"),
     "sgdsai_step_": _SAME_BITS,

@@ -117,21 +117,18 @@ def maximum(a, b):
 
 
 @triton.jit
-def exp_negative(a):
-    """exp(-a) for a >= 0, by the polynomial of ``csrc/include/singlepass/common/math.h``, to the same bits."""
-    x = tl.where(a > 87.0, -87.0, -a)
-    shifted = x * 1.44269504088896341 + 12582912.0
-    n = shifted - 12582912.0
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
-    e = r * 1.98412698e-4 + 1.38888889e-3
-    e = e * r + 8.33333333e-3
-    e = e * r + 4.16666667e-2
-    e = e * r + 1.66666667e-1
-    e = e * r + 0.5
-    e = e * r + 1.0
-    e = e * r + 1.0
-    power = (shifted.to(tl.uint32, bitcast=True) - 0x4B400000 + 127) << 23
-    return e * power.to(tl.float32, bitcast=True)
+def one_plus_exp_negative(a):
+    """1 + exp(-a) for a >= 0, by the polynomial of ``csrc/include/singlepass/common/math.h``, to the same bits."""
+    x = tl.where(a > 87.0, 87.0, a) * -1.44269504
+    shifted = x + 12582912.0
+    f = x - (shifted - 12582912.0)
+    e = f * 1.32695212e-3 + 9.67129134e-3
+    e = e * f + 5.55071086e-2
+    e = e * f + 2.40222469e-1
+    e = e * f + 6.93147004e-1
+    e = e * f + 1.0
+    power = (shifted.to(tl.uint32, bitcast=True) << 23) + 0x3F800000
+    return 1.0 + e * power.to(tl.float32, bitcast=True)
 
 
 @triton.jit

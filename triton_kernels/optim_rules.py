@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ._common import double, exp_negative, maximum, sign
+from ._common import double, maximum, one_plus_exp_negative, sign
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def diffgrad_update(c, p, g, s):
     g = g + coupled_decay * p
     m = beta1 * s[0] + rest1 * g
     v = beta2 * s[1] + rest2 * (g * g)
-    denominator = (1.0 + exp_negative(tl.abs(s[2] - g))) * (tl.sqrt_rn(v) + eps)
+    denominator = one_plus_exp_negative(tl.abs(s[2] - g)) * (tl.sqrt_rn(v) + eps)
     return p - step_size * tl.div_rn(m, denominator), (m, v, g)
 
 

@@ -20,7 +20,7 @@ void define_common(py::module_& m) {
         py::arg("x"), py::arg("random"), "Rounds up where `random`, 16 uniform bits, exceeds what is discarded.");
   m.def("float16_to_float", py::vectorize([](std::uint16_t h) { return float16_to_float(h); }));
   m.def("float_to_float16", py::vectorize([](float x) { return float_to_float16(x); }));
-  m.def("exp_negative", py::vectorize([](float a) { return exp_negative(a); }), "exp(-a) for a >= 0.");
+  m.def("one_plus_exp_negative", py::vectorize([](float a) { return one_plus_exp_negative(a); }));
   m.def(
       "philox4x32",
       [](std::uint64_t key, std::uint64_t counter_low, std::uint64_t counter_high) {

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from .bounded import Bounded, absolute, exp, maximum, norm, sign, sqrt
+from .bounded import Bounded, absolute, maximum, norm, one_plus_exp_negative, sign, sqrt
 
 Result = tuple[Bounded, list[Bounded]]
 
@@ -81,7 +81,7 @@ def diffgrad(p: Bounded, g: Bounded, s: list[Bounded], t: int, scale: float, h: 
     g = g + h.weight_decay * p
     m = h.beta1 * s[0] + (1.0 - h.beta1) * g
     v = h.beta2 * s[1] + (1.0 - h.beta2) * (g * g)
-    friction = Bounded(1.0) / (Bounded(1.0) + exp(-absolute(s[2] - g)))
+    friction = Bounded(1.0) / one_plus_exp_negative(absolute(s[2] - g))
     step_size = h.lr * math.sqrt(1.0 - h.beta2**t) / (1.0 - h.beta1**t)
     return p - step_size * (m * friction / (sqrt(v) + h.eps)), [m, v, g]
 

@@ -36,7 +36,7 @@ struct DiffGrad {
     s[0] = c.beta1 * s[0] + c.rest1 * g;
     s[1] = c.beta2 * s[1] + c.rest2 * (g * g);
     // m times the friction over the root, with one division for both.
-    const float denominator = (1.0f + exp_negative(fabsf(s[2] - g))) * (sqrtf(s[1]) + c.eps);
+    const float denominator = one_plus_exp_negative(fabsf(s[2] - g)) * (sqrtf(s[1]) + c.eps);
     s[2] = g;
     p = p - c.step_size * (s[0] / denominator);
   }
