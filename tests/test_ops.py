@@ -17,6 +17,8 @@ from singlepass._ops import NAMESPACE, op
 
 from .optim import test_compile, test_grad_norm, test_rules, test_stream
 from .optim.steps import rule_of
+from .rational import test_compile as test_compile_rational
+from .rational import test_functional
 from .simt.truth import CASES
 
 README = Path(__file__).parents[1] / "README.md"
@@ -27,14 +29,19 @@ _STEPS = {rule_of(case).op_name for case in CASES}
 FLOAT64_TESTS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(_STEPS, test_rules.test_ten_steps_in_every_mix_of_dtypes),
     "grad_norm": test_grad_norm.test_norm_and_divisor,
+    "rational": test_functional.test_against_float64,
+    "rational_backward": test_functional.test_against_float64,
     "stream_": test_stream.test_values_stay,
 }
 OPCHECKS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(_STEPS, test_compile.test_step_ops_pass_opcheck),
     "grad_norm": test_compile.test_grad_norm_passes_opcheck,
+    "rational": test_compile_rational.test_ops_pass_opcheck,
+    "rational_backward": test_compile_rational.test_ops_pass_opcheck,
     "stream_": test_compile.test_stream_passes_opcheck,
 }
-GRADIENT_TESTS: dict[str, Callable[..., None]] = {}
+# Of the ops that have a backward op.
+GRADIENT_TESTS: dict[str, Callable[..., None]] = {"rational": test_functional.test_gradcheck}
 
 # Measured inside the steps that use it; and the op that measures the others.
 MEASURED_WITHIN = {"grad_norm": "lamb_step_"}
@@ -63,9 +70,12 @@ def test_schema(name: str) -> None:
     assert [r.alias_info for r in schema.returns] == [None] * len(schema.returns)
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert bool(written) == name.endswith("_"), "in-place ops, and only they, end in an underscore"
-    positional = [a.name for a in schema.arguments if not a.kwarg_only]
-    tensors = [a.name for a in schema.arguments if str(a.type) in ("Tensor", "List[Tensor]")]
-    assert positional == tensors, "tensors by position, everything else by keyword"
+    for argument in schema.arguments:
+        kind = str(argument.type)
+        if kind in ("Tensor", "List[Tensor]"):
+            assert not argument.kwarg_only, "tensors by position"
+        elif kind != "Optional[Tensor]":
+            assert argument.kwarg_only, "everything else by keyword"
 
 
 @each_op
@@ -98,7 +108,7 @@ def test_opcheck(name: str) -> None:
 
 @each_op
 def test_gradients(name: str) -> None:
-    if has_kernel(name, "Autograd"):
+    if f"{name}_backward" in registered():
         assert callable(GRADIENT_TESTS.get(name)), f"{name} can be differentiated, and no test checks its gradient"
 
 
@@ -112,7 +122,8 @@ def test_benchmark_case(name: str) -> None:
     if name == YARDSTICK:
         assert "stream_" in Path(floor.__file__).read_text()
         return
-    measured = {f"{case.op.lower()}_step_" for case in registry.cases(torch.device("cpu"))}
+    cases = registry.cases(torch.device("cpu"))
+    measured = {f"{case.op.lower()}_step_" if case.family == "optim" else case.op for case in cases}
     assert MEASURED_WITHIN.get(name, name) in measured
 
 

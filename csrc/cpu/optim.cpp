@@ -5,28 +5,6 @@
 
 namespace singlepass::optim {
 
-void widen(const void* from, DType dtype, float* to, int64_t n) {
-  const uint16_t* half = static_cast<const uint16_t*>(from);
-  if (dtype == DType::kBFloat16) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) to[i] = bfloat16_to_float(half[i]);
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) to[i] = float16_to_float(half[i]);
-  }
-}
-
-void narrow(const float* from, void* to, DType dtype, int64_t n) {
-  uint16_t* half = static_cast<uint16_t*>(to);
-  if (dtype == DType::kBFloat16) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) half[i] = float_to_bfloat16(from[i]);
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) half[i] = float_to_float16(from[i]);
-  }
-}
-
 void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random) {
   alignas(64) uint32_t words[4][kTile / 8];
   const int64_t groups = (n + 7) / 8;

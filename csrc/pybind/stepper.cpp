@@ -2,7 +2,6 @@
 #include "stepper.h"
 
 #include <limits>
-#include <thread>
 #include <type_traits>
 
 #include "singlepass/optim/cpu.h"
@@ -51,19 +50,6 @@ const RuleEntry& find_rule(const std::string& name) {
   throw py::value_error("Stepper: expected a rule of singlepass_core.rules(); got '" + name + "'. Check its spelling.");
 }
 
-// Cuts [0, n) in `workers` pieces, each on a thread of its own.
-ParallelFor parallel_for(int workers) {
-  return [workers](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-    std::vector<std::thread> threads;
-    for (int w = 0; w < workers; ++w) threads.emplace_back(body, n * w / workers, n * (w + 1) / workers);
-    for (std::thread& thread : threads) thread.join();
-  };
-}
-
-void check_launch(const char* what, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 // A table of `records` in `workspace`.
 optim::DeviceTable upload(const std::vector<optim::TensorRecord>& records, int states, const Placement& placement,
                           std::optional<simt::GuardedMemory>& workspace) {
@@ -73,10 +59,6 @@ optim::DeviceTable upload(const std::vector<optim::TensorRecord>& records, int s
   return optim::place_table(table, workspace->data());
 }
 
-[[noreturn]] void guards_overwritten(const char* what) {
-  throw std::runtime_error(std::string(what) + " were stored to out of bounds");
-}
-
 }  // namespace
 
 const std::vector<RuleEntry>& rules() {
@@ -84,14 +66,6 @@ const std::vector<RuleEntry>& rules() {
   static const std::vector<RuleEntry> rules = {SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_ENTRY)};
 #undef SINGLEPASS_ENTRY
   return rules;
-}
-
-void Placement::check() const {
-  if (device != "cpu" && device != "simt")
-    throw py::value_error("singlepass_core: expected device 'cpu' or 'simt'; got '" + device +
-                          "'. Choose one of them.");
-  if (workers < 1)
-    throw py::value_error("singlepass_core: expected workers >= 1; got " + std::to_string(workers) + ".");
 }
 
 Stepper::Stepper(const std::string& rule, Placement placement, const std::vector<py::array>& params,

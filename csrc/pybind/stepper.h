@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "arrays.h"
+#include "placement.h"
 #include "singlepass/optim/cuda.h"
 #include "singlepass/optim/table.h"
 
@@ -28,14 +28,6 @@ const std::vector<RuleEntry>& rules();
 
 // Where the tensors of a Stepper lie, in elements past an aligned address: parameters, gradients, states.
 using Misalignment = std::tuple<int, int, int>;
-
-// How a list of gradients or a step runs: "cpu" is the C++ engine on `workers` threads; "simt" is the CUDA launcher on
-// the CPU in blocks of `threads` threads and `chunk` elements.
-struct Placement {
-  std::string device;
-  int threads, chunk, workers;
-  void check() const;
-};
 
 // Parameters with their gradients and states in guarded memory, and what it takes to run steps over them. The table is
 // uploaded once, as an optimizer does, so that many steps share it.

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -92,7 +93,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 
 inline void check_device(const std::string& op, const char* role, const Tensor& t, const Tensor& like) {
   if (t.is_cpu() != like.is_cpu() || t.get_device_index() != like.get_device_index()) {
-    fail(op, role, " on the parameters' device; got another one. Move it there.");
+    fail(op, role, " on the same device as the rest; got another one. Move it there.");
   }
 }
 

@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "optim.h"
+#include "parallel.h"
 #include "singlepass/optim/cpu.h"
 #include "singlepass/optim/grad_norm.h"
 #include "stream.h"
 
 namespace singlepass::registration {
 namespace {
-
-void parallel_for(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, n, 1, body);
-}
 
 struct CpuEngine {
   template <class Rule>

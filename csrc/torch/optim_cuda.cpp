@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <list>
 #include <mutex>
 
+#include "device.h"
 #include "optim.h"
 #include "singlepass/common/stream_cuda.h"
 #include "singlepass/optim/cuda.h"
@@ -13,24 +11,10 @@
 namespace singlepass::registration {
 namespace {
 
-void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(error));
-}
-
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  aoti_torch_get_current_cuda_stream(device, &stream);
-  return static_cast<cudaStream_t>(stream);
-}
-
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_launch("singlepass", cudaStreamIsCapturing(stream, &status));
   return status != cudaStreamCaptureStatusNone;
-}
-
-Tensor allocate(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
 }
 
 // Device tables by their contents. An entry belongs to one stream: its memory comes from that stream's pool and is only

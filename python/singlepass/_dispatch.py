@@ -18,7 +18,10 @@ import torch
 from . import _native
 from ._errors import message
 from ._ops import library, op
+from ._ops import optim as _optim_ops  # noqa: F401  defines the ops that are bound below
+from ._ops import rational as _rational_ops  # noqa: F401
 from .reference import optim as reference_optim
+from .reference import rational as reference_rational
 
 BACKENDS = ("native", "triton", "eager")
 ENV = "SINGLEPASS_BACKEND"
@@ -29,9 +32,14 @@ _KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _EAGER: dict[str, Callable] = {
     **reference_optim.STEPS,
     "grad_norm": reference_optim.grad_norm,
+    "rational": reference_rational.rational,
+    "rational_backward": reference_rational.rational_backward,
     "stream_": reference_optim.stream_,
 }
-_TRITON_MODULES = dict.fromkeys((*reference_optim.STEPS, "grad_norm"), "optim")
+_TRITON_MODULES = {
+    **dict.fromkeys((*reference_optim.STEPS, "grad_norm"), "optim"),
+    **dict.fromkeys(("rational", "rational_backward"), "rational"),
+}
 _DEVICES = ("cpu", "cuda")
 _obstacles: dict[tuple[str, str, str], str | None] = {}  # found once, so that torch.compile traces a choice
 _logged: set[str] = set()

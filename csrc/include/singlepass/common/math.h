@@ -7,6 +7,52 @@
 
 namespace singlepass {
 
+// a * b + c: one rounding on the device, two on the host, whose plainest build has no instruction for one.
+template <class T>
+SINGLEPASS_HD T multiply_add(T a, T b, T c) {
+  return a * b + c;
+}
+
+// 1 / a within an ulp: rounded correctly on the host, by the hardware's approximation on the device.
+template <class T>
+SINGLEPASS_HD T reciprocal(T a) {
+  return 1.0f / a;
+}
+
+#if defined(__CUDA_ARCH__)
+template <>
+SINGLEPASS_HD float multiply_add(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+
+template <>
+SINGLEPASS_HD float reciprocal(float a) {
+  float r;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+#endif
+
+// One number in every lane of T, which is float or a vector of floats.
+template <class T>
+SINGLEPASS_HD T broadcast(float v) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return v;
+  } else {
+    return T{} + v;
+  }
+}
+
+SINGLEPASS_HD float absolute(float v) {
+  return fabsf(v);
+}
+
+// v times the sign of s, where zero counts as positive.
+template <class T>
+SINGLEPASS_HD T with_sign_of(T s, T v) {
+  return s < 0.0f ? -v : v;
+}
+
 SINGLEPASS_HD float sign(float x) {
   return static_cast<float>((x > 0.0f) - (x < 0.0f));
 }
@@ -16,8 +62,8 @@ SINGLEPASS_HD float maximum(float a, float b) {
 }
 
 // 1 + exp(-a) for a >= 0 within 2 ulp, without a library call: it vectorises, and gives host and device the same bits.
-// exp(-a) = 2^n * 2^f with |f| <= 1/2 and a polynomial for 2^f, minimax in relative error (9.4e-8) with 2^0 = 1. The one
-// rounding of a * log2(e) costs exp(-a) a relative error that grows with a, but never what the sum could show.
+// exp(-a) = 2^n * 2^f with |f| <= 1/2 and a polynomial for 2^f, minimax in relative error (9.4e-8) with 2^0 = 1. The
+// one rounding of a * log2(e) costs exp(-a) a relative error that grows with a, but never what the sum could show.
 SINGLEPASS_HD float one_plus_exp_negative(float a) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
   const float x = (87.0f < a ? 87.0f : a) * -1.44269504f;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "singlepass/common/convert.h"
 #include "singlepass/common/philox.h"
 #include "singlepass/optim/cpu.h"
 #include "singlepass/optim/table.h"
@@ -17,8 +18,6 @@ namespace singlepass::optim {
 inline constexpr int64_t kCpuChunk = 32768;
 inline constexpr int64_t kTile = 1024;
 
-SINGLEPASS_TARGET_CLONES void widen(const void* from, DType dtype, float* to, int64_t n);
-SINGLEPASS_TARGET_CLONES void narrow(const float* from, void* to, DType dtype, int64_t n);
 SINGLEPASS_TARGET_CLONES void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random);
 
 // Sum of squares in a fixed order that does not depend on the vector width; no float's square overflows it.

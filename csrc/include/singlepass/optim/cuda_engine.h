@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "singlepass/common/philox.h"
+#include "singlepass/common/raw.h"
 #include "singlepass/common/reduce.h"
 #include "singlepass/optim/cuda.h"
 
@@ -12,63 +13,6 @@
 namespace singlepass::optim {
 
 inline constexpr int kThreads = 256;
-inline constexpr int kVector = 8;
-
-// The bits of kWidth elements as they stand in memory: 32-bit elements fill `bits`, 16-bit ones its first half.
-template <int kWidth>
-struct alignas(kWidth == kVector ? 16 : 4) Raw {
-  uint32_t bits[kWidth];
-};
-
-template <int kWidth>
-__device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, Raw<kWidth>& raw) {
-  const char* address = global_memory(static_cast<const char*>(base) + i * size_of(dtype));
-  if constexpr (kWidth == 1) {
-    raw.bits[0] = dtype == DType::kFloat32 ? *reinterpret_cast<const uint32_t*>(address)
-                                           : *reinterpret_cast<const uint16_t*>(address);
-  } else {
-    *reinterpret_cast<uint4*>(&raw.bits[0]) = *reinterpret_cast<const uint4*>(address);
-    if (dtype == DType::kFloat32) {
-      *reinterpret_cast<uint4*>(&raw.bits[4]) = *reinterpret_cast<const uint4*>(address + 16);
-    }
-  }
-}
-
-template <int kWidth>
-__device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void* base, int64_t i) {
-  char* address = global_memory(static_cast<char*>(base) + i * size_of(dtype));
-  if constexpr (kWidth == 1) {
-    if (dtype == DType::kFloat32) {
-      *reinterpret_cast<uint32_t*>(address) = raw.bits[0];
-    } else {
-      *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(raw.bits[0]);
-    }
-  } else {
-    *reinterpret_cast<uint4*>(address) = *reinterpret_cast<const uint4*>(&raw.bits[0]);
-    if (dtype == DType::kFloat32) {
-      *reinterpret_cast<uint4*>(address + 16) = *reinterpret_cast<const uint4*>(&raw.bits[4]);
-    }
-  }
-}
-
-// The loops stand inside the branches on the dtype, which all threads of a block take alike.
-template <int kWidth>
-__device__ __forceinline__ void decode(const Raw<kWidth>& raw, DType dtype, float* values) {
-  if (dtype == DType::kFloat32) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) values[k] = bit_cast<float>(raw.bits[k]);
-  } else if (dtype == DType::kBFloat16) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      values[k] = bfloat16_to_float(static_cast<uint16_t>(raw.bits[k / 2] >> (16 * (k % 2))));
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      values[k] = float16_to_float(static_cast<uint16_t>(raw.bits[k / 2] >> (16 * (k % 2))));
-    }
-  }
-}
 
 struct Rounding {
   bool stochastic;
@@ -92,25 +36,10 @@ __device__ __forceinline__ void round_stochastic(const float* values, int64_t i,
 
 template <int kWidth>
 __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, int64_t i, const Rounding& rounding) {
-  Raw<kWidth> raw = {};
-  if (dtype == DType::kFloat32) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) raw.bits[k] = bit_cast<uint32_t>(values[k]);
-    return raw;
-  }
+  if (dtype != DType::kBFloat16 || !rounding.stochastic) return singlepass::encode<kWidth>(values, dtype);
   uint16_t half[kWidth];
-  if (dtype == DType::kFloat16) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) half[k] = float_to_float16(values[k]);
-  } else if (rounding.stochastic) {
-    round_stochastic<kWidth>(values, i, rounding, half);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) half[k] = float_to_bfloat16(values[k]);
-  }
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) raw.bits[k / 2] |= static_cast<uint32_t>(half[k]) << (16 * (k % 2));
-  return raw;
+  round_stochastic<kWidth>(values, i, rounding, half);
+  return pack<kWidth>(half);
 }
 
 // What a block holds of its tensor. kFloat32 makes every dtype a constant.

@@ -1,0 +1,413 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <vector>
+
+#include "singlepass/common/convert.h"
+#include "singlepass/common/vector.h"
+#include "singlepass/rational/cpu.h"
+#include "singlepass/rational/dispatch.h"
+
+// Threads take ranges of elements in the order of memory, and go through them by runs that stay in the first-level
+// cache. Other storage types than float32 pass through buffers of floats.
+namespace singlepass::rational {
+namespace {
+
+constexpr int64_t kRun = 1024;
+constexpr int64_t kTask = 32768;
+
+// Elements that follow one another in memory: `n` channels from `channel` on where Problem::inner is 1, else `n`
+// elements of one channel.
+struct Run {
+  int64_t element, outer, channel, inner, n;
+
+  int64_t offset(const View& view) const { return outer * view.outer_stride + channel * view.channel_stride + inner; }
+};
+
+template <class Body>
+void for_each_run(const Problem& p, int64_t begin, int64_t end, const Body& body) {
+  const bool rows = p.inner == 1;
+  for (int64_t e = begin; e < end;) {
+    const int64_t inner = e % p.inner, plane = e / p.inner;
+    Run run = {e, plane / p.channels, plane % p.channels, inner, 0};
+    run.n = std::min({kRun, end - e, rows ? p.channels - run.channel : p.inner - inner});
+    body(run);
+    e += run.n;
+  }
+}
+
+// Calls body(group, first, count) for the parts of a run that share coefficients.
+template <class Body>
+void for_each_group(const Problem& p, const Run& run, const Body& body) {
+  const int64_t size = p.group_size();
+  if (p.inner != 1) return body(run.channel / size, int64_t{0}, run.n);
+  for (int64_t i = 0; i < run.n;) {
+    const int64_t group = (run.channel + i) / size;
+    const int64_t count = std::min(run.n, (group + 1) * size - run.channel) - i;
+    body(group, i, count);
+    i += count;
+  }
+}
+
+// n floats, the rest of the vector zeros.
+SINGLEPASS_HD Vector load_part(const float* from, int64_t n) {
+  Vector v = {};
+  memcpy(&v, from, static_cast<size_t>(n) * sizeof(float));
+  return v;
+}
+
+SINGLEPASS_HD void store_part(Vector v, float* to, int64_t n) {
+  memcpy(to, &v, static_cast<size_t>(n) * sizeof(float));
+}
+
+template <Form form, int M, int N>
+SINGLEPASS_TARGET_CLONES void values(const Coefficients<M, N>& c, const float* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_vector(value<form>(c, load_vector(x + i)), y + i);
+  if (i < n) store_part(value<form>(c, load_part(x + i, n - i)), y + i, n - i);
+}
+
+// Sums are made in three steps, so that no chain of additions in float32 is long: over the vectors of a block, over
+// some blocks, and over all of those in double precision.
+constexpr int64_t kBlock = 128;
+constexpr int64_t kBlocks = 16;
+
+template <Form form, int M, int N>
+SINGLEPASS_TARGET_CLONES void all_gradients(const Coefficients<M, N>& c, const float* x, const float* g, float* dx,
+                                            int64_t n, Sums<Vector, M, N>& sums) {
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    Sums<Vector, M, N> s = {};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      store_vector(gradients<form>(c, load_vector(x + i), load_vector(g + i), s), dx + i);
+    }
+    // Where g is zero an element adds nothing to the sums.
+    if (i < end) {
+      store_part(gradients<form>(c, load_part(x + i, end - i), load_part(g + i, end - i), s), dx + i, end - i);
+    }
+    for (int k = 0; k <= M; ++k) sums.a[k] += s.a[k];
+    for (int k = 0; k <= N; ++k) sums.b[k] += s.b[k];
+  }
+}
+
+SINGLEPASS_TARGET_CLONES void add(const float* a, const float* b, float* to, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = a[i] + b[i];
+}
+
+SINGLEPASS_TARGET_CLONES void add_scalar(const float* a, float b, float* to, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = a[i] + b;
+}
+
+SINGLEPASS_TARGET_CLONES void multiply(const float* a, const float* b, float* to, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = a[i] * b[i];
+}
+
+// Zero where the factor is, whatever stands there.
+SINGLEPASS_TARGET_CLONES void keep(const float* a, const float* factor, float* to, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = factor[i] == 0.0f ? 0.0f : a[i] * factor[i];
+}
+
+SINGLEPASS_TARGET_CLONES float total(const float* a, int64_t n) {
+  Vector sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += load_vector(a + i);
+  sum += load_part(a + i, n - i);
+  float result = 0.0f;
+  for (int k = 0; k < kLanes; ++k) result += sum[k];
+  return result;
+}
+
+const float* read(const View& view, DType dtype, const Run& run, float* buffer) {
+  const char* from = static_cast<const char*>(view.data) + run.offset(view) * size_of(dtype);
+  if (dtype == DType::kFloat32) return reinterpret_cast<const float*>(from);
+  widen(from, dtype, buffer, run.n);
+  return buffer;
+}
+
+// Where a run's results go: float32 memory itself, else a buffer that finish() rounds.
+struct Writer {
+  char* memory;
+  DType dtype;
+  float* values;
+  int64_t n;
+
+  Writer(const View& view, DType dtype, const Run& run, float* buffer)
+      : memory(static_cast<char*>(view.data) + run.offset(view) * size_of(dtype)),
+        dtype(dtype),
+        values(dtype == DType::kFloat32 ? reinterpret_cast<float*>(memory) : buffer),
+        n(run.n) {}
+  void finish() const {
+    if (dtype != DType::kFloat32) narrow(values, memory, dtype, n);
+  }
+};
+
+// The tables as floats, read once.
+template <int M, int N>
+struct Tables {
+  std::vector<Coefficients<M, N>> groups;
+  std::vector<float> bias;
+
+  explicit Tables(const Problem& p) {
+    for (int64_t k = 0; k < p.groups(); ++k) groups.push_back(coefficients<M, N>(p, k));
+    if (p.bias.data == nullptr) return;
+    for (int64_t c = 0; c < p.bias.columns; ++c) bias.push_back(table_entry(p.bias, 0, c));
+  }
+};
+
+double sum_of_lanes(const Vector& v) {
+  double sum = 0.0;
+  for (int k = 0; k < kLanes; ++k) sum += v[k];
+  return sum;
+}
+
+// Sums in double precision: (groups, M + 1 + N + 1) and (channels,).
+template <int M, int N>
+struct Totals {
+  static constexpr int kWidth = M + 1 + N + 1;
+  std::vector<double> coefficients, bias;
+
+  explicit Totals(const Problem& p)
+      : coefficients(p.groups() * kWidth), bias(p.bias.data == nullptr ? 0 : p.channels) {}
+
+  static int64_t bytes(const Problem& p) { return (p.groups() * kWidth + p.channels) * sizeof(double); }
+
+  // Takes over a group's sums and clears them.
+  void take(int64_t group, Sums<Vector, M, N>& sums) {
+    double* row = &coefficients[group * kWidth];
+    for (int i = 0; i <= M; ++i) row[i] += sum_of_lanes(sums.a[i]);
+    for (int i = 0; i <= N; ++i) row[M + 1 + i] += sum_of_lanes(sums.b[i]);
+    sums = {};
+  }
+
+  void add(const Totals& other) {
+    for (size_t i = 0; i < coefficients.size(); ++i) coefficients[i] += other.coefficients[i];
+    for (size_t c = 0; c < bias.size(); ++c) bias[c] += other.bias[c];
+  }
+
+  void store(const Problem& p) const {
+    const auto fold = [&](const Table& table, int64_t row, int64_t column) {  // over the groups that share a row
+      if (table.rows > 1) return coefficients[row * kWidth + column];
+      double sum = 0.0;
+      for (int64_t k = 0; k < p.groups(); ++k) sum += coefficients[k * kWidth + column];
+      return sum;
+    };
+    const int first_b = M + 1 + (p.form == Form::kC ? 0 : 1);
+    for (int64_t row = 0; row < p.numerator.rows; ++row) {
+      for (int64_t i = 0; i < p.numerator.columns; ++i) {
+        const double sum = fold(p.grad_numerator, row, i);
+        store_scalar(static_cast<float>(sum), p.grad_numerator.data, p.grad_numerator.dtype,
+                     row * p.numerator.columns + i);
+      }
+    }
+    for (int64_t row = 0; row < p.denominator.rows; ++row) {
+      for (int64_t i = 0; i < p.denominator.columns; ++i) {
+        const float sum = static_cast<float>(fold(p.grad_denominator, row, first_b + i));
+        const float b = p.form == Form::kA ? table_entry(p.denominator, row, i) : 1.0f;
+        store_scalar(with_sign_of(b, sum), p.grad_denominator.data, p.grad_denominator.dtype,
+                     row * p.denominator.columns + i);
+      }
+    }
+    for (size_t c = 0; c < bias.size(); ++c) {
+      store_scalar(static_cast<float>(bias[c]), p.grad_bias.data, p.grad_bias.dtype, static_cast<int64_t>(c));
+    }
+  }
+};
+
+// Sums on their way to a Totals.
+template <int M, int N>
+struct Partials {
+  struct Group {
+    Sums<Vector, M, N> sums = {};
+    int64_t blocks = 0;
+  };
+  std::vector<Group> groups;
+  std::vector<float> bias;
+
+  explicit Partials(const Problem& p) : groups(p.groups()), bias(p.bias.data == nullptr ? 0 : p.channels) {}
+
+  // `count` elements of a group were added to its sums.
+  void added(int64_t group, int64_t count, Totals<M, N>& totals) {
+    Group& g = groups[group];
+    g.blocks += (count + kBlock - 1) / kBlock;
+    if (g.blocks < kBlocks) return;
+    totals.take(group, g.sums);
+    g.blocks = 0;
+  }
+
+  void flush(Totals<M, N>& totals) {
+    for (size_t k = 0; k < groups.size(); ++k) {
+      totals.take(static_cast<int64_t>(k), groups[k].sums);
+      groups[k].blocks = 0;
+    }
+    for (size_t c = 0; c < bias.size(); ++c) {
+      totals.bias[c] += bias[c];
+      bias[c] = 0.0f;
+    }
+  }
+};
+
+// One thread's work on a problem.
+template <Form form, int M, int N>
+struct Worker {
+  const Problem& p;
+  const Tables<M, N>& tables;
+  const Dropout dropout = p.dropout();
+  alignas(64) float z_buffer[kRun], y_buffer[kRun], gate_buffer[kRun], factors[kRun], grad_buffer[kRun],
+      grad_x_buffer[kRun], grad_gate_buffer[kRun];
+
+  Worker(const Problem& p, const Tables<M, N>& tables) : p(p), tables(tables) {}
+
+  // x + bias.
+  const float* input(const Run& run) {
+    const float* x = read(p.x, p.dtype, run, z_buffer);
+    if (tables.bias.empty()) return x;
+    if (p.inner == 1) {
+      add(x, &tables.bias[run.channel], z_buffer, run.n);
+    } else {
+      add_scalar(x, tables.bias[run.channel], z_buffer, run.n);
+    }
+    return z_buffer;
+  }
+
+  void draw_factors(const Run& run) {
+    for (int64_t i = 0; i < run.n;) {
+      const uint64_t e = static_cast<uint64_t>(run.element + i);
+      const Philox4 random = philox4x32(dropout.seed, e / 8, 0);
+      for (int lane = static_cast<int>(e % 8); lane < 8 && i < run.n; ++lane, ++i) {
+        factors[i] = keep_factor(dropout, random, lane);
+      }
+    }
+  }
+
+  // The rational function of z, by groups.
+  void evaluate(const Run& run, const float* z, float* y) {
+    for_each_group(p, run, [&](int64_t group, int64_t first, int64_t count) {
+      if constexpr (form == Form::kD) {
+        for (int64_t i = first; i < first + count; ++i) {
+          y[i] = noisy_value(tables.groups[group], z[i], dropout.seed, static_cast<uint64_t>(run.element + i));
+        }
+      } else {
+        values<form>(tables.groups[group], z + first, y + first, count);
+      }
+    });
+  }
+
+  void forward(const Run& run) {
+    const Writer y(p.y, p.dtype, run, y_buffer);
+    evaluate(run, input(run), y.values);
+    if (dropout.threshold > 0) {
+      draw_factors(run);
+      keep(y.values, factors, y.values, run.n);
+    }
+    if (p.gate.data != nullptr) multiply(y.values, read(p.gate, p.dtype, run, gate_buffer), y.values, run.n);
+    y.finish();
+  }
+
+  void backward(const Run& run, Partials<M, N>& partials, Totals<M, N>& totals) {
+    const float* z = input(run);
+    const float* grad = read(p.grad, p.dtype, run, grad_buffer);
+    if (dropout.threshold > 0) {
+      draw_factors(run);
+      keep(grad, factors, grad_buffer, run.n);
+      grad = grad_buffer;
+    }
+    if (p.gate.data != nullptr) {
+      const Writer grad_gate(p.grad_gate, p.dtype, run, grad_gate_buffer);
+      evaluate(run, z, y_buffer);
+      multiply(grad, y_buffer, grad_gate.values, run.n);
+      grad_gate.finish();
+      multiply(grad, read(p.gate, p.dtype, run, gate_buffer), grad_buffer, run.n);
+      grad = grad_buffer;
+    }
+    const Writer grad_x(p.grad_x, p.dtype, run, grad_x_buffer);
+    for_each_group(p, run, [&](int64_t group, int64_t first, int64_t count) {
+      Sums<Vector, M, N>& sums = partials.groups[group].sums;
+      if constexpr (form == Form::kD) {
+        Sums<float, M, N> own = {};
+        for (int64_t i = first; i < first + count; ++i) {
+          grad_x.values[i] = noisy_gradients(tables.groups[group], z[i], grad[i], dropout.seed,
+                                             static_cast<uint64_t>(run.element + i), own);
+        }
+        for (int i = 0; i <= M; ++i) sums.a[i][0] += own.a[i];
+        for (int i = 0; i <= N; ++i) sums.b[i][0] += own.b[i];
+      } else {
+        all_gradients<form>(tables.groups[group], z + first, grad + first, grad_x.values + first, count, sums);
+      }
+      partials.added(group, count, totals);
+    });
+    if (!tables.bias.empty()) {
+      if (p.inner == 1) {
+        float* sums = &partials.bias[run.channel];
+        add(sums, grad_x.values, sums, run.n);
+      } else {
+        partials.bias[run.channel] += total(grad_x.values, run.n);
+      }
+    }
+    grad_x.finish();
+  }
+};
+
+template <Form form, int M, int N>
+struct Forward {
+  static void run(const Problem& p, const ParallelFor& parallel_for) {
+    const Tables<M, N> tables(p);
+    const int64_t tasks = (p.numel() + kTask - 1) / kTask;
+    parallel_for_elements(parallel_for, tasks, p.numel(), [&](int64_t begin, int64_t end) {
+      Worker<form, M, N> worker(p, tables);
+      for_each_run(p, begin * kTask, std::min(p.numel(), end * kTask), [&](const Run& run) { worker.forward(run); });
+    });
+  }
+};
+
+// Tasks go to slots, as many as a megabyte of sums allows but at least a few for threads to share: the order of the
+// sums is that of the tasks, whatever the number of threads.
+constexpr int64_t kSlotBytes = 1 << 20;
+constexpr int64_t kFewestSlots = 16;
+
+template <Form form, int M, int N>
+struct Backward {
+  static void run(const Problem& p, const ParallelFor& parallel_for) {
+    const Tables<M, N> tables(p);
+    const int64_t tasks = (p.numel() + kTask - 1) / kTask;
+    const int64_t slots = std::min(tasks, std::max(kFewestSlots, kSlotBytes / Totals<M, N>::bytes(p)));
+    std::vector<Totals<M, N>> totals(slots, Totals<M, N>(p));
+    parallel_for_elements(parallel_for, slots, p.numel(), [&](int64_t begin, int64_t end) {
+      Worker<form, M, N> worker(p, tables);
+      Partials<M, N> partials(p);
+      for (int64_t slot = begin; slot < end; ++slot) {
+        for (int64_t task = tasks * slot / slots; task < tasks * (slot + 1) / slots; ++task) {
+          for_each_run(p, task * kTask, std::min(p.numel(), (task + 1) * kTask),
+                       [&](const Run& run) { worker.backward(run, partials, totals[slot]); });
+          partials.flush(totals[slot]);
+        }
+      }
+    });
+    Totals<M, N> all(p);
+    for (const Totals<M, N>& slot : totals) all.add(slot);
+    all.store(p);
+  }
+};
+
+}  // namespace
+
+void forward_cpu(const Problem& p, const ParallelFor& parallel_for) {
+  if (has_tuned_degrees(p)) {
+    dispatch_form<Forward, kTunedNumerator, kTunedDenominator>(p.form, p, parallel_for);
+  } else {
+    dispatch_form<Forward, kMaxNumerator, kMaxDenominator>(p.form, p, parallel_for);
+  }
+}
+
+void backward_cpu(const Problem& p, const ParallelFor& parallel_for) {
+  if (has_tuned_degrees(p)) {
+    dispatch_form<Backward, kTunedNumerator, kTunedDenominator>(p.form, p, parallel_for);
+  } else {
+    dispatch_form<Backward, kMaxNumerator, kMaxDenominator>(p.form, p, parallel_for);
+  }
+}
+
+}  // namespace singlepass::rational

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "singlepass/common/macros.h"
+#include "singlepass/common/math.h"
+#include "singlepass/common/philox.h"
+#if !defined(__CUDACC__)
+#include "singlepass/common/vector.h"
+#endif
+
+// The rational function f(x) = P(x) / Q(x) of one element and its derivatives. T is float, or a vector of floats on the
+// host.
+namespace singlepass::rational {
+
+// The denominator Q. kD is kB with noise on the coefficients.
+enum class Form : int {
+  kA = 0,  // 1 + |b_1| |x| + ... + |b_n| |x|^n
+  kB = 1,  // 1 + |b_1 x + ... + b_n x^n|
+  kC = 2,  // 0.1 + |b_0 + b_1 x + ... + b_n x^n|
+  kD = 3,
+};
+
+inline constexpr int kMaxNumerator = 7;    // largest degree of P
+inline constexpr int kMaxDenominator = 6;  // largest degree of Q
+
+// One group's coefficients: P's, and those of the polynomial inside Q, from the constant up. Form A has the absolute
+// values and b[0] = 1; forms B and D have b[0] = 0. What a smaller degree does not use is zero.
+template <int M, int N>
+struct Coefficients {
+  float a[M + 1];
+  float b[N + 1];
+};
+
+// Sums of one group over many elements: the gradients of a and b. Code compiled for wider registers expects vectors to
+// be aligned to their size, which without those registers they are not by themselves.
+template <class T, int M, int N>
+struct alignas(sizeof(T)) Sums {
+  T a[M + 1];
+  T b[N + 1];
+};
+
+// What is added to the polynomial's absolute value; form A has it in b[0].
+template <Form form>
+inline constexpr float kOffset = form == Form::kC   ? 0.1f
+                                 : form == Form::kA ? 0.0f
+                                                    : 1.0f;
+
+// P(x) / Q(x).
+template <Form form, int M, int N, class T>
+SINGLEPASS_HD T value(const Coefficients<M, N>& c, T x) {
+  T p = broadcast<T>(c.a[M]);
+  for (int i = M - 1; i >= 0; --i) p = multiply_add(p, x, broadcast<T>(c.a[i]));
+  const T z = form == Form::kA ? absolute(x) : x;
+  T q = broadcast<T>(c.b[N]);
+  for (int i = N - 1; i >= 0; --i) q = multiply_add(q, z, broadcast<T>(c.b[i]));
+  if constexpr (form != Form::kA) q = absolute(q) + kOffset<form>;
+  return p * reciprocal(q);
+}
+
+// For the gradient g of f(x): returns the gradient of x and adds to the sums the gradients of the coefficients (form A:
+// of their absolute values). With r = 1/Q, f = P r and g' = g r:
+//   dx = g' (P' - f Q'),  da_i = g' x^i,  db_i = -f g' dQ/db_i.
+template <Form form, int M, int N, class T>
+SINGLEPASS_HD T gradients(const Coefficients<M, N>& c, T x, T g, Sums<T, M, N>& sums) {
+  T p = broadcast<T>(c.a[M]), dp = broadcast<T>(0.0f);
+  for (int i = M - 1; i >= 0; --i) {
+    dp = i == M - 1 ? p : multiply_add(dp, x, p);
+    p = multiply_add(p, x, broadcast<T>(c.a[i]));
+  }
+  const T z = form == Form::kA ? absolute(x) : x;
+  T q = broadcast<T>(c.b[N]), dq = broadcast<T>(0.0f);
+  for (int i = N - 1; i >= 0; --i) {
+    dq = i == N - 1 ? q : multiply_add(dq, z, q);
+    q = multiply_add(q, z, broadcast<T>(c.b[i]));
+  }
+  const T inside = form == Form::kA ? x : q;  // the sign of what stands between the bars
+  dq = with_sign_of(inside, dq);
+  if constexpr (form != Form::kA) q = absolute(q) + kOffset<form>;
+  const T r = reciprocal(q);
+  const T f = p * r;
+  const T scaled = g * r;
+  const T dx = scaled * (dp - f * dq);
+
+  const T h = form == Form::kA ? -f * scaled : with_sign_of(inside, -f * scaled);
+  sums.a[0] = sums.a[0] + scaled;
+  sums.b[0] = sums.b[0] + h;
+  T power = x;
+  constexpr int kDegree = M > N ? M : N;
+  for (int i = 1; i <= kDegree; ++i) {
+    if (i <= M) sums.a[i] = multiply_add(scaled, power, sums.a[i]);
+    if (i <= N) sums.b[i] = multiply_add(h, form == Form::kA ? absolute(power) : power, sums.b[i]);
+    if (i < kDegree) power = power * x;
+  }
+  return dx;
+}
+
+// Form D's factors for the coefficients of one element, uniform in [0.9, 1.1).
+template <int M, int N>
+struct Noise {
+  float a[M + 1];
+  float b[N + 1];
+};
+
+SINGLEPASS_HD float noise_factor(const Philox4& random, int index) {
+  const uint32_t half = (random.word[index / 2] >> (16 * (index % 2))) & 0xffffu;
+  return 0.9f + static_cast<float>(half) * (0.2f / 65536.0f);
+}
+
+template <int M, int N>
+SINGLEPASS_HD Noise<M, N> draw_noise(uint64_t seed, uint64_t element) {
+  const Philox4 random_a = philox4x32(seed, element, 1), random_b = philox4x32(seed, element, 2);
+  Noise<M, N> noise;
+  for (int i = 0; i <= M; ++i) noise.a[i] = noise_factor(random_a, i);
+  noise.b[0] = 1.0f;
+  for (int i = 1; i <= N; ++i) noise.b[i] = noise_factor(random_b, i - 1);
+  return noise;
+}
+
+template <int M, int N>
+SINGLEPASS_HD Coefficients<M, N> operator*(const Coefficients<M, N>& c, const Noise<M, N>& noise) {
+  Coefficients<M, N> result;
+  for (int i = 0; i <= M; ++i) result.a[i] = c.a[i] * noise.a[i];
+  for (int i = 0; i <= N; ++i) result.b[i] = c.b[i] * noise.b[i];
+  return result;
+}
+
+template <int M, int N>
+SINGLEPASS_HD float noisy_value(const Coefficients<M, N>& c, float x, uint64_t seed, uint64_t element) {
+  return value<Form::kB>(c * draw_noise<M, N>(seed, element), x);
+}
+
+template <int M, int N>
+SINGLEPASS_HD float noisy_gradients(const Coefficients<M, N>& c, float x, float g, uint64_t seed, uint64_t element,
+                                    Sums<float, M, N>& sums) {
+  const Noise<M, N> noise = draw_noise<M, N>(seed, element);
+  Sums<float, M, N> own = {};
+  const float dx = gradients<Form::kB>(c * noise, x, g, own);
+  for (int i = 0; i <= M; ++i) sums.a[i] = multiply_add(noise.a[i], own.a[i], sums.a[i]);
+  for (int i = 0; i <= N; ++i) sums.b[i] = multiply_add(noise.b[i], own.b[i], sums.b[i]);
+  return dx;
+}
+
+// Dropout of one element: zero, or what the kept ones are multiplied by.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // an element whose 16 random bits are below is dropped; 0 drops none
+  float scale;
+};
+
+SINGLEPASS_HD float keep_factor(const Dropout& dropout, const Philox4& random, int lane) {
+  const uint32_t half = (random.word[lane / 2] >> (16 * (lane % 2))) & 0xffffu;
+  return half < dropout.threshold ? 0.0f : dropout.scale;
+}
+
+}  // namespace singlepass::rational

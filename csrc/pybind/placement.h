@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arrays.h"
+#include "singlepass/common/cuda.h"
+#include "singlepass/common/parallel.h"
+
+namespace singlepass::pybind {
+
+// How an op runs: "cpu" is the C++ engine on `workers` threads; "simt" is the CUDA launcher on the CPU in blocks of
+// `threads` threads and, for optimizers, `chunk` elements.
+struct Placement {
+  std::string device;
+  int threads, chunk, workers;
+
+  void check() const {
+    if (device != "cpu" && device != "simt")
+      throw py::value_error("singlepass_core: expected device 'cpu' or 'simt'; got '" + device +
+                            "'. Choose one of them.");
+    if (workers < 1)
+      throw py::value_error("singlepass_core: expected workers >= 1; got " + std::to_string(workers) + ".");
+  }
+};
+
+// Cuts [0, n) in `workers` pieces, each on a thread of its own.
+inline ParallelFor parallel_for(int workers) {
+  return [workers](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+    std::vector<std::thread> threads;
+    for (int w = 0; w < workers; ++w) threads.emplace_back(body, n * w / workers, n * (w + 1) / workers);
+    for (std::thread& thread : threads) thread.join();
+  };
+}
+
+inline void check_launch(const char* what, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+[[noreturn]] inline void guards_overwritten(const char* what) {
+  throw std::runtime_error(std::string(what) + " were stored to out of bounds");
+}
+
+}  // namespace singlepass::pybind

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused operations on tensors, differentiable: what :mod:`singlepass.nn` is built of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _dispatch
+from ._errors import require
+from ._ops.rational import FORMS, MAX_DEGREES
+
+__all__ = ["rational"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Rational(torch.autograd.Function):
+    """Saves x and what the caller holds anyway; everything else is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        numerator: Tensor,
+        denominator: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        seed: Tensor | None,
+        form: int,
+        channel_dim: int,
+        dropout: float,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, numerator, denominator, bias, gate, seed)
+        ctx.options = {"form": form, "channel_dim": channel_dim, "dropout": dropout}
+        ctx.backend = backend
+        run = _dispatch.implementation("rational", backend)
+        return run(x, numerator, denominator, bias, gate, seed=seed, **ctx.options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, seed = ctx.saved_tensors
+        run = _dispatch.implementation("rational_backward", ctx.backend)
+        grads = run(grad, *inputs, seed=seed, **ctx.options)
+        wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True))
+        return (*wanted, None, None, None, None, None)
+
+
+def _check_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channels: int) -> None:
+    op = "rational"
+    for name, table, most in (("numerator", numerator, MAX_DEGREES[0] + 1), ("denominator", denominator, 0)):
+        fewest = 2
+        if name == "denominator":
+            fewest = 2 if form == "C" else 1
+            most = MAX_DEGREES[1] + fewest - 1
+        contract = f"{name} of shape (groups, {fewest} to {most})" + (" for form C" if form == "C" else "")
+        fits = table.dim() == 2 and fewest <= table.shape[1] <= most
+        require(fits, op, contract, tuple(table.shape), "Each row has one group's coefficients, the lowest first.")
+        require(table.dtype in _FLOATS, op, f"a floating-point {name}", table.dtype, "Convert it.")
+        require(table.device == x.device, op, f"{name} on {x.device}, as x", table.device, "Move it there.")
+    rows = {numerator.shape[0], denominator.shape[0]}
+    groups = max(rows)
+    contract = "as many groups in numerator and denominator, or 1 in one of them"
+    require(rows <= {1, groups} and groups > 0, op, contract, sorted(rows), "Repeat the rows of one.")
+    contract = f"a number of groups that divides x's {channels} channels"
+    require(channels % groups == 0, op, contract, groups, "Choose another number, or another channel_dim.")
+
+
+def _check_extras(x: Tensor, bias: Tensor | None, gate: Tensor | None, dropout: float, channels: int) -> None:
+    op = "rational"
+    if bias is not None:
+        shape = tuple(bias.shape)
+        require(shape == (channels,), op, f"bias of shape ({channels},), one per channel", shape, "Reshape it.")
+        require(bias.dtype in _FLOATS, op, "a floating-point bias", bias.dtype, "Convert it.")
+        require(bias.device == x.device, op, f"bias on {x.device}, as x", bias.device, "Move it there.")
+    if gate is not None:
+        got = f"{tuple(gate.shape)} of {gate.dtype} on {gate.device}"
+        fits = gate.shape == x.shape and gate.dtype == x.dtype and gate.device == x.device
+        require(fits, op, f"gate as x, {tuple(x.shape)} of {x.dtype} on {x.device}", got, "Convert or expand it.")
+    require(0.0 <= dropout < 1.0, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
+
+
+def rational(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    *,
+    form: str = "A",
+    channel_dim: int = -1,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Rational function P(x) / Q(x), its coefficients shared within groups of channels.
+
+    P(x) = a_0 + a_1 x + ... + a_m x^m, and with b the denominator's coefficients:
+
+    * form ``"A"``: Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n, which KAT's kernels compute;
+    * form ``"B"``: Q(x) = 1 + |b_1 x + ... + b_n x^n|, eq. 12 of the KAT paper;
+    * form ``"C"``: Q(x) = 0.1 + |b_0 + b_1 x + ... + b_n x^n|;
+    * form ``"D"``: B, in training with every coefficient multiplied for every element by noise from [0.9, 1.1).
+
+    One pass over memory makes ``dropout(f(x + bias)) * gate``, another one all gradients, for which nothing but the
+    inputs is saved. Arithmetic is float32, whatever is stored, and autocast changes nothing. The derivative of |v| at
+    zero is taken to be 1. Differentiating twice raises a RuntimeError.
+
+    Args:
+        x: any shape and strides; float32, bfloat16, float16 or float64 (eager alone).
+        numerator: (Ga, m + 1), the lowest first, m from 1 to 7; any of these dtypes.
+        denominator: (Gb, n), n from 1 to 6; form C: (Gb, n + 1). Ga and Gb are the number of groups G, or one of them
+            is 1; G divides the number of channels C, and channel c belongs to group ``c // (C // G)``.
+        form: "A", "B", "C" or "D".
+        channel_dim: which dimension of x counts channels. Dense memory of any order is read as it stands, and so are
+            parts of it whose rows or planes are equally far apart, as ``chunk`` makes them; other strides are copied.
+        bias: (C,), added to x first; its gradient comes from the same pass.
+        gate: x's shape and dtype, multiplied with the result last.
+        dropout: probability with which an element of f becomes zero in training, rounded to a multiple of 2^-16; the
+            others are divided by the rest.
+        training: whether dropout and form D's noise apply.
+        seed: of dropout and noise, an int or an int64 tensor of one element on x's device; None draws one from torch's
+            generator of that device. The same seed gives the same random numbers for x of the same memory order.
+        backend: "native", "triton" or "eager"; None chooses, see ``singlepass info``.
+
+    Returns:
+        Tensor: x's shape and dtype, and its strides where x is dense.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or options that don't fit.
+        RuntimeError: a backend that can't run here.
+
+    Sources: Molina et al., "Padé Activation Units", arXiv 1907.06732, and the package rational-activations (forms);
+    Yang and Wang, "Kolmogorov-Arnold Transformer", arXiv 2409.10594 (groups).
+
+    Example:
+        >>> import torch
+        >>> from singlepass.functional import rational
+        >>> x = torch.tensor([[-2.0, 1.0, 3.0, 4.0]])
+        >>> a = torch.tensor([[0.0, 1.0]])  # P(x) = x for all channels
+        >>> b = torch.tensor([[0.0], [1.0]])  # Q(x) = 1 for the first half of them, 1 + |x| for the second
+        >>> rational(x, a, b)
+        tensor([[-2.0000,  1.0000,  0.7500,  0.8000]])
+    """
+    op = "rational"
+    require(form in FORMS and len(form) == 1, op, "form A, B, C or D", repr(form), "Choose one of them.")
+    require(x.dtype in _FLOATS, op, "a floating-point x", x.dtype, "Convert it.")
+    in_range = -x.dim() <= channel_dim < x.dim()
+    require(in_range, op, f"channel_dim among x's {x.dim()} dimensions", channel_dim, "Count from 0, or back from -1.")
+    channels = x.shape[channel_dim]
+    _check_coefficients(x, numerator, denominator, form, channels)
+    _check_extras(x, bias, gate, dropout, channels)
+    if not training:
+        dropout, form = 0.0, "B" if form == "D" else form
+    if form != "D" and dropout == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+    elif isinstance(seed, int):
+        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    else:
+        got = f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}"
+        fits = seed.numel() == 1 and seed.dtype == torch.int64 and seed.device == x.device
+        require(fits, op, f"seed as one int64 on {x.device}", got, "Pass an int, or None.")
+    tensors = [t for t in (x, numerator, denominator, bias, gate) if t is not None]
+    backend = _dispatch.choose(op, x.device.type, {t.dtype for t in tensors}, _dispatch.requested(backend))
+    numerator, denominator = numerator.contiguous(), denominator.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    code = FORMS.index(form)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Rational.apply(x, numerator, denominator, bias, gate, seed, code, channel_dim, float(dropout), backend)
+    run = _dispatch.implementation(op, backend)
+    return run(
+        x, numerator, denominator, bias, gate, form=code, channel_dim=channel_dim, dropout=float(dropout), seed=seed
+    )

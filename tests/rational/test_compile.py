@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.library's own checks of the ops, torch.compile, torch.export and vmap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from singlepass._ops import op
+from singlepass.functional import rational
+from singlepass.nn import KATMLP, GroupRational
+
+from ..tolerances import assert_same_bits
+from .inputs import LAYOUTS, Inputs, Place, each_kernel, make
+
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Tensor | None, ...], dict[str, object]]:
+    tensors = (inputs.x, inputs.numerator, inputs.denominator, inputs.bias, inputs.gate)
+    seed = torch.tensor([5], device=inputs.x.device)
+    options = {"form": "ABCD".index(inputs.form), "channel_dim": inputs.channel_dim, "dropout": inputs.dropout}
+    return tensors, options | {"seed": seed}
+
+
+@each_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_ops_pass_opcheck(layout: str, fused: bool, device: str) -> None:
+    for form in "AD":
+        inputs = make(layout, form, fused=fused, device=device, requires_grad=False)
+        tensors, options = arguments(inputs)
+        torch.library.opcheck(op("rational"), tensors, options)
+        torch.library.opcheck(op("rational_backward"), (inputs.grad, *tensors), options)
+
+
+@each_kernel
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["A", "D"])
+def test_compiles_into_one_graph(place: Place, compiler: str, form: str) -> None:
+    if place.backend == "triton":
+        pytest.skip("an explicit Triton backend beside native is a plain function, which Dynamo does not trace")
+    for layout in ("rows", "planes", "chunk"):
+        torch._dynamo.reset()
+        inputs = make(layout, form, fused=True, device=place.device)
+        expected = inputs.results(place.backend)
+        call = torch.compile(inputs.call, fullgraph=True, backend=compiler)
+        y = call(place.backend)
+        for got, want in zip((y.detach(), *torch.autograd.grad(y, inputs.leaves, inputs.grad)), expected, strict=True):
+            assert_same_bits(got, want, layout)
+
+
+def test_batch_sizes_do_not_compile_anew() -> None:
+    counter = torch._dynamo.testing.CompileCounter()
+    layer = GroupRational(24)
+    call = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (2, 3, 17, 40):
+        x = torch.randn(batch, 5, 24)
+        assert_same_bits(call(x).detach(), layer(x).detach())
+    assert counter.frame_count == 1
+
+
+def test_random_numbers_are_new_in_every_call_of_a_graph() -> None:
+    layer = GroupRational(24, dropout=0.5)
+    call = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.ones(64, 24)
+    assert not torch.equal(call(x), call(x))
+
+
+@pytest.mark.parametrize("module", [lambda: GroupRational(24, form="C"), lambda: KATMLP(24, 48)], ids=["act", "mlp"])
+def test_exports(module) -> None:
+    model: nn.Module = module().eval()
+    x = torch.randn(4, 7, 24)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    other = torch.randn(9, 7, 24)
+    torch.testing.assert_close(exported.module()(other), model(other))
+
+
+def test_vmap_is_right_or_refused() -> None:
+    """torch's own fallback calls an op without a batching rule for one sample after another."""
+    a, b = torch.randn(1, 6), torch.randn(8, 4)
+    x = torch.randn(3, 5, 24)
+    assert_same_bits(torch.vmap(lambda row: rational(row, a, b))(x), rational(x, a, b))
+    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+        torch.vmap(torch.func.grad(lambda row: rational(row, a, b).sum()))(x)
