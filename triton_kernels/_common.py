@@ -34,15 +34,24 @@ def load_scalar(address, default):
 
 
 @triton.jit
+def element_pointer(address, index, STORAGE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Pointers to elements of a tensor, known to be aligned to so many bytes.
+
+    The hint stands here: Triton before 3.9 forgets one that is given to what a function returned.
+    """
+    if STORAGE == "fp32":
+        p_element = (address + index * 4).to(tl.pointer_type(tl.float32))
+    elif STORAGE == "fp16":
+        p_element = (address + index * 2).to(tl.pointer_type(tl.float16))
+    else:
+        p_element = (address + index * 2).to(tl.pointer_type(tl.int16))
+    return tl.multiple_of(p_element, ALIGNMENT)
+
+
+@triton.jit
 def tile_pointers(address, start, STORAGE: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
     """Pointers to elements [start, start + BLOCK) of a tensor, aligned to 16 bytes where the tile is full."""
-    if STORAGE == "fp32":
-        p_first = (address + start * 4).to(tl.pointer_type(tl.float32))
-    elif STORAGE == "fp16":
-        p_first = (address + start * 2).to(tl.pointer_type(tl.float16))
-    else:
-        p_first = (address + start * 2).to(tl.pointer_type(tl.int16))
-    return tl.multiple_of(p_first, 16 if FULL else 1) + tl.arange(0, BLOCK)
+    return element_pointer(address, start, STORAGE, 16 if FULL else 1) + tl.arange(0, BLOCK)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from singlepass._dispatch import implementation
 
 from ..optim.steps import Mix, call, make_tensors, rule_of
 from ..simt.truth import CASES, Case
+from .test_launches import call_rational, record_rational
 
 ARCHS = [80, 90, 100, 120]
 RULES = [case for case in CASES if case.id == case.rule]
@@ -26,6 +27,7 @@ FLOAT32, BFLOAT16 = Mix(), Mix(torch.bfloat16, torch.bfloat16)
 # What a thread holds of one tensor of a tile. The assembler may put a scalar or two on the stack before the loop, where
 # that lets one more block run; tiles belong in registers.
 TILE_BYTES = 16
+ROUNDED_OTHERWISE = r"fma\.rn\.f32|(?:add|sub|mul|div|sqrt|rcp)\.\S*(?:ftz|approx|full)\S*"
 
 each_arch = pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
 
@@ -45,13 +47,12 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
     return int(match[1])
 
 
-def check(launch: Any, arch: int, folder: Path) -> str:
+def check(launch: Any, arch: int, folder: Path, rounded_otherwise: str = ROUNDED_OTHERWISE) -> str:
     """Compiles a launch and returns its PTX."""
     compiled = launch.compile(arch)
     ptx: str = compiled.asm["ptx"]
     assert re.search(rf"^\.target sm_{arch}", ptx, re.M)
-    rounded_otherwise = re.findall(r"fma\.rn\.f32|(?:add|sub|mul|div|sqrt|rcp)\.\S*(?:ftz|approx|full)\S*", ptx)
-    assert not rounded_otherwise, "float32 arithmetic is not what the source says"
+    assert not re.findall(rounded_otherwise, ptx), "float32 arithmetic is not what the source says"
     assert stack_bytes(compiled.asm["cubin"], folder) < TILE_BYTES, "registers are spilled"
     return ptx
 
@@ -84,3 +85,32 @@ def test_gradient_norm_and_table(arch: int, recorded: dict[str, list[Any]], tmp_
     assert len(recorded["grad_norm_kernel"]) == 3
     for launch in recorded["grad_norm_kernel"] + recorded["list_chunks_kernel"]:
         check(launch, arch, tmp_path)
+
+
+RATIONAL = {
+    "form A": {},
+    "form B, a bias for columns": {"form": 1, "bias": True},
+    "form C, all, largest": {"form": 2, "degrees": (7, 6), "bias": True, "gate": True, "dropout": 0.1},
+    "form D": {"form": 3, "degrees": (3, 2)},
+    "form D, all, largest": {"form": 3, "degrees": (7, 6), "bias": True, "gate": True, "dropout": 0.1},
+    "planes": {"shape": (64, 96, 16, 16), "channel_dim": 1, "bias": True, "dropout": 0.1},
+    "odd": {"shape": (64, 3, 7, 7), "channel_dim": 1, "groups": (3, 1), "bias": True, "gate": True, "dropout": 0.1},
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@each_arch
+@pytest.mark.parametrize("name", RATIONAL)
+def test_rational(name: str, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = dict(RATIONAL[name])
+    turn = [*RATIONAL].index(name) + ARCHS.index(arch)
+    x = torch.empty(options.pop("shape", (4096, 768)), dtype=DTYPES[turn % 3])
+    recorded = record_rational(monkeypatch)
+    call_rational(x, tables=DTYPES[turn % 2], **options)
+    # Sums of products are fused on purpose, and quotients within 2 ulp.
+    otherwise = r"(?:add|sub|mul|fma|sqrt|rcp)\.\S*(?:ftz|approx|full)\S*|div\.(?:approx|\S*ftz)"
+    for launch in [launch for launches in recorded.values() for launch in launches]:
+        ptx = check(launch, arch, tmp_path, otherwise)
+        if launch.kernel is not recorded["finish_kernel"][0].kernel and name != "odd":
+            assert re.search(r"ld\.global\S*\.v[248]\.b32", ptx), "tiles are loaded by vectors"
+            assert re.search(r"st\.global\S*\.v[248]\.b32", ptx), "tiles are stored by vectors"

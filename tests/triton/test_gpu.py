@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from singlepass._dispatch import implementation
-from singlepass.triton_kernels import grad_norm, optim
+from singlepass.reference import rational as reference_rational
+from singlepass.triton_kernels import grad_norm, optim, rational
 from singlepass.triton_kernels._table import CHUNK
 
 from ..optim.steps import Mix, Tensors, call, make_tensors, rule_of, set_grads
 from ..simt.truth import CASES, Case
 from ..tolerances import assert_same_bits
+from .interpreted import test_rational as interpreted_rational
 
 pytestmark = pytest.mark.gpu
 
@@ -152,3 +154,72 @@ def test_gradient_norm_same_bits_as_cpp_on_the_cpu() -> None:
     for options in ({}, {"max_norm": 1.0, "eps": 1e-6}):
         ours = grad_norm.grad_norm([g.cuda() for g in grads], **options)
         assert_same_bits(ours, implementation("grad_norm", "native")(grads, **options))
+
+
+def to_cuda(t: Tensor | None) -> Tensor | None:
+    """A copy with the same strides, dense or not."""
+    return None if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
+
+
+@pytest.mark.parametrize("case", interpreted_rational.CASES, ids=str)
+def test_rational_within_roundings(case: interpreted_rational.Case) -> None:
+    interpreted_rational.check(case, to_cuda)
+
+
+def rational_arguments(*shape: int) -> tuple[list[Tensor], dict[str, Any]]:
+    torch.manual_seed(0)
+    tables = torch.randn(1, 6, device="cuda"), torch.randn(8, 4, device="cuda")
+    x, gate = (torch.randn(shape, dtype=BF16, device="cuda") for _ in range(2))
+    seed = torch.tensor([2**40 + 5], device="cuda")
+    options = {"form": 0, "channel_dim": -1, "dropout": 0.3, "seed": seed}
+    return [x, *tables, torch.randn(shape[-1], device="cuda"), gate], options
+
+
+def test_rational_the_same_bits_again() -> None:
+    inputs, options = rational_arguments(1576, 3072)
+    grad = torch.randn_like(inputs[0])
+    y, first = rational.rational(*inputs, **options), rational.rational_backward(grad, *inputs, **options)
+    for _ in range(3):
+        assert_same_bits(rational.rational(*inputs, **options), y)
+        for again, result in zip(rational.rational_backward(grad, *inputs, **options), first, strict=True):
+            assert_same_bits(again, result)
+    dropped = reference_rational.rational(*[t.cpu() for t in inputs], **options) == 0.0
+    assert torch.equal(y.cpu() == 0.0, dropped)
+
+
+def test_a_captured_rational_follows_its_seed() -> None:
+    inputs, options = rational_arguments(1000, 96)
+    results: list[Tensor] = []
+
+    def both() -> tuple[Tensor, ...]:
+        grad = inputs[0]
+        return rational.rational(*inputs, **options), *rational.rational_backward(grad, *inputs, **options)
+
+    both()
+    graph = captured(lambda: results.extend(both()))
+    for seed in (1, 2):
+        options["seed"].fill_(seed)
+        inputs[0].normal_()
+        graph.replay()
+        for result, expected in zip(results, both(), strict=True):
+            assert_same_bits(result, expected)
+
+
+@pytest.mark.slow
+def test_rational_of_more_than_two_billion_elements() -> None:
+    rows, channels = (1 << 21) + 3, 1024
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    inputs, options = rational_arguments(2, channels)
+    options["dropout"] = 0.0
+    inputs[4] = None
+    x = torch.randn(1, channels, dtype=BF16, device="cuda").repeat(rows, 1)
+    x[-2:] = inputs[0]
+    assert_same_bits(rational.rational(x, *inputs[1:], **options)[-2:], rational.rational(*inputs, **options))
+    grad = torch.zeros_like(x)
+    grad[-2:] = 1.0
+    results = rational.rational_backward(grad, x, *inputs[1:], **options)
+    expected = rational.rational_backward(grad[-2:], *inputs, **options)
+    assert_same_bits(results[0][-2:], expected[0])
+    for result, e in zip(results[1:4], expected[1:4], strict=True):
+        torch.testing.assert_close(result, e, rtol=1e-4, atol=1e-3)

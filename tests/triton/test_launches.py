@@ -10,10 +10,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from singlepass._dispatch import implementation
+from singlepass.triton_kernels import _launch, rational
 from singlepass.triton_kernels._table import CHUNK, IS_ALIGNED
 
 from ..optim.steps import Mix, call, make_tensors, rule_of
 from ..simt.truth import CASES, Case
+from .recorder import Recorder
 
 TARGET = GPUTarget("cuda", 90, 32)
 BY_ID = {case.id: case for case in CASES}
@@ -105,3 +107,82 @@ def test_one_misaligned_tensor_keeps_its_record_from_vectors(shifted: str, recor
     step(BY_ID["adamw"], tensors)
     records = recorded["step_kernel"][0].args[0].view(3, -1)
     assert records[:, IS_ALIGNED.value].tolist() == [1, 0, 1]
+
+
+def record_rational(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What the launchers of rational activations would launch."""
+    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
+    recorders = {}
+    for name in ("forward_kernel", "backward_kernel", "finish_kernel"):
+        recorders[name] = Recorder(getattr(rational, name))
+        monkeypatch.setattr(rational, name, recorders[name])
+    return {name: recorder.launches for name, recorder in recorders.items()}
+
+
+def call_rational(
+    x: torch.Tensor,
+    *,
+    form: int = 0,
+    channel_dim: int = -1,
+    groups: tuple[int, int] = (1, 8),
+    degrees: tuple[int, int] = (5, 4),
+    tables: torch.dtype = torch.float32,
+    bias: bool = False,
+    gate: bool = False,
+    dropout: float = 0.0,
+) -> None:
+    """Forward and backward, with nothing computed: memory stays as it was allocated."""
+    inputs = (
+        x,
+        torch.empty(groups[0], degrees[0] + 1, dtype=tables),
+        torch.empty(groups[1], degrees[1] + (form == 2), dtype=tables),
+        torch.empty(x.shape[channel_dim], dtype=tables) if bias else None,
+        torch.empty_like(x) if gate else None,
+    )
+    options = {"form": form, "channel_dim": channel_dim, "dropout": dropout, "seed": torch.zeros(1, dtype=torch.int64)}
+    implementation("rational", "triton")(*inputs, **options)
+    implementation("rational_backward", "triton")(torch.empty_like(x), *inputs, **options)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "channel_dim", "groups"),
+    [
+        ((128, 197, 3072), -1, 8),
+        ((128, 197, 768), -1, 1),
+        ((7,), 0, 1),
+        ((4096, 96), -1, 96),
+        ((256, 512, 14, 14), 1, 8),
+        ((2, 64, 512, 512), 1, 1),
+        ((1024, 2048, 1, 2), 1, 1),
+    ],
+    ids=str,
+)
+def test_rational_launches(
+    shape: tuple[int, ...], channel_dim: int, groups: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = record_rational(monkeypatch)
+    call_rational(torch.empty(shape, dtype=torch.bfloat16), channel_dim=channel_dim, groups=(1, groups), bias=bias)
+    assert [len(launches) for launches in recorded.values()] == [1, 1, 1]
+    partials = recorded["finish_kernel"][0].args[0]
+    assert partials.nbytes <= 1 << 20
+
+
+def test_rational_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_rational(monkeypatch)
+
+    def variants() -> list[int]:
+        return [len({launch.specialization(TARGET)[2] for launch in launches}) for launches in recorded.values()]
+
+    for bias in (False, True):
+        for rows in (16, 64, 65, 1000, 197 * 128):
+            for channels, dropout in ((768, 0.1), (192, 0.5), (2304, 0.999)):
+                call_rational(torch.empty(rows, channels), bias=bias, dropout=dropout)
+            call_rational(torch.empty(rows, 1536).chunk(2, -1)[1], bias=bias, dropout=0.1, groups=(8, 1))
+            call_rational(torch.empty(768, 768), bias=bias, dropout=0.1)
+    assert variants() == [2, 2, 2], "one without and one with a bias"
+    for rows in range(1, 40):
+        for channels in range(8, 200, 8):
+            call_rational(torch.empty(rows, channels), bias=True, dropout=0.1)
+    # Five widths of tiles; vectors of 1, 2 and 4 numbers; random bits by eights or one by one.
+    assert all(count <= 2 * 5 * 3 for count in variants())

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches the kernels of rational activations. Arguments and results are those of ``singlepass._ops.rational``.
+
+A forward pass is one launch, a backward pass two. What is compiled depends on dtypes, form, degrees, on which inputs
+there are, on the alignment of rows and on which of five tiles fits the columns, which no batch but a tiny one changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._errors import require
+from ._common import LAUNCH_OPTIONS, STORAGE
+from ._launch import device_guard, require_device, require_dtypes
+from .rational_functions import C, D
+from .rational_kernels import backward_kernel, finish_kernel, forward_kernel
+
+MAX_COUNTS = (8, 6)  # of a and of b, which has one more in form C
+
+# Elements of a tile, and most of them in one vector. Backward keeps an accumulator per element and coefficient.
+FORWARD_TILE, FORWARD_VECTOR = 1024, 8
+BACKWARD_TILE, BACKWARD_VECTOR = 512, 4
+NARROW = (16, 32, 64, 128)  # widths of tiles, next to one row
+# A program's tiles: enough to pay for its coefficients and sums, few where programs would be too few.
+FORWARD_TILES, BACKWARD_TILES = 8, 16
+PROGRAMS = 1024  # as many before a program gets more than one tile
+MOST_BACKWARD_PROGRAMS = 4096
+MOST_BIAS_PARTIALS = 1 << 17
+FINISH_BLOCK = 256
+
+
+class Layout(NamedTuple):
+    """What a launch has to know of a tensor; ``misaligned`` by so many bytes of sixteen."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    misaligned: int
+
+    @classmethod
+    def of(cls, t: Tensor | None) -> Layout | None:
+        return None if t is None else cls(t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+
+    @property
+    def is_contiguous(self) -> bool:
+        strides = [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
+        return all(n <= 1 or a == b for n, a, b in zip(self.shape, self.stride, strides, strict=True))
+
+
+@dataclass
+class View:
+    """A tensor of (rows, channels, columns), the columns next to each other."""
+
+    outer: int
+    channel: int
+    misaligned: int
+    is_copy: bool
+
+
+class Order:
+    """The dimensions in the order of the result's memory: those before the channels, the channels, those after them."""
+
+    def __init__(self, y: Layout, channel_dim: int) -> None:
+        self.y, self.channel = y, channel_dim
+        dims = [d for d in range(len(y.shape)) if d == channel_dim or y.shape[d] != 1]
+        dims.sort(key=y.stride.__getitem__, reverse=True)
+        place = dims.index(channel_dim)
+        # One channel alone stands anywhere: in front of all others, it leaves the longest runs.
+        self.outer, self.inner = dims[:place], dims[place + 1 :]
+        self.channels = y.shape[channel_dim]
+        if self.channels == 1:
+            self.outer, self.inner = [], self.outer + self.inner
+        self.rows = math.prod(y.shape[d] for d in self.outer)
+        self.columns = math.prod(y.shape[d] for d in self.inner)
+
+    def view(self, t: Layout) -> View:
+        """Of a copy in the result's layout where strides can't be expressed."""
+        fits = self._fits(t)
+        seen = t if fits else self.y
+        outer = seen.stride[self.outer[-1]] if self.outer else 0
+        channel = seen.stride[self.channel] if self.inner else 1
+        return View(outer, channel, t.misaligned if fits else 0, not fits)
+
+    def _fits(self, t: Layout) -> bool:
+        for dims in (self.outer, self.inner):
+            if any(t.stride[d] != t.stride[k] * t.shape[k] for d, k in pairwise(dims)):
+                return False
+        if self.inner:
+            return t.stride[self.inner[-1]] == 1
+        return self.channels == 1 or t.stride[self.channel] == 1
+
+
+@dataclass
+class Geometry:
+    """The shape of the work. Without a bias, a group's channels are one, and rows too if they follow each other."""
+
+    rows: int
+    channels: int
+    columns: int
+    groups: int
+    bias: str | None = None
+
+    @classmethod
+    def of(cls, order: Order, groups: int, views: list[View], has_bias: bool) -> Geometry:
+        g = cls(order.rows, order.channels, order.columns, groups)
+        if has_bias:
+            g.bias = "planes" if order.inner else "columns"
+            if g.bias == "columns":
+                g.columns = g.group_size
+            return g
+        if not order.inner or all(v.channel == g.columns for v in views):
+            g.columns *= g.group_size
+            g.channels = groups
+            for v in views:
+                v.channel = g.columns
+            if groups == 1 and all(v.outer == g.columns for v in views):
+                g.rows, g.columns = 1, g.columns * g.rows
+        return g
+
+    @property
+    def group_size(self) -> int:
+        return self.channels // self.groups
+
+    def strides(self, views: list[View]) -> Iterator[int]:
+        """All strides that take part, in elements: rows and channels start at multiples of their common divisor."""
+        for v in views:
+            if self.rows > 1:
+                yield v.outer
+            if self.channels > 1 and self.bias != "columns":
+                yield v.channel
+
+    def block(self, tile: int) -> tuple[int, int]:
+        """The widest tile that covers few columns in vain. Rows have no say: batches of any size take the same code."""
+        covered = {width: -(-self.columns // width) * width for width in (*NARROW, tile)}
+        width = max(width for width in covered if covered[width] <= 1.0625 * min(covered.values()))
+        return tile // width, width
+
+
+@dataclass
+class Parts:
+    """How a group's work is divided among programs: units of tiles, all with as many."""
+
+    units: int
+    tiles: int
+    column_tiles: int
+    unit_parts: int
+    tile_parts: int
+
+    @classmethod
+    def of(
+        cls, g: Geometry, block: tuple[int, int], tiles_each: int, enough_programs: int, most_programs: int | None
+    ) -> Parts:
+        row_tiles, column_tiles = -(-g.rows // block[0]), -(-g.columns // block[1])
+        if g.bias == "columns":
+            units, tiles = column_tiles, row_tiles
+        else:
+            units, tiles = g.group_size, row_tiles * column_tiles
+        count = g.groups * units * tiles
+        each = max(1, min(tiles_each, count // enough_programs))
+        if most_programs is not None:
+            each = max(each, -(-count // most_programs))
+        tile_parts = -(-tiles // each)
+        if most_programs is not None and g.bias is not None:
+            tile_parts = min(tile_parts, max(1, MOST_BIAS_PARTIALS // g.channels))
+        unit_parts = -(-units // max(1, each // tiles))
+        return cls(units, tiles, column_tiles, unit_parts, tile_parts)
+
+    @property
+    def count(self) -> int:
+        return self.unit_parts * self.tile_parts
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The layouts of a call's tensors, and its options. The result is allocated already."""
+
+    op: str
+    x: Layout
+    numerator: Layout
+    denominator: Layout
+    bias: Layout | None
+    gate: Layout | None
+    grad: Layout | None
+    seed: Layout | None
+    y: Layout
+    form: int
+    channel_dim: int
+    dropout: float
+
+    @property
+    def groups(self) -> int:
+        return max(self.numerator.shape[0], self.denominator.shape[0])
+
+    @property
+    def threshold(self) -> int:
+        return min(int(self.dropout * 65536.0 + 0.5), 65535)
+
+    def check(self) -> None:
+        """What memory safety needs."""
+        tensors: list[Any] = [self.x, self.numerator, self.denominator, self.bias, self.gate, self.grad]
+        tensors = [t for t in tensors if t is not None]
+        require_device(self.op, [tensors])
+        require_dtypes(self.op, tensors)
+        dims = len(self.x.shape)
+        contract = f"channel_dim among x's {dims} dimensions"
+        known = -dims <= self.channel_dim < dims
+        require(known, self.op, contract, self.channel_dim, "Count from 0 or from -1.")
+        require(0 <= self.form <= 3, self.op, "form 0 to 3", self.form, "Choose one.")
+        require(0.0 <= self.dropout < 1.0, self.op, "0 <= dropout < 1", self.dropout, "Choose one.")
+        self._check_tables()
+        for role, t in (("gate", self.gate), ("grad", self.grad)):
+            if t is not None:
+                same = t.shape == self.x.shape and t.dtype == self.x.dtype
+                contract = f"{role} of x's shape and dtype, {tuple(self.x.shape)} of {self.x.dtype}"
+                require(same, self.op, contract, f"{tuple(t.shape)} of {t.dtype}", "Convert it.")
+        if self.form == D.value or self.threshold > 0:
+            seed = self.seed
+            fits = seed is not None and seed.shape.numel() == 1 and seed.dtype == torch.int64
+            fits = fits and seed is not None and seed.device == self.x.device
+            contract = f"a seed of one int64 on {self.x.device} for form D and for dropout"
+            got = "none" if seed is None else f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            require(fits, self.op, contract, got, "Pass torch.tensor([number]).")
+
+    def _check_tables(self) -> None:
+        a, b, channels = self.numerator, self.denominator, self.x.shape[self.channel_dim]
+        contract = "numerator and denominator of two dimensions"
+        got = f"{tuple(a.shape)} and {tuple(b.shape)}"
+        require(len(a.shape) == len(b.shape) == 2, self.op, contract, got, "Pass (groups, coefficients).")
+        rows, groups = (a.shape[0], b.shape[0]), self.groups
+        divided = groups > 0 and all(n in (1, groups) for n in rows) and channels % groups == 0
+        contract = f"groups that divide the {channels} channels, and as many in both tables or one"
+        require(divided, self.op, contract, f"{rows[0]} and {rows[1]}", "Change the groups.")
+        constant = int(self.form == C.value)
+        limits = (2, MAX_COUNTS[0]), (1 + constant, MAX_COUNTS[1] + constant)
+        for role, t, (fewest, most) in zip(("numerator", "denominator"), (a, b), limits, strict=True):
+            fits = t.is_contiguous and fewest <= t.shape[1] <= most
+            contract = f"a contiguous {role} of {fewest} to {most} columns"
+            remedy = "Call .contiguous(), or choose other degrees."
+            require(fits, self.op, contract, f"shape {tuple(t.shape)}", remedy)
+        if self.bias is not None:
+            fits = self.bias.shape == (channels,) and self.bias.is_contiguous
+            contract, remedy = f"a contiguous bias of {channels} numbers", "Call .contiguous(), or choose another."
+            require(fits, self.op, contract, f"shape {tuple(self.bias.shape)}", remedy)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All about a launch but addresses. ``copied``: which of x, gate and grad."""
+
+    copied: tuple[bool, bool, bool]
+    grid: tuple[int]
+    grad_strides: tuple[int, int]
+    scalars: tuple[float, ...]
+    constants: tuple[Any, ...]
+    partials: int
+    finish_grid: tuple[int]
+    finish: tuple[Any, ...]
+
+
+@lru_cache(maxsize=4096)
+def make_plan(inputs: Inputs, sizes: tuple[int, ...]) -> Plan | None:
+    """Checks a call and divides its work; None where there is none."""
+    inputs.check()
+    x, y, gate, grad = inputs.x, inputs.y, inputs.gate, inputs.grad
+    if x.shape.numel() == 0:
+        return None
+    tile, most_vector, tiles_each, enough_programs = sizes[:4]
+    order = Order(y, inputs.channel_dim % len(x.shape))
+    nothing = View(0, 0, 0, False)
+    views = [nothing if t is None else order.view(t) for t in (x, gate, grad, y)]
+    present = [v for v in views if v is not nothing]
+    g = Geometry.of(order, inputs.groups, present, inputs.bias is not None)
+    block = g.block(tile)
+    parts = Parts.of(g, block, tiles_each, enough_programs, sizes[4] if grad else None)
+    width = x.dtype.itemsize
+    vector = math.gcd(g.columns, *g.strides(present), *(v.misaligned // width for v in present), 16 // width)
+    threshold = inputs.threshold
+    dropout = None
+    if threshold > 0:
+        dropout = "blocks" if math.gcd(g.columns, *g.strides(views[3:])) % 8 == 0 else "elements"
+    a, b, bias = inputs.numerator, inputs.denominator, inputs.bias
+    storages = STORAGE[a.dtype], STORAGE[b.dtype], None if bias is None else STORAGE[bias.dtype]
+    counts = a.shape[1], b.shape[1]
+    programs = g.groups * parts.count
+    bias_blocks = 0 if bias is None else -(-g.channels // FINISH_BLOCK)
+    return Plan(
+        copied=(views[0].is_copy, views[1].is_copy, views[2].is_copy),
+        grid=(programs,),
+        grad_strides=(views[2].outer, views[2].channel),
+        scalars=(
+            *(g.rows, g.columns, g.groups, g.group_size),
+            *(stride for v in (views[0], views[1], views[3]) for stride in (v.outer, v.channel)),
+            *(t.shape[1] if t.shape[0] > 1 else 0 for t in (a, b)),
+            *(threshold, 65536.0 / (65536.0 - threshold)),
+            *(parts.units, parts.tiles, parts.column_tiles, parts.unit_parts, parts.tile_parts),
+        ),
+        constants=(
+            *(inputs.form, *counts, STORAGE[x.dtype], *storages),
+            *(g.bias, dropout, gate is not None, min(vector, most_vector), *block),
+        ),
+        partials=sum(counts) * programs + (0 if bias is None else parts.tile_parts * g.channels),
+        finish_grid=(a.shape.numel() + b.shape.numel() + bias_blocks,),
+        finish=(
+            *(g.groups, parts.count, a.shape[0], b.shape[0], g.channels, parts.tile_parts),
+            *(inputs.form, *counts, *storages, g.bias, FINISH_BLOCK),
+        ),
+    )
+
+
+def _address(t: Tensor | None, is_copy: bool, y: Tensor, kept: list[Tensor]) -> int:
+    """Of a tensor or of its copy in the result's layout, which ``kept`` holds until the launch."""
+    if t is None:
+        return 0
+    if is_copy:
+        t = torch.empty_like(y).copy_(t)
+        kept.append(t)
+    return t.data_ptr()
+
+
+def rational(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    *,
+    form: int,
+    channel_dim: int,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``rational`` in Triton."""
+    y = torch.empty_like(x)
+    layouts = map(Layout.of, (x, numerator, denominator, bias, gate, None, seed, y))
+    inputs = Inputs("rational", *layouts, form, channel_dim, dropout)  # type: ignore[arg-type, call-arg]
+    plan = make_plan(inputs, (FORWARD_TILE, FORWARD_VECTOR, FORWARD_TILES, PROGRAMS))
+    if plan is None:
+        return y
+    kept: list[Tensor] = []
+    with device_guard(x.device):
+        forward_kernel[plan.grid](
+            _address(x, plan.copied[0], y, kept),
+            _address(gate, plan.copied[1], y, kept),
+            *(0 if t is None else t.data_ptr() for t in (y, numerator, denominator, bias, seed)),
+            *plan.scalars,
+            *plan.constants,
+            **LAUNCH_OPTIONS,
+        )
+    return y
+
+
+def rational_backward(
+    grad: Tensor,
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    *,
+    form: int,
+    channel_dim: int,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``rational_backward`` in Triton: partial sums of a fixed division of the work, then their sums."""
+    grad_x = torch.empty_like(x)
+    layouts = map(Layout.of, (x, numerator, denominator, bias, gate, grad, seed, grad_x))
+    inputs = Inputs("rational_backward", *layouts, form, channel_dim, dropout)  # type: ignore[arg-type, call-arg]
+    sizes = BACKWARD_TILE, BACKWARD_VECTOR, BACKWARD_TILES, PROGRAMS, MOST_BACKWARD_PROGRAMS
+    plan = make_plan(inputs, sizes)
+    make = torch.zeros_like if plan is None else torch.empty_like
+    tables = make(numerator), make(denominator), x.new_empty(0) if bias is None else make(bias)
+    grad_gate = x.new_empty(0) if gate is None else torch.empty_like(x)
+    if plan is not None:
+        kept: list[Tensor] = []
+        with device_guard(x.device):
+            partials = torch.empty(plan.partials, dtype=torch.float32, device=x.device)
+            backward_kernel[plan.grid](
+                _address(grad, plan.copied[2], grad_x, kept),
+                grad_gate.data_ptr(),
+                partials,
+                *plan.grad_strides,
+                _address(x, plan.copied[0], grad_x, kept),
+                _address(gate, plan.copied[1], grad_x, kept),
+                *(0 if t is None else t.data_ptr() for t in (grad_x, numerator, denominator, bias, seed)),
+                *plan.scalars,
+                *plan.constants,
+                **LAUNCH_OPTIONS,
+            )
+            addresses = [t.data_ptr() for t in (*tables, denominator)]
+            finish_kernel[plan.finish_grid](partials, *addresses, *plan.finish, **LAUNCH_OPTIONS)
+    return grad_x, *tables, grad_gate
+
+
+OPS = {"rational": rational, "rational_backward": rational_backward}

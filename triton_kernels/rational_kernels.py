@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rational activations on tiles of registers: forward, backward, and the sums of what backward's programs leave.
+
+Tensors are (rows, channels, columns): element (r, c, i) stands at r * outer_stride + c * channel_stride + i. A program
+does tiles of [BLOCK_R, BLOCK_C] rows and columns within one group of channels, whose coefficients it reads once. Its
+units are the group's channels; where BIAS is "columns", columns are themselves the channels of a group, and the units
+are tiles of columns. So a program meets all rows of one channel, whose bias gradient it sums, before the next one.
+"""
+
+import triton
+import triton.language as tl
+
+from ._common import element_pointer, load, store
+from .rational_functions import (
+    A,
+    D,
+    add_noisy_powers,
+    add_powers,
+    are_kept,
+    denominator_of,
+    draw_noise,
+    inner_polynomial,
+    multiply,
+    polynomial,
+    read_coefficients,
+    read_denominator,
+)
+
+
+@triton.jit
+def span(i_part, units, tiles, unit_parts, tile_parts):
+    """First and end of a part's units and tiles. Parts differ by one at most."""
+    unit = units.to(tl.int64) * (i_part % unit_parts)
+    tile = tiles.to(tl.int64) * (i_part // unit_parts)
+    return unit // unit_parts, (unit + units) // unit_parts, tile // tile_parts, (tile + tiles) // tile_parts
+
+
+@triton.jit
+def unit_channel(i_group, unit, group_size, BIAS: tl.constexpr):
+    """The first channel of a unit's tensors."""
+    first = i_group.to(tl.int64) * group_size
+    return first if BIAS == "columns" else first + unit
+
+
+@triton.jit
+def tile_place(unit, tile, column_tiles, BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A tile's rows, (BLOCK_R, 1), and its first column."""
+    i_row, i_column = tile, unit
+    if BIAS != "columns":
+        i_row = tl.cast(tile, tl.int32) // column_tiles
+        i_column = tl.cast(tile, tl.int32) % column_tiles
+    row = tl.cast(i_row, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    return row, tl.cast(i_column, tl.int64) * BLOCK_C
+
+
+@triton.jit
+def tile_mask(row, column, rows, columns, VECTOR: tl.constexpr):
+    # A multiplication by VECTOR shows that no vector is cut.
+    return (row < rows) & (column < columns // VECTOR * VECTOR)
+
+
+@triton.jit
+def pointers(address, channel, row, column, strides, STORAGE: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers to a tile, VECTOR elements of a row aligned."""
+    WIDTH: tl.constexpr = 4 if STORAGE == "fp32" else 2
+    p_channel = element_pointer(address, channel * strides[1], STORAGE, VECTOR * WIDTH)
+    return p_channel + (row * (strides[0] // VECTOR * VECTOR) + column)
+
+
+@triton.jit
+def load_bias(a_bias, channel, unit, columns, BIAS: tl.constexpr, STORAGE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A unit's bias: (1, BLOCK_C) or a scalar."""
+    if BIAS == "columns":
+        column = tl.cast(unit, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+        return load(element_pointer(a_bias, channel, STORAGE, 1) + column, column < columns, STORAGE)
+    else:
+        return load(element_pointer(a_bias, channel, STORAGE, 1), None, STORAGE)
+
+
+@triton.jit
+def load_seed(a_seed):
+    return tl.load(a_seed.to(tl.pointer_type(tl.int64))).to(tl.uint64)
+
+
+ADDRESSES = ["a_x", "a_gate", "a_y", "a_numerator", "a_denominator", "a_bias", "a_seed"]
+GEOMETRY = [
+    *("rows", "columns", "groups", "group_size", "x_outer", "x_channel", "gate_outer", "gate_channel"),
+    *("y_outer", "y_channel", "numerator_stride", "denominator_stride", "threshold", "keep_scale"),
+    *("units", "tiles", "column_tiles", "unit_parts", "tile_parts"),
+]
+BACKWARD = ["a_grad", "a_grad_gate", "p_partials", "grad_outer", "grad_channel"]
+FINISH = ["p_partials", "a_grad_numerator", "a_grad_denominator", "a_grad_bias", "a_denominator"]
+COUNTS = ["groups", "parts", "numerator_rows", "denominator_rows", "channels", "tile_parts"]
+
+
+@triton.jit(do_not_specialize=ADDRESSES + GEOMETRY)
+def forward_kernel(
+    a_x: tl.int64,
+    a_gate: tl.int64,
+    a_y: tl.int64,
+    a_numerator: tl.int64,
+    a_denominator: tl.int64,
+    a_bias: tl.int64,
+    a_seed: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    groups: tl.int32,
+    group_size: tl.int64,
+    x_outer: tl.int64,
+    x_channel: tl.int64,
+    gate_outer: tl.int64,
+    gate_channel: tl.int64,
+    y_outer: tl.int64,
+    y_channel: tl.int64,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    threshold: tl.int32,
+    keep_scale: tl.float32,
+    units: tl.int32,
+    tiles: tl.int32,
+    column_tiles: tl.int32,
+    unit_parts: tl.int32,
+    tile_parts: tl.int32,
+    FORM: tl.constexpr,
+    COUNT_A: tl.constexpr,
+    COUNT_B: tl.constexpr,
+    STORAGE: tl.constexpr,
+    STORAGE_A: tl.constexpr,
+    STORAGE_B: tl.constexpr,
+    STORAGE_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y = dropout(P(x + bias) / Q(x + bias)) * gate. COUNT_A and COUNT_B: how many coefficients a group stores."""
+    i_group = tl.program_id(0) % groups
+    a = read_coefficients(a_numerator, i_group * numerator_stride, COUNT_A, STORAGE_A)
+    b = read_denominator(a_denominator, i_group * denominator_stride, COUNT_B, FORM, STORAGE_B)
+    if FORM == D or DROPOUT is not None:
+        seed = load_seed(a_seed)
+    unit_begin, unit_end, begin, end = span(tl.program_id(0) // groups, units, tiles, unit_parts, tile_parts)
+    for unit in range(unit_begin, unit_end):
+        channel = unit_channel(i_group, unit, group_size, BIAS)
+        if BIAS is not None:
+            bias = load_bias(a_bias, channel, unit, columns, BIAS, STORAGE_BIAS, BLOCK_C)
+        for tile in range(begin, end):
+            row, first = tile_place(unit, tile, column_tiles, BIAS, BLOCK_R, BLOCK_C)
+            column = first + tl.arange(0, BLOCK_C)[None, :]
+            m_tile = tile_mask(row, column, rows, columns, VECTOR)
+            x = load(pointers(a_x, channel, row, column, (x_outer, x_channel), STORAGE, VECTOR), m_tile, STORAGE)
+            if BIAS is not None:
+                x += bias
+            first += channel * y_channel + row * y_outer  # the numbers of the rows' first elements
+            if FORM == D:
+                noise_a, noise_b = draw_noise(seed, first + tl.arange(0, BLOCK_C)[None, :], len(a), len(b))
+                p, _ = polynomial(multiply(a, noise_a), x)
+                q, _ = inner_polynomial(multiply(b, noise_b), x, FORM)
+            else:
+                p, _ = polynomial(a, x)
+                q, _ = inner_polynomial(b, x, FORM)
+            y = p / denominator_of(q, FORM)
+            if DROPOUT is not None:
+                y = tl.where(are_kept(seed, first, threshold, DROPOUT, BLOCK_R, BLOCK_C), y * keep_scale, 0.0)
+            if HAS_GATE:
+                p_gate = pointers(a_gate, channel, row, column, (gate_outer, gate_channel), STORAGE, VECTOR)
+                y *= load(p_gate, m_tile, STORAGE)
+            store(pointers(a_y, channel, row, column, (y_outer, y_channel), STORAGE, VECTOR), y, m_tile, STORAGE)
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
+    return tiles
+
+
+@triton.jit(do_not_specialize=ADDRESSES + GEOMETRY + BACKWARD)
+def backward_kernel(
+    a_grad: tl.int64,
+    a_grad_gate: tl.int64,
+    p_partials,
+    grad_outer: tl.int64,
+    grad_channel: tl.int64,
+    a_x: tl.int64,
+    a_gate: tl.int64,
+    a_y: tl.int64,
+    a_numerator: tl.int64,
+    a_denominator: tl.int64,
+    a_bias: tl.int64,
+    a_seed: tl.int64,
+    rows: tl.int64,
+    columns: tl.int64,
+    groups: tl.int32,
+    group_size: tl.int64,
+    x_outer: tl.int64,
+    x_channel: tl.int64,
+    gate_outer: tl.int64,
+    gate_channel: tl.int64,
+    y_outer: tl.int64,
+    y_channel: tl.int64,
+    numerator_stride: tl.int32,
+    denominator_stride: tl.int32,
+    threshold: tl.int32,
+    keep_scale: tl.float32,
+    units: tl.int32,
+    tiles: tl.int32,
+    column_tiles: tl.int32,
+    unit_parts: tl.int32,
+    tile_parts: tl.int32,
+    FORM: tl.constexpr,
+    COUNT_A: tl.constexpr,
+    COUNT_B: tl.constexpr,
+    STORAGE: tl.constexpr,
+    STORAGE_A: tl.constexpr,
+    STORAGE_B: tl.constexpr,
+    STORAGE_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """x's gradient, stored at ``a_y``, the gate's, and each program's sums of the others' terms.
+
+    With r = 1/Q, f = P r and g' = g r: dx = g' (P' - f Q'), da_k = g' x^k, db_k = -f g' dQ/db_k.
+    """
+    i_group = tl.program_id(0) % groups
+    i_part = tl.program_id(0) // groups
+    parts = unit_parts * tile_parts
+    a = read_coefficients(a_numerator, i_group * numerator_stride, COUNT_A, STORAGE_A)
+    b = read_denominator(a_denominator, i_group * denominator_stride, COUNT_B, FORM, STORAGE_B)
+    FIRST_B: tl.constexpr = len(b) - COUNT_B
+    if FORM == D or DROPOUT is not None:
+        seed = load_seed(a_seed)
+    sums_a = zeros(len(a), BLOCK_R, BLOCK_C)
+    sums_b = zeros(COUNT_B, BLOCK_R, BLOCK_C)
+    unit_begin, unit_end, begin, end = span(i_part, units, tiles, unit_parts, tile_parts)
+    for unit in range(unit_begin, unit_end):
+        channel = unit_channel(i_group, unit, group_size, BIAS)
+        if BIAS is not None:
+            bias = load_bias(a_bias, channel, unit, columns, BIAS, STORAGE_BIAS, BLOCK_C)
+            bias_sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for tile in range(begin, end):
+            row, first = tile_place(unit, tile, column_tiles, BIAS, BLOCK_R, BLOCK_C)
+            column = first + tl.arange(0, BLOCK_C)[None, :]
+            m_tile = tile_mask(row, column, rows, columns, VECTOR)
+            # Masked elements have x = 0 and grad = 0: they add nothing to the sums.
+            x = load(pointers(a_x, channel, row, column, (x_outer, x_channel), STORAGE, VECTOR), m_tile, STORAGE)
+            if BIAS is not None:
+                x = tl.where(m_tile, x + bias, 0.0)
+            p_grad = pointers(a_grad, channel, row, column, (grad_outer, grad_channel), STORAGE, VECTOR)
+            grad = load(p_grad, m_tile, STORAGE)
+            first += channel * y_channel + row * y_outer  # the numbers of the rows' first elements
+            if DROPOUT is not None:
+                kept = are_kept(seed, first, threshold, DROPOUT, BLOCK_R, BLOCK_C)
+                grad = tl.where(kept, grad * keep_scale, 0.0)
+
+            if FORM == D:
+                noise_a, noise_b = draw_noise(seed, first + tl.arange(0, BLOCK_C)[None, :], len(a), len(b))
+                p, dp = polynomial(multiply(a, noise_a), x)
+                q, dq = inner_polynomial(multiply(b, noise_b), x, FORM)
+            else:
+                p, dp = polynomial(a, x)
+                q, dq = inner_polynomial(b, x, FORM)
+            inside = x if FORM == A else q  # the sign of what stands between the bars
+            dq = tl.where(inside < 0.0, -dq, dq)
+            r = 1.0 / denominator_of(q, FORM)
+            f = p * r
+            if HAS_GATE:
+                p_gate = pointers(a_gate, channel, row, column, (gate_outer, gate_channel), STORAGE, VECTOR)
+                p_grad_gate = pointers(a_grad_gate, channel, row, column, (y_outer, y_channel), STORAGE, VECTOR)
+                store(p_grad_gate, grad * f, m_tile, STORAGE)
+                grad *= load(p_gate, m_tile, STORAGE)
+            scaled = grad * r
+            dx = scaled * tl.fma(-f, dq, dp)
+            store(pointers(a_y, channel, row, column, (y_outer, y_channel), STORAGE, VECTOR), dx, m_tile, STORAGE)
+
+            weight = -f * scaled
+            if FORM != A:
+                weight = tl.where(inside < 0.0, -weight, weight)
+            z = tl.abs(x) if FORM == A else x
+            if FIRST_B == 1:
+                weight_b = weight * z
+            else:
+                weight_b = weight
+            if FORM == D:
+                sums_a = add_noisy_powers(sums_a, scaled, x, noise_a)
+                sums_b = add_noisy_powers(sums_b, weight_b, z, noise_b[1:])
+            else:
+                sums_a = add_powers(sums_a, scaled, x)
+                sums_b = add_powers(sums_b, weight_b, z)
+            if BIAS is not None:
+                bias_sums += dx
+
+        if BIAS is not None:
+            # A row of channels for each part of the tiles, behind the partial sums of the coefficients.
+            p_row = p_partials + (COUNT_A + COUNT_B) * groups.to(tl.int64) * parts
+            p_row += (i_part // unit_parts).to(tl.int64) * groups * group_size + channel
+            if BIAS == "columns":
+                column = unit * BLOCK_C + tl.arange(0, BLOCK_C)
+                tl.store(p_row + column, tl.sum(bias_sums, axis=0), mask=column < columns)
+            else:
+                tl.store(p_row, tl.sum(bias_sums))
+    p_part = p_partials + i_group * parts + i_part
+    for k in tl.static_range(COUNT_A):
+        tl.store(p_part + k * groups.to(tl.int64) * parts, tl.sum(sums_a[k]))
+    for k in tl.static_range(COUNT_B):
+        tl.store(p_part + (COUNT_A + k) * groups.to(tl.int64) * parts, tl.sum(sums_b[k]))
+
+
+@triton.jit
+def total(p_partials, coefficient, row, table_rows, groups, parts, BLOCK: tl.constexpr):
+    """Sum over a group's partial sums of a coefficient, or over those of all groups that share it."""
+    count = tl.where(table_rows == 1, groups, 1) * parts
+    p_first = p_partials + (coefficient.to(tl.int64) * groups + row) * parts
+    sums = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        sums += tl.load(p_first + i, mask=i < count, other=0.0).to(tl.float64)
+    return tl.sum(sums).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=FINISH + COUNTS)
+def finish_kernel(
+    p_partials,
+    a_grad_numerator: tl.int64,
+    a_grad_denominator: tl.int64,
+    a_grad_bias: tl.int64,
+    a_denominator: tl.int64,
+    groups: tl.int32,
+    parts: tl.int32,
+    numerator_rows: tl.int32,
+    denominator_rows: tl.int32,
+    channels: tl.int64,
+    tile_parts: tl.int32,
+    FORM: tl.constexpr,
+    COUNT_A: tl.constexpr,
+    COUNT_B: tl.constexpr,
+    STORAGE_A: tl.constexpr,
+    STORAGE_B: tl.constexpr,
+    STORAGE_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adds the partial sums in float64: one program for each coefficient, then one for each BLOCK of channels."""
+    i = tl.program_id(0)
+    i_denominator = i - numerator_rows * COUNT_A
+    i_bias = i_denominator - denominator_rows * COUNT_B
+    if i_denominator < 0:
+        sum_a = total(p_partials, i % COUNT_A, i // COUNT_A, numerator_rows, groups, parts, BLOCK)
+        store(element_pointer(a_grad_numerator, i.to(tl.int64), STORAGE_A, 1), sum_a, None, STORAGE_A)
+    elif i_bias < 0:
+        coefficient = COUNT_A + i_denominator % COUNT_B
+        sum_b = total(p_partials, coefficient, i_denominator // COUNT_B, denominator_rows, groups, parts, BLOCK)
+        at = i_denominator.to(tl.int64)
+        if FORM == A:
+            sum_b = tl.where(
+                load(element_pointer(a_denominator, at, STORAGE_B, 1), None, STORAGE_B) < 0.0, -sum_b, sum_b
+            )
+        store(element_pointer(a_grad_denominator, at, STORAGE_B, 1), sum_b, None, STORAGE_B)
+    elif BIAS is not None:
+        channel = i_bias.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m_channel = channel < channels
+        p_row = p_partials + (COUNT_A + COUNT_B) * groups.to(tl.int64) * parts + channel
+        sums = tl.zeros((BLOCK,), tl.float64)
+        for _ in range(tile_parts):
+            sums += tl.load(p_row, mask=m_channel, other=0.0).to(tl.float64)
+            p_row += channels
+        store(element_pointer(a_grad_bias, channel, STORAGE_BIAS, 1), sums.to(tl.float32), m_channel, STORAGE_BIAS)
