@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rational (KAN) activations whose coefficients are shared within groups of channels, and what is built of them."""
+
+from .convert import kat_from_vit
+from .fit import fit_rational
+from .rational import GRKAN, KATMLP, GroupRational, no_weight_decay
+from .tables import Table, table
+
+__all__ = ["GRKAN", "KATMLP", "GroupRational", "Table", "fit_rational", "kat_from_vit", "no_weight_decay", "table"]

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rational activations as modules, and what the Kolmogorov-Arnold Transformer, KAT, makes of them: a layer, an MLP.
+
+Sources: Yang and Wang, "Kolmogorov-Arnold Transformer", arXiv 2409.10594, and its code, Adamdad/kat and
+Adamdad/rational_kat_cu; FlashKAT, arXiv 2505.13813.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._dispatch import BACKENDS
+from .._errors import message, require
+from ..functional import rational
+from .tables import Table, resolve
+
+Init = str | Table | tuple[Sequence[float], Sequence[float]]
+
+# What KAT's and FlashKAT's checkpoints call our parameters.
+_THEIR_NAMES = {
+    "numerator": ("weight_numerator", "numerator_v"),
+    "denominator": ("weight_denominator", "denominator_v"),
+}
+
+
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters of a model that are marked by ``_no_weight_decay = True``, as rational coefficients are.
+
+    Decay pulls an activation towards zero, not towards a simpler one. timm's optimizers ask a model for such names:
+    hand them ``model.no_weight_decay() | singlepass.nn.no_weight_decay(model)``.
+
+    Example:
+        >>> import singlepass
+        >>> sorted(singlepass.nn.no_weight_decay(singlepass.nn.GRKAN(16, 4)))
+        ['act.denominator', 'act.numerator']
+    """
+    return {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+
+class GroupRational(nn.Module):
+    r"""Rational activation P(x) / Q(x), its coefficients shared within groups of channels (KAT, arXiv 2409.10594).
+
+    By default, as in KAT's code, all groups share the numerator and each has its denominator. The paper's text says the
+    opposite; its author calls that a typo (github.com/Adamdad/kat/issues/15).
+
+    Parameters are ``numerator`` (``numerator_groups``, m + 1) and ``denominator`` (``denominator_groups``, n; form C:
+    n + 1), float32 unless ``dtype`` says otherwise, whatever x is. They are marked ``_no_weight_decay = True``.
+
+    State dicts of KAT (``weight_numerator``, ``weight_denominator``) and FlashKAT (``numerator_v``, ``denominator_v``)
+    load, in form A and degrees (5, 4): that is what their kernels compute, also from the tables that KAT fitted for B.
+
+    Args:
+        channels: number of channels of x.
+        groups: number of groups, a divisor of ``channels``; channel c belongs to group ``c // (channels // groups)``.
+        init: what to start as: a name as in :func:`singlepass.nn.table`, a :class:`Table` such as
+            :func:`singlepass.nn.fit_rational` returns, or a pair (numerator, denominator) of coefficients.
+        form: "A", "B", "C" or "D", see :func:`singlepass.functional.rational`.
+        degrees: of numerator (1 to 7) and denominator (1 to 6).
+        channel_dim: which dimension of x counts channels.
+        numerator_groups: 1 or ``groups``.
+        denominator_groups: 1 or ``groups``; None for ``groups``.
+        dropout: probability with which elements of the result become zero in training, in the same pass over memory.
+        backend: "native", "triton" or "eager"; None chooses.
+
+    Raises:
+        ValueError: arguments that don't fit, or ``init`` names a table that does not hold in this form and degrees.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.nn import GroupRational
+        >>> act = GroupRational(64, groups=8, init="silu")
+        >>> x = torch.randn(2, 10, 64).clamp(-3, 3)
+        >>> torch.allclose(act(x), torch.nn.functional.silu(x), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 8,
+        init: Init = "gelu",
+        form: str = "A",
+        degrees: tuple[int, int] = (5, 4),
+        channel_dim: int = -1,
+        *,
+        numerator_groups: int = 1,
+        denominator_groups: int | None = None,
+        dropout: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = "GroupRational"
+        denominator_groups = groups if denominator_groups is None else denominator_groups
+        divides = groups >= 1 and channels >= 1 and channels % groups == 0
+        require(divides, op, f"a number of groups that divides {channels} channels", groups, "Choose another number.")
+        for name, rows in (("numerator_groups", numerator_groups), ("denominator_groups", denominator_groups)):
+            require(
+                rows in (1, groups), op, f"{name} 1 or {groups}", rows, "Share coefficients among all groups or none."
+            )
+        require(0.0 <= dropout < 1.0, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
+        known = backend is None or backend in BACKENDS
+        require(known, op, f"backend among {', '.join(BACKENDS)}", repr(backend), "Or leave it out.")
+        self.channels = channels
+        self.groups = groups
+        self.form = form
+        self.degrees = degrees
+        self.channel_dim = channel_dim
+        self.dropout = dropout
+        self.backend = backend
+        self.init = resolve(op, init, form, degrees)
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32 if dtype is None else dtype}
+        columns = len(self.init.numerator), len(self.init.denominator)
+        self.numerator = nn.Parameter(torch.empty(numerator_groups, columns[0], **options))
+        self.denominator = nn.Parameter(torch.empty(denominator_groups, columns[1], **options))
+        self.reset_parameters()
+        self._mark()
+
+    def reset_parameters(self) -> None:
+        """Back to the function that ``init`` named."""
+        with torch.no_grad():
+            self.numerator.copy_(torch.tensor(self.init.numerator, device=self.numerator.device))
+            self.denominator.copy_(torch.tensor(self.init.denominator, device=self.denominator.device))
+
+    def forward(self, x: Tensor, *, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        """``dropout(f(x + bias)) * gate``, x's shape and dtype, in one pass over memory.
+
+        Args:
+            x: any shape with ``channels`` elements along ``channel_dim``, any strides; floating-point.
+            bias: (channels,), added first; its gradient comes from the same pass.
+            gate: x's shape and dtype, multiplied last.
+
+        Raises:
+            ValueError: shapes or dtypes that don't fit.
+        """
+        dim = self.channel_dim
+        fits = -x.dim() <= dim < x.dim() and x.shape[dim] == self.channels
+        contract = f"x with {self.channels} channels in dimension {dim}"
+        require(fits, "GroupRational", contract, tuple(x.shape), "channels and channel_dim of the module say which.")
+        return rational(
+            x,
+            self.numerator,
+            self.denominator,
+            form=self.form,
+            channel_dim=dim,
+            bias=bias,
+            gate=gate,
+            dropout=self.dropout,
+            training=self.training,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [str(self.channels), f"groups={self.groups}", f"form={self.form!r}", f"degrees={self.degrees}"]
+        parts += [f"channel_dim={self.channel_dim}"] * (self.channel_dim != -1)
+        parts += [f"dropout={self.dropout}"] * (self.dropout > 0.0)
+        return ", ".join(parts)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay, as timm asks for them."""
+        return no_weight_decay(self)
+
+    def _mark(self) -> None:
+        for p in self.parameters(recurse=False):
+            p._no_weight_decay = True  # type: ignore[attr-defined]
+
+    # Copies, conversions and loading with assign=True put new parameters in place of the marked ones.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> GroupRational:
+        super()._apply(*args, **kwargs)
+        self._mark()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for ours, theirs in _THEIR_NAMES.items():
+            for name in theirs:
+                if prefix + name not in state_dict or prefix + ours in state_dict:
+                    continue
+                state_dict[prefix + ours] = state_dict.pop(prefix + name)
+                if self.form != "A":
+                    got, remedy = f"a module of form {self.form}", "Build the module with form='A'."
+                    where = f"GroupRational {prefix}{name}"
+                    error_msgs.append(message(where, "form A, which KAT's kernels compute", got, remedy))
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._mark()
+
+
+def _preserve_variance(linear: nn.Linear, table: Table) -> None:
+    """w ~ N(0, gain / fan_in), gain = 1 / E[f(z)^2]: variance 1 goes in, standard normal, and comes out."""
+    nn.init.normal_(linear.weight, 0.0, math.sqrt(table.gain / linear.in_features))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def linear_then_rational(x: Tensor, linear: nn.Module, act: GroupRational) -> Tensor:
+    """act(linear(x)), the bias added by the activation's pass, which also gives its gradient.
+
+    Only where ``linear`` is nothing but that: adapters, parametrizations and hooks are left to work.
+    """
+    plain = type(linear) is nn.Linear and not (
+        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    )
+    if plain:
+        return act(F.linear(x, linear.weight), bias=linear.bias)  # type: ignore[arg-type]
+    return act(linear(x))
+
+
+class GRKAN(nn.Module):
+    """Group-rational KAN layer: :class:`GroupRational` ``act``, then Linear ``linear`` (KAT, arXiv 2409.10594).
+
+    Weights start as N(0, gain / in_features), the bias as zero, where gain = 1 / E[f(z)^2], z standard normal, is that
+    of the very coefficients that the activation starts with: a normal input's variance is preserved.
+
+    Args:
+        in_features, out_features, bias: of the linear layer.
+        groups, init, form, degrees, dropout, numerator_groups, denominator_groups, backend: of :class:`GroupRational`.
+        device, dtype: of all parameters; without dtype, coefficients are float32.
+
+    Shapes: (..., in_features) to (..., out_features).
+
+    Raises:
+        ValueError: arguments that don't fit.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.nn import GRKAN
+        >>> layer = GRKAN(256, 128, init="silu")
+        >>> layer(torch.randn(32, 256)).shape
+        torch.Size([32, 128])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        groups: int = 8,
+        init: Init = "gelu",
+        form: str = "A",
+        degrees: tuple[int, int] = (5, 4),
+        dropout: float = 0.0,
+        *,
+        numerator_groups: int = 1,
+        denominator_groups: int | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.act = GroupRational(
+            in_features,
+            groups,
+            init,
+            form,
+            degrees,
+            numerator_groups=numerator_groups,
+            denominator_groups=denominator_groups,
+            dropout=dropout,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.act.reset_parameters()
+        _preserve_variance(self.linear, self.act.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.act(x))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay, as timm asks for them."""
+        return no_weight_decay(self)
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+
+
+class KATMLP(nn.Module):
+    """KAT's MLP, to stand where a transformer has its own: act1 - dropout - fc1 - act2 - dropout - fc2.
+
+    Order and names are those of ``KAN`` in Adamdad/kat, katransformer.py, so that its checkpoints load by name. act1
+    starts as the identity. Dropout, and the bias of fc1 with its gradient, are parts of the activations' passes. Linear
+    layers start variance-preserving, see :class:`GRKAN`.
+
+    Args:
+        in_features: channels of the input.
+        hidden_features, out_features: None for ``in_features``.
+        groups: of both activations.
+        act_init: what act2 starts as, see :class:`GroupRational`; the published models take "silu" or "gelu".
+        drop: probability of both dropouts, or a pair.
+        bias: of both linear layers, or a pair.
+        form, degrees: of both activations.
+        act_layer, norm_layer: what timm's blocks pass on to any MLP; the activation is ``act_init``'s, as in KAT, and a
+            norm layer is refused.
+        backend: of both activations.
+        device, dtype: of all parameters; without dtype, coefficients are float32.
+
+    Shapes: (..., in_features) to (..., out_features).
+
+    Raises:
+        ValueError: arguments that don't fit.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.nn import KATMLP
+        >>> mlp = KATMLP(64, 256, act_init="silu", drop=0.1)
+        >>> mlp(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        groups: int = 8,
+        act_init: Init = "gelu",
+        drop: float | tuple[float, float] = 0.0,
+        bias: bool | tuple[bool, bool] = True,
+        form: str = "A",
+        degrees: tuple[int, int] = (5, 4),
+        *,
+        act_layer: object = None,
+        norm_layer: object = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        remedy = "KAT's MLP has none: normalise before it."
+        require(norm_layer is None, "KATMLP", "norm_layer None", norm_layer, remedy)
+        hidden = hidden_features or in_features
+        (drop1, drop2), (bias1, bias2) = _pair(drop), _pair(bias)
+        shared: dict[str, Any] = {
+            "form": form,
+            "degrees": degrees,
+            "backend": backend,
+            "device": device,
+            "dtype": dtype,
+        }
+        self.act1 = GroupRational(in_features, groups, "identity", dropout=drop1, **shared)
+        self.fc1 = nn.Linear(in_features, hidden, bias1, device=device, dtype=dtype)
+        self.act2 = GroupRational(hidden, groups, act_init, dropout=drop2, **shared)
+        self.fc2 = nn.Linear(hidden, out_features or in_features, bias2, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for act, linear in ((self.act1, self.fc1), (self.act2, self.fc2)):
+            act.reset_parameters()
+            _preserve_variance(linear, act.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(linear_then_rational(self.act1(x), self.fc1, self.act2))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay, as timm asks for them."""
+        return no_weight_decay(self)
