@@ -48,12 +48,18 @@ SINGLEPASS_HD uint16_t float_to_bfloat16_stochastic(float x, uint32_t random) {
 }
 
 SINGLEPASS_HD float float16_to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
   // Shifting exponent and mantissa into place leaves the value 2^112 too small, subnormals included.
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
   const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude | 0x7f800000u;
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   return bit_cast<float>(sign | ((h & 0x7c00u) == 0x7c00u ? special : scaled));
+#endif
 }
 
 // Round to nearest, ties to even; overflow goes to infinity; every NaN becomes the quiet one.

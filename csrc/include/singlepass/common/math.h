@@ -13,7 +13,8 @@ SINGLEPASS_HD T multiply_add(T a, T b, T c) {
   return a * b + c;
 }
 
-// 1 / a within an ulp: rounded correctly on the host, by the hardware's approximation on the device.
+// 1 / a within an ulp: rounded correctly on the host; on the device the hardware's approximation, which is zero for a
+// above 2^126.
 template <class T>
 SINGLEPASS_HD T reciprocal(T a) {
   return 1.0f / a;
@@ -28,7 +29,7 @@ SINGLEPASS_HD float multiply_add(float a, float b, float c) {
 template <>
 SINGLEPASS_HD float reciprocal(float a) {
   float r;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(a));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
   return r;
 }
 #endif

@@ -73,6 +73,40 @@ __device__ __forceinline__ Raw<kWidth> pack(const uint16_t* half) {
   return raw;
 }
 
+// Two floats in 16 bits each, the first in the low half, rounded to the nearest. The hardware's instructions make
+// another NaN than float_to_bfloat16 and float_to_float16.
+__device__ __forceinline__ uint32_t pack_pair(float first, float second, DType dtype) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t bits;
+  if (dtype == DType::kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  }
+  return bits;
+#else
+  const bool brain = dtype == DType::kBFloat16;
+  const uint16_t low = brain ? float_to_bfloat16(first) : float_to_float16(first);
+  const uint16_t high = brain ? float_to_bfloat16(second) : float_to_float16(second);
+  return low | static_cast<uint32_t>(high) << 16;
+#endif
+}
+
+// encode() where it does not matter which NaN a NaN becomes.
+template <int kWidth>
+__device__ __forceinline__ Raw<kWidth> encode_any_nan(const float* values, DType dtype) {
+  Raw<kWidth> raw = {};
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    if (dtype == DType::kFloat32) {
+      raw.bits[k] = bit_cast<uint32_t>(values[k]);
+    } else if (k % 2 == 0) {
+      raw.bits[k / 2] = pack_pair(values[k], k + 1 < kWidth ? values[k + 1] : 0.0f, dtype);
+    }
+  }
+  return raw;
+}
+
 // Rounds to the nearest.
 template <int kWidth>
 __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype) {

@@ -76,7 +76,7 @@ __device__ __forceinline__ void read(const Problem& p, const View& view, const I
 
 template <class V>
 __device__ __forceinline__ void write(const Problem& p, const View& view, const Item& item, const float* values) {
-  store(encode<V::width>(values, V::dtype(p)), V::dtype(p), view.data, item.offset(view));
+  store(encode_any_nan<V::width>(values, V::dtype(p)), V::dtype(p), view.data, item.offset(view));
 }
 
 // The bias of the channels of a thread's vector.
@@ -150,33 +150,35 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, cons
   }
 }
 
-struct BlockFloats {
-  float value[kThreads];
+// One number of every thread, for each of kCount sums.
+template <int kCount>
+struct BlockSums {
+  float value[kCount][kThreads];
 };
 
-// Sums of a block for one number of every group it covers, over the threads of the group in a fixed order.
-__device__ inline void reduce_groups(const Problem& p, const Grid& g, const Place& place, BlockFloats& block,
-                                     float value, double* partials, int sums, int index) {
-  block.value[threadIdx.x] = value;
-  __syncthreads();
+// Sums over the threads of each group that a block covers, in a fixed order: a warp makes one sum after another.
+template <int kCount>
+__device__ void reduce_groups(const Problem& p, const Grid& g, const Place& place, const BlockSums<kCount>& block,
+                              double* partials) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  for (int local = warp; local < g.groups_per_tile; local += warps) {
+  const unsigned members = static_cast<unsigned>(g.span * g.rows), span = static_cast<unsigned>(g.span);
+  for (int task = warp; task < kCount * g.groups_per_tile; task += warps) {
+    const int index = task % kCount, local = task / kCount;
     double sum = 0.0;
-    for (int member = lane; member < g.span * g.rows; member += kWarp) {
-      sum += block.value[member / g.span * g.columns + local * g.span + member % g.span];
+    for (unsigned member = lane; member < members; member += kWarp) {
+      sum += block.value[index][member / span * g.columns + local * span + member % span];
     }
     for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
     const int64_t group = place.first_group + local;
     if (lane == 0 && group < p.groups()) {
-      partials[((blockIdx.y * p.groups() + group) * g.parts + place.part) * sums + index] = sum;
+      partials[((blockIdx.y * p.groups() + group) * g.parts + place.part) * kCount + index] = sum;
     }
   }
-  __syncthreads();
 }
 
 // Sums of a block for every channel that it covers.
-template <class V>
-__device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place, BlockFloats& block,
+template <class V, int kCount>
+__device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place, BlockSums<kCount>& block,
                             const float* grad_bias, double* partials) {
   double* const row = partials + static_cast<int64_t>(blockIdx.y) * p.channels;
   if (g.planes) {
@@ -186,16 +188,16 @@ __device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place,
     if (threadIdx.x == 0) row[place.channel] = sum;
     return;
   }
+  static_assert(V::width <= kCount);
+  __syncthreads();
 #pragma unroll
+  for (int k = 0; k < V::width; ++k) block.value[k][threadIdx.x] = grad_bias[k];
+  __syncthreads();
+  if (!place.active || place.row != 0) return;
   for (int k = 0; k < V::width; ++k) {
-    block.value[threadIdx.x] = grad_bias[k];
-    __syncthreads();
-    if (place.active && place.row == 0) {
-      double sum = 0.0;
-      for (int r = 0; r < g.rows; ++r) sum += block.value[r * g.columns + place.column];
-      row[place.channel + k] = sum;
-    }
-    __syncthreads();
+    double sum = 0.0;
+    for (int r = 0; r < g.rows; ++r) sum += block.value[k][r * g.columns + place.column];
+    row[place.channel + k] = sum;
   }
 }
 
@@ -253,13 +255,15 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
     write<V>(p, p.grad_x, item, grad_x);
   }
 
-  SINGLEPASS_SHARED(BlockFloats, block);
   constexpr int kCount = kSums<V::M, V::N>;
+  SINGLEPASS_SHARED(BlockSums<kCount>, block);
 #pragma unroll
-  for (int k = 0; k <= V::M; ++k) reduce_groups(p, g, place, block, sums.a[k], partials, kCount, k);
+  for (int k = 0; k <= V::M; ++k) block.value[k][threadIdx.x] = sums.a[k];
 #pragma unroll
-  for (int k = 0; k <= V::N; ++k) reduce_groups(p, g, place, block, sums.b[k], partials, kCount, V::M + 1 + k);
-  if (V::fused && p.bias.data != nullptr) reduce_bias<V>(p, g, place, block, grad_bias, bias_partials);
+  for (int k = 0; k <= V::N; ++k) block.value[V::M + 1 + k][threadIdx.x] = sums.b[k];
+  __syncthreads();
+  reduce_groups<kCount>(p, g, place, block, partials);
+  if (V::fused && p.bias.data != nullptr) reduce_bias<V, kCount>(p, g, place, block, grad_bias, bias_partials);
 }
 
 // Sums of partials, in a fixed order: a block for each coefficient, then blocks for the channels' biases.
