@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import checks, results, tables
-from .registry import Case, cases, dtype_name
+from .registry import FAMILIES, Case, cases, dtype_name
 from .runner import Runner, Stage, plan
 from .timing import FULL, QUICK
 
@@ -95,13 +95,16 @@ def parser() -> argparse.ArgumentParser:
     sub = add("plot", plot, "draw a result file")
     sub.add_argument("result", type=Path, nargs="?", help="result file (default: the newest)")
     sub.add_argument("--output", type=Path, default=Path("bench.svg"), help="image file (default: %(default)s)")
-    sub.add_argument("--size", default="gpt2-small")
+    sub.add_argument("--family", default=FAMILIES[0], choices=FAMILIES, help="default: %(default)s")
+    sub.add_argument("--size", default=None, help="default: the first that was measured")
     sub.add_argument("--dtype", default="float32")
 
     sub = add(
         "table", table, "show the tables of a result file, or write tables and plots into marked blocks of documents"
     )
-    sub.add_argument("result", type=Path, nargs="*", help="result files (default: the newest for CPU and for GPU)")
+    sub.add_argument(
+        "result", type=Path, nargs="*", help="result files (default: the newest of each family for CPU and for GPU)"
+    )
     sub.add_argument(
         "--check", action="store_true", help="judge the bars: exit status 1 if any fails, 2 if any is not measured"
     )
@@ -209,8 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_save:
         path = out.save(arguments.results)
         to.print(f"results: {path}", markup=False)
-        picture = save_plot(out, path.with_suffix(".svg"))
-        if picture:
+        for picture in save_plots(out, path.with_suffix(".svg")):
             to.print(f"plot:    {picture}", markup=False)
     return checks.exit_status(verdicts) if arguments.check else 0
 
@@ -239,15 +241,20 @@ def measure(runner: Runner, stages: list[Stage], out: results.Run, to: Console) 
     out.seconds = time.perf_counter() - begin
 
 
-def save_plot(out: results.Run, path: Path) -> Path | None:
-    """Draw the first model that was measured."""
+def first_measured(out: results.Run, family: str, **want: str) -> results.Row | None:
+    return next((row for row in out.find(family=family, **want) if row.median is not None), None)
+
+
+def save_plots(out: results.Run, path: Path) -> Iterator[Path]:
+    """Draw the first input that was measured, for each family; the name of a family goes into all names but one."""
     from .plot import draw
 
-    row = next((row for row in out.rows if row.median is not None), None)
-    if row is None:
-        return None
-    draw(out, path, row.size, row.dtype)
-    return path
+    for family in FAMILIES:
+        row = first_measured(out, family)
+        if row is not None:
+            picture = path if family == FAMILIES[0] else path.with_name(f"{path.stem}-{family}{path.suffix}")
+            draw(out, picture, row.size, row.dtype, family)
+            yield picture
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -282,10 +289,10 @@ def compare(arguments: argparse.Namespace) -> int:
     return int(slower)
 
 
-def need_run(path: Path | None) -> results.Run:
+def need_run(path: Path | None, family: str | None = None) -> results.Run:
     if path is not None:
         return results.load(path)
-    found = results.newest("cuda") or results.newest("cpu")
+    found = results.newest("cuda", family=family) or results.newest("cpu", family=family)
     if found is None:
         raise ValueError(
             f"bench: expected a result file in {results.RESULTS}; got none. Measure with singlepass bench run"
@@ -296,20 +303,30 @@ def need_run(path: Path | None) -> results.Run:
 def plot(arguments: argparse.Namespace) -> int:
     from .plot import draw
 
-    draw(need_run(arguments.result), arguments.output, arguments.size, arguments.dtype)
+    family, dtype = arguments.family, arguments.dtype
+    out = need_run(arguments.result, family)
+    draw(out, arguments.output, arguments.size or default_size(out, family, dtype), dtype, family)
     console().print(arguments.output, markup=False)
     return 0
 
 
+def default_size(out: results.Run, family: str, dtype: str) -> str:
+    row = first_measured(out, family, dtype=dtype)
+    if row is None:
+        raise ValueError(f"bench plot: expected rows of family {family} in {dtype}; got none. See singlepass bench run")
+    return row.size
+
+
 def draw_beside(document: Path, out: results.Run, options: dict[str, str]) -> str:
     """Draw the plot that a document's marker asks for and return the Markdown that shows it."""
-    from .plot import TITLES, draw
+    from .plot import TITLES, WORDS, draw
 
-    size, dtype = options.get("size", "gpt2-small"), options.get("dtype", "float32")
-    path = Path(options.get("path", f"docs/images/optim-{out.machine['kind']}-{size}-{dtype}.svg"))
-    draw(out, path, size, dtype)
+    family, dtype = options["family"], options.get("dtype", "float32")
+    size = options.get("size") or default_size(out, family, dtype)
+    path = Path(options.get("path", f"docs/images/{family}-{out.machine['kind']}-{size}-{dtype}.svg"))
+    draw(out, path, size, dtype, family)
     what = f"{TITLES.get(size, size)}, {dtype}, {out.device_line}"
-    words = f"Time of one optimizer step relative to the memory floor: {what}"
+    words = f"{WORDS[family][0]}, time relative to the memory floor: {what}"
     return f"![{words}]({os.path.relpath(path, document.parent)})"
 
 
@@ -322,11 +339,12 @@ def table(arguments: argparse.Namespace) -> int:
         verdicts = checks.check(out)
         show([*tables.grids(out), *([tables.check_grid(verdicts)] if arguments.check else [])], to)
         return checks.exit_status(verdicts) if arguments.check else 0
-    runs = {
-        kind: next((r for r in given if r.machine["kind"] == kind), None) or results.newest(kind)
-        for kind in ("cpu", "cuda")
-    }
+
+    def find(kind: str, family: str) -> results.Run | None:
+        fits = (r for r in given if r.machine["kind"] == kind and r.find(family=family))
+        return next(fits, None) or results.newest(kind, family=family)
+
     for document in arguments.write or map(Path, DOCUMENTS):
-        filled = tables.inject(document, runs, draw_beside)
+        filled = tables.inject(document, find, draw_beside)
         console().print(f"{document}: {filled} blocks", markup=False)
     return 0

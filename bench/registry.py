@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("optim",)
+FAMILIES = ("optim", "rational")
 
 
 # Kinds of providers. A yardstick is another op than the case's own, for a bar that refers to it.
@@ -90,7 +90,7 @@ class Case:
     """One op on one input.
 
     ops: the registered ops that are measured. passes: the traffic of the one-pass floor. flops: arithmetic of one call.
-    elements: elements of the input (parameters, for an optimizer); their bytes are `input_bytes`.
+    elements: elements of the input (parameters, for an optimizer; x, for an activation); their bytes are `input_bytes`.
     tensors: how many tensors the call works on. rank: cases of a higher one get their later tiers last.
     """
 

@@ -18,7 +18,17 @@ import torch
 
 SCHEMA = 1
 RESULTS = Path("bench/results")
-PACKAGES = ("singlepass", "torch", "triton", "numpy", "pytorch_optimizer", "lion-pytorch", "adabelief-pytorch")
+PACKAGES = (
+    "singlepass",
+    "torch",
+    "triton",
+    "numpy",
+    "pytorch_optimizer",
+    "lion-pytorch",
+    "adabelief-pytorch",
+    "kat_rational",
+    "rational_kat",
+)
 
 
 @dataclass
@@ -29,7 +39,8 @@ class Row:
     gate_error: largest error against the float64 reference, in units of the allowed one.
     differs: for a peer whose formula is another one, how it differs.
     startup_s: seconds in the gate and in the first calls, which make states and compile.
-    extra_bytes: peak memory of a call above parameters, gradients and states. host_us, launches: GPU only.
+    extra_bytes: peak memory of a call above its inputs (an optimizer's: parameters, gradients and states).
+    host_us, launches: GPU only.
     """
 
     family: str
@@ -114,9 +125,11 @@ def load(path: Path) -> Run:
     return Run(**data, rows=rows)
 
 
-def newest(kind: str, folder: Path = RESULTS) -> Run | None:
-    """The latest run on a kind of device ("cpu" or "cuda"), or None."""
+def newest(kind: str, folder: Path = RESULTS, family: str | None = None) -> Run | None:
+    """The latest run on a kind of device ("cpu" or "cuda") that has rows of a family, or None."""
     runs = [run for run in map(load, folder.glob("*/*.json")) if run.machine["kind"] == kind]
+    if family is not None:
+        runs = [run for run in runs if run.find(family=family)]
     return max(runs, key=lambda run: run.date, default=None)
 
 
@@ -135,6 +148,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
+        "glibc_tunables": os.environ.get(
+            "GLIBC_TUNABLES"
+        ),  # whether memory of large tensors is kept or faulted in anew
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "os": platform.platform(),
         "python": platform.python_version(),

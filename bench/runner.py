@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -32,14 +33,20 @@ class Stage:
 
 
 def plan(cases: Iterable[Case], wanted: Callable[[Provider], bool] = lambda provider: True) -> list[Stage]:
-    """All stages, the most telling first: the first tier of all cases, then the other tiers rank by rank."""
-    stages = []
+    """All stages, the most telling first: the first tier of all cases, then the other tiers rank by rank.
+
+    Within each, families take turns, so that a run that is short of time has something of all of them.
+    """
+    stages: list[tuple[tuple[int, Tier, int], Stage]] = []
+    turns: Counter[str] = Counter()
     for case in cases:
+        turns[case.family] += 1
         for tier in Tier:
             providers = tuple(p for p in case.providers if p.tier == tier and wanted(p))
             if providers:
-                stages.append(Stage(case, tier, providers))
-    return sorted(stages, key=lambda stage: (stage.tier != Tier.FUSED and 1 + stage.case.rank, stage.tier))
+                late = 0 if tier == Tier.FUSED else 1 + case.rank
+                stages.append(((late, tier, turns[case.family]), Stage(case, tier, providers)))
+    return [stage for _, stage in sorted(stages, key=lambda entry: entry[0])]
 
 
 @dataclass
@@ -53,22 +60,23 @@ class Runner:
     def __post_init__(self) -> None:
         self._pool = StreamPool(self.device)
         self._begin = time.perf_counter()
-        self._longest: dict[Tier, float] = {}
+        self._longest: dict[tuple[str, Tier], float] = {}
 
     def run(self, stages: list[Stage], progress: Callable[[Stage], None] = lambda stage: None) -> Iterator[Row]:
         for stage in stages:
             progress(stage)
-            if not self._in_time(stage.tier):
+            if not self._in_time(stage):
                 for provider in stage.providers:
                     yield self._row(stage.case, provider, "skipped", reason="out of time")
                 continue
             begin = time.perf_counter()
             yield from self._stage(stage)
             taken = time.perf_counter() - begin
-            self._longest[stage.tier] = max(taken, self._longest.get(stage.tier, 0.0))
+            kind = stage.case.family, stage.tier
+            self._longest[kind] = max(taken, self._longest.get(kind, 0.0))
 
-    def _in_time(self, tier: Tier) -> bool:
-        expected = self._longest.get(tier, FIRST_GUESS[tier])
+    def _in_time(self, stage: Stage) -> bool:
+        expected = self._longest.get((stage.case.family, stage.tier), FIRST_GUESS[stage.tier])
         return self.budget is None or time.perf_counter() - self._begin + expected < self.budget
 
     def _stage(self, stage: Stage) -> Iterator[Row]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from .activations import TITLES
 from .checks import Check, check
-from .registry import dtype_name
+from .registry import FAMILIES, dtype_name
 from .results import Row, Run
 
 NOT_MEASURED = "not measured"
@@ -46,6 +47,10 @@ def number(value: float | None, digits: int = 3) -> str:
 def size_of(count: int | None) -> str:
     """Bytes in MiB, as memory is allocated."""
     return "–" if count is None else f"{count / 2**20:,.1f} MiB"
+
+
+def times(a: float | None, b: float | None, digits: int = 1) -> str:
+    return f"{a / b:.{digits}f}x" if a and b else "–"
 
 
 class Notes:
@@ -103,12 +108,11 @@ def optimizer_grid(run: Run, size: str, dtype: str) -> Grid:
                 by_column.setdefault(row.column, []).append(row)
         native, eager = (next(iter(by_column.get(name, [])), None) for name in ("native", "eager"))
         measured = native if native and native.median else None
-        faster = eager.median / measured.median if eager and eager.median and measured and measured.median else None
         line = [op, number(measured.floor_ms["q50"] if measured and measured.floor_ms else None)]
         line += [cell(by_column.get("native", []), notes), number(measured.times_floor if measured else None)]
         line += [number(measured.gbps if measured else None)]
         line += [cell(by_column.get(name, []), notes, name in ("torch.optim", "peer")) for name in columns]
-        line += [f"{faster:.1f}x" if faster else "–"]
+        line += [times(eager.median if eager else None, measured.median if measured else None)]
         line += [size_of(row.extra_bytes if row else None) for row in (native, eager)]
         if on_gpu:
             line += [number(measured.launches if measured else None), number(measured.host_us if measured else None)]
@@ -117,10 +121,48 @@ def optimizer_grid(run: Run, size: str, dtype: str) -> Grid:
     return grid
 
 
-def grids(run: Run, **want: str) -> list[Grid]:
-    """One grid for each model and dtype of a run, or for those that are wanted."""
-    keys = dict.fromkeys((row.size, row.dtype) for row in run.find(family="optim", **want))
-    return [optimizer_grid(run, size, dtype) for size, dtype in keys]
+def rational_grid(run: Run, dtype: str, **want: str) -> Grid:
+    """Milliseconds of one call by provider, for all shapes."""
+    rows = run.find(family="rational", dtype=dtype, **want)
+    on_gpu = run.machine["kind"] == "cuda"
+    columns = {"eager": "eager", "torch.compile": "torch.compile"}
+    if on_gpu:
+        columns = {"triton": "Triton"} | columns | {"peer": "best peer"}
+    head = ["x, pass", "floor", "**singlepass**", "x floor", "GB/s", "gelu", "ours / gelu", *columns.values()]
+    head += ["eager / ours", "extra memory", "gelu's", "eager's", *(["launches", "host us"] if on_gpu else [])]
+    grid, notes = Grid(f"rational, {dtype}: ms per call", head), Notes()
+    for size, op in dict.fromkeys((row.size, row.op) for row in rows):
+        by_column: dict[str, list[Row]] = {}
+        for row in rows:
+            if (row.size, row.op) == (size, op):
+                by_column.setdefault(row.column, []).append(row)
+        native, gelu, eager = (next(iter(by_column.get(name, [])), None) for name in ("native", "yardstick", "eager"))
+        ours = native.median if native else None
+        line = [f"{size}, {TITLES.get(op, op)}"]
+        line += [number(native.floor_ms["q50"] if native and native.floor_ms else None)]
+        line += [cell(by_column.get("native", []), notes), number(native.times_floor if native else None)]
+        line += [number(native.gbps if native else None), cell(by_column.get("yardstick", []), notes)]
+        line += [times(ours, gelu.median if gelu else None, 2)]
+        line += [cell(by_column.get(name, []), notes, name == "peer") for name in columns]
+        line += [times(eager.median if eager else None, ours)]
+        line += [size_of(row.extra_bytes if row else None) for row in (native, gelu, eager)]
+        if on_gpu:
+            line += [number(native.launches if native else None), number(native.host_us if native else None)]
+        grid.lines.append(line)
+    grid.notes = [f"[{i}] {text}" for i, text in enumerate(notes.texts, 1)]
+    return grid
+
+
+def grids(run: Run, family: str | None = None, **want: str) -> list[Grid]:
+    """The grids of a family, or of all: one for each model and dtype of a run, or for those that are wanted."""
+    found = []
+    if family in (None, "optim"):
+        models = dict.fromkeys((row.size, row.dtype) for row in run.find(family="optim", **want))
+        found += [optimizer_grid(run, size, dtype) for size, dtype in models]
+    if family in (None, "rational"):
+        dtypes = dict.fromkeys(row.dtype for row in run.find(family="rational", **want))
+        found += [rational_grid(run, **(want | {"dtype": dtype})) for dtype in dtypes]
+    return found
 
 
 def check_grid(checks: list[Check]) -> Grid:
@@ -149,7 +191,8 @@ def machine_line(run: Run) -> str:
 
 
 def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[Run, dict[str, str]], str]) -> str:
-    """The generated text of one marker. `draw` makes a plot and returns the Markdown that shows it."""
+    """The generated text of one marker, whose options name a family. `draw` makes a plot and returns the Markdown that
+    shows it."""
     if name == "traffic":
         return traffic_grid().markdown()
     if run is None:
@@ -157,22 +200,23 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
     if name == "machine":
         return machine_line(run) + "\n"
     if name == "checks":
-        return check_grid(check(run)).markdown()
+        return check_grid(check(run, options["family"])).markdown()
     if name == "plot":
         return draw(run, options) + "\n"
-    if name == "optim":
-        picked = grids(run, **{key: value for key, value in options.items() if key in ("size", "dtype")})
+    if name in FAMILIES:
+        picked = grids(run, **{key: value for key, value in options.items() if key in ("family", "size", "dtype")})
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
-        f"bench table: expected a marker machine, checks, traffic, plot or optim; got {name!r}. Correct the marker"
+        "bench table: expected a marker machine, checks, traffic, plot, "
+        f"{' or '.join(FAMILIES)}; got {name!r}. Correct the marker"
     )
 
 
-def inject(path: Path, runs: dict[str, Run | None], draw: Callable[[Path, Run, dict[str, str]], str]) -> int:
+def inject(path: Path, find: Callable[[str, str], Run | None], draw: Callable[[Path, Run, dict[str, str]], str]) -> int:
     """Rewrite every marked block of a file; returns how many there are.
 
-    A marker reads `<!-- bench:NAME device=cpu size=gpt2-small -->` and ends at `<!-- /bench -->`. `runs` maps a kind of
-    device to its run, or to None where none exists.
+    A marker reads `<!-- bench:NAME device=cpu size=gpt2-small -->` and ends at `<!-- /bench -->`. `find` gives the run
+    of a kind of device and a family, or None where there is none.
     """
     found = 0
 
@@ -180,8 +224,10 @@ def inject(path: Path, runs: dict[str, Run | None], draw: Callable[[Path, Run, d
         nonlocal found
         found += 1
         options = dict(option.split("=", 1) for option in match["options"].split())
-        run = runs.get(options.get("device", "cpu"))
-        return match[1] + block(match["name"], options, run, lambda r, o: draw(path, r, o)) + match[5]
+        name = match["name"]
+        options["family"] = name if name in FAMILIES else options.get("family", FAMILIES[0])
+        run = find(options.get("device", "cpu"), options["family"])
+        return match[1] + block(name, options, run, lambda r, o: draw(path, r, o)) + match[5]
 
     text = MARKER.sub(fill, path.read_text())
     path.write_text(text)

@@ -13,28 +13,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 import torch.nn.functional as F
+from _digits import BATCH, PICTURES, SEED, Digits, VisionTransformer, parameter_groups, progress_bar, warm_up_then_decay
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from singlepass import optim
 
-SEED = 0
-BATCH = 32
 # By backend: label, colour and width of its line in the picture.
 LINES = {"eager": ("eager PyTorch", "#c8c8c8", 5.0), "native": ("native: fused kernels", "#0072b2", 1.2)}
 
@@ -49,42 +44,6 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "LARS": (optim.LARS, {"lr": 0.5, "weight_decay": 1e-4, "momentum": 0.8, "trust_coefficient": 2e-2}),
     "SGDSaI": (optim.SGDSaI, {"lr": 2e-2, "weight_decay": 1e-2, "momentum": 0.8}),
 }
-
-
-class VisionTransformer(nn.Module):
-    """Sees an image of 8x8 pixels as 16 patches of 2x2, and gives a score for each of ten digits."""
-
-    def __init__(self, dim: int = 64, depth: int = 2, heads: int = 4) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(1, dim, kernel_size=2, stride=2)
-        self.positions = nn.Parameter(torch.randn(16, dim))
-        make_layer = partial(nn.TransformerEncoderLayer, activation="gelu", batch_first=True, norm_first=True)
-        self.layers = nn.Sequential(*(make_layer(dim, heads, 4 * dim, dropout=0.0) for _ in range(depth)))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
-        return self.head(self.norm(self.layers(tokens)).mean(dim=1))
-
-
-class Digits:
-    """1,797 real digits, four fifths to train on: images (n, 1, 8, 8) in [-1, 1], labels (n,)."""
-
-    def __init__(self) -> None:
-        images, labels = load_digits(return_X_y=True)
-        split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=SEED)
-        self.train_images, self.test_images = (torch.tensor(x).float().reshape(-1, 1, 8, 8) / 8 - 1 for x in split[:2])
-        self.train_labels, self.test_labels = (torch.tensor(y) for y in split[2:])
-
-    def batches(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled batches, the same ones at every call."""
-        generator = torch.Generator().manual_seed(SEED)
-        count = len(self.train_labels) // BATCH * BATCH  # whole batches only
-        epochs = -(-steps * BATCH // count)
-        order = torch.cat([torch.randperm(len(self.train_labels), generator=generator)[:count] for _ in range(epochs)])
-        for chosen in order.split(BATCH)[:steps]:
-            yield self.train_images[chosen], self.train_labels[chosen]
 
 
 @dataclass
@@ -114,11 +73,8 @@ Runs = dict[str, dict[str, Run]]  # by optimizer, then by backend
 def make_optimizer(name: str, backend: str, model: nn.Module, steps: int) -> tuple[Optimizer, LambdaLR]:
     """An optimizer whose learning rate rises over the first tenth of the steps, then falls to zero."""
     cls, settings = OPTIMIZERS[name]
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]  # biases and norms are not decayed
-    optimizer = cls([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], backend=backend, **settings)
-    warmup = steps // 10 + 1
-    return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1)))
+    optimizer = cls(parameter_groups(model), backend=backend, **settings)
+    return optimizer, warm_up_then_decay(optimizer, steps)
 
 
 def train(name: str, backend: str, digits: Digits, steps: int, report: Callable[[Run], None]) -> Run:
@@ -136,16 +92,13 @@ def train(name: str, backend: str, digits: Digits, steps: int, report: Callable[
         schedule.step()
         run.losses.append(loss.item())
         report(run)
-    model.eval()
-    with torch.no_grad():
-        run.accuracy = (model(digits.test_images).argmax(dim=1) == digits.test_labels).float().mean().item()
+    run.accuracy = digits.accuracy(model)
     return run
 
 
 def train_all(names: list[str], backends: list[str], steps: int, console: Console) -> Runs:
     digits, runs = Digits(), Runs()
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description:<34}"), *columns, console=console, refresh_per_second=4) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=steps * len(names) * len(backends))
 
         def report(run: Run) -> None:
@@ -237,7 +190,7 @@ def main(argv: list[str] | None = None) -> Runs:
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps: expected at least 1; got {args.steps}")
-    if args.out.suffix not in (".png", ".svg", ".pdf"):
+    if args.out.suffix not in PICTURES:
         parser.error(f"--out: expected a name that ends in .png, .svg or .pdf; got {args.out}")
 
     torch.set_num_threads(1)  # the same results on any number of cores, and steadier times

@@ -12,6 +12,14 @@ pytest.importorskip("rich", reason="the bench extra is not installed")
 from singlepass.bench import floor, timing
 from singlepass.bench.results import Row, Run
 
+COLUMNS = {
+    "torch-fused": "torch.optim",
+    "compile": "torch.compile",
+    "gelu": "yardstick",
+    "kat_rational": "peer",
+    "flashkat": "peer",
+}
+
 
 @pytest.fixture
 def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +34,7 @@ def _quantiles(ms: float) -> dict[str, float]:
 
 @pytest.fixture
 def make_row() -> Callable[..., Row]:
-    """A measured row of an optimizer; `ms=None` makes one that could not be measured."""
+    """A measured row, of an optimizer unless told otherwise; `ms=None` makes one that could not be measured."""
 
     def make(op: str, provider: str, ms: float | None, floor: float = 80.0, **values: Any) -> Row:
         facts: dict[str, Any] = {
@@ -35,7 +43,7 @@ def make_row() -> Callable[..., Row]:
             "size": "gpt2-small",
             "dtype": "float32",
             "provider": provider,
-            "column": {"torch-fused": "torch.optim", "compile": "torch.compile"}.get(provider, provider),
+            "column": COLUMNS.get(provider, provider),
             "status": "ok" if ms is not None else "unavailable",
             "elements": 124_000_000,
             "input_bytes": 496_000_000,

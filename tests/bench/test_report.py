@@ -136,31 +136,34 @@ def test_marked_blocks_are_rewritten(good_run: Run, tmp_path: Path) -> None:
         "before\n<!-- bench:optim size=gpt2-small -->\nold\n<!-- /bench -->\nbetween\n"
         "<!-- bench:optim device=cuda -->\n<!-- /bench -->\n<!-- bench:plot path=p.svg -->\n<!-- /bench -->\nafter\n"
     )
-    runs = {"cpu": good_run, "cuda": None}
     drawn = []
+
+    def find(kind: str, family: str) -> Run | None:
+        assert family == "optim"
+        return good_run if kind == "cpu" else None
 
     def picture(path: Path, run: Run, options: dict[str, str]) -> str:
         drawn.append(options)
         return "![a plot](p.svg)"
 
-    assert tables.inject(document, runs, picture) == 3
+    assert tables.inject(document, find, picture) == 3
     once = document.read_text()
     assert "old" not in once
     assert "| AdamW |" in once
     assert "<!-- bench:optim device=cuda -->\nnot measured\n<!-- /bench -->" in once
     assert "![a plot](p.svg)" in once
-    assert drawn == [{"path": "p.svg"}]
+    assert drawn == [{"path": "p.svg", "family": "optim"}]
     assert once.startswith("before\n")
     assert once.endswith("after\n")
-    tables.inject(document, runs, picture)
+    tables.inject(document, find, picture)
     assert document.read_text() == once
 
 
 def test_unknown_marker(good_run: Run, tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text("<!-- bench:optin -->\n<!-- /bench -->\n")
-    with pytest.raises(ValueError, match="expected a marker machine, checks, traffic, plot or optim; got 'optin'"):
-        tables.inject(document, {"cpu": good_run}, lambda *_: "")
+    with pytest.raises(ValueError, match=r"expected a marker machine, .* plot, optim or rational; got 'optin'"):
+        tables.inject(document, lambda *_: good_run, lambda *_: "")
 
 
 def test_traffic_table() -> None:
@@ -183,6 +186,18 @@ def test_newest_of_a_kind(make_run: MakeRun, tmp_path: Path) -> None:
     found = results.newest("cpu", tmp_path)
     assert found is not None
     assert found.date.startswith("2030-01-04")
+
+
+def test_newest_of_a_family(make_row: MakeRow, make_run: MakeRun, tmp_path: Path) -> None:
+    """A later run of something else alone does not take the place of one that a table can be made of."""
+    for date, family in (("2030-01-02", "optim"), ("2030-01-03", "rational")):
+        make_run([make_row("a", "native", 1.0, family=family)], date=f"{date}T00:00:00+00:00").save(tmp_path)
+    found = {family: results.newest("cpu", tmp_path, family) for family in ("optim", "rational", "none")}
+    assert {family: run and run.date[:10] for family, run in found.items()} == {
+        "optim": "2030-01-02",
+        "rational": "2030-01-03",
+        "none": None,
+    }
 
 
 def test_other_schema_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,37 @@ def test_telling_stages_come_first(make_case: Callable[..., Case]) -> None:
         *(("one", "b"), ("two", "b"), ("one", "c"), ("two", "c")),
         *(("late", "b"), ("late", "c")),
     ]
+
+
+def test_families_take_turns(make_case: Callable[..., Case]) -> None:
+    """What one family has in plenty does not keep another out of a run that is short of time."""
+    providers = [provider("a"), provider("b", Tier.EAGER)]
+    cases = [make_case(*providers, op=op) for op in ("x1", "x2", "x3")]
+    cases += [replace(make_case(*providers, op=op), family="other") for op in ("y1", "y2")]
+    order = [stage.case.op for stage in plan(cases)]
+    assert order == ["x1", "y1", "x2", "y2", "x3"] * 2
+
+
+def test_families_are_expected_to_take_their_own_time(
+    make_case: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow family's last stage says nothing about the next one's."""
+    now = [0.0]
+
+    def takes(seconds: float) -> Provider:
+        def gate(device: torch.device) -> Gate:
+            now[0] += seconds
+            return Gate(0.0)
+
+        return replace(provider("a"), gate=gate)
+
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setitem(runner.FIRST_GUESS, Tier.FUSED, 1.0)
+    slow, quick = takes(30.0), takes(1.0)
+    cases = [make_case(slow, op="one"), make_case(slow, op="two")]
+    cases += [replace(make_case(quick, op=op), family="other") for op in ("three", "four")]
+    rows = Runner(CPU, EFFORT, budget=50.0).run(plan(cases))
+    assert {row.op: row.status for row in rows} == {"one": "ok", "three": "ok", "two": "skipped", "four": "ok"}
 
 
 def test_first_calls_are_not_timed(make_case: Callable[..., Case]) -> None:

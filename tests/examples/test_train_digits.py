@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -21,19 +19,8 @@ ULP = 2 * torch.finfo(torch.float32).eps  # unit in the last place of a loss bet
 
 
 @pytest.fixture
-def example() -> Iterator[ModuleType]:
-    path = Path(__file__).parents[2] / "examples" / "train_digits.py"
-    spec = importlib.util.spec_from_file_location("train_digits", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        spec.loader.exec_module(module)
-        yield module
-    torch.set_num_threads(threads)
-    del sys.modules[spec.name]
+def example(load_example: Callable[[str], ModuleType]) -> ModuleType:
+    return load_example("train_digits")
 
 
 def nudged(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:

@@ -39,8 +39,9 @@ TRUTH = {
 }
 
 # Errors on [-3, 3] of tables in use, evaluated in their own form: rational-activations 5/4 and KAT's (swiglu), or
-# least-squares fits where neither has any. Left out are two of theirs that are nearer. Form B's and C's gelu (9.5e-4)
-# is so at a price, see test_no_spikes_beyond_the_interval; sigmoid (6e-9) has coefficients that float32 does not hold.
+# least-squares fits where neither has any. Left out are three of theirs that are nearer. Form B's and C's gelu (9.5e-4)
+# and B's geglu (1.3e-3) are so at a price, see test_no_spikes_beyond_the_interval; sigmoid (6e-9) has coefficients that
+# float32 does not hold.
 IN_USE = {
     "A": {
         "geglu": 1.4e-2,
@@ -80,7 +81,7 @@ def made() -> dict[tuple[str, str], Table]:
 @each_table
 def test_shipped_errors_are_true(key: tuple[str, str, tuple[int, int]]) -> None:
     entry = shipped()[key]
-    assert entry.interval == (-3.0, 3.0)
+    assert entry.interval == ((-8.0, 8.0) if key[0] == "gelu" else (-3.0, 3.0))
     assert entry.max_error is not None
     x = np.linspace(*entry.interval, 30011)
     error = np.abs(evaluate(entry, x) - TRUTH[key[0]](x)).max()
@@ -178,7 +179,7 @@ def test_errors_level_out(form: str, degrees: tuple[int, int]) -> None:
 
 def test_least_squares_does_not_get_below() -> None:
     """From the fit itself as the start, a peer algorithm finds nothing of smaller maximum error."""
-    entry = table("gelu")
+    entry = fit_rational(F.gelu)
     x = np.linspace(-3.0, 3.0, 1001)
     start = np.array(entry.numerator + entry.denominator)
 

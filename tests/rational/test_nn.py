@@ -229,7 +229,7 @@ def test_meta_modules_materialise() -> None:
     x = spread(20, 16)
     assert torch.equal(mlp.act1(x), x)
     x = spread(20, 32)
-    assert (mlp.act2(x) - F.gelu(x)).abs().max() < 2e-3
+    assert (mlp.act2(x) - F.gelu(x)).abs().max() < mlp.act2.init.max_error + 1e-5
 
 
 @pytest.mark.parametrize("form", "AC")

@@ -127,8 +127,8 @@ def kat_from_vit(
     """Makes a vision transformer a KAT, in place: each MLP becomes a :class:`KATMLP` with the same linear layers.
 
     The first rational of each starts as the identity and the second as the model's activation, so the model computes
-    what it did, but for the table's error within its interval, [-3, 3], and more beyond: as ``init``,
-    ``fit_rational(torch.nn.functional.gelu, interval=(-8, 8))`` covers more at less accuracy. Coefficients are float32.
+    what it did, but for the table's error within its interval, [-8, 8] for GELU, and more beyond; ``init`` takes other
+    tables, such as :func:`fit_rational` makes. Coefficients are float32.
 
     MLPs are recognised by structure: modules with linear layers ``fc1`` and ``fc2``, an activation ``act``,
     ``activation`` or ``activation_fn`` and at most dropouts beside them (timm, DeiT, DINOv2, CLIP), whose names ``fc1``

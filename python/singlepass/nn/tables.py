@@ -148,10 +148,10 @@ def _identity(form: str, degrees: tuple[int, int]) -> Table:
 
 
 def table(name: str, form: str = "A", degrees: tuple[int, int] = (5, 4)) -> Table:
-    """A shipped table, fitted by :func:`fit_rational` on [-3, 3] for the form that is asked for.
+    """A shipped table, fitted by :func:`fit_rational` on [-3, 3], "gelu" on [-8, 8], for the form that is asked for.
 
     Coefficients fitted for one form mean another function in another form: KAT's own "gelu" was fitted for form B, is
-    evaluated in form A by KAT's kernels, and is off by 1.47 there. So each form has tables of its own.
+    evaluated in form A by KAT's kernels, and is off by 1.46 there. So each form has tables of its own.
 
     Args:
         name: "geglu" (x gelu(x)), "gelu", "identity", "leaky_relu" (slope 0.01), "mish", "relu", "relu_squared",
