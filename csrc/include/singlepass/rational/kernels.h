@@ -108,7 +108,8 @@ __device__ __forceinline__ float keep(float value, float factor) {
 }
 
 template <class V>
-__device__ __forceinline__ float evaluate(const Coefficients<V::M, V::N>& c, float x, uint64_t seed, uint64_t element) {
+__device__ __forceinline__ float evaluate(const Coefficients<float, V::M, V::N>& c, float x, uint64_t seed,
+                                          uint64_t element) {
   if constexpr (V::form == Form::kD) {
     return noisy_value(c, x, seed, element);
   } else {
@@ -120,7 +121,7 @@ template <class V>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, const Grid g) {
   const Place place(p, g);
   if (!place.active) return;
-  const Coefficients<V::M, V::N> c = coefficients<V::M, V::N>(p, place.group);
+  const Coefficients<float, V::M, V::N> c = coefficients<V::M, V::N>(p, place.group);
   const Dropout dropout = V::fused ? p.dropout() : Dropout{};
   float bias[V::width];
   read_bias<V>(p, g, place, bias);
@@ -205,7 +206,7 @@ template <class V>
 __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
     backward_kernel(const Problem p, const Grid g, double* partials, double* bias_partials) {
   const Place place(p, g);
-  Coefficients<V::M, V::N> c = {};
+  Coefficients<float, V::M, V::N> c = {};
   if (place.active) c = coefficients<V::M, V::N>(p, place.group);
   const Dropout dropout = V::fused || V::form == Form::kD ? p.dropout() : Dropout{};
   float bias[V::width], grad_bias[V::width] = {};

@@ -70,9 +70,9 @@ SINGLEPASS_HD float table_entry(const Table& table, int64_t group, int64_t colum
 
 // One group's coefficients, zero above the problem's degrees.
 template <int M, int N>
-SINGLEPASS_HD Coefficients<M, N> coefficients(const Problem& p, int64_t group) {
+SINGLEPASS_HD Coefficients<float, M, N> coefficients(const Problem& p, int64_t group) {
   const int missing = p.form == Form::kC ? 0 : 1;  // columns of b that the table does not have
-  Coefficients<M, N> c;
+  Coefficients<float, M, N> c;
 #pragma unroll
   for (int i = 0; i <= M; ++i) c.a[i] = i < p.numerator.columns ? table_entry(p.numerator, group, i) : 0.0f;
 #pragma unroll

@@ -27,10 +27,10 @@ inline constexpr int kMaxDenominator = 6;  // largest degree of Q
 
 // One group's coefficients: P's, and those of the polynomial inside Q, from the constant up. Form A has the absolute
 // values and b[0] = 1; forms B and D have b[0] = 0. What a smaller degree does not use is zero.
-template <int M, int N>
+template <class T, int M, int N>
 struct Coefficients {
-  float a[M + 1];
-  float b[N + 1];
+  T a[M + 1];
+  T b[N + 1];
 };
 
 // Sums of one group over many elements: the gradients of a and b. Code compiled for wider registers expects vectors to
@@ -41,6 +41,15 @@ struct alignas(sizeof(T)) Sums {
   T b[N + 1];
 };
 
+// The same coefficients for every lane of a vector T.
+template <class T, int M, int N>
+SINGLEPASS_HD Coefficients<T, M, N> spread(const Coefficients<float, M, N>& c) {
+  Coefficients<T, M, N> result;
+  for (int i = 0; i <= M; ++i) result.a[i] = broadcast<T>(c.a[i]);
+  for (int i = 0; i <= N; ++i) result.b[i] = broadcast<T>(c.b[i]);
+  return result;
+}
+
 // What is added to the polynomial's absolute value; form A has it in b[0].
 template <Form form>
 inline constexpr float kOffset = form == Form::kC   ? 0.1f
@@ -49,12 +58,12 @@ inline constexpr float kOffset = form == Form::kC   ? 0.1f
 
 // P(x) / Q(x).
 template <Form form, int M, int N, class T>
-SINGLEPASS_HD T value(const Coefficients<M, N>& c, T x) {
-  T p = broadcast<T>(c.a[M]);
-  for (int i = M - 1; i >= 0; --i) p = multiply_add(p, x, broadcast<T>(c.a[i]));
+SINGLEPASS_HD T value(const Coefficients<T, M, N>& c, T x) {
+  T p = c.a[M];
+  for (int i = M - 1; i >= 0; --i) p = multiply_add(p, x, c.a[i]);
   const T z = form == Form::kA ? absolute(x) : x;
-  T q = broadcast<T>(c.b[N]);
-  for (int i = N - 1; i >= 0; --i) q = multiply_add(q, z, broadcast<T>(c.b[i]));
+  T q = c.b[N];
+  for (int i = N - 1; i >= 0; --i) q = multiply_add(q, z, c.b[i]);
   if constexpr (form != Form::kA) q = absolute(q) + kOffset<form>;
   return p * reciprocal(q);
 }
@@ -63,17 +72,17 @@ SINGLEPASS_HD T value(const Coefficients<M, N>& c, T x) {
 // of their absolute values). With r = 1/Q, f = P r and g' = g r:
 //   dx = g' (P' - f Q'),  da_i = g' x^i,  db_i = -f g' dQ/db_i.
 template <Form form, int M, int N, class T>
-SINGLEPASS_HD T gradients(const Coefficients<M, N>& c, T x, T g, Sums<T, M, N>& sums) {
-  T p = broadcast<T>(c.a[M]), dp = broadcast<T>(0.0f);
+SINGLEPASS_HD T gradients(const Coefficients<T, M, N>& c, T x, T g, Sums<T, M, N>& sums) {
+  T p = c.a[M], dp = {};
   for (int i = M - 1; i >= 0; --i) {
     dp = i == M - 1 ? p : multiply_add(dp, x, p);
-    p = multiply_add(p, x, broadcast<T>(c.a[i]));
+    p = multiply_add(p, x, c.a[i]);
   }
   const T z = form == Form::kA ? absolute(x) : x;
-  T q = broadcast<T>(c.b[N]), dq = broadcast<T>(0.0f);
+  T q = c.b[N], dq = {};
   for (int i = N - 1; i >= 0; --i) {
     dq = i == N - 1 ? q : multiply_add(dq, z, q);
-    q = multiply_add(q, z, broadcast<T>(c.b[i]));
+    q = multiply_add(q, z, c.b[i]);
   }
   const T inside = form == Form::kA ? x : q;  // the sign of what stands between the bars
   dq = with_sign_of(inside, dq);
@@ -85,7 +94,7 @@ SINGLEPASS_HD T gradients(const Coefficients<M, N>& c, T x, T g, Sums<T, M, N>& 
 
   const T h = form == Form::kA ? -f * scaled : with_sign_of(inside, -f * scaled);
   sums.a[0] = sums.a[0] + scaled;
-  sums.b[0] = sums.b[0] + h;
+  if constexpr (form == Form::kC) sums.b[0] = sums.b[0] + h;
   T power = x;
   constexpr int kDegree = M > N ? M : N;
   for (int i = 1; i <= kDegree; ++i) {
@@ -119,21 +128,21 @@ SINGLEPASS_HD Noise<M, N> draw_noise(uint64_t seed, uint64_t element) {
 }
 
 template <int M, int N>
-SINGLEPASS_HD Coefficients<M, N> operator*(const Coefficients<M, N>& c, const Noise<M, N>& noise) {
-  Coefficients<M, N> result;
+SINGLEPASS_HD Coefficients<float, M, N> operator*(const Coefficients<float, M, N>& c, const Noise<M, N>& noise) {
+  Coefficients<float, M, N> result;
   for (int i = 0; i <= M; ++i) result.a[i] = c.a[i] * noise.a[i];
   for (int i = 0; i <= N; ++i) result.b[i] = c.b[i] * noise.b[i];
   return result;
 }
 
 template <int M, int N>
-SINGLEPASS_HD float noisy_value(const Coefficients<M, N>& c, float x, uint64_t seed, uint64_t element) {
+SINGLEPASS_HD float noisy_value(const Coefficients<float, M, N>& c, float x, uint64_t seed, uint64_t element) {
   return value<Form::kB>(c * draw_noise<M, N>(seed, element), x);
 }
 
 template <int M, int N>
-SINGLEPASS_HD float noisy_gradients(const Coefficients<M, N>& c, float x, float g, uint64_t seed, uint64_t element,
-                                    Sums<float, M, N>& sums) {
+SINGLEPASS_HD float noisy_gradients(const Coefficients<float, M, N>& c, float x, float g, uint64_t seed,
+                                    uint64_t element, Sums<float, M, N>& sums) {
   const Noise<M, N> noise = draw_noise<M, N>(seed, element);
   Sums<float, M, N> own = {};
   const float dx = gradients<Form::kB>(c * noise, x, g, own);
