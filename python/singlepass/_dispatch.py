@@ -26,6 +26,8 @@ from .reference import rational as reference_rational
 BACKENDS = ("native", "triton", "eager")
 ENV = "SINGLEPASS_BACKEND"
 
+_NATIVE = "native is C++ on CPU tensors and CUDA on CUDA tensors; without a backend, one is chosen."
+
 logger = logging.getLogger("singlepass")
 
 _KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -61,10 +63,10 @@ def _obstacle(name: str, backend: str, device_type: str) -> str | None:
         return None if status.loaded else status.reason
     if name not in _TRITON_MODULES:
         return "there is no Triton kernel for this op"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return None if device_type == "cuda" or interpreted else f"Triton kernels run on cuda, not on {device_type}"
+    if device_type != "cuda" and not interpreted:
+        return f"Triton kernels run on cuda, not on {device_type}"
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
 def rejection(name: str, backend: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
@@ -87,10 +89,11 @@ def choose(name: str, device_type: str, dtypes: Collection[torch.dtype], backend
     if backend is None:
         return _first_usable(name, device_type, dtypes)
     if backend not in BACKENDS:
-        raise ValueError(message(name, f"backend among {', '.join(BACKENDS)}", repr(backend), "Or leave it out."))
+        raise ValueError(message(name, f"backend among {', '.join(BACKENDS)}", repr(backend), _NATIVE))
     reason = rejection(name, backend, device_type, dtypes)
     if reason:
-        raise RuntimeError(message(name, f"backend {backend!r} to be usable", reason, "Leave the choice to None."))
+        remedy = f"Unset backend and {ENV}: what can run is then chosen."
+        raise RuntimeError(message(name, f"backend {backend!r} to be usable", reason, remedy))
     return backend
 
 
@@ -119,8 +122,17 @@ def implementation(name: str, backend: str) -> Callable:
 
 
 def requested(backend: str | None) -> str | None:
-    """The explicit choice: the argument, else the environment variable, else None."""
-    return backend if backend is not None else os.environ.get(ENV) or None
+    """The explicit choice: the argument, else the environment variable, else None.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+    """
+    if backend is not None:
+        return backend
+    wish = os.environ.get(ENV) or None
+    if wish is not None and wish not in BACKENDS:
+        raise ValueError(message(ENV, ", ".join(BACKENDS), repr(wish), f"Unset it. {_NATIVE}"))
+    return wish
 
 
 def _triton_op(name: str) -> Callable:

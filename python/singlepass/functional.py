@@ -7,15 +7,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _dispatch
-from ._errors import require
+from ._errors import message, require
 from ._ops.rational import FORMS, MAX_DEGREES
 
 __all__ = ["rational"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """A gradient that depends on tensors in a way that nobody can differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *tensors: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        remedy = "Evaluate singlepass.reference.rational.rational, plain PyTorch, for gradients of gradients."
+        raise RuntimeError(message("rational", "to be differentiated once", "a gradient of its gradient", remedy))
 
 
 class _Rational(torch.autograd.Function):
@@ -42,11 +54,14 @@ class _Rational(torch.autograd.Function):
         return run(x, numerator, denominator, bias, gate, seed=seed, **ctx.options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, seed = ctx.saved_tensors
         run = _dispatch.implementation("rational_backward", ctx.backend)
-        grads = run(grad, *inputs, seed=seed, **ctx.options)
+        with torch.no_grad():
+            grads = run(grad, *inputs, seed=seed, **ctx.options)
+        # With create_graph=True a gradient that looked constant would make second derivatives silently wrong.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = tuple(_OnlyOnce.apply(g, grad, *inputs) for g in grads)
         wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True))
         return (*wanted, None, None, None, None, None)
 

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,12 +64,21 @@ def collect() -> dict[str, Any]:
 
 
 def check() -> dict[str, str]:
-    """Runs every optimizer once on every device, on the backend of the automatic choice, against float64.
+    """Runs every optimizer and a rational activation, forward and backward, on every device, on the backend of the
+    automatic choice, against float64.
 
     Returns:
-        For each optimizer and device, "ok" or what went wrong.
+        For each of them and each device, "ok" or what went wrong.
     """
-    from . import optim
+    from . import nn, optim
+
+    def activation(dtype: torch.dtype, device: str) -> torch.Tensor:
+        x = torch.linspace(-2.0, 2.0, 1600).view(100, 16).to(device, dtype).requires_grad_()
+        act = nn.GroupRational(16, groups=2).to(device, dtype)
+        y = act(x)
+        y.square().mean().backward()
+        parts = (y.detach(), x.grad, act.numerator.grad, act.denominator.grad)
+        return torch.cat([part.double().cpu().flatten() for part in parts if part is not None])
 
     def run(cls: type, dtype: torch.dtype, device: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -80,12 +90,12 @@ def check() -> dict[str, str]:
             optimizer.step()
         return p.detach().double().cpu()
 
+    checks = {name: partial(run, getattr(optim, name)) for name in optim.__all__} | {"GroupRational": activation}
     results = {}
-    for name in optim.__all__:
+    for name, outcome in checks.items():
         for device in _devices():
-            cls = getattr(optim, name)
             try:
-                error = (run(cls, torch.float32, device) - run(cls, torch.float64, device)).abs().max().item()
+                error = (outcome(torch.float32, device) - outcome(torch.float64, device)).abs().max().item()
                 results[f"{name} on {device}"] = "ok" if error < 1e-5 else f"differs from float64 by {error:.1e}"
             except Exception as error:  # the report names every op, also after one that fails
                 results[f"{name} on {device}"] = f"{type(error).__name__}: {error}"
@@ -107,7 +117,7 @@ def _print_text(data: dict[str, Any]) -> None:
     print(f"\n{'op':18} {'device':7} backend")
     for name, devices in data["ops"].items():
         for device, entry in devices.items():
-            print(f"{name:18} {device:7} {entry['chosen'] or 'none: ' + str(data['environment'])}")
+            print(f"{name:18} {device:7} {entry['chosen'] or f'none: {_dispatch.ENV} asks for another'}")
             for backend, reason in entry["others"].items():
                 if reason != "available":
                     reasons.setdefault(f"{backend} on {device}: {reason}", set()).add(name)
@@ -122,9 +132,13 @@ def main(argv: list[str]) -> int:
     """Prints the report. Returns 1 if ``--check`` found an op that does not work."""
     parser = argparse.ArgumentParser(prog="singlepass info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--check", action="store_true", help="run each optimizer once against float64")
+    parser.add_argument("--check", action="store_true", help="run each class once against float64")
     options = parser.parse_args(argv)
-    data = collect()
+    try:
+        data = collect()
+    except ValueError as error:  # SINGLEPASS_BACKEND names no backend
+        print(error, file=sys.stderr)
+        return 2
     if options.check:
         data["check"] = check()
     if options.json:

@@ -269,11 +269,20 @@ def test_autocast_changes_nothing() -> None:
             assert_same_bits(a, b)
 
 
-def test_double_backward_is_refused() -> None:
-    inputs = make()
-    (grad,) = torch.autograd.grad(inputs.call("native"), inputs.x, inputs.grad.requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_double_backward_is_refused(backend: str) -> None:
+    """Also where the incoming gradient is a constant, and x depends on what is differentiated for."""
+    for grad in (make().grad, make().grad.requires_grad_()):
+        inputs = make()
+        (first,) = torch.autograd.grad(inputs.call(backend), inputs.x, grad, create_graph=True)
+        with pytest.raises(RuntimeError, match="rational: expected to be differentiated once"):
+            first.square().sum().backward()
+    scale = torch.ones(24, requires_grad=True)
+    inputs = make(requires_grad=False)
+    inputs.x = inputs.x * scale
+    (first,) = torch.autograd.grad(inputs.call(backend).sum(), scale, create_graph=True)
+    with pytest.raises(RuntimeError, match="rational: expected to be differentiated once"):
+        first.square().sum().backward()
 
 
 def _call(**changes: Any) -> Tensor:

@@ -52,7 +52,7 @@ def _modules() -> tuple[Any, Any]:
         import numpy as np
         from scipy.optimize import linprog
     except ImportError as error:
-        remedy = "Install them: pip install 'singlepass[fit]'."
+        remedy = "Install them: pip install numpy scipy."
         raise ImportError(message("fit_rational", "NumPy and SciPy", str(error), remedy)) from error
     return np, linprog
 
@@ -238,7 +238,7 @@ def fit_rational(
 
     Raises:
         ValueError: a form, degrees or an interval that don't fit, or fn's values not finite.
-        ImportError: NumPy or SciPy is missing; ``pip install 'singlepass[fit]'`` brings them.
+        ImportError: NumPy or SciPy is missing; ``pip install ".[fit]"`` in a clone brings them.
 
     Example:
         >>> import torch

@@ -99,15 +99,18 @@ class GroupRational(nn.Module):
         super().__init__()
         op = "GroupRational"
         denominator_groups = groups if denominator_groups is None else denominator_groups
-        divides = groups >= 1 and channels >= 1 and channels % groups == 0
-        require(divides, op, f"a number of groups that divides {channels} channels", groups, "Choose another number.")
+        require(channels >= 1, op, "one channel or more", channels, "Pass the number of channels of x.")
+        divides = groups >= 1 and channels % groups == 0
+        divisors = ", ".join(str(d) for d in range(1, min(channels, 64) + 1) if channels % d == 0)
+        remedy = f"Choose among {divisors}."
+        require(divides, op, f"a number of groups that divides {channels} channels", groups, remedy)
         for name, rows in (("numerator_groups", numerator_groups), ("denominator_groups", denominator_groups)):
             require(
                 rows in (1, groups), op, f"{name} 1 or {groups}", rows, "Share coefficients among all groups or none."
             )
         require(0.0 <= dropout < 1.0, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
         known = backend is None or backend in BACKENDS
-        require(known, op, f"backend among {', '.join(BACKENDS)}", repr(backend), "Or leave it out.")
+        require(known, op, f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out to have one chosen.")
         self.channels = channels
         self.groups = groups
         self.form = form
@@ -143,7 +146,8 @@ class GroupRational(nn.Module):
         dim = self.channel_dim
         fits = -x.dim() <= dim < x.dim() and x.shape[dim] == self.channels
         contract = f"x with {self.channels} channels in dimension {dim}"
-        require(fits, "GroupRational", contract, tuple(x.shape), "channels and channel_dim of the module say which.")
+        remedy = "Make the module with the channels of x, and channel_dim=1 for (batch, channels, height, width)."
+        require(fits, "GroupRational", contract, tuple(x.shape), remedy)
         return rational(
             x,
             self.numerator,
