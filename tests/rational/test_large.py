@@ -27,7 +27,7 @@ def test_every_element_is_computed_once() -> None:
     for row in marked:
         assert y[row].tolist() == [0.75] * 8
     assert float(y[2**27 + 1, 3]) == 0.5
-    assert int((y == 0.75).sum()) == 8 * len(marked)
+    assert int(torch.count_nonzero(y == 0.75)) == 8 * len(marked)
     grad_x, grad_a, grad_b, *_ = implementation("rational_backward", "native")(y, x, *tables, None, None, **options)
     # f = x / (1 + |x|): f'(1) = 1/4, f'(3) = 1/16, both times the gradient f itself.
     assert float(grad_x[0, 0]) == 0.75 / 16
