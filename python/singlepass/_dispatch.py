@@ -26,7 +26,7 @@ from .reference import rational as reference_rational
 BACKENDS = ("native", "triton", "eager")
 ENV = "SINGLEPASS_BACKEND"
 
-_NATIVE = "native is C++ on CPU tensors and CUDA on CUDA tensors; without a backend, one is chosen."
+_NATIVE = "Leave it out to have one chosen; native is C++ on CPU tensors and CUDA on CUDA tensors."
 
 logger = logging.getLogger("singlepass")
 
@@ -131,7 +131,7 @@ def requested(backend: str | None) -> str | None:
         return backend
     wish = os.environ.get(ENV) or None
     if wish is not None and wish not in BACKENDS:
-        raise ValueError(message(ENV, ", ".join(BACKENDS), repr(wish), f"Unset it. {_NATIVE}"))
+        raise ValueError(message(ENV, ", ".join(BACKENDS), repr(wish), _NATIVE))
     return wish
 
 
