@@ -15,3 +15,11 @@
 #else
 #define SINGLEPASS_TARGET_CLONES
 #endif
+
+// A function in which a * b + c is rounded once where the processor has an instruction for it. Elsewhere it is rounded
+// twice, so that processors, and the CUDA kernels run on them, give the same bits.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define SINGLEPASS_FUSED_MULTIPLY_ADD __attribute__((optimize("fp-contract=fast")))
+#else
+#define SINGLEPASS_FUSED_MULTIPLY_ADD
+#endif

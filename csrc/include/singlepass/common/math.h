@@ -7,7 +7,7 @@
 
 namespace singlepass {
 
-// a * b + c: one rounding on the device, two on the host, whose plainest build has no instruction for one.
+// a * b + c: one rounding on the device; on the host two, or what SINGLEPASS_FUSED_MULTIPLY_ADD says.
 template <class T>
 SINGLEPASS_HD T multiply_add(T a, T b, T c) {
   return a * b + c;
