@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples on handwritten digits share: the data, a small vision transformer, how it is optimised."""
+"""What the examples on handwritten digits share: the data, a small vision transformer, how it is optimised.
+
+They import what the extra "examples" brings where it is used, so that --help works without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from singlepass.nn import no_weight_decay
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 SEED = 0
 BATCH = 32
@@ -68,6 +72,9 @@ class Digits:
     """1,797 real digits, four fifths to train on: images (n, 1, 8, 8) in [-1, 1], labels (n,)."""
 
     def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         images, labels = load_digits(return_X_y=True)
         split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=SEED)
         self.train_images, self.test_images = (torch.tensor(x).float().reshape(-1, 1, 8, 8) / 8 - 1 for x in split[:2])
@@ -111,6 +118,15 @@ def warm_up_then_decay(optimizer: Optimizer, steps: int) -> LambdaLR:
 
 
 def progress_bar(console: Console, width: int = 34) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     description = TextColumn(f"{{task.description:<{width}}}")
     return Progress(description, *columns, console=console, refresh_per_second=4)

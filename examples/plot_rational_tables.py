@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
 
 from singlepass.nn.tables import TARGETS, Table, table
@@ -87,6 +86,8 @@ def draw_table(axes: Axes, name: str) -> None:
 
 
 def draw(path: Path) -> None:
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -16,19 +16,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from _digits import BATCH, PICTURES, SEED, Digits, VisionTransformer, parameter_groups, progress_bar, warm_up_then_decay
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from singlepass import optim
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 # By backend: label, colour and width of its line in the picture.
 LINES = {"eager": ("eager PyTorch", "#c8c8c8", 5.0), "native": ("native: fused kernels", "#0072b2", 1.2)}
@@ -119,6 +120,8 @@ def compare(pair: dict[str, Run]) -> tuple[float, float]:
 
 
 def tabulate(runs: Runs) -> Table:
+    from rich.table import Table
+
     table = Table(
         "optimizer",
         "backend",
@@ -146,6 +149,8 @@ def tabulate(runs: Runs) -> Table:
 
 def draw(runs: Runs, path: Path) -> None:
     """One panel for each optimizer: the fused run's loss as a thin line on the eager run's thick one."""
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -192,6 +197,8 @@ def main(argv: list[str] | None = None) -> Runs:
         parser.error(f"--steps: expected at least 1; got {args.steps}")
     if args.out.suffix not in PICTURES:
         parser.error(f"--out: expected a name that ends in .png, .svg or .pdf; got {args.out}")
+
+    from rich.console import Console
 
     torch.set_num_threads(1)  # the same results on any number of cores, and steadier times
     console = Console()

@@ -19,12 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from _digits import BATCH, PICTURES, Digits, VisionTransformer, parameter_groups, progress_bar, warm_up_then_decay
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from singlepass.functional import rational
@@ -34,6 +31,8 @@ from singlepass.optim import AdamW
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from rich.console import Console
+    from rich.table import Table
 
 GROUPS = 8
 SETTINGS: dict[str, Any] = {"lr": 3e-3, "weight_decay": 1e-2}
@@ -115,6 +114,8 @@ def epoch_time(runs: list[Run]) -> float:
 
 
 def tabulate(runs: Runs) -> Table:
+    from rich.table import Table
+
     table = Table(
         "model",
         title="Handwritten digits, a vision transformer, one CPU thread",
@@ -176,6 +177,8 @@ def draw_activation(row: list[Axes], title: str, act: GroupRational, inputs: Ten
 
 def draw_curves(figure: Figure | SubFigure, runs: Runs) -> None:
     """A thin line for each seed, a thick one for the mean."""
+    from matplotlib.ticker import PercentFormatter
+
     left, right = figure.subplots(1, 2)
     for name, seeds in runs.items():
         colour = MODELS[name][1]
@@ -190,12 +193,14 @@ def draw_curves(figure: Figure | SubFigure, runs: Runs) -> None:
     left.set_yscale("log")
     left.set_title("training loss", loc="left", fontweight="bold")
     right.set_title("accuracy on the test digits", loc="left", fontweight="bold")
-    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.set_ylim(0.9 * min(run.accuracies[-1] for seeds in runs.values() for run in seeds), 1.0)
     left.legend(frameon=False)
 
 
 def draw(runs: Runs, layer: int, digits: Digits, path: Path) -> None:
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -233,6 +238,8 @@ def main(argv: list[str] | None = None) -> Runs:
             parser.error(f"--{option}: expected at least 1; got {getattr(args, option)}")
     if args.out.suffix not in PICTURES:
         parser.error(f"--out: expected a name that ends in .png, .svg or .pdf; got {args.out}")
+
+    from rich.console import Console
 
     torch.set_num_threads(1)  # the same results on any number of cores, and steadier times
     console, digits = Console(), Digits()

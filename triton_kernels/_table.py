@@ -110,7 +110,7 @@ def upload(words: list[int], device: torch.device) -> Tensor:
         uploaded = torch.zeros(len(words), dtype=torch.int64, device=device)
         torch._foreach_add_(uploaded.unbind(), words)
         return uploaded
-    host = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu")
     return host.to(device, non_blocking=True)
 
 

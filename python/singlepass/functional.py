@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import _dispatch
 from ._errors import message, require
@@ -14,7 +16,14 @@ from ._ops.rational import FORMS, MAX_DEGREES
 
 __all__ = ["rational"]
 
+_PLAIN = "Evaluate singlepass.reference.rational.rational, plain PyTorch, for that."
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _refuse_tangents(backend: str, *tensors: Tensor) -> None:
+    """Kernels would drop the tangents of forward-mode differentiation: results would look constant."""
+    if backend != "eager" and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(message("rational", "differentiation in reverse mode", "a tangent of forward mode", _PLAIN))
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -26,8 +35,7 @@ class _OnlyOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        remedy = "Evaluate singlepass.reference.rational.rational, plain PyTorch, for gradients of gradients."
-        raise RuntimeError(message("rational", "to be differentiated once", "a gradient of its gradient", remedy))
+        raise RuntimeError(message("rational", "to be differentiated once", "a gradient of its gradient", _PLAIN))
 
 
 class _Rational(torch.autograd.Function):
@@ -56,6 +64,7 @@ class _Rational(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, seed = ctx.saved_tensors
+        _refuse_tangents(ctx.backend, grad)
         run = _dispatch.implementation("rational_backward", ctx.backend)
         with torch.no_grad():
             grads = run(grad, *inputs, seed=seed, **ctx.options)
@@ -64,6 +73,14 @@ class _Rational(torch.autograd.Function):
             grads = tuple(_OnlyOnce.apply(g, grad, *inputs) for g in grads)
         wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True))
         return (*wanted, None, None, None, None, None)
+
+
+def _check_types(**tensors: Tensor) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            got = value.layout if isinstance(value, Tensor) else type(value).__name__
+            remedy = "Convert it; a nested tensor has values()."
+            raise ValueError(message("rational", f"{name} as a dense tensor", got, remedy))
 
 
 def _check_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channels: int) -> None:
@@ -89,15 +106,18 @@ def _check_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor, form:
 def _check_extras(x: Tensor, bias: Tensor | None, gate: Tensor | None, dropout: float, channels: int) -> None:
     op = "rational"
     if bias is not None:
+        _check_types(bias=bias)
         shape = tuple(bias.shape)
         require(shape == (channels,), op, f"bias of shape ({channels},), one per channel", shape, "Reshape it.")
         require(bias.dtype in _FLOATS, op, "a floating-point bias", bias.dtype, "Convert it.")
         require(bias.device == x.device, op, f"bias on {x.device}, as x", bias.device, "Move it there.")
     if gate is not None:
+        _check_types(gate=gate)
         got = f"{tuple(gate.shape)} of {gate.dtype} on {gate.device}"
         fits = gate.shape == x.shape and gate.dtype == x.dtype and gate.device == x.device
         require(fits, op, f"gate as x, {tuple(x.shape)} of {x.dtype} on {x.device}", got, "Convert or expand it.")
-    require(0.0 <= dropout < 1.0, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
+    fits = isinstance(dropout, (float, Real)) and 0.0 <= dropout < 1.0
+    require(fits, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
 
 
 def rational(
@@ -125,7 +145,7 @@ def rational(
 
     One pass over memory makes ``dropout(f(x + bias)) * gate``, another one all gradients, for which nothing but the
     inputs is saved. Arithmetic is float32, whatever is stored, and autocast changes nothing. The derivative of |v| at
-    zero is taken to be 1. Differentiating twice raises a RuntimeError.
+    zero is taken to be 1. Differentiating twice raises a RuntimeError, and so does forward mode where a kernel runs.
 
     Args:
         x: any shape and strides; float32, bfloat16, float16 or float64 (eager alone).
@@ -164,9 +184,10 @@ def rational(
         tensor([[-2.0000,  1.0000,  0.7500,  0.8000]])
     """
     op = "rational"
-    require(form in FORMS and len(form) == 1, op, "form A, B, C or D", repr(form), "Choose one of them.")
+    require(form in (*FORMS,), op, "form A, B, C or D", repr(form), "Choose one of them.")
+    _check_types(x=x, numerator=numerator, denominator=denominator)
     require(x.dtype in _FLOATS, op, "a floating-point x", x.dtype, "Convert it.")
-    in_range = -x.dim() <= channel_dim < x.dim()
+    in_range = isinstance(channel_dim, (int, Integral)) and -x.dim() <= channel_dim < x.dim()
     require(in_range, op, f"channel_dim among x's {x.dim()} dimensions", channel_dim, "Count from 0, or back from -1.")
     channels = x.shape[channel_dim]
     _check_coefficients(x, numerator, denominator, form, channels)
@@ -178,10 +199,12 @@ def rational(
     elif seed is None:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     elif isinstance(seed, int):
+        require(abs(seed) < 2**63, op, "seed as one int64", seed, "Pass a smaller one.")
         seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
     else:
-        got = f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}"
-        fits = seed.numel() == 1 and seed.dtype == torch.int64 and seed.device == x.device
+        tensor = isinstance(seed, Tensor)
+        got = f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}" if tensor else repr(seed)
+        fits = tensor and seed.numel() == 1 and seed.dtype == torch.int64 and seed.device == x.device
         require(fits, op, f"seed as one int64 on {x.device}", got, "Pass an int, or None.")
     tensors = [t for t in (x, numerator, denominator, bias, gate) if t is not None]
     backend = _dispatch.choose(op, x.device.type, {t.dtype for t in tensors}, _dispatch.requested(backend))
@@ -190,6 +213,7 @@ def rational(
     code = FORMS.index(form)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Rational.apply(x, numerator, denominator, bias, gate, seed, code, channel_dim, float(dropout), backend)
+    _refuse_tangents(backend, *tensors)
     run = _dispatch.implementation(op, backend)
     return run(
         x, numerator, denominator, bias, gate, form=code, channel_dim=channel_dim, dropout=float(dropout), seed=seed

@@ -44,10 +44,14 @@ def bad_hyperparameters() -> Iterator[Any]:
         return pytest.param(name, arguments, id=f"{name}-{label}")
 
     for name in optim.__all__:
-        for lr in (-1e-3, math.nan, torch.tensor(-1.0)):
+        for lr in (-1e-3, math.nan, math.inf, torch.tensor(-1.0), "x", None, 1j, [1e-3]):
             yield case(name, lr=lr)
         yield case(name, lr=torch.ones(2))
-        yield case(name, weight_decay=-0.1)
+        yield case(name, lr=torch.ones((), dtype=torch.int64))
+        for weight_decay in (-0.1, math.inf, "x", None, torch.ones(2)):
+            yield case(name, weight_decay=weight_decay)
+        for flag in ("maximize", "capturable", "stochastic_rounding"):
+            yield case(name, **{flag: "no"})
         for state_dtype in ("fp8", torch.int32, torch.float64):
             yield case(name, state_dtype=state_dtype)
         yield case(name, backend="fpga")
@@ -56,14 +60,18 @@ def bad_hyperparameters() -> Iterator[Any]:
         for k in range(count):
             for beta in (-0.1, 1.0, math.nan):
                 yield case(name, betas=tuple(beta if i == k else 0.9 for i in range(count)))
-        yield case(name, betas=(0.9,) * (count - 1))
+        for betas in ((0.9,) * (count - 1), ("x",) * count, 0.9, None):
+            yield case(name, betas=betas)
     for name in (*ADAM_LIKE, "LARS", "SGDSaI"):
         yield case(name, eps=-1e-8)
     for name in ("LARS", "SGDSaI"):
         yield case(name, momentum=1.0)
         yield case(name, momentum=-0.1)
     for name in ("Adan", "LAMB"):
-        yield case(name, max_grad_norm=-1.0)
+        for max_grad_norm in (-1.0, math.nan, None):
+            yield case(name, max_grad_norm=max_grad_norm)
+    for name, flag in (("AdamW", "amsgrad"), ("AdaBelief", "rectify"), ("Adan", "no_prox"), ("LAMB", "always_adapt")):
+        yield case(name, **{flag: None})
     yield case("LARS", trust_coefficient=-1e-3)
 
 
@@ -79,14 +87,47 @@ def test_hyperparameters_outside_their_range(name: str, arguments: dict[str, Any
     assert len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"lr": "x"}, "AdamW: expected lr in [0, inf); got 'x'. Pass a finite number that is not negative."),
+        ({"betas": 0.9}, "AdamW: expected betas as a tuple of 2; got 0.9. Pass numbers from 0 to less than 1."),
+        ({"betas": (0.9, 1.0)}, "AdamW: expected betas in [0, 1); got 1.0. Pass a number from 0 to less than 1."),
+        ({"maximize": 1}, "AdamW: expected maximize True or False; got 1. Pass one of them."),
+    ],
+)
+def test_errors_say_what_is_allowed(arguments: dict[str, Any], text: str) -> None:
+    with refused(match=re.escape(text)):
+        optim.AdamW(make_params(SHAPES), **arguments)
+
+
+@each_optimizer
+def test_misspelt_keys_of_groups(name: str) -> None:
+    cls = getattr(optim, name)
+    p, q = make_params(SHAPES)
+    for wrong, right in (("weigth_decay", "weight_decay"), ("state_dytpe", "state_dtype")):
+        with refused(match=rf"got '{wrong}'\. Write {right}\."):
+            cls([{"params": [p], wrong: 0.1}, {"params": [q]}])
+
+
+@each_optimizer
+def test_what_others_keep_in_groups_is_not_misspelt(name: str) -> None:
+    """A scheduler's extremes, timm's lr_scale, options of torch's own optimizers, names."""
+    cls = getattr(optim, name)
+    optimizer = cls([{"params": make_params(SHAPES), "name": "all", "lr_scale": 0.5, "foreach": None, "fused": True}])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+    cls(optimizer.param_groups)
+
+
 @each_optimizer
 def test_parameters_that_cannot_be_optimized(name: str) -> None:
     cls = getattr(optim, name)
     p, q = make_params(SHAPES)
-    with refused(match="complex"):
+    with refused(match=r"complex64\. Pass torch\.view_as_real"):
         cls([Parameter(torch.zeros(3, dtype=torch.complex64))])
-    with refused(match="floating-point"):
-        cls([Parameter(torch.zeros(3, dtype=torch.int32), requires_grad=False)])
+    for dtype in (torch.int32, torch.int64, torch.bool, torch.float8_e4m3fn):
+        with refused(match=rf"floating-point .*; got {dtype}\. Convert it, or leave it out\."):
+            cls([Parameter(torch.zeros(3).to(dtype), requires_grad=False)])
     with refused(match="overlap"):
         cls([Parameter(torch.zeros(1).expand(3))])
     with refused(match="once"):

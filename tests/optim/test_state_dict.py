@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -206,6 +207,28 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(case: Case, da
     for name, value in before.items():
         assert_same_bits(after[name], value, name)
     assert [{**g, "params": None} for g in target.param_groups] == groups
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "foreign"),
+    [
+        (torch.optim.AdamW, optim.Lion, "exp_avg_sq"),
+        (torch.optim.NAdam, optim.Lion, "exp_avg_sq"),
+        (optim.Adan, optim.AdamW, "exp_avg_diff, neg_pre_grad"),
+        (optim.DiffGrad, optim.LAMB, "previous_grad"),
+        (optim.SGDSaI, optim.LARS, "gsnr"),
+        (partial(torch.optim.SGD, momentum=0.9), optim.AdamW, "momentum_buffer"),
+    ],
+)
+def test_states_of_another_optimizer_are_refused(source: Any, target: Any, foreign: str) -> None:
+    params = make_params(SHAPES)
+    other, ours = source(params, lr=1e-3), target(params, lr=0.5)
+    give_grads(params, 1)
+    other.step()
+    with pytest.raises(ValueError, match=rf"expected states .*; got {foreign}\. Load it into the optimizer that"):
+        ours.load_state_dict(other.state_dict())
+    assert len(ours.state) == 0
+    assert ours.param_groups[0]["lr"] == 0.5
 
 
 @each_place

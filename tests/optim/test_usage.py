@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,6 +228,34 @@ def test_a_parameter_moved_to_other_memory_is_followed() -> None:
     assert_same(params, others)
 
 
+@each_place
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@each_case
+def test_the_default_device_is_none_of_its_business(case: Case, device: str, place: Place) -> None:
+    params, others = (make_params(SHAPES, device=place.device) for _ in range(2))
+    optimizer, undisturbed = (make_optimizer(case, ps, backend=place.backend) for ps in (params, others))
+    for step in range(1, 4):
+        for ps in (params, others):
+            give_grads(ps, step)
+        with torch.device(device):
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        undisturbed.step()
+    assert_same(params, others)
+
+
+@each_place
+@each_case
+def test_a_graph_that_needs_the_old_values_notices_a_step(case: Case, place: Place) -> None:
+    (p,) = make_params([(8,)], device=place.device)
+    optimizer = make_optimizer(case, [p], backend=place.backend)
+    loss = p.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @each_case
 def test_states_are_float32_unless_asked_otherwise(case: Case) -> None:
     for dtype, state_dtype, expected in (
@@ -246,6 +276,17 @@ def test_states_are_float32_unless_asked_otherwise(case: Case) -> None:
                 assert states.pop("neg_pre_grad").dtype == torch.bfloat16
             assert {s.dtype for s in states.values()} == {expected}
             assert all(s.shape == p.shape for s in states.values())
+
+
+def test_the_page_runs() -> None:
+    """The Python of docs/optim.md, in its order, in one namespace."""
+    page = Path(__file__).parents[2] / "docs" / "optim.md"
+    snippets = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert snippets
+    names: dict[str, object] = {}
+    with torch.random.fork_rng():
+        for snippet in snippets:
+            exec(compile(snippet, page.name, "exec"), names)
 
 
 @each_case

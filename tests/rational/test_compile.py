@@ -68,6 +68,13 @@ def test_batch_sizes_do_not_compile_anew() -> None:
     assert counter.frame_count == 1
 
 
+def test_a_dropout_that_changes_compiles() -> None:
+    x, a, b = torch.randn(3, 24), torch.randn(1, 6), torch.randn(8, 4)
+    call = torch.compile(lambda p: rational(x, a, b, dropout=p, seed=1), fullgraph=True, backend="aot_eager")
+    for p in (0.1, 0.2, 0.3):
+        assert_same_bits(call(p), rational(x, a, b, dropout=p, seed=1))
+
+
 def test_random_numbers_are_new_in_every_call_of_a_graph() -> None:
     layer = GroupRational(24, dropout=0.5)
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")

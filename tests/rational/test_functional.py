@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from singlepass.functional import rational
 from singlepass.reference import rational as reference
@@ -285,6 +286,51 @@ def test_double_backward_is_refused(backend: str) -> None:
         first.square().sum().backward()
 
 
+def test_forward_mode_is_refused() -> None:
+    """Kernels know nothing of tangents: they would be lost without a word."""
+    x, a, b = torch.randn(3, 24), torch.randn(1, 6), torch.randn(8, 4)
+    refused = pytest.raises(RuntimeError, match="rational: expected differentiation in reverse mode; got a tangent")
+    with refused:
+        torch.func.jvp(lambda x: rational(x, a, b, backend="native"), (x,), (x,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with refused:
+            rational(x, a, b, gate=dual, backend="native")
+        leaf = x.clone().requires_grad_()
+        y = rational(leaf, a, b, backend="native")
+        with refused:
+            torch.autograd.grad(y, leaf, dual)
+    _, tangent = torch.func.jvp(lambda x: rational(x, a, b, backend="eager"), (x,), (torch.ones_like(x),))
+    (grad,) = torch.autograd.grad(rational(leaf, a, b, backend="eager").sum(), leaf)
+    torch.testing.assert_close(tangent, grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["x", "numerator", "denominator", "bias", "gate"])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_inputs_changed_before_backward_are_noticed(backend: str, name: str) -> None:
+    inputs = make(fused=True, requires_grad=False)
+    scale = torch.ones((), requires_grad=True)
+    changed = getattr(inputs, name)
+    inputs.x = inputs.x * scale
+    y = inputs.call(backend)
+    with torch.no_grad():
+        (inputs.x if name == "x" else changed).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@each_kernel
+def test_a_gate_that_is_x(place: Place) -> None:
+    inputs = make(device=place.device)
+    (x, a, b), options = inputs.leaves, {"form": inputs.form, "channel_dim": inputs.channel_dim}
+    y = rational(x, a, b, gate=x, backend=place.backend, **options)
+    (grad,) = torch.autograd.grad(y, x, inputs.grad)
+    other = x.detach().clone().requires_grad_()
+    apart = rational(x, a, b, gate=other, backend=place.backend, **options)
+    assert_same_bits(y.detach(), apart.detach())
+    assert_same_bits(grad, sum(torch.autograd.grad(apart, (x, other), inputs.grad)))
+
+
 def _call(**changes: Any) -> Tensor:
     options: dict[str, Any] = {
         "x": torch.randn(2, 24),
@@ -300,6 +346,15 @@ def _call(**changes: Any) -> Tensor:
     [
         ({"form": "E"}, "expected form A, B, C or D; got 'E'"),
         ({"form": "AB"}, "expected form A, B, C or D"),
+        ({"form": None}, "expected form A, B, C or D; got None"),
+        ({"x": [1.0]}, "x as a dense tensor; got list"),
+        ({"x": torch.ones(2, 24).to_sparse()}, "x as a dense tensor; got torch.sparse_coo"),
+        ({"numerator": None}, "numerator as a dense tensor; got NoneType"),
+        ({"denominator": [[1.0]]}, "denominator as a dense tensor; got list"),
+        ({"bias": 1.0}, "bias as a dense tensor; got float"),
+        ({"gate": "x"}, "gate as a dense tensor; got str"),
+        ({"channel_dim": None}, "channel_dim among x's 2 dimensions; got None"),
+        ({"channel_dim": 1.0}, "channel_dim among x's 2 dimensions; got 1.0"),
         ({"x": torch.ones(2, 24, dtype=torch.int64)}, "a floating-point x"),
         ({"x": torch.ones(2, 24, dtype=torch.complex64)}, "a floating-point x"),
         ({"x": torch.ones(())}, "channel_dim among x's 0 dimensions"),
@@ -320,6 +375,10 @@ def _call(**changes: Any) -> Tensor:
         ({"dropout": 1.0}, "0 <= dropout < 1; got 1.0"),
         ({"dropout": -0.1}, "0 <= dropout < 1"),
         ({"dropout": float("nan")}, "0 <= dropout < 1"),
+        ({"dropout": None}, "0 <= dropout < 1; got None"),
+        ({"dropout": "half"}, "0 <= dropout < 1; got half"),
+        ({"dropout": 0.5, "seed": 2**63}, "seed as one int64; got 9223372036854775808"),
+        ({"dropout": 0.5, "seed": 1.5}, r"seed as one int64 on cpu; got 1\.5"),
         ({"dropout": 0.5, "seed": torch.tensor([1, 2])}, "seed as one int64 on cpu"),
         ({"backend": "cuda"}, "backend among native, triton, eager; got 'cuda'"),
     ],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,17 +99,34 @@ def test_inits_that_are_not_names() -> None:
     ("arguments", "match"),
     [
         ({"channels": 12}, r"a number of groups that divides 12 channels; got 8\. "),
+        ({"channels": 16.0}, r"channels as a whole number, 1 or more; got 16\.0"),
+        ({"groups": 2.0}, r"a number of groups that divides 16 channels; got 2\.0"),
+        ({"groups": None}, "a number of groups that divides 16 channels; got None"),
         ({"groups": 0}, "a number of groups that divides 16 channels; got 0"),
         ({"numerator_groups": 3}, "numerator_groups 1 or 8; got 3"),
         ({"denominator_groups": 2}, "denominator_groups 1 or 8; got 2"),
         ({"form": "N"}, "form A, B, C or D; got 'N'"),
-        ({"degrees": (3, 2)}, r"degrees \(5, 4\).*; got form A degrees \(3, 2\)\. Fit one"),
+        ({"form": None}, "form A, B, C or D; got None"),
+        (
+            {"degrees": (3, 2)},
+            r"degrees \(5, 4\) for 'gelu'; got \(3, 2\)\. Fit one by .*fit_rational\(fn, 'A', \(3, 2\)\)",
+        ),
+        ({"degrees": 3}, r"degrees \(m, n\) with m from 1 to 7 .*; got 3\."),
+        ({"degrees": (3.0, 2)}, r"degrees \(m, n\) with m from 1 to 7 .*; got \(3\.0, 2\)"),
         ({"degrees": (9, 2)}, r"degrees \(m, n\) with m from 1 to 7"),
-        ({"init": "swish"}, "a name among geglu, gelu"),
+        ({"init": "elu"}, "a name among geglu, gelu, .*; got 'elu'. Fit one"),
+        ({"init": "swish"}, r"a name among geglu, gelu, .*; got 'swish'\. Write 'silu'\."),
+        ({"init": "SiLU"}, r"got 'SiLU'\. Write 'silu'\."),
+        ({"init": "LeakyReLU"}, r"got 'LeakyReLU'\. Write 'leaky_relu'\."),
+        ({"init": torch.zeros(6, 4)}, "init as a name, a Table or a pair .* of finite numbers"),
+        ({"init": (torch.zeros(1, 6), torch.zeros(1, 4))}, "init as a name, a Table or a pair"),
+        ({"init": (None, [1.0])}, "init as a name, a Table or a pair"),
         ({"init": table("gelu", "B")}, r"a table for form A and .*; got one for form B and"),
         ({"init": ([0.0, 1.0], [1.0])}, r"6 and 4 coefficients for form A .*; got 2 and 1\."),
         ({"init": 3}, "init as a name, a Table or a pair"),
+        ({"channel_dim": None}, "channel_dim as a dimension of x; got None"),
         ({"dropout": 1.0}, "0 <= dropout < 1; got 1.0"),
+        ({"dropout": None}, "0 <= dropout < 1; got None"),
         ({"backend": "fpga"}, "backend among native, triton, eager; got 'fpga'"),
     ],
 )
@@ -117,11 +135,29 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], match: str) -> Non
         GroupRational(**{"channels": 16, **arguments})
 
 
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: KATMLP(64, 0), "KATMLP: expected hidden_features as a whole number, 1 or more; got 0"),
+        (lambda: KATMLP(64, 64, 0), "KATMLP: expected out_features as a whole number, 1 or more; got 0"),
+        (lambda: KATMLP(64.0), r"KATMLP: expected in_features as a whole number, 1 or more; got 64\.0"),
+        (lambda: KATMLP(64, drop=(0.1, 0.2, 0.3)), "KATMLP: expected drop as one value or a pair"),
+        (lambda: GRKAN(16, 0), "GRKAN: expected out_features as a whole number, 1 or more; got 0"),
+        (lambda: GRKAN(16, None), "GRKAN: expected out_features as a whole number, 1 or more; got None"),
+    ],
+)
+def test_sizes_of_layers_that_do_not_fit(make: Callable[[], nn.Module], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
 def test_inputs_that_do_not_fit() -> None:
     act = GroupRational(16, channel_dim=1)
     for shape in ((2, 8, 3), (16,), (16, 32)):
         with pytest.raises(ValueError, match="GroupRational: expected x with 16 channels in dimension 1; got"):
             act(torch.zeros(shape))
+    with pytest.raises(ValueError, match="GroupRational: expected x as a tensor; got list"):
+        act([1.0])
     with pytest.raises(ValueError, match="bias of shape"):
         act(torch.zeros(2, 16), bias=torch.zeros(8))
 
@@ -313,6 +349,20 @@ def test_low_precision_inputs_and_autocast(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in mlp.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_leaves_coefficients_alone(dtype: torch.dtype) -> None:
+    """transformers sets it to bfloat16 while it builds such a model."""
+    expected = GroupRational(16, init="silu")
+    try:
+        torch.set_default_dtype(dtype)
+        act = GroupRational(16, init="silu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p, q in zip(act.parameters(), expected.parameters(), strict=True):
+        assert p.dtype == torch.float32
+        assert torch.equal(p, q)
+
+
 def test_training_moves_every_parameter() -> None:
     torch.manual_seed(0)
     mlp = KATMLP(8, 16)
@@ -326,7 +376,11 @@ def test_training_moves_every_parameter() -> None:
 
 def test_says_what_it_is() -> None:
     text = repr(GroupRational(32, 4, "silu", "B", channel_dim=1, dropout=0.5))
-    assert text == "GroupRational(32, groups=4, form='B', degrees=(5, 4), channel_dim=1, dropout=0.5)"
+    assert text == "GroupRational(32, groups=4, init='silu', form='B', degrees=(5, 4), channel_dim=1, dropout=0.5)"
+    act = GroupRational(8, 4, ([0.0, 1.0], [1.0]), degrees=(1, 1), numerator_groups=4, denominator_groups=1)
+    text = "GroupRational(8, groups=4, form='A', degrees=(1, 1), numerator_groups=4, denominator_groups=1)"
+    assert repr(act) == text
+    assert repr(GroupRational(8, backend="eager")).endswith("backend='eager')")
 
 
 def test_compiles_and_exports_whole() -> None:

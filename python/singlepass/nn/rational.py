@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ def no_weight_decay(model: nn.Module) -> set[str]:
         ['act.denominator', 'act.numerator']
     """
     return {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+
+def _require_counts(where: str, **counts: int) -> None:
+    for name, count in counts.items():
+        fits = isinstance(count, Integral) and count >= 1
+        require(fits, where, f"{name} as a whole number, 1 or more", repr(count), "Pass the size of that dimension.")
 
 
 class GroupRational(nn.Module):
@@ -99,16 +106,18 @@ class GroupRational(nn.Module):
         super().__init__()
         op = "GroupRational"
         denominator_groups = groups if denominator_groups is None else denominator_groups
-        require(channels >= 1, op, "one channel or more", channels, "Pass the number of channels of x.")
-        divides = groups >= 1 and channels % groups == 0
+        _require_counts(op, channels=channels)
+        divides = isinstance(groups, Integral) and groups >= 1 and channels % groups == 0
         divisors = ", ".join(str(d) for d in range(1, min(channels, 64) + 1) if channels % d == 0)
         remedy = f"Choose among {divisors}."
-        require(divides, op, f"a number of groups that divides {channels} channels", groups, remedy)
+        require(divides, op, f"a number of groups that divides {channels} channels", repr(groups), remedy)
         for name, rows in (("numerator_groups", numerator_groups), ("denominator_groups", denominator_groups)):
-            require(
-                rows in (1, groups), op, f"{name} 1 or {groups}", rows, "Share coefficients among all groups or none."
-            )
-        require(0.0 <= dropout < 1.0, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
+            fits = isinstance(rows, Integral) and rows in (1, groups)
+            require(fits, op, f"{name} 1 or {groups}", rows, "Share coefficients among all groups or none.")
+        contract = "channel_dim as a dimension of x"
+        require(isinstance(channel_dim, Integral), op, contract, channel_dim, "Count from 0, or back from -1.")
+        fits = isinstance(dropout, Real) and 0.0 <= dropout < 1.0
+        require(fits, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
         known = backend is None or backend in BACKENDS
         require(known, op, f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out to have one chosen.")
         self.channels = channels
@@ -119,6 +128,7 @@ class GroupRational(nn.Module):
         self.dropout = dropout
         self.backend = backend
         self.init = resolve(op, init, form, degrees)
+        self._init_name = init if isinstance(init, str) else None
         options: dict[str, Any] = {"device": device, "dtype": torch.float32 if dtype is None else dtype}
         columns = len(self.init.numerator), len(self.init.denominator)
         self.numerator = nn.Parameter(torch.empty(numerator_groups, columns[0], **options))
@@ -129,8 +139,8 @@ class GroupRational(nn.Module):
     def reset_parameters(self) -> None:
         """Back to the function that ``init`` named."""
         with torch.no_grad():
-            self.numerator.copy_(torch.tensor(self.init.numerator, device=self.numerator.device))
-            self.denominator.copy_(torch.tensor(self.init.denominator, device=self.denominator.device))
+            for p, row in ((self.numerator, self.init.numerator), (self.denominator, self.init.denominator)):
+                p.copy_(p.new_tensor(row))
 
     def forward(self, x: Tensor, *, bias: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """``dropout(f(x + bias)) * gate``, x's shape and dtype, in one pass over memory.
@@ -144,6 +154,7 @@ class GroupRational(nn.Module):
             ValueError: shapes or dtypes that don't fit.
         """
         dim = self.channel_dim
+        require(isinstance(x, Tensor), "GroupRational", "x as a tensor", type(x).__name__, "Convert it.")
         fits = -x.dim() <= dim < x.dim() and x.shape[dim] == self.channels
         contract = f"x with {self.channels} channels in dimension {dim}"
         remedy = "Make the module with the channels of x, and channel_dim=1 for (batch, channels, height, width)."
@@ -162,9 +173,15 @@ class GroupRational(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        parts = [str(self.channels), f"groups={self.groups}", f"form={self.form!r}", f"degrees={self.degrees}"]
+        rows_a, rows_b = self.numerator.shape[0], self.denominator.shape[0]
+        parts = [str(self.channels), f"groups={self.groups}"]
+        parts += [f"init={self._init_name!r}"] * (self._init_name is not None)
+        parts += [f"form={self.form!r}", f"degrees={self.degrees}"]
         parts += [f"channel_dim={self.channel_dim}"] * (self.channel_dim != -1)
+        parts += [f"numerator_groups={rows_a}"] * (rows_a != 1)
+        parts += [f"denominator_groups={rows_b}"] * (rows_b != self.groups)
         parts += [f"dropout={self.dropout}"] * (self.dropout > 0.0)
+        parts += [f"backend={self.backend!r}"] * (self.backend is not None)
         return ", ".join(parts)
 
     def no_weight_decay(self) -> set[str]:
@@ -273,6 +290,7 @@ class GRKAN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _require_counts("GRKAN", in_features=in_features, out_features=out_features)
         self.act = GroupRational(
             in_features,
             groups,
@@ -301,8 +319,10 @@ class GRKAN(nn.Module):
         return no_weight_decay(self)
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    require(len(pair) == 2, "KATMLP", f"{name} as one value or a pair", value, "Pass one for each half of the MLP.")
+    return pair
 
 
 class KATMLP(nn.Module):
@@ -359,8 +379,10 @@ class KATMLP(nn.Module):
         super().__init__()
         remedy = "KAT's MLP has none: normalise before it."
         require(norm_layer is None, "KATMLP", "norm_layer None", norm_layer, remedy)
-        hidden = hidden_features or in_features
-        (drop1, drop2), (bias1, bias2) = _pair(drop), _pair(bias)
+        hidden = in_features if hidden_features is None else hidden_features
+        out = in_features if out_features is None else out_features
+        _require_counts("KATMLP", in_features=in_features, hidden_features=hidden, out_features=out)
+        (drop1, drop2), (bias1, bias2) = _pair("drop", drop), _pair("bias", bias)
         shared: dict[str, Any] = {
             "form": form,
             "degrees": degrees,
@@ -371,7 +393,7 @@ class KATMLP(nn.Module):
         self.act1 = GroupRational(in_features, groups, "identity", dropout=drop1, **shared)
         self.fc1 = nn.Linear(in_features, hidden, bias1, device=device, dtype=dtype)
         self.act2 = GroupRational(hidden, groups, act_init, dropout=drop2, **shared)
-        self.fc2 = nn.Linear(hidden, out_features or in_features, bias2, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, out, bias2, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": lambda x: x * F.silu(x),
     "tanh": torch.tanh,
 }
+
+_OTHER_NAMES = {"swish": "silu", "swishglu": "swiglu"}  # KAT's
 
 _NORMAL_REACH = 12.0  # beyond it, polynomials of any degree here times the normal density are below float64's rounding
 _NORMAL_POINTS = 2**15 + 1
@@ -109,8 +112,9 @@ def fitted_form(form: str) -> str:
 
 
 def check_form(where: str, form: str, degrees: tuple[int, int]) -> None:
-    require(form in FORMS and len(form) == 1, where, "form A, B, C or D", repr(form), "Choose one of them.")
-    fits = len(degrees) == 2 and all(1 <= d <= most for d, most in zip(degrees, MAX_DEGREES, strict=True))
+    require(form in (*FORMS,), where, "form A, B, C or D", repr(form), "Choose one of them.")
+    pair = isinstance(degrees, (tuple, list)) and len(degrees) == 2
+    fits = pair and all(isinstance(d, Integral) and 1 <= d <= m for d, m in zip(degrees, MAX_DEGREES, strict=True))
     contract = f"degrees (m, n) with m from 1 to {MAX_DEGREES[0]} and n from 1 to {MAX_DEGREES[1]}"
     require(fits, where, contract, degrees, "They are the degrees of numerator and denominator.")
 
@@ -169,14 +173,24 @@ def table(name: str, form: str = "A", degrees: tuple[int, int] = (5, 4)) -> Tabl
     """
     check_form("table", form, degrees)
     tables, names = shipped(), sorted({key[0] for key in shipped()})
-    require(name in names, "table", f"a name among {', '.join(names)}", repr(name), "Or fit one by fit_rational.")
+    meant = {n.replace("_", ""): n for n in names} | _OTHER_NAMES
+    close = meant.get(str(name).lower().replace("_", ""))
+    remedy = f"Write {close!r}." if close else "Fit one by singlepass.nn.fit_rational."
+    require(name in names, "table", f"a name among {', '.join(names)}", repr(name), remedy)
     key = (name, fitted_form(form), (degrees[0], degrees[1]))
     if key not in tables and name == "identity":
         return _identity(key[1], key[2])
-    held = ", ".join(f"form {f} degrees {d}" for n, f, d in sorted(tables) if n == name)
-    remedy = "Fit one by singlepass.nn.fit_rational and pass it as init."
-    require(key in tables, "table", f"for {name!r} one of: {held}", f"form {form} degrees {degrees}", remedy)
+    held = " or ".join(str(d) for n, f, d in sorted(tables) if (n, f) == key[:2])
+    remedy = f"Fit one by singlepass.nn.fit_rational(fn, {form!r}, {key[2]}) and pass it as init."
+    require(key in tables, "table", f"degrees {held} for {name!r}", key[2], remedy)
     return tables[key]
+
+
+def _are_finite(values: Any) -> bool:
+    try:
+        return all(math.isfinite(value) for value in values)
+    except (TypeError, ValueError, RuntimeError):  # not a sequence, or one of sequences
+        return False
 
 
 def resolve(
@@ -188,7 +202,8 @@ def resolve(
         return table(init, form, degrees)
     if not isinstance(init, Table):
         fits = isinstance(init, (tuple, list)) and len(init) == 2
-        contract = "init as a name, a Table or a pair (numerator, denominator)"
+        fits = fits and all(_are_finite(values) for values in init)
+        contract = "init as a name, a Table or a pair (numerator, denominator) of finite numbers"
         require(fits, where, contract, init, "Name one of singlepass.nn.table's.")
         counts = (len(init[0]), len(init[1]))
         wanted = (degrees[0] + 1, degrees[1] + (form == "C"))

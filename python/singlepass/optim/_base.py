@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from .._dispatch import choose, implementation, requested
 from .._errors import message, require
 from .._ops.optim import RULES, Rule
+from ._checks import check_keys, check_parameter, check_values
 from ._loading import adopt_tensors, merge_group, scalar_like
 
 _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,26 +105,17 @@ class FusedOptimizer(Optimizer):
     def _require(self, condition: bool, contract: str, got: object, remedy: str) -> None:
         require(condition, self._name, contract, got, remedy)
 
-    def _check_range(self, group: dict[str, Any], **bounds: str) -> None:
-        """Checks hyperparameters against ">= 0" or "in [0, 1)"."""
-        if "betas" in bounds:
-            count = sum(name.startswith("beta") for name in self._rule.hyper_names)
-            self._require(len(group["betas"]) == count, f"{count} betas", group["betas"], "Change betas.")
-        for key, contract in bounds.items():
-            values = group[key] if isinstance(group[key], (tuple, list)) else (group[key],)
-            for value in values:
-                low = float(value) >= 0.0
-                self._require(
-                    low and (contract != "in [0, 1)" or float(value) < 1.0),
-                    f"{key} {contract}",
-                    value,
-                    f"Change {key}.",
-                )
+    def _check_values(self, group: dict[str, Any], **contracts: str) -> None:
+        """Checks hyperparameters against contracts of ``_checks``."""
+        check_values(self._name, group, contracts, sum(name.startswith("beta") for name in self._rule.hyper_names))
 
-    def _check_one_max_grad_norm(self, group: dict[str, Any]) -> None:
-        for other in self.param_groups:
-            same = other["max_grad_norm"] == group["max_grad_norm"]
-            self._require(same, "one max_grad_norm for all groups", group["max_grad_norm"], "It clips the global norm.")
+    def _check_max_grad_norm(self, group: dict[str, Any]) -> None:
+        most = group["max_grad_norm"]
+        fits = isinstance(most, Real) and float(most) >= 0.0
+        self._require(fits, "max_grad_norm >= 0", repr(most), "Pass 0 to clip nothing.")
+        same = all(other["max_grad_norm"] == most for other in self.param_groups)
+        remedy = "Give it to the optimizer instead: it clips the norm of all gradients together."
+        self._require(same, "one max_grad_norm for all groups", most, remedy)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking its tensors and hyperparameters; nothing is added if one is refused."""
@@ -133,9 +126,10 @@ class FusedOptimizer(Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         tensors = [t for t in (entry[1] if isinstance(entry, tuple) else entry for entry in params) if _is_tensor(t)]
         for p in tensors:
-            self._check_param(p)
+            check_parameter(self._name, p)
         present = [id(p) for g in self.param_groups for p in g["params"]] + [id(p) for p in tensors]
         self._require(len(set(present)) == len(present), "each parameter once", "one twice", "Give it to one group.")
+        check_keys(self._name, group, self.defaults)
         self._check_common(group, tensors)
         self._check_group(group)
         if group["capturable"] and tensors and not isinstance(group["lr"], Tensor):
@@ -143,13 +137,6 @@ class FusedOptimizer(Optimizer):
             param_group = param_group | {"lr": torch.tensor(group["lr"], dtype=torch.float32, device=tensors[0].device)}
         super().add_param_group(param_group | {"params": params})
         self._buckets.clear()
-
-    def _check_param(self, p: Tensor) -> None:
-        self._require(
-            p.is_floating_point(), "real floating-point parameters", p.dtype, "Use torch.view_as_real for complex ones."
-        )
-        overlap = any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True))
-        self._require(not overlap, "parameters without overlapping elements", f"strides {p.stride()}", "Clone them.")
 
     def _check_common(self, group: dict[str, Any], params: list[Tensor]) -> None:
         dtype = group["state_dtype"]
@@ -164,13 +151,10 @@ class FusedOptimizer(Optimizer):
             self._require(
                 lr.numel() == 1, "lr as a number or a tensor of one element", lr.numel(), "Use a 0-dim tensor."
             )
-            self._require(
-                lr.device.type == "cpu" or lr.dtype == torch.float32,
-                "a float32 lr on a device",
-                lr.dtype,
-                "Convert it.",
-            )
-        self._check_range(group, lr=">= 0")
+            fits = lr.dtype == torch.float32 or (lr.dtype == torch.float64 and lr.device.type == "cpu")
+            self._require(fits, "an lr of float32, or of float64 on the CPU", lr.dtype, "Convert it.")
+        flags = dict.fromkeys(("maximize", "capturable", "stochastic_rounding"), "True or False")
+        self._check_values(group, lr="in [0, inf)", **flags)
         for p in params if group["capturable"] and isinstance(lr, Tensor) else ():
             self._require(lr.device == p.device, f"a capturable lr on {p.device}", lr.device, "Move it there.")
         backend = requested(group["backend"])
@@ -193,7 +177,8 @@ class FusedOptimizer(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a sparse gradient, or one of another shape or device; nothing is changed.
+            RuntimeError: a sparse gradient, and nothing is changed; one of another shape or device than its parameter,
+                as only a new ``p.data`` can bring about, and its group is not changed.
         """
         loss = None
         if closure is not None:
@@ -242,6 +227,9 @@ class FusedOptimizer(Optimizer):
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+        if not torch.compiler.is_compiling():
+            # Kernels write behind autograd's back: a graph that still needs the old values must notice.
+            torch.autograd.graph.increment_version(bucket.params)
 
     def _gather(self, index: int, group: dict[str, Any]) -> list[Bucket]:
         """The group's parameters with gradients, by device and by what their dtypes and layouts allow."""
@@ -306,7 +294,7 @@ class FusedOptimizer(Optimizer):
     def _lr(group: dict[str, Any], device: torch.device) -> Tensor:
         lr = group["lr"]
         if not isinstance(lr, Tensor):
-            return torch.tensor(lr, dtype=torch.float64)
+            return torch.tensor(lr, dtype=torch.float64, device="cpu")
         return lr if lr.device.type == "cpu" else lr.to(device)
 
     def _measure(
@@ -340,7 +328,7 @@ class FusedOptimizer(Optimizer):
         so do ``backend`` and ``capturable``; a learning rate in a tensor stays in that tensor.
 
         Raises:
-            ValueError: another number of groups or of parameters; nothing is changed.
+            ValueError: another number of groups or of parameters, or another optimizer's states; nothing is changed.
         """
         saved_groups = state_dict["param_groups"]
         groups = [merge_group(current, saved) for current, saved in zip(self.param_groups, saved_groups, strict=False)]
@@ -361,6 +349,10 @@ class FusedOptimizer(Optimizer):
 
     def _adopt(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         names, scale = self._state_names(group), self._rule.scale
+        others = {name for rule in RULES.values() for name in rule.lists if name not in self._rule.lists}
+        foreign = ", ".join(sorted(others & state.keys()))
+        remedy = "Load it into the optimizer that wrote it."
+        self._require(not foreign, f"states {', '.join(self._rule.lists)}", foreign, remedy)
         adopted = adopt_tensors(self._name, state, p, names, () if scale is None else (scale,))
         if self.counts_steps or group["stochastic_rounding"]:
             count = state.get("step", saved.get("step", self.steps_where_uncounted))

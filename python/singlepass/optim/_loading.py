@@ -34,7 +34,7 @@ def adopt_tensors(
     require(not missing, where, f"states {', '.join(names)}", f"no {', '.join(missing)}", "Load a whole state.")
     adopted: dict[str, Any] = {}
     for name in names:
-        value = torch.as_tensor(state[name])
+        value = torch.as_tensor(state[name], device=p.device)
         got = tuple(value.shape)
         require(value.shape == p.shape, where, f"{name} of shape {tuple(p.shape)}", got, "Load this model's state.")
         adopted[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
@@ -46,4 +46,4 @@ def adopt_tensors(
 
 def scalar_like(value: Any, p: Tensor) -> Tensor:
     """A float32 tensor of no dimensions on the parameter's device."""
-    return torch.as_tensor(value, dtype=torch.float32).reshape(()).to(p.device, copy=True)
+    return torch.as_tensor(value, dtype=torch.float32, device=p.device).reshape(()).clone()

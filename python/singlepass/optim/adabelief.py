@@ -9,6 +9,8 @@ import torch
 from ._base import FusedOptimizer
 from ._doc import shared_arguments
 
+_FLAGS = ("decoupled_weight_decay", "fixed_decay", "rectify", "degenerated_to_sgd")
+
 
 @shared_arguments
 class AdaBelief(FusedOptimizer):
@@ -89,13 +91,13 @@ class AdaBelief(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, betas="in [0, 1)", eps=">= 0", weight_decay=">= 0")
+        self._check_values(group, betas="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)")
+        self._check_values(group, **dict.fromkeys(("amsgrad", *_FLAGS), "True or False"))
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._rule.states if group["amsgrad"] else self._rule.states[:2]
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        flags = ("decoupled_weight_decay", "fixed_decay", "rectify", "degenerated_to_sgd")
         scalars = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "weight_decay": group["weight_decay"]}
-        return scalars | {flag: group[flag] for flag in flags}
+        return scalars | {flag: group[flag] for flag in _FLAGS}

@@ -65,7 +65,9 @@ class AdamW(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, betas="in [0, 1)", eps=">= 0", weight_decay=">= 0")
+        self._check_values(
+            group, betas="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)", amsgrad="True or False"
+        )
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._rule.states if group["amsgrad"] else self._rule.states[:2]

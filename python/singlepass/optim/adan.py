@@ -81,8 +81,10 @@ class Adan(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, betas="in [0, 1)", eps=">= 0", weight_decay=">= 0", max_grad_norm=">= 0")
-        self._check_one_max_grad_norm(group)
+        self._check_values(
+            group, betas="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)", no_prox="True or False"
+        )
+        self._check_max_grad_norm(group)
 
     def _clipping(self) -> tuple[float, float]:
         last = self.param_groups[-1]  # whose eps the official code takes

@@ -72,7 +72,7 @@ class DiffGrad(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, betas="in [0, 1)", eps=">= 0", weight_decay=">= 0")
+        self._check_values(group, betas="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)")
 
     def _state_dtype_of(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
         lossless = group["weight_decay"] == 0.0 and p.grad is not None and p.grad.dtype == torch.bfloat16

@@ -77,8 +77,10 @@ class LAMB(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, betas="in [0, 1)", eps=">= 0", weight_decay=">= 0", max_grad_norm=">= 0")
-        self._check_one_max_grad_norm(group)
+        self._check_values(
+            group, betas="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)", always_adapt="True or False"
+        )
+        self._check_max_grad_norm(group)
 
     def _clipping(self) -> tuple[float, float]:
         return self.param_groups[0]["max_grad_norm"], 0.0

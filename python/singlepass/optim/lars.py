@@ -72,7 +72,9 @@ class LARS(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, momentum="in [0, 1)", weight_decay=">= 0", trust_coefficient=">= 0", eps=">= 0")
+        self._check_values(
+            group, momentum="in [0, 1)", weight_decay="in [0, inf)", trust_coefficient="in [0, inf)", eps="in [0, inf)"
+        )
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {name: group[name] for name in self._rule.hyper_names}

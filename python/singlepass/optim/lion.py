@@ -66,7 +66,7 @@ class Lion(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, betas="in [0, 1)", weight_decay=">= 0")
+        self._check_values(group, betas="in [0, 1)", weight_decay="in [0, inf)")
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]

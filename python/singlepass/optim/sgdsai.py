@@ -72,7 +72,7 @@ class SGDSaI(FusedOptimizer):
         )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_range(group, momentum="in [0, 1)", eps=">= 0", weight_decay=">= 0")
+        self._check_values(group, momentum="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)")
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum": group["momentum"], "weight_decay": group["weight_decay"]}

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hyperparameters, keys of groups and parameters may be."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import require
+
+_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# How like a hyperparameter a group's key is if misspelt; a scheduler's max_momentum is 0.8 like momentum.
+_MISSPELT = 0.85
+
+
+def _below(limit: float) -> Callable[[Any], bool]:
+    def keeps(value: Any) -> bool:
+        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        return number and 0.0 <= float(value) < limit
+
+    return keeps
+
+
+# Contract of a hyperparameter: whether a value keeps it, and the remedy.
+_CONTRACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "in [0, inf)": (_below(math.inf), "Pass a finite number that is not negative."),
+    "in [0, 1)": (_below(1.0), "Pass a number from 0 to less than 1."),
+    "True or False": (lambda value: isinstance(value, bool), "Pass one of them."),
+}
+
+
+def check_values(where: str, group: dict[str, Any], contracts: dict[str, str], betas: int) -> None:
+    """Checks hyperparameters by name against contracts; ``betas``, if among them, is as many numbers.
+
+    Raises:
+        ValueError: one that does not keep its contract.
+    """
+    for key, contract in contracts.items():
+        values = (group[key],)
+        if key == "betas":
+            values = group[key]
+            fits = isinstance(values, (tuple, list)) and len(values) == betas
+            require(fits, where, f"betas as a tuple of {betas}", values, "Pass numbers from 0 to less than 1.")
+        keeps, remedy = _CONTRACTS[contract]
+        for value in values:
+            require(keeps(value), where, f"{key} {contract}", repr(value), remedy)
+
+
+def check_keys(where: str, group: dict[str, Any], known: Collection[str]) -> None:
+    """Refuses misspelt hyperparameters. Others may keep what they like in a group, and schedulers do.
+
+    Raises:
+        ValueError: a key that is almost a hyperparameter's.
+    """
+    for key in sorted(group.keys() - set(known)):
+        meant = difflib.get_close_matches(key, known, 1, _MISSPELT)
+        contract = f"hyperparameters of a group among {', '.join(known)}"
+        require(not meant, where, contract, repr(key), f"Write {', '.join(meant)}.")
+
+
+def check_parameter(where: str, p: Tensor) -> None:
+    """Checks what every backend asks of a parameter.
+
+    Raises:
+        ValueError: a dtype that is not computed with, or elements that share memory.
+    """
+    contract = "floating-point parameters of float32, bfloat16, float16 or float64"
+    remedy = "Pass torch.view_as_real of it." if p.is_complex() else "Convert it, or leave it out."
+    require(p.dtype in _PARAM_DTYPES, where, contract, p.dtype, remedy)
+    overlap = any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True))
+    require(not overlap, where, "parameters without overlapping elements", f"strides {p.stride()}", "Clone them.")
