@@ -6,9 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import models
-from .activations import ACTIVATIONS
-from .activations import TITLES as PASSES
+from . import activations, caches, models
 from .results import Row, Run
 
 if TYPE_CHECKING:
@@ -24,11 +22,18 @@ _OURS = {"native": ("singlepass", "#0072b2"), "triton": ("singlepass (Triton)", 
 STYLES = {
     "optim": _OURS | {"torch.optim": ("torch.optim", "#e69f00")} | _REST,
     "rational": _OURS | {"yardstick": ("gelu of torch", "#e69f00")} | _REST,
+    "kv": _OURS | {"yardstick": ("uncompressed, or a copy", "#e69f00")} | _REST,
 }
 TITLES = {m.name: m.title for m in (models.GPT2_SMALL, models.VIT_B16, models.MANY_SMALL, models.TENSORS_300)}
-TITLES |= {a.name: a.title for some in ACTIVATIONS.values() for a in some}
+TITLES |= {a.name: a.title for some in activations.ACTIVATIONS.values() for a in some}
+TITLES |= {shape.name: shape.title for some in caches.SHAPES.values() for shape in some}
+CALLS = activations.TITLES | caches.TITLES
 # What is timed: in a plot's title, and in the line under its axis.
-WORDS = {"optim": ("One optimizer step", "a step"), "rational": ("Rational activation", "a call")}
+WORDS = {
+    "optim": ("One optimizer step", "a step"),
+    "rational": ("Rational activation", "a call"),
+    "kv": ("Compressed KV cache", "a call"),
+}
 
 
 def bars(run: Run, family: str, size: str, dtype: str) -> dict[str, list[Row]]:
@@ -39,7 +44,7 @@ def bars(run: Run, family: str, size: str, dtype: str) -> dict[str, list[Row]]:
         for column in STYLES[family]:
             found = [row for row in rows if row.op == op and row.column == column]
             if found:
-                picked.setdefault(PASSES.get(op, op), []).append(min(found, key=lambda row: row.median or 0.0))
+                picked.setdefault(CALLS.get(op, op), []).append(min(found, key=lambda row: row.median or 0.0))
     return picked
 
 

@@ -28,6 +28,8 @@ PACKAGES = (
     "adabelief-pytorch",
     "kat_rational",
     "rational_kat",
+    "transformers",
+    "optimum-quanto",
 )
 
 

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .activations import TITLES
+from . import activations, caches
 from .checks import Check, check
 from .registry import FAMILIES, dtype_name
 from .results import Row, Run
@@ -121,31 +122,55 @@ def optimizer_grid(run: Run, size: str, dtype: str) -> Grid:
     return grid
 
 
-def rational_grid(run: Run, dtype: str, **want: str) -> Grid:
-    """Milliseconds of one call by provider, for all shapes."""
-    rows = run.find(family="rational", dtype=dtype, **want)
+@dataclass(frozen=True)
+class Calls:
+    """How the table of a family of functions reads: the first column's head, what an op is called, what the yardstick
+    is and whether it is one of several, and whether there are peers on a CPU."""
+
+    first: str
+    titles: dict[str, str]
+    yardstick: str
+    several: bool = False
+    cpu_peers: bool = False
+
+
+CALLS = {
+    "rational": Calls("x, pass", activations.TITLES, "gelu"),
+    "kv": Calls("batch x tokens, op", caches.TITLES, "uncompressed", several=True, cpu_peers=True),
+}
+
+
+def call_grid(run: Run, family: str, dtype: str, **want: str) -> Grid:
+    """Milliseconds of one call by provider, for all sizes and ops of a family."""
+    words, rows = CALLS[family], run.find(family=family, dtype=dtype, **want)
     on_gpu = run.machine["kind"] == "cuda"
     columns = {"eager": "eager", "torch.compile": "torch.compile"}
     if on_gpu:
-        columns = {"triton": "Triton"} | columns | {"peer": "best peer"}
-    head = ["x, pass", "floor", "**singlepass**", "x floor", "GB/s", "gelu", "ours / gelu", *columns.values()]
-    head += ["eager / ours", "extra memory", "gelu's", "eager's", *(["launches", "host us"] if on_gpu else [])]
-    grid, notes = Grid(f"rational, {dtype}: ms per call", head), Notes()
+        columns = {"triton": "Triton"} | columns
+    if on_gpu or words.cpu_peers:
+        columns |= {"peer": "best peer"}
+    columns = {name: title for name, title in columns.items() if any(row.column == name for row in rows)}
+    head = [words.first, "floor", "**singlepass**", "x floor", "GB/s", words.yardstick, f"ours / {words.yardstick}"]
+    head += [*columns.values(), "eager / ours", "extra memory", f"{words.yardstick}'s", "eager's"]
+    head += ["launches", "host us"] if on_gpu else []
+    grid, notes = Grid(f"{family}, {dtype}: ms per call", head), Notes()
     for size, op in dict.fromkeys((row.size, row.op) for row in rows):
         by_column: dict[str, list[Row]] = {}
         for row in rows:
             if (row.size, row.op) == (size, op):
                 by_column.setdefault(row.column, []).append(row)
-        native, gelu, eager = (next(iter(by_column.get(name, [])), None) for name in ("native", "yardstick", "eager"))
+        native, eager = (next(iter(by_column.get(name, [])), None) for name in ("native", "eager"))
+        yardsticks = by_column.get("yardstick", [])
+        best = min((row for row in yardsticks if row.median), key=lambda row: row.median or 0.0, default=None)
         ours = native.median if native else None
-        line = [f"{size}, {TITLES.get(op, op)}"]
+        line = [f"{size}, {words.titles.get(op, op)}"]
         line += [number(native.floor_ms["q50"] if native and native.floor_ms else None)]
         line += [cell(by_column.get("native", []), notes), number(native.times_floor if native else None)]
-        line += [number(native.gbps if native else None), cell(by_column.get("yardstick", []), notes)]
-        line += [times(ours, gelu.median if gelu else None, 2)]
+        line += [number(native.gbps if native else None), cell(yardsticks, notes, words.several)]
+        line += [times(ours, best.median if best else None, 2)]
         line += [cell(by_column.get(name, []), notes, name == "peer") for name in columns]
         line += [times(eager.median if eager else None, ours)]
-        line += [size_of(row.extra_bytes if row else None) for row in (native, gelu, eager)]
+        line += [size_of(row.extra_bytes if row else None) for row in (native, best, eager)]
         if on_gpu:
             line += [number(native.launches if native else None), number(native.host_us if native else None)]
         grid.lines.append(line)
@@ -159,9 +184,9 @@ def grids(run: Run, family: str | None = None, **want: str) -> list[Grid]:
     if family in (None, "optim"):
         models = dict.fromkeys((row.size, row.dtype) for row in run.find(family="optim", **want))
         found += [optimizer_grid(run, size, dtype) for size, dtype in models]
-    if family in (None, "rational"):
-        dtypes = dict.fromkeys(row.dtype for row in run.find(family="rational", **want))
-        found += [rational_grid(run, **(want | {"dtype": dtype})) for dtype in dtypes]
+    for name in CALLS if family is None else CALLS.keys() & {family}:
+        dtypes = dict.fromkeys(row.dtype for row in run.find(family=name, **want))
+        found += [call_grid(run, name, **(want | {"dtype": dtype})) for dtype in dtypes]
     return found
 
 
@@ -185,6 +210,38 @@ def traffic_grid() -> Grid:
     return grid
 
 
+# What a table of bytes compares: name, then the arguments of cache_nbytes.
+CACHES: tuple[tuple[str, float, int, int, str, int | None], ...] = (
+    ("ZipCache, 60 % in 4 bits, the rest in 2", 0.6, 4, 2, "zipcache", 128),
+    ("ZipCache, 60 %, one block for the prompt", 0.6, 4, 2, "zipcache", None),
+    ("ZipCache, 40 %", 0.4, 4, 2, "zipcache", 128),
+    ("ZipCache, 80 %", 0.8, 4, 2, "zipcache", 128),
+    ("8 bits for each token and head", 1.0, 8, 8, "per_token_head", None),
+    ("4 bits for each token and head", 1.0, 4, 4, "per_token_head", None),
+    ("ZipCache's codec, all in 4 bits", 1.0, 4, 4, "zipcache", 128),
+    ("ZipCache's codec, all in 2 bits", 0.0, 4, 2, "zipcache", 128),
+    ("KIVI, 4 bits, groups of 32", 1.0, 4, 4, "kivi", 32),
+    ("KIVI, 2 bits, groups of 32", 0.0, 2, 2, "kivi", 32),
+)
+
+
+def cache_grid(tokens: int = 32768, width: int = 128) -> Grid:
+    """Bytes of a token's key and value in one head, counted by the cache itself."""
+    from singlepass.kv import Codec, cache_nbytes
+
+    head = ["cache", "bytes per token and head", "bits per number", "times smaller than 16 bits"]
+    grid = Grid(f"A prompt of {tokens:,} tokens, head_dim {width}", head)
+    grid.lines.append(["16 bits", str(4 * width), "16.00", "1.00"])
+    for name, ratio, salient, regular, codec, block in CACHES:
+        make = getattr(Codec, codec)
+        options: dict[str, Any] = {"salient_ratio": ratio, "salient_bits": salient, "regular_bits": regular}
+        made = make() if codec == "per_token_head" else make(block)
+        per_token = cache_nbytes(tokens, head_dim=width, codec=made, **options) / tokens
+        numbers = (per_token, 8 * per_token / (2 * width), 4 * width / per_token)
+        grid.lines.append([name, *(f"{n:.{digits}f}" for n, digits in zip(numbers, (1, 2, 2), strict=True))])
+    return grid
+
+
 def machine_line(run: Run) -> str:
     commit = f"commit {run.commit}{' with local changes' if run.dirty else ''}" if run.commit else "no commit"
     return f"{run.device_line}; copy bandwidth {run.copy_gbps:.0f} GB/s; {commit}."
@@ -195,6 +252,8 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
     shows it."""
     if name == "traffic":
         return traffic_grid().markdown()
+    if name == "caches":
+        return cache_grid().markdown()
     if run is None:
         return f"{NOT_MEASURED}\n"
     if name == "machine":
@@ -207,8 +266,8 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
         picked = grids(run, **{key: value for key, value in options.items() if key in ("family", "size", "dtype")})
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
-        "bench table: expected a marker machine, checks, traffic, plot, "
-        f"{' or '.join(FAMILIES)}; got {name!r}. Correct the marker"
+        "bench table: expected a marker machine, checks, traffic, caches, plot, "
+        f"{', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
     )
 
 

@@ -15,6 +15,10 @@ from torch._library.simple_registry import singleton
 from singlepass import _dispatch
 from singlepass._ops import NAMESPACE, op
 
+from .kv import test_attention as test_attention_kv
+from .kv import test_compile as test_compile_kv
+from .kv import test_functional as test_functional_kv
+from .kv import test_saliency as test_saliency_kv
 from .optim import test_compile, test_grad_norm, test_rules, test_stream
 from .optim.steps import rule_of
 from .rational import test_compile as test_compile_rational
@@ -29,6 +33,10 @@ _STEPS = {rule_of(case).op_name for case in CASES}
 FLOAT64_TESTS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(_STEPS, test_rules.test_ten_steps_in_every_mix_of_dtypes),
     "grad_norm": test_grad_norm.test_norm_and_divisor,
+    "kv_decode": test_attention_kv.test_against_float64,
+    "kv_dequantize_": test_functional_kv.test_against_float64,
+    "kv_quantize_": test_functional_kv.test_against_float64,
+    "kv_saliency": test_saliency_kv.test_against_float64,
     "rational": test_functional.test_against_float64,
     "rational_backward": test_functional.test_against_float64,
     "stream_": test_stream.test_values_stay,
@@ -36,6 +44,10 @@ FLOAT64_TESTS: dict[str, Callable[..., None]] = {
 OPCHECKS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(_STEPS, test_compile.test_step_ops_pass_opcheck),
     "grad_norm": test_compile.test_grad_norm_passes_opcheck,
+    "kv_decode": test_compile_kv.test_decode_op_passes_opcheck,
+    "kv_dequantize_": test_compile_kv.test_codec_ops_pass_opcheck,
+    "kv_quantize_": test_compile_kv.test_codec_ops_pass_opcheck,
+    "kv_saliency": test_compile_kv.test_saliency_op_passes_opcheck,
     "rational": test_compile_rational.test_ops_pass_opcheck,
     "rational_backward": test_compile_rational.test_ops_pass_opcheck,
     "stream_": test_compile.test_stream_passes_opcheck,

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from ..results import Row, Run
-from . import optim, rational
+from . import kv, optim, rational
 from .bars import Check, exit_status
 
 __all__ = ["Check", "check", "exit_status"]
 
-FAMILIES = {"optim": optim, "rational": rational}
+FAMILIES = {"optim": optim, "rational": rational, "kv": kv}
 
 
 def check(run: Run, family: str | None = None) -> list[Check]:

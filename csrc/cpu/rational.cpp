@@ -74,9 +74,9 @@ constexpr int64_t kBlock = 128;
 constexpr int64_t kBlocks = 16;
 
 template <Form form, int M, int N>
-SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void all_gradients(
-    const Coefficients<float, M, N>& coefficients, const float* x, const float* g, float* dx, int64_t n,
-    Sums<Vector, M, N>& sums) {
+SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void all_gradients(const Coefficients<float, M, N>& coefficients,
+                                                                          const float* x, const float* g, float* dx,
+                                                                          int64_t n, Sums<Vector, M, N>& sums) {
   const Coefficients<Vector, M, N> c = spread<Vector>(coefficients);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(n, begin + kBlock);

@@ -17,9 +17,11 @@ import torch
 
 from . import _native
 from ._errors import message
+from ._ops import kv as _kv_ops  # noqa: F401  defines the ops that are bound below
 from ._ops import library, op
-from ._ops import optim as _optim_ops  # noqa: F401  defines the ops that are bound below
+from ._ops import optim as _optim_ops  # noqa: F401
 from ._ops import rational as _rational_ops  # noqa: F401
+from .reference import kv as reference_kv
 from .reference import optim as reference_optim
 from .reference import rational as reference_rational
 
@@ -34,6 +36,10 @@ _KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _EAGER: dict[str, Callable] = {
     **reference_optim.STEPS,
     "grad_norm": reference_optim.grad_norm,
+    "kv_decode": reference_kv.decode,
+    "kv_dequantize_": reference_kv.dequantize_,
+    "kv_quantize_": reference_kv.quantize_,
+    "kv_saliency": reference_kv.saliency,
     "rational": reference_rational.rational,
     "rational_backward": reference_rational.rational_backward,
     "stream_": reference_optim.stream_,

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV caches of real models, and the ops that are measured over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DECODE, QUANTIZE, DEQUANTIZE, SALIENCY = "kv_decode", "kv_quantize_", "kv_dequantize_", "kv_saliency"
+TITLES = {
+    DECODE: "decode attention",
+    QUANTIZE: "quantise and pack",
+    DEQUANTIZE: "restore",
+    SALIENCY: "saliency of 512 probes",
+}
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The tokens that one attention layer holds. `title` is what a plot calls it."""
+
+    batch: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch}x{self.length}"
+
+    @property
+    def title(self) -> str:
+        return f"batch {self.batch}, {self.length:,} tokens"
+
+    @property
+    def elements(self) -> int:
+        """Of keys and values."""
+        return 2 * self.batch * HEADS * self.length * WIDTH
+
+
+# One layer of Llama-3-8B.
+QUERY_HEADS, HEADS, WIDTH = 32, 8, 128
+# ZipCache's setting: 60% of the tokens in 4 bits, the others in 2; half of the window is in use.
+SALIENT_RATIO, BLOCK, WINDOW = 0.6, 128, 64
+PROBES = 512
+
+SHAPES = {
+    "cpu": tuple(CacheShape(batch, length) for batch, length in ((1, 32768), (4, 32768), (1, 4096), (4, 4096))),
+    "cuda": tuple(CacheShape(batch, length) for length in (32768, 8192, 131072) for batch in (8, 1)),
+}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+// Loops on the CPU over a few tokens in floats, (tokens, width) in the first-level cache.
+namespace singlepass::kv {
+
+inline constexpr int64_t kTile = 32;  // tokens; buffers hold as many
+
+// `tokens` rows of packed codes as floats.
+void unpack(const uint8_t* codes, int bits, int64_t tokens, int64_t width, float* to);
+
+// to = n * step + minimum for `groups` groups of a row, in place.
+void restore(const uint16_t* steps, int64_t groups, int64_t width, float* row);
+
+// scores[r * stride + t] = q_r . token_t. May write scores up to the next multiple of 8 tokens.
+void dot(const float* q, int64_t rows, const float* tokens, int64_t count, int64_t width, float* scores,
+         int64_t stride);
+
+// sums_r += sum over t of weights[r * stride + t] * token_t.
+void accumulate(const float* weights, int64_t stride, int64_t rows, const float* tokens, int64_t count, int64_t width,
+                float* sums);
+
+// softcap * tanh(s / softcap) in place.
+void cap(float* scores, int64_t n, float softcap);
+
+// The largest of n, NaN if one is.
+float largest(const float* scores, int64_t n);
+
+// scores = exp(scores - shift) in place, for scores <= shift. Returns their sum.
+float exponentials(float* scores, int64_t n, float shift);
+
+}  // namespace singlepass::kv

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compressed KV cache: tokens in a few bits, quantised block by block, and attention that reads the codes.
+
+Letters: B sequences, H heads of keys and values, Hq heads of queries (H divides Hq: query head h reads head
+h // (Hq // H)), L tokens, D channels (a multiple of 16, at most 512), T slots of stored tokens, N blocks.
+
+Slot ``starts[i] + j`` holds token j of block i, where j < ``counts[b, i]`` for sequence b; what lies between that and
+``starts[i + 1]`` holds nothing. A token's D codes of ``bits`` bits each (2, 4 or 8) lie in planes: with P = 8 / bits
+and W = D / P, byte w has the code of channel p * W + w in its bits p * bits and up. Steps and minima are float16,
+
+    x^ = c * (code * step + minimum),    code = round((x / c - minimum) / step) within 0 .. 2^bits - 1,
+
+the minimum rounded down and the step up, so that |x - x^| <= c * step / 2 for |x| <= 65504; beyond, x counts as that.
+Zeros among them are positive. Codes are made in float32: (x * (1 / c) - minimum) * (1 / step), ties to even.
+
+* ``axis`` 0: a step and a minimum for each channel of a block, ``scales`` (B, H, N, 2, D); c = 1.
+* ``axis`` 1: for each token and each of G equal groups of channels, ``scales`` (B, H, T, 2, G); c is 1, or the
+  square root of the largest magnitude that the channel has in the block, ``channels`` (B, H, N, D) in float16.
+
+A group with a NaN or an infinity comes back as NaN. ``codes`` is uint8 (B, H, T, W); ``starts`` (N + 1,), ``counts``
+(B, N) and ``index`` (B, H, T) are int32. Tensors need a last stride of 1, and all but ``x``, ``q``, ``k`` and ``v`` of
+the window and ``out`` must be contiguous from the third dimension on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import NAMESPACE, library
+
+AXES = ("channel", "token")
+SEGMENT = ("key_codes", "key_scales", "value_codes", "value_scales", "value_channels", "starts", "counts")
+
+# Fills codes, scales and channels from token index[b, h, slot] of x (B, H, L, D), which is the slot's number where
+# there is no index.
+library.define(
+    "kv_quantize_(Tensor x, Tensor? index, Tensor starts, Tensor counts, Tensor(a!) codes, Tensor(b!) scales, "
+    "Tensor(c!)? channels, *, int bits, int axis) -> ()"
+)
+
+# The way back: out[b, h, index[b, h, slot]] = x^, for the slots that hold a token. Other places of out stay.
+library.define(
+    "kv_dequantize_(Tensor codes, Tensor scales, Tensor? channels, Tensor? index, Tensor starts, Tensor counts, "
+    "Tensor(a!) out, *, int bits, int axis) -> ()"
+)
+
+# How much attention tokens get from probes: column sums, over the P probes q (B, Hq, P, D) and over the query heads
+# of a head, of softmax(cap(scale * q k^T)) for k (B, H, L, D): (B, H, L) in float32. Probe p stands at positions[p]
+# (int64), sees the tokens up to there for which mask (B, L) is true, and counts if its own token is among those.
+# With lse (B, Hq, P), float32, rows are exp(logit - lse) instead. cap(s) = softcap * tanh(s / softcap) if softcap > 0.
+library.define(
+    "kv_saliency(Tensor q, Tensor k, Tensor positions, Tensor? mask, Tensor? lse, *, float scale, float softcap=0.0) "
+    "-> Tensor"
+)
+
+# Attention of q (B, Hq, Lq, D) over segments of compressed tokens, seven tensors each in the order of SEGMENT (empty
+# value_channels: c = 1), and over the slots window[b, 0] <= j < window[b, 1] (int32) of window_k (B, H, W, D) and
+# window_v (B, H, W, Dv). The last of those is the last query's own token: query i does not see the Lq - 1 - i slots
+# before window[b, 1]. `first` (segments, B, H), int32: slots before it are not seen. `sinks` (Hq,), float32: a logit
+# more in each row's sum. Returns the result, (B, Hq, Lq, Dv) in q's dtype, and the logarithm of the sums of exp,
+# (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.
+library.define(
+    "kv_decode(Tensor q, Tensor[] segments, Tensor window_k, Tensor window_v, Tensor window, Tensor? sinks, "
+    "Tensor? first, *, int[] bits, int key_axis, float scale, float softcap=0.0) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::kv_quantize_", lib=library)
+def _quantize_fake(
+    x: Tensor,
+    index: Tensor | None,
+    starts: Tensor,
+    counts: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    *,
+    bits: int,
+    axis: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::kv_dequantize_", lib=library)
+def _dequantize_fake(
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    index: Tensor | None,
+    starts: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    *,
+    bits: int,
+    axis: int,
+) -> None:
+    return None
+
+
+@torch.library.register_fake(f"{NAMESPACE}::kv_saliency", lib=library)
+def _saliency_fake(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    lse: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    return k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::kv_decode", lib=library)
+def _decode_fake(
+    q: Tensor,
+    segments: list[Tensor],
+    window_k: Tensor,
+    window_v: Tensor,
+    window: Tensor,
+    sinks: Tensor | None,
+    first: Tensor | None,
+    *,
+    bits: list[int],
+    key_axis: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    shape = q.shape[:3]
+    return q.new_empty((*shape, window_v.shape[3])), q.new_empty(shape, dtype=torch.float32)

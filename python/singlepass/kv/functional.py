@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a compressed cache, each usable alone: quantise and pack, unpack, saliency, attention over codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from .._errors import message, require
+from .._ops.kv import AXES
+
+__all__ = ["Quantized", "decode_attention", "dequantize", "probe_saliency", "quantize"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BITS = (2, 4, 8)
+NORMALIZATIONS = ("probe_nnz", "causal_nnz")
+MAX_CHANNELS = 512
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Tokens (batch, heads, tokens, channels) in a few bits, as :func:`quantize` makes them.
+
+    Attributes:
+        codes: uint8 (batch, heads, slots, channels * bits / 8).
+        scales: float16 steps and minima, (batch, heads, blocks, 2, channels) where they belong to channels, else
+            (batch, heads, slots, 2, groups).
+        channels: float16 (batch, heads, blocks, channels), by which channels were divided first, or None.
+        starts: int32 (blocks + 1,), the slots where blocks begin.
+        counts: int32 (batch, blocks), how many tokens each block holds.
+        bits: 2, 4 or 8.
+        axis: "channel" or "token", what steps belong to.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    channels: Tensor | None
+    starts: Tensor
+    counts: Tensor
+    bits: int
+    axis: str
+
+    @property
+    def head_dim(self) -> int:
+        return self.codes.shape[3] * 8 // self.bits
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.codes, self.scales, self.channels, self.starts, self.counts)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def backend_for(op: str, tensor: Tensor, dtypes: Collection[torch.dtype], backend: str | None) -> str:
+    return _dispatch.choose(op, tensor.device.type, dtypes, _dispatch.requested(backend))
+
+
+def check_tokens(op: str, name: str, x: Tensor) -> None:
+    """Raises unless x can be tokens of a cache."""
+    require(isinstance(x, Tensor), op, f"a tensor {name}", type(x).__name__, "Convert it.")
+    require(x.dim() == 4, op, f"{name} (batch, heads, tokens, channels)", tuple(x.shape), "Reshape it.")
+    require(x.dtype in FLOATS, op, f"a floating-point {name}", x.dtype, "Convert it.")
+    width = x.shape[3]
+    contract = f"{name} of 16, 32, ..., {MAX_CHANNELS} channels"
+    require(width % 16 == 0 and 0 < width <= MAX_CHANNELS, op, contract, width, "Pad channels with zeros.")
+
+
+def last_dense(x: Tensor) -> Tensor:
+    """x, or a copy of it whose channels are neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def quantize_into(x: Tensor, index: Tensor | None, to: Quantized, backend: str | None) -> None:
+    """Fills ``to``, views of preallocated tensors, from tokens ``index`` of x."""
+    run = _dispatch.implementation("kv_quantize_", backend_for("kv_quantize_", x, {x.dtype}, backend))
+    options = {"bits": to.bits, "axis": AXES.index(to.axis)}
+    run(last_dense(x), index, to.starts, to.counts, to.codes, to.scales, to.channels, **options)
+
+
+def dequantize_into(q: Quantized, index: Tensor | None, out: Tensor, backend: str | None) -> None:
+    """Writes what q holds to places ``index`` of ``out``."""
+    run = _dispatch.implementation("kv_dequantize_", backend_for("kv_dequantize_", out, {out.dtype}, backend))
+    options = {"bits": q.bits, "axis": AXES.index(q.axis)}
+    run(q.codes, q.scales, q.channels, index, q.starts, q.counts, out, **options)
+
+
+def empty(like: Tensor, slots: int, blocks: int, bits: int, axis: str, groups: int, separable: bool) -> Quantized:
+    """Room for so many slots and blocks; counts are zero."""
+    batch, heads, _, width = like.shape
+    device = like.device
+    half: dict[str, Any] = {"dtype": torch.float16, "device": device}
+    shape = (batch, heads, blocks, 2, width) if axis == "channel" else (batch, heads, slots, 2, groups)
+    return Quantized(
+        torch.empty((batch, heads, slots, width * bits // 8), dtype=torch.uint8, device=device),
+        torch.empty(shape, **half),
+        torch.empty((batch, heads, blocks, width), **half) if separable else None,
+        torch.zeros(blocks + 1, dtype=torch.int32, device=device),
+        torch.zeros((batch, blocks), dtype=torch.int32, device=device),
+        bits,
+        axis,
+    )
+
+
+def quantize(
+    x: Tensor,
+    bits: int,
+    *,
+    axis: str = "channel",
+    group: int | None = None,
+    block: int | None = None,
+    channel_separable: bool = False,
+    backend: str | None = None,
+) -> Quantized:
+    """Quantises tokens to ``bits`` bits, uniformly between the extremes of each group, and packs the codes.
+
+    Args:
+        x: (batch, heads, tokens, channels); float32, bfloat16, float16 or float64 (eager alone), any strides; channels
+            a multiple of 16 up to 512. Magnitudes above 65504 count as that; a NaN or an infinity makes its group NaN.
+        bits: 2, 4 or 8.
+        axis: "channel": a step and a minimum for each channel of a block, as keys want it; "token": for each token.
+        group: for axis "token", how many channels share a step; None: all.
+        block: how many tokens share what belongs to channels; None: all.
+        channel_separable: for axis "token", divide each channel first by the square root of its largest magnitude in
+            the block, as values want it.
+        backend: "native", "triton" or "eager"; None chooses.
+
+    Returns:
+        Quantized: x to within half a step, elementwise.
+
+    Raises:
+        ValueError: shapes, dtypes or options that don't fit.
+
+    Source: He et al., "ZipCache", arXiv 2405.14256, Algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import dequantize, quantize
+        >>> x = torch.arange(64.0).view(1, 1, 4, 16)
+        >>> q = quantize(x, bits=2)
+        >>> q.nbytes
+        92
+        >>> bool((dequantize(q) - x).abs().max() == 0)
+        True
+    """
+    op = "quantize"
+    check_tokens(op, "x", x)
+    require(bits in BITS, op, "bits 2, 4 or 8", bits, "Choose one of them.")
+    require(axis in AXES, op, 'axis "channel" or "token"', repr(axis), "Choose one of them.")
+    width, tokens = x.shape[3], x.shape[2]
+    by_token = axis == "token"
+    require(by_token or (group is None and not channel_separable), op, 'axis "token"', axis, "Leave group out.")
+    group = width if group is None else group
+    require(group > 0 and width % group == 0, op, f"a group that divides {width} channels", group, "Choose another.")
+    block = max(tokens, 1) if block is None else block
+    require(block > 0, op, "a block of at least one token", block, "Leave it out for all tokens.")
+    blocks = -(-tokens // block)
+    q = empty(x, tokens, blocks, bits, axis, width // group, channel_separable)
+    q.starts.copy_(block_starts(tokens, block, x.device))
+    q.counts.copy_(q.starts.diff())
+    quantize_into(x, None, q, backend)
+    return q
+
+
+def block_starts(slots: int, block: int, device: torch.device) -> Tensor:
+    """The starts of blocks of that size that cover so many slots, and their end; int32."""
+    return torch.arange(0, -(-slots // block) * block + 1, block, dtype=torch.int32, device=device).clamp_(max=slots)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, backend: str | None = None) -> Tensor:
+    """The tokens that :func:`quantize` packed, (batch, heads, tokens, channels); zeros in slots without a token."""
+    require(dtype in FLOATS, "dequantize", "a floating-point dtype", dtype, "Convert the result.")
+    out = torch.zeros((*q.codes.shape[:3], q.head_dim), dtype=dtype, device=q.codes.device)
+    dequantize_into(q, None, out, backend)
+    return out
+
+
+def probe_saliency(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    normalization: str = "probe_nnz",
+    backend: str | None = None,
+) -> Tensor:
+    """Normalised attention score of tokens, by a few probe queries: the mean attention that a token gets from those
+    that see it. No matrix of probabilities is stored.
+
+    Args:
+        q: (batch, query heads, probes, channels), the probes' queries.
+        k: (batch, heads, tokens, channels); heads divides query heads.
+        positions: int64 (probes,), where in k each probe's own token stands; it sees the tokens up to there.
+        mask: bool (batch, tokens), false for padding, or None.
+        lse: float32 (batch, query heads, probes), the logarithm of the sum of exp(logit) over everything that a probe
+            sees, where that is more than k; None: it sees k alone.
+        scale: of q @ k^T; None: channels^-0.5.
+        softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
+        normalization: "probe_nnz" divides by how many probes see a token (eq. 8 of the paper over the probes),
+            "causal_nnz" by how many tokens of the whole sequence would see it (as the paper's code does).
+        backend: "native", "triton" or "eager"; None chooses.
+
+    Returns:
+        Tensor: float32 (batch, heads, tokens), the mean over a head's query heads.
+
+    Source: He et al., "ZipCache", arXiv 2405.14256, eq. 8 and section 4.3.
+    """
+    op = "probe_saliency"
+    check_tokens(op, "k", k)
+    check_queries(op, q, k)
+    got = f"{tuple(positions.shape)} of {positions.dtype}"
+    fits = positions.dtype == torch.int64 and positions.shape == q.shape[2:3]
+    require(fits, op, f"int64 positions of shape ({q.shape[2]},)", got, "Give each probe's place in k.")
+    require(
+        normalization in NORMALIZATIONS, op, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them."
+    )
+    batch, heads, length, width = k.shape
+    if mask is not None:
+        fits = mask.shape == (batch, length) and mask.dtype == torch.bool
+        require(fits, op, f"a bool mask of shape ({batch}, {length})", tuple(mask.shape), "True marks tokens.")
+    _check_exact(op, "lse", lse, torch.float32, tuple(q.shape[:3]), k)
+    check_softcap(op, softcap)
+    scale = width**-0.5 if scale is None else scale
+    run = _dispatch.implementation("kv_saliency", backend_for("kv_saliency", k, {q.dtype, k.dtype}, backend))
+    sums = run(last_dense(q), last_dense(k), positions, mask, lse, scale=scale, softcap=float(softcap))
+    return sums / (q.shape[1] // heads * seen_by(positions, length, mask, normalization)[:, None])
+
+
+def seen_by(positions: Tensor, length: int, mask: Tensor | None, normalization: str) -> Tensor:
+    """How many probes see each token (1 or batch, tokens), at least 1; or how many tokens would."""
+    device = positions.device
+    if normalization == "causal_nnz":
+        return torch.arange(length, 0, -1, device=device)[None]
+    probes = torch.zeros(1 if mask is None else len(mask), length, dtype=torch.int64, device=device)
+    valid = torch.ones_like(probes) if mask is None else mask.long()
+    probes.index_add_(1, positions, valid[:, positions])
+    return probes.flip(1).cumsum(1).flip(1).clamp_(min=1)
+
+
+def check_queries(op: str, q: Tensor, k: Tensor) -> None:
+    """Raises unless queries q go with keys k."""
+    check_tokens(op, "q", q)
+    contract = f"q of batch {k.shape[0]}, a multiple of {k.shape[1]} heads and {k.shape[3]} channels, as the keys"
+    fits = q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0 and q.shape[3] == k.shape[3]
+    require(fits and q.shape[1] > 0, op, contract, tuple(q.shape), "Pass (batch, query heads, tokens, channels).")
+    require(q.device == k.device, op, f"q on {k.device}, as the keys", q.device, "Move it there.")
+
+
+def check_softcap(op: str, softcap: float) -> None:
+    require(math.isfinite(softcap) and softcap >= 0, op, "softcap >= 0", softcap, "0 leaves logits as they are.")
+
+
+def _check_exact(
+    op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor
+) -> None:
+    """Raises unless t is None or a tensor of that dtype and shape where ``like`` is."""
+    if t is None or (t.shape == shape and t.dtype == dtype and t.device == like.device):
+        return
+    contract = f"{str(dtype).removeprefix('torch.')} {name} of shape {shape} on {like.device}"
+    got = f"{tuple(t.shape)} of {t.dtype} on {t.device}"
+    raise ValueError(message(op, contract, got, "Convert or reshape it."))
+
+
+def _check_segment(op: str, keys: Quantized, values: Quantized, window_k: Tensor, window_v: Tensor) -> None:
+    require(values.axis == "token", op, 'values of axis "token"', values.axis, "Quantise them so.")
+    require(keys.bits == values.bits, op, f"values of {keys.bits} bits, as keys", values.bits, "Quantise alike.")
+    for name, part, window in (("keys", keys, window_k), ("values", values, window_v)):
+        shape = (*window.shape[:2], keys.codes.shape[2], window.shape[3])
+        got = (*part.codes.shape[:3], part.head_dim)
+        require(got == shape, op, f"{name} {shape}, as the window's but for slots", got, "Quantise the same tokens.")
+
+
+def decode_attention(
+    q: Tensor,
+    segments: Sequence[tuple[Quantized, Quantized]],
+    window_k: Tensor,
+    window_v: Tensor,
+    window: Tensor,
+    *,
+    first: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the newest tokens' queries over compressed tokens, whose codes are read as they stand, and over a
+    window of uncompressed ones.
+
+    Args:
+        q: (batch, query heads, queries, channels); float32, bfloat16 or float16 (eager: float64 too).
+        segments: keys and values of compressed tokens, all seen by every query. Pairs agree in starts and counts, and
+            keys in their axis.
+        window_k: (batch, heads, slots, channels), the uncompressed keys; heads divides query heads.
+        window_v: (batch, heads, slots, value channels).
+        window: int32 (batch, 2), the first slot of the window that holds a token, and the end; the last token there is
+            the last query's own, so that attention is causal.
+        first: int32 (segments, batch, heads), the first slot of each segment to see, or None for all.
+        sinks: float32 (query heads,), a logit of nothing for each head, or None.
+        scale: of q @ k^T; None: channels^-0.5.
+        softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
+        backend: "native", "triton" or "eager"; None chooses.
+
+    Returns:
+        tuple: the result (batch, query heads, queries, value channels) in q's dtype, and the logarithms of the sums of
+        exp(logit), float32 (batch, query heads, queries). A query that sees nothing has 0 and -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or options that don't fit.
+    """
+    op = "decode_attention"
+    check_tokens(op, "window_k", window_k)
+    check_tokens(op, "window_v", window_v)
+    check_queries(op, q, window_k)
+    check_softcap(op, softcap)
+    batch, heads = window_k.shape[:2]
+    fits = window_v.shape[:3] == window_k.shape[:3] and window_v.dtype == window_k.dtype
+    contract = f"window_v {tuple(window_k.shape[:3])} of {window_k.dtype}, as window_k"
+    require(fits, op, contract, f"{tuple(window_v.shape)} of {window_v.dtype}", "Only channels may differ.")
+    _check_exact(op, "window", window, torch.int32, (batch, 2), window_k)
+    _check_exact(op, "first", first, torch.int32, (len(segments), batch, heads), window_k)
+    _check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), window_k)
+    axes = {keys.axis for keys, _ in segments}
+    require(len(axes) <= 1, op, "keys of one axis", sorted(axes), "Quantise them alike.")
+    parts: list[Tensor] = []
+    for keys, values in segments:
+        _check_segment(op, keys, values, window_k, window_v)
+        none = values.scales.new_empty(0)
+        parts += (keys.codes, keys.scales, values.codes, values.scales)
+        parts += (none if values.channels is None else values.channels, keys.starts, keys.counts)
+    run = _dispatch.implementation("kv_decode", backend_for("kv_decode", q, {q.dtype, window_k.dtype}, backend))
+    return run(
+        last_dense(q),
+        parts,
+        last_dense(window_k),
+        last_dense(window_v),
+        window,
+        sinks,
+        first,
+        bits=[keys.bits for keys, _ in segments],
+        key_axis=AXES.index(axes.pop()) if axes else 0,
+        scale=float(q.shape[3] ** -0.5 if scale is None else scale),
+        softcap=float(softcap),
+    )

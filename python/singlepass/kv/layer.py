@@ -1,0 +1,474 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention layer's compressed cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._errors import require
+from . import state
+from .functional import (
+    BITS,
+    NORMALIZATIONS,
+    backend_for,
+    check_queries,
+    check_tokens,
+    decode_attention,
+    dequantize_into,
+    probe_saliency,
+    seen_by,
+)
+from .prompt import causal_attention, rotate
+from .selection import classify, pack_kinds, probe_positions, tokens_of_kind, unpack_kinds
+from .store import PADDING, REGULAR, SALIENT, Codec, Segment, grown
+
+_OP = "ZipCacheLayer"
+
+
+class ZipCacheLayer:
+    """Keys and values of one attention layer: salient tokens in more bits than regular ones, the newest in 16.
+
+    A prompt is compressed at once. Tokens after it stay as they are in a window, which is compressed as a whole when it
+    is full, and never again. How salient a token is, is the attention it gets from probes, a few of the queries, per
+    head of keys; of tokens that were stored without queries nothing is known, and all count as salient.
+
+    Args:
+        salient_ratio: share of tokens, of each compressed piece, that are salient; 1 or 0: all in the same bits.
+        salient_bits: 2, 4 or 8.
+        regular_bits: 2, 4 or 8.
+        codec: how tokens are quantised, see :class:`Codec`; None: ZipCache's own.
+        window: how many of the newest tokens stay uncompressed at most.
+        recent_probes: share of tokens, the newest, that are probes.
+        random_probes: share of tokens, drawn from the others, that are probes.
+        max_probes: how many probes there are at most.
+        normalization: "probe_nnz", the paper's, or "causal_nnz", its code's; see :func:`probe_saliency`.
+        seed: of the random probes.
+        scale: of q @ k^T; None: channels^-0.5.
+        softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
+        backend: "native", "triton" or "eager"; None chooses.
+
+    Raises:
+        ValueError: options out of range.
+
+    Source: He et al., "ZipCache", arXiv 2405.14256. Unlike its code, this quantises no token twice, takes the paper's
+    normalisation, and has values' steps per head.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import ZipCacheLayer
+        >>> q, k, v = torch.randn(1, 8, 200, 64), torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
+        >>> layer = ZipCacheLayer(salient_ratio=0.6)
+        >>> layer.prefill(q, k, v).shape
+        torch.Size([1, 8, 200, 64])
+        >>> layer.append(k[:, :, :1], v[:, :, :1])
+        >>> layer.attend(q[:, :, :1]).shape
+        torch.Size([1, 8, 1, 64])
+        >>> layer.length, layer.window_length
+        (201, 1)
+    """
+
+    def __init__(
+        self,
+        salient_ratio: float = 0.6,
+        *,
+        salient_bits: int = 4,
+        regular_bits: int = 2,
+        codec: Codec | None = None,
+        window: int = 128,
+        recent_probes: float = 0.05,
+        random_probes: float = 0.05,
+        max_probes: int = 512,
+        normalization: str = "probe_nnz",
+        seed: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        backend: str | None = None,
+    ):
+        for name, share in (
+            ("salient_ratio", salient_ratio),
+            ("recent_probes", recent_probes),
+            ("random_probes", random_probes),
+        ):
+            require(0.0 <= share <= 1.0, _OP, f"{name} from 0 to 1", share, "It is a share of the tokens.")
+        for name, bits in (("salient_bits", salient_bits), ("regular_bits", regular_bits)):
+            require(bits in BITS, _OP, f"{name} 2, 4 or 8", bits, "Choose one of them.")
+        require(window >= 1, _OP, "a window of at least 1 token", window, "128 is the default.")
+        require(max_probes >= 1, _OP, "max_probes of at least 1", max_probes, "512 is the default.")
+        known = normalization in NORMALIZATIONS
+        require(known, _OP, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
+        self.salient_ratio = salient_ratio
+        self.salient_bits = salient_bits
+        self.regular_bits = regular_bits
+        self.codec = Codec() if codec is None else codec
+        self.window = window
+        self.recent_probes = recent_probes
+        self.random_probes = random_probes
+        self.max_probes = max_probes
+        self.normalization = normalization
+        self.seed = seed
+        self.scale = scale
+        self.softcap = softcap
+        self.backend = backend
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self.length = 0
+        self.window_length = 0
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._segments: dict[int, Segment] = {}  # by kind, SALIENT and REGULAR
+        self._window: tuple[Tensor, Tensor] | None = None
+        self._kinds: Tensor | None = None  # packed, of the compressed tokens
+        self._kinds_used = 0
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self.window_length = 0
+        self._due = set(self._draw_probes(self.window).tolist())
+        self._probed: list[int] = []
+        self._scores: Tensor | None = None
+
+    def _draw_probes(self, length: int) -> Tensor:
+        return probe_positions(length, self.recent_probes, self.random_probes, self.max_probes, self._generator)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether tokens differ in their bits, so that saliency is needed."""
+        return 0.0 < self.salient_ratio < 1.0 and self.salient_bits != self.regular_bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything stored, parameters and positions included; the window counts as it is used."""
+        total = sum(segment.nbytes for segment in self._segments.values())
+        if self._kinds is not None:
+            total += self._kinds[..., : self._kinds_used].nbytes
+        if self._window is not None:
+            total += sum(t[:, :, : self.window_length].nbytes for t in self._window)
+        return total
+
+    # Adding tokens
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention of a prompt's queries over what is cached and over the prompt, which is then compressed.
+
+        Args:
+            q: (batch, query heads, tokens, channels).
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
+            mask: bool (batch, tokens), false for padding, or None.
+            sinks: (query heads,), a logit of nothing for each head, or None. Saliency does without it.
+
+        Returns:
+            Tensor: (batch, query heads, tokens, value channels); zeros for padding.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that don't fit; the cache is unchanged.
+        """
+        self._check(k, v)
+        check_queries(_OP, q, k)
+        require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
+        if mask is not None:
+            fits = mask.shape == (k.shape[0], k.shape[2]) and mask.dtype == torch.bool
+            got = f"{tuple(mask.shape)} of {mask.dtype}"
+            require(fits, _OP, f"a bool mask of shape {(k.shape[0], k.shape[2])}", got, "True marks tokens.")
+        if self.codec.rotate:
+            q, k, v = rotate(q), rotate(k), rotate(v)
+        before, tokens = self.length, k.shape[2]
+        keys, values, seen = k, v, mask
+        if before:
+            old_k, old_v = self._restore(k.dtype)
+            keys, values = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+            if mask is not None or self._has_padding():
+                now = torch.ones(k.shape[0], tokens, dtype=torch.bool, device=k.device) if mask is None else mask
+                seen = torch.cat((self._token_mask(), now), 1)
+        out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks)
+        saliency = None
+        if self.mixed and tokens:
+            positions = self._draw_probes(tokens).to(k.device)
+            options: dict[str, Any] = {"mask": seen, "scale": self.scale, "softcap": self.softcap}
+            options |= {"normalization": self.normalization, "backend": self.backend}
+            scores = probe_saliency(q[:, :, positions], keys, positions + before, **options)
+            saliency = scores[:, :, before:]
+        self._flush()
+        if tokens:
+            self._compress(k, v, saliency, mask)
+            self.length += tokens
+            self._ensure_window(k, v)
+        return rotate(out) if self.codec.rotate else out
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Adds the newest tokens, k (batch, heads, tokens, channels) and v likewise, to the window; a full one is
+        compressed first.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that don't fit; the cache is unchanged.
+        """
+        self._check(k, v)
+        if self.codec.rotate:
+            k, v = rotate(k), rotate(v)
+        self._ensure_window(k, v)
+        assert self._window is not None
+        tokens = k.shape[2]
+        done = 0
+        while done < tokens:
+            if self.window_length == self.window:
+                self._flush()
+            n = min(tokens - done, self.window - self.window_length)
+            place = slice(self.window_length, self.window_length + n)
+            for held, new in zip(self._window, (k, v), strict=True):
+                held[:, :, place] = new[:, :, done : done + n]
+            self.window_length += n
+            done += n
+        self.length += tokens
+
+    def _check(self, k: Tensor, v: Tensor) -> None:
+        check_tokens(_OP, "k", k)
+        check_tokens(_OP, "v", v)
+        fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
+        got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
+        require(fits, _OP, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
+        for x in (k, v):
+            self.codec.check_width(_OP, x.shape[3])
+        backend_for("kv_quantize_", k, {k.dtype}, self.backend)  # raises if there is none, before anything is changed
+        if self._window is None:
+            return
+        for name, held, new in zip("kv", self._window, (k, v), strict=True):
+            batch, heads, _, width = held.shape
+            fits = (batch, heads, width) == (new.shape[0], new.shape[1], new.shape[3])
+            fits = fits and held.dtype == new.dtype and held.device == new.device
+            contract = f"{name} of shape ({batch}, {heads}, tokens, {width}), {held.dtype} on {held.device}, as cached"
+            got = f"{tuple(new.shape)}, {new.dtype} on {new.device}"
+            require(fits, _OP, contract, got, "Call reset() for other sequences.")
+
+    def _ensure_window(self, k: Tensor, v: Tensor) -> None:
+        if self._window is None:
+            first, second = (x.new_zeros((*x.shape[:2], self.window, x.shape[3])) for x in (k, v))
+            self._window = first, second
+
+    def _flush(self) -> None:
+        """Compresses the window."""
+        if self.window_length == 0:
+            return
+        assert self._window is not None
+        n = self.window_length
+        k, v = (held[:, :, :n] for held in self._window)
+        saliency = None
+        if self._scores is not None:
+            positions = torch.tensor(self._probed, dtype=torch.int64, device=k.device)
+            saliency = self._scores[:, :, :n] / seen_by(positions, n, None, self.normalization)[:, None]
+        self._compress(k, v, saliency, None)
+        self._start_window()
+
+    def _compress(self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None) -> None:
+        batch, heads, tokens, _ = k.shape
+        total = torch.full((batch,), tokens, device=k.device) if mask is None else mask.sum(1)
+        if self.mixed and saliency is not None:
+            ratio = self.salient_ratio
+            kinds, salient = classify(saliency, mask, ratio)
+        else:  # all in the same bits, or of unknown saliency
+            ratio = float(self.salient_ratio > 0.0)
+            kind = SALIENT if ratio else REGULAR
+            kinds = torch.full((batch, heads, tokens), kind, dtype=torch.uint8, device=k.device)
+            kinds = kinds if mask is None else torch.where(mask[:, None], kinds, PADDING)
+            salient = total if ratio else torch.zeros_like(total)
+        slots = int(tokens * ratio + 0.5)
+        for kind, room, lengths in ((SALIENT, slots, salient), (REGULAR, tokens - slots, total - salient)):
+            if room == 0:
+                continue
+            if kind not in self._segments:
+                bits = self.salient_bits if kind == SALIENT else self.regular_bits
+                self._segments[kind] = Segment(bits, self.codec, k, v)
+            whole = room == tokens and mask is None
+            index = None if whole else tokens_of_kind(kinds, kind, room)
+            self._segments[kind].append(k, v, index, room, lengths, self.backend)
+        packed = pack_kinds(kinds)
+        used = self._kinds_used + packed.shape[2]
+        if self._kinds is None:
+            self._kinds = packed.new_zeros((batch, heads, 0))
+        self._kinds = grown(self._kinds, 2, self._kinds_used, used)
+        self._kinds[..., self._kinds_used : used] = packed
+        self._kinds_used = used
+
+    # Using them
+
+    def attend(self, q: Tensor, *, sliding_window: int | None = None, sinks: Tensor | None = None) -> Tensor:
+        """Attention of the newest tokens' queries over all cached tokens, the codes read as they stand.
+
+        Args:
+            q: (batch, query heads, queries, channels); the last query belongs to the last token, and all of their
+                tokens are in the window still.
+            sliding_window: the query sees so many of the newest tokens, its own among them; one query. None: all.
+            sinks: float32 (query heads,), a logit of nothing for each head, or None.
+
+        Returns:
+            Tensor: (batch, query heads, queries, value channels), q's dtype.
+
+        Raises:
+            ValueError: shapes or options that don't fit.
+        """
+        require(self._window is not None, _OP, "tokens to attend to", "an empty cache", "Call append or prefill.")
+        assert self._window is not None
+        check_queries(_OP, q, self._window[0])
+        if self.codec.rotate:
+            q = rotate(q)
+        queries = q.shape[2]
+        fits = queries <= max(self.window_length, 1)
+        require(fits, _OP, f"at most {self.window_length} queries", queries, "Use prefill.")
+        lowest, first = 0, None
+        if sliding_window is not None:
+            fits = queries == 1 and sliding_window >= 1
+            require(fits, _OP, "one query and a sliding window of at least 1", (queries, sliding_window), "See attend.")
+            oldest = max(self.length - sliding_window, 0)
+            lowest = max(oldest - (self.length - self.window_length), 0)
+            first = self._first_slots(oldest)
+        segments = [(s.keys, s.values) for s in self._segments.values()]
+        ends = torch.full((q.shape[0], 2), self.window_length, dtype=torch.int32, device=q.device)
+        ends[:, 0] = lowest
+        out, lse = decode_attention(
+            q,
+            segments,
+            *self._window,
+            ends,
+            first=first,
+            sinks=sinks,
+            scale=self.scale,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+        self._probe(q, lse)
+        return rotate(out) if self.codec.rotate else out
+
+    def _probe(self, q: Tensor, lse: Tensor) -> None:
+        """Adds what the window's tokens get from the queries whose turn it is to be probes."""
+        if not self.mixed:
+            return
+        assert self._window is not None
+        begin = self.window_length - q.shape[2]
+        rows = [i for i in range(q.shape[2]) if begin + i in self._due]
+        if not rows:
+            return
+        k = self._window[0]
+        places = [begin + i for i in rows]
+        positions = torch.tensor(places, dtype=torch.int64, device=k.device)
+        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
+        mean = probe_saliency(q[:, :, rows], k, positions, lse=lse[:, :, rows].contiguous(), **options)
+        scores = mean * seen_by(positions, k.shape[2], None, "probe_nnz")[:, None]
+        self._scores = scores if self._scores is None else self._scores + scores
+        self._probed += places
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in the order of their tokens, (batch, heads, tokens, channels) in the dtype that came
+        in; zeros for padding."""
+        require(self._window is not None, _OP, "cached tokens", "an empty cache", "Call append or prefill.")
+        assert self._window is not None
+        k, v = self._restore(self._window[0].dtype)
+        return (rotate(k), rotate(v)) if self.codec.rotate else (k, v)
+
+    def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All tokens as they are stored, in their order."""
+        assert self._window is not None
+        result = tuple(x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in self._window)
+        compressed = self.length - self.window_length
+        for held, out in zip(self._window, result, strict=True):
+            out[:, :, compressed:] = held[:, :, : self.window_length]
+        kinds = self._unpacked_kinds()
+        for kind, segment in self._segments.items():
+            index = _places(kinds, kind, segment)
+            for q, out in zip((segment.keys, segment.values), result, strict=True):
+                dequantize_into(q, index, out, self.backend)
+        return result[0], result[1]
+
+    def _unpacked_kinds(self) -> Tensor:
+        assert self._window is not None
+        if self._kinds is None:
+            return torch.zeros((*self._window[0].shape[:2], 0), dtype=torch.uint8, device=self._window[0].device)
+        return unpack_kinds(self._kinds[..., : self._kinds_used])
+
+    def _token_mask(self) -> Tensor:
+        """bool (batch, length), false for padding."""
+        kinds = self._unpacked_kinds()[:, 0]
+        return F.pad(kinds != PADDING, (0, self.window_length), value=True)
+
+    def _has_padding(self) -> bool:
+        return not bool(self._token_mask().all())
+
+    def _first_slots(self, oldest: int) -> Tensor:
+        """The first slot of each segment whose token is ``oldest`` or newer, int32 (segments, batch, heads)."""
+        kinds = self._unpacked_kinds()[..., :oldest]
+        firsts = []
+        for kind, segment in self._segments.items():
+            older = (kinds == kind).sum(2)  # tokens stand in their order
+            ranks = _stored(segment).cumsum(1)[:, None].expand(-1, older.shape[1], -1).contiguous()
+            firsts.append(torch.searchsorted(ranks, older[..., None] + 1)[..., 0])
+        return torch.stack(firsts).int() if firsts else kinds.new_zeros((0, *kinds.shape[:2]), dtype=torch.int32)
+
+    # Changing the batch and the length
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        for segment in self._segments.values():
+            segment.map_batch(function)
+        if self._window is not None:
+            self._window = (function(self._window[0]), function(self._window[1]))
+        self._kinds = None if self._kinds is None else function(self._kinds)
+        self._scores = None if self._scores is None else function(self._scores)
+
+    def select_sequences(self, index: Tensor) -> None:
+        """Keeps sequences ``index`` (int64) of the batch, in that order, any of them more than once: beams."""
+        self._map_batch(lambda t: t.index_select(0, index.to(t.device)))
+
+    def repeat_sequences(self, times: int) -> None:
+        """Repeats each sequence so many times in a row."""
+        self._map_batch(lambda t: t.repeat_interleave(times, 0))
+
+    def drop_newest(self, tokens: int) -> None:
+        """Forgets the newest tokens, which must be in the window still.
+
+        Raises:
+            ValueError: more than the window holds; the cache is unchanged.
+        """
+        fits = 0 <= tokens <= self.window_length
+        contract = f"0 to {self.window_length} tokens, those that are not compressed yet"
+        require(fits, _OP, contract, tokens, "Compressed tokens can't be removed; build the cache anew.")
+        self.window_length -= tokens
+        self.length -= tokens
+        # What dropped probes gave to older tokens stays in their scores, and so do the probes in their count.
+        last = self.window_length - 1
+        self._probed = [min(place, last) for place in self._probed] if self.window_length else []
+        if self._scores is not None:
+            self._scores[:, :, self.window_length :] = 0.0
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything cached, as copies, for ``torch.save``."""
+        return state.save(self)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` of a layer with the same options gave.
+
+        Raises:
+            ValueError: anything else; the cache is unchanged.
+        """
+        state.load(self, saved)
+
+
+def _stored(segment: Segment) -> Tensor:
+    """Which slots hold a token, int64 0 or 1 (batch, slots)."""
+    keys = segment.keys
+    slots = torch.arange(segment.slots, device=keys.starts.device)
+    block = torch.searchsorted(keys.starts[1:].contiguous(), slots, right=True)
+    return (slots - keys.starts[block] < keys.counts[:, block]).long()
+
+
+def _places(kinds: Tensor, kind: int, segment: Segment) -> Tensor:
+    """Where the token of each slot stands in the sequence, int32 (batch, heads, slots)."""
+    tokens = tokens_of_kind(kinds, kind, kinds.shape[2])
+    rank = (_stored(segment).cumsum(1) - 1).clamp(min=0)
+    return tokens.gather(2, rank[:, None].expand(-1, tokens.shape[1], -1)).contiguous()

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving and loading a layer's cache, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._errors import message, require
+from ..reference.kv import unpack
+from .store import FILLER, REGULAR, SALIENT, Segment
+
+if TYPE_CHECKING:
+    from .layer import ZipCacheLayer
+
+_WHERE = "ZipCacheLayer.load_state_dict"
+_FOREIGN = "Pass what state_dict() of a layer with the same options gave."
+_OPTIONS = (
+    "salient_ratio",
+    "salient_bits",
+    "regular_bits",
+    "window",
+    "recent_probes",
+    "random_probes",
+    "max_probes",
+    "normalization",
+    "scale",
+    "softcap",
+)
+_NUMBERS = ("length", "window_length")
+_KEYS = {"options", *_NUMBERS, "due", "probed", "generator", "window_k", "window_v", "kinds", "scores", "segments"}
+
+
+def _options(layer: ZipCacheLayer) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in _OPTIONS} | {"codec": asdict(layer.codec)}
+
+
+def save(layer: ZipCacheLayer) -> dict[str, Any]:
+    """A layer's cache as plain data and tensors."""
+    window = (None, None) if layer._window is None else (t[:, :, : layer.window_length].clone() for t in layer._window)
+    window_k, window_v = window
+    kinds = None if layer._kinds is None else layer._kinds[..., : layer._kinds_used].clone()
+    return {
+        "options": _options(layer),
+        "length": layer.length,
+        "window_length": layer.window_length,
+        "due": sorted(layer._due),
+        "probed": list(layer._probed),
+        "generator": layer._generator.get_state(),
+        "window_k": window_k,
+        "window_v": window_v,
+        "kinds": kinds,
+        "scores": None if layer._scores is None else layer._scores.clone(),
+        "segments": {kind: segment.state() for kind, segment in layer._segments.items()},
+    }
+
+
+def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+    """Checks everything, then takes it over."""
+    require(isinstance(saved, dict) and set(saved) == _KEYS, _WHERE, "a saved cache", _shown(saved), _FOREIGN)
+    for name in ("options", "segments"):
+        _check(isinstance(saved[name], dict), f"a dictionary of {name}", type(saved[name]).__name__)
+    differing = {k: v for k, v in _options(layer).items() if saved["options"].get(k, v) != v}
+    same = set(saved["options"]) == set(_options(layer)) and not differing
+    require(same, _WHERE, f"the options {differing or set(_options(layer))}", saved["options"], _FOREIGN)
+    _check_numbers(layer, saved)
+    k, v = saved["window_k"], saved["window_v"]
+    segments: dict[int, Segment] = {}
+    if k is None:
+        present = [name for name in ("window_v", "kinds", "scores") if saved[name] is not None]
+        present += [name for name in ("length", "probed", "segments") if saved[name]]
+        _check(not present, "nothing without a window", present)
+    else:
+        _check_tensors(layer, saved)
+        for kind, parts in saved["segments"].items():
+            bits = layer.salient_bits if kind == SALIENT else layer.regular_bits
+            segments[kind] = Segment(bits, layer.codec, k, v)
+            _check_segment(segments[kind], parts, k)
+        _check_kinds(saved)
+    layer.reset()
+    layer.length = saved["length"]
+    layer._generator.set_state(saved["generator"])
+    layer._due, layer._probed = set(saved["due"]), list(saved["probed"])
+    for kind, segment in segments.items():
+        segment.load(saved["segments"][kind])
+    layer._segments = segments
+    if k is None:
+        return
+    layer._ensure_window(k, v)
+    assert layer._window is not None
+    for held, new in zip(layer._window, (k, v), strict=True):
+        held[:, :, : new.shape[2]] = new
+    layer.window_length = saved["window_length"]
+    layer._kinds = None if saved["kinds"] is None else saved["kinds"].clone()
+    layer._kinds_used = 0 if layer._kinds is None else layer._kinds.shape[2]
+    layer._scores = None if saved["scores"] is None else saved["scores"].clone()
+
+
+def _shown(saved: Any) -> Any:
+    return sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+
+
+def _check(holds: bool, contract: str, got: object) -> None:
+    require(holds, _WHERE, contract, got, _FOREIGN)
+
+
+def _check_like(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises unless it is a tensor of that kind; -1 in a shape is any size."""
+    is_tensor = isinstance(tensor, Tensor)
+    _check(is_tensor, f"a tensor {name}", type(tensor).__name__)
+    alike = len(shape) == tensor.dim() and all(want in (-1, got) for want, got in zip(shape, tensor.shape, strict=True))
+    got = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+    _check(alike and tensor.dtype == dtype and tensor.device == device, f"{name} {shape} of {dtype} on {device}", got)
+
+
+def _check_numbers(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+    length, n = saved["length"], saved["window_length"]
+    _check(type(length) is type(n) is int and 0 <= n <= length, "lengths of all tokens and of the window", (length, n))
+    for name, end in (("due", layer.window), ("probed", n)):
+        places = saved[name]
+        fits = isinstance(places, list) and all(type(place) is int and 0 <= place < end for place in places)
+        _check(fits, f"a list {name} of places from 0 to {end - 1}", places)
+    known = not saved["probed"] or saved["scores"] is not None
+    _check(known, "scores from probes", saved["scores"])
+    try:
+        torch.Generator().set_state(saved["generator"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(message(_WHERE, "a generator's state", str(error).splitlines()[0], _FOREIGN)) from error
+
+
+def _check_kinds(saved: dict[str, Any]) -> None:
+    """Raises unless segments hold what kinds say."""
+    if saved["kinds"] is None:
+        return
+    compressed = saved["length"] - saved["window_length"]
+    kinds = unpack(saved["kinds"][..., None], 2).flatten(2)
+    tokens = kinds != FILLER
+    _check(bool((tokens == tokens[:1, :1]).all()), "the same tokens in all sequences and heads", "others")
+    got = int(tokens[0, 0].sum()) if tokens.numel() else compressed
+    _check(got == compressed, f"kinds of {compressed} tokens", got)
+    for kind in (SALIENT, REGULAR):
+        found, parts = (kinds == kind).sum(2), saved["segments"].get(kind)
+        held = torch.zeros_like(found[:, :1]) if parts is None else parts["counts"].sum(1, keepdim=True)
+        _check(bool((found == held).all()), f"as many tokens of kind {kind} as their segment holds", held.tolist())
+
+
+def _check_tensors(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+    k, v, n = saved["window_k"], saved["window_v"], saved["window_length"]
+    _check(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4, "tensors of a window", _shown(saved))
+    layer_of_its_own = type(layer)(codec=layer.codec)
+    layer_of_its_own._check(k, v)
+    _check(k.shape[2] == n <= layer.window, f"a window of {n} tokens, at most {layer.window}", k.shape[2])
+    batch, heads = k.shape[:2]
+    compressed = saved["length"] - n
+    kinds = saved["kinds"]
+    if kinds is None:
+        _check(compressed == 0 and not saved["segments"], "what compressed tokens are", None)
+    else:
+        _check_like("kinds", kinds, (batch, heads, -1), torch.uint8, k.device)
+    if saved["scores"] is not None:
+        _check_like("scores", saved["scores"], (batch, heads, layer.window), torch.float32, k.device)
+    _check(set(saved["segments"]) <= {SALIENT, REGULAR}, "segments 0 and 1", list(saved["segments"]))
+
+
+def _check_segment(segment: Segment, parts: dict[str, Any], k: Tensor) -> None:
+    """Raises unless ``parts`` can be a segment's tensors."""
+    empty = segment.state()
+    _check(set(parts) == set(empty), f"tensors {sorted(empty)}", sorted(map(str, parts)))
+    codes, counts = parts["key_codes"], parts["counts"]
+    _check(isinstance(codes, Tensor) and codes.dim() == 4, "key_codes of four dimensions", _shown(parts))
+    _check(isinstance(counts, Tensor) and counts.dim() == 2, "counts of two dimensions", _shown(parts))
+    sizes = {"slots": codes.shape[2], "blocks": counts.shape[1]}
+    for name, tensor in empty.items():
+        dim, unit, extra = segment._extent(name)
+        shape = list(tensor.shape)
+        shape[dim] = sizes[unit] + extra
+        _check_like(name, parts[name], tuple(shape), tensor.dtype, k.device)
+    starts = parts["starts"]
+    fits = int(starts[0]) == 0 and int(starts[-1]) == sizes["slots"] and bool((starts.diff() > 0).all())
+    _check(fits, f"starts that rise from 0 to {sizes['slots']}", starts.tolist())
+    _check(bool(((counts >= 0) & (counts <= starts.diff())).all()), "counts within blocks", counts.tolist())

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from singlepass.bench import caches, checks, registry, tables
+from singlepass.bench.caches import DECODE, QUANTIZE, CacheShape
+from singlepass.bench.cases import kv
+from singlepass.bench.results import Row, Run
+from singlepass.kv import Codec, cache_nbytes
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DTYPES = (torch.float32, torch.bfloat16)
+MakeRow = Callable[..., Row]
+MakeRun = Callable[..., Run]
+
+
+def family(device: torch.device) -> list[registry.Case]:
+    return [case for case in registry.cases(device) if case.family == "kv"]
+
+
+def test_cases() -> None:
+    decode = {(case.size, case.dtype) for case in family(CPU) if case.op == DECODE}
+    assert decode == {(f"{b}x{n}", dtype) for b in (1, 4) for n in (4096, 32768) for dtype in DTYPES}
+    assert {case.size for case in family(CUDA) if case.op == DECODE} == {
+        f"{b}x{n}" for b in (1, 8) for n in (8192, 32768, 131072)
+    }
+    assert {case.op for case in family(CPU)} == set(caches.TITLES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=registry.dtype_name)
+@pytest.mark.parametrize("op", list(caches.TITLES))
+def test_providers_compute_what_they_claim(op: str, dtype: torch.dtype) -> None:
+    case = next(case for case in family(CPU) if (case.op, case.dtype) == (op, dtype))
+    ran = set()
+    for provider in case.providers:
+        if provider.why_not(CPU) is None and provider.differs is None:
+            assert provider.gate(CPU).agrees, provider.name
+            ran.add(provider.name)
+    assert ran >= {"native", "eager"}
+
+
+def wrong(change: Callable[[kv.Inputs], kv.Inputs], data: kv.Inputs) -> Callable[[], Tensor]:
+    return kv.own_decode("eager", change(data))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: replace(data, v=data.v.flip(2)),
+        lambda data: replace(data, q=data.q * 1.01),
+        lambda data: replace(data, k=data.k[:, :, :-1], v=data.v[:, :, :-1]),
+    ],
+    ids=["values in another order", "another scale", "a token less"],
+)
+def test_gate_stops_another_result(change: Callable[[kv.Inputs], kv.Inputs]) -> None:
+    assert kv.gate(partial(kv.own_decode, "eager"), kv.decode_truth, torch.float32, CPU).agrees
+    assert not kv.gate(partial(wrong, change), kv.decode_truth, torch.float32, CPU).agrees
+
+
+def test_floor_counts_what_the_cache_takes() -> None:
+    """Less the few bytes that say where blocks and tokens stand."""
+    shape = CacheShape(1, 4096)
+    tokens = shape.length - caches.WINDOW
+    counted = cache_nbytes(tokens, heads=caches.HEADS, head_dim=caches.WIDTH, codec=Codec.zipcache(caches.BLOCK))
+    assert 0.99 * counted < kv.packed_bytes(shape) + caches.HEADS * tokens / 4 <= counted
+    case = kv.case(DECODE, shape, torch.float32)
+    assert case.bytes == kv.packed_bytes(shape) + caches.HEADS * caches.WINDOW * caches.WIDTH * 2 * 4
+
+
+@pytest.fixture
+def row(make_row: MakeRow) -> MakeRow:
+    def make(op: str, provider: str, ms: float | None, column: str = "native", **values: object) -> Row:
+        facts: dict[str, object] = {"family": "kv", "size": "1x32768", "bytes": 1 << 20, "column": column}
+        return make_row(op, provider, ms, **(facts | values))
+
+    return make
+
+
+@pytest.fixture
+def rows(row: MakeRow) -> list[Row]:
+    return [
+        row(DECODE, "native", 5.0),
+        row(DECODE, "sdpa-float32", 30.0, "yardstick"),
+        row(DECODE, "grouped-float32", 11.0, "yardstick"),
+        row(DECODE, "transformers-quanto", 60.0, "peer"),
+        row(QUANTIZE, "native", 5.0),
+        row(QUANTIZE, "copy", 2.0, "yardstick"),
+    ]
+
+
+def verdicts(run: Run) -> list[bool | None]:
+    return [check.holds for check in checks.check(run, "kv")]
+
+
+def test_bars(rows: list[Row], row: MakeRow, make_run: MakeRun) -> None:
+    assert verdicts(make_run(rows)) == [True, True, True]
+    assert verdicts(make_run([row(DECODE, "native", 5.6), *rows[1:]])) == [False, True, True]
+    assert verdicts(make_run([row(DECODE, "native", 6.1), *rows[1:]])) == [False, False, True]
+    assert verdicts(make_run([*rows[:5], row(QUANTIZE, "copy", 1.6, "yardstick")])) == [True, True, False]
+    assert verdicts(make_run([*rows[:3], *rows[4:]])) == [True, None, True]
+
+
+def test_short_caches_need_not_be_faster(rows: list[Row], make_run: MakeRun) -> None:
+    rows = [replace(r, size="1x4096") for r in rows]
+    rows[0] = replace(rows[0], ms={"q20": 10.9, "q50": 10.9, "q80": 10.9, "n": 9})
+    assert verdicts(make_run(rows))[0] is True
+
+
+def test_grid(rows: list[Row], make_run: MakeRun) -> None:
+    (grid,) = tables.grids(make_run(rows), family="kv")
+    assert grid.title == "kv, float32: ms per call"
+    assert grid.lines[0][0] == "1x32768, decode attention"
+    assert "11.0 (grouped-float32)" in grid.lines[0]
+    assert "60.0 (transformers-quanto)" in grid.lines[0]
+
+
+def test_grid_of_bytes() -> None:
+    grid = tables.cache_grid()
+    assert grid.lines[0][1:] == ["512", "16.00", "1.00"]
+    sizes = {line[0]: float(line[1]) for line in grid.lines[1:]}
+    assert len(sizes) == len(tables.CACHES)
+    assert sizes["ZipCache's codec, all in 2 bits"] < sizes["ZipCache, 40 %"] < sizes["ZipCache, 80 %"]
+    assert sizes["8 bits for each token and head"] == pytest.approx(256 + 8 + 0.25, abs=0.1)

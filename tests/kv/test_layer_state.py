@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer's cache: saving, other batches, dropped tokens, bytes, growth, and calls that fail."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from singlepass.kv import Codec, ZipCacheLayer, store
+from singlepass.kv import layer as layer_module
+
+from ..tolerances import assert_same_bits
+from .inputs import each_dtype
+from .layers import assert_same, drawn, part, stream
+from .test_layer import CODECS, each_codec
+
+TENSORS = drawn(90)
+
+
+def made(codec: str = "zipcache", dtype: torch.dtype = torch.float32, **options: Any) -> ZipCacheLayer:
+    """With a prompt of 30 tokens, of which the second sequence has 25, a compressed window, and half of another."""
+    layer = ZipCacheLayer(**({"window": 16, "codec": CODECS[codec]()} | options))
+    tensors = tuple(t.to(dtype) for t in TENSORS)
+    mask = torch.arange(30) >= torch.tensor([[0], [5]])
+    layer.prefill(*part(tensors, 0, 30), mask)
+    stream(layer, *part(tensors, 30, 55))
+    return layer
+
+
+def go_on(layer: ZipCacheLayer, index: tuple[int, ...] = (0, 1), begin: int = 55) -> list[Tensor]:
+    tensors = tuple(t[list(index)].to(layer.dequantize()[0].dtype) for t in TENSORS)
+    outs = stream(layer, *part(tensors, begin, 90))
+    return [*outs, *layer.dequantize()]
+
+
+@each_codec
+@each_dtype
+def test_state_dict_round_trip(codec: str, dtype: torch.dtype) -> None:
+    """Through a file that holds plain data alone, bit for bit, and on from there."""
+    layer = made(codec, dtype)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = ZipCacheLayer(window=16, codec=CODECS[codec]())
+    other.append(*drawn(3, batch=1)[1:])  # is replaced
+    other.load_state_dict(saved)
+    assert_same(other.state_dict(), layer.state_dict())
+    assert other.nbytes == layer.nbytes
+    for a, b in zip(go_on(layer), go_on(other), strict=True):
+        assert_same_bits(a, b)
+    assert_same(other.state_dict(), layer.state_dict())
+
+
+def test_state_dict_of_an_empty_layer_and_copies() -> None:
+    empty, layer = ZipCacheLayer(window=16, codec=CODECS["zipcache"]()), made()
+    saved = layer.state_dict()
+    kept = copy.deepcopy(saved)
+    go_on(layer)
+    assert_same(saved, kept)
+    layer.load_state_dict(empty.state_dict())
+    assert layer.length == 0
+    assert_same(layer.state_dict(), empty.state_dict())
+    layer.load_state_dict(saved)
+    go_on(layer)
+    assert_same(saved, kept)
+    layer.reset()
+    assert_same(layer.state_dict(), empty.state_dict())
+
+
+Change = Callable[[Any], Any]
+CORRUPTIONS: list[tuple[tuple[Any, ...], Change]] = [
+    *(
+        ((key,), lambda _: None)
+        for key in ("options", "length", "due", "generator", "window_k", "window_v", "segments")
+    ),
+    *(((key,), lambda _: "x") for key in ("options", "length", "window_length", "due", "probed", "scores", "kinds")),
+    *(((key,), lambda t: t[..., :-1]) for key in ("generator", "window_k", "window_v", "kinds", "scores")),
+    *(((key,), lambda t: t[:, :-1]) for key in ("window_k", "kinds", "scores")),
+    *((("length",), lambda n, by=by: n + by) for by in (-60, -1, 1, 4)),
+    *((("window_length",), lambda n, by=by: n + by) for by in (-60, -1, 1, 16)),
+    (("length",), float),
+    (("window_length",), torch.tensor),
+    (("window_k",), lambda t: t.double()),
+    (("window_k",), lambda t: t[:, :, :-1]),
+    (("due",), lambda _: [16]),
+    (("due",), lambda _: ["a"]),
+    (("probed",), lambda _: [-1]),
+    (("probed",), lambda _: [9]),
+    (("scores",), lambda _: None),
+    (("generator",), lambda t: t * 0),
+    (("kinds",), lambda t: t * 0),
+    (("kinds",), lambda t: torch.cat((t, t), 2)),
+    (("kinds",), lambda t: t[1:]),
+    (("options", "window"), lambda _: 17),
+    (("options", "salient_bits"), lambda _: 8),
+    (("options", "codec", "block"), lambda _: 32),
+    (("options",), lambda t: t | {"more": 1}),
+    (("segments",), lambda t: t | {2: t[0]}),
+    (("segments",), lambda t: {0: t[0]}),
+    (("segments",), lambda t: {0: t[1], 1: t[0]}),
+    (("segments",), lambda t: {str(key): value for key, value in t.items()}),
+    (("segments", 0), lambda t: {name: value for name, value in t.items() if name != "counts"}),
+    *((("segments", 1, name), lambda t: t[..., :-1]) for name in ("key_codes", "key_scales", "value_codes", "starts")),
+    *((("segments", 0, name), lambda t: t[:1]) for name in ("key_codes", "value_scales", "value_channels", "counts")),
+    *((("segments", 0, name), lambda t: t.float()) for name in ("key_codes", "value_scales", "value_channels")),
+    *((("segments", 0, name), lambda t: t.tolist()) for name in ("key_codes", "counts")),
+    *((("segments", 1, "starts"), change) for change in (lambda t: t + 1, lambda t: t.flip(0), lambda t: t[:0])),
+    *((("segments", 1, "counts"), lambda t, by=by: t + by) for by in (-1, 1, 1000)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CORRUPTIONS)))
+def test_what_no_such_layer_saved_is_refused(number: int) -> None:
+    path, change = CORRUPTIONS[number]
+    saved = made().state_dict()
+    inner = saved
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = change(inner[path[-1]])
+    layer = ZipCacheLayer(window=16, codec=CODECS["zipcache"]())
+    layer.append(*drawn(20, batch=1)[1:])
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match=r"^ZipCacheLayer(\.load_state_dict)?: expected .*; got .*\. [A-Z].*\.$"):
+        layer.load_state_dict(saved)
+    assert_same(layer.state_dict(), before)
+
+
+def test_saved_things_that_are_no_caches() -> None:
+    layer = made()
+    before = layer.state_dict()
+    missing = {key: value for key, value in before.items() if key != "due"}
+    for foreign in (None, 3, [], {}, {"a": 1}, missing, before | {"more": 1}):
+        with pytest.raises(ValueError, match="expected a saved cache; got"):
+            layer.load_state_dict(foreign)
+    assert_same(layer.state_dict(), before)
+
+
+@each_codec
+def test_beams(codec: str) -> None:
+    """Chosen, repeated and reordered sequences are those sequences, then and later."""
+    index = torch.tensor([1, 1, 0])
+    layer, chosen, repeated = made(codec), made(codec), made(codec)
+    chosen.select_sequences(index)
+    repeated.repeat_sequences(2)
+    outs, chosen_outs, repeated_outs = go_on(layer), go_on(chosen, (1, 1, 0)), go_on(repeated, (0, 0, 1, 1))
+    for a, b, c in zip(outs, chosen_outs, repeated_outs, strict=True):
+        torch.testing.assert_close(b, a[index], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(c, a.repeat_interleave(2, 0), rtol=1e-5, atol=1e-6)
+    for a, b, c in zip(outs[-2:], chosen_outs[-2:], repeated_outs[-2:], strict=True):
+        assert_same_bits(b, a[index])
+        assert_same_bits(c, a.repeat_interleave(2, 0))
+    assert chosen.nbytes > 1.4 * layer.nbytes
+
+
+def test_beams_out_of_range_change_nothing() -> None:
+    layer = made()
+    before = layer.state_dict()
+    with pytest.raises(IndexError):
+        layer.select_sequences(torch.tensor([0, 2]))
+    assert_same(layer.state_dict(), before)
+
+
+def test_dropping_the_newest() -> None:
+    layer, other = made(), made()
+    assert layer.window_length == 9
+    stream(layer, *part(TENSORS, 60, 65))  # a draft that is not accepted
+    layer.drop_newest(5)
+    assert (layer.length, layer.window_length) == (55, 9)
+    for a, b in zip(layer.dequantize(), other.dequantize(), strict=True):
+        assert_same_bits(a, b)
+    q = TENSORS[0][:, :, 54:55]
+    assert_same_bits(layer.attend(q), other.attend(q))
+    layer.drop_newest(0)
+    layer.drop_newest(9)
+    assert (layer.length, layer.window_length) == (46, 0)
+    layer.append(*part(TENSORS[1:], 46, 90))
+    assert layer.length == 90
+
+
+def test_saliency_after_dropping_is_a_mean_of_attention() -> None:
+    """Whatever probes came and went: each that is counted gave a token at most all of its attention."""
+    q, k, v = drawn(60, batch=1)
+    q = 1.0 + 0.1 * q
+    k[:, :, 21] = 2.0  # gets nearly all attention
+    layer = ZipCacheLayer(window=20, recent_probes=1.0)
+    layer.prefill(*part((q, k, v), 0, 20))
+    for _ in range(4):
+        stream(layer, *part((q, k, v), 20, 28))
+        layer.drop_newest(5)
+    assert layer._scores is not None
+    n = layer.window_length
+    seen = torch.tensor([sum(p >= j for p in layer._probed) for j in range(n)])
+    assert bool((layer._scores[:, :, :n] <= seen).all())
+    assert not bool(layer._scores[:, :, n:].any())
+
+
+@pytest.mark.parametrize("tokens", [-1, 10, 56])
+def test_only_uncompressed_tokens_can_be_dropped(tokens: int) -> None:
+    layer = made()
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match="expected 0 to 9 tokens, those that are not compressed yet; got"):
+        layer.drop_newest(tokens)
+    assert_same(layer.state_dict(), before)
+
+
+def hand_count(codec: Codec, heads: int, width: int, salient: int, regular: int, window: int, bits: int = 16) -> int:
+    """Bytes of one sequence: codes, float16 steps and minima, factors, starts and counts, kinds, and the window."""
+    total = heads * -(-(salient + regular) // 4) + heads * window * 2 * width * bits // 8
+    for tokens, code in ((salient, 4), (regular, 2)):
+        if not tokens:
+            continue
+        blocks = -(-tokens // codec.block) if codec.block else 1
+        per_head = tokens * 2 * width * code // 8
+        per_head += 4 * (
+            blocks * width if codec.key_axis == "channel" else tokens * width // (codec.key_group or width)
+        )
+        per_head += 4 * tokens * width // (codec.value_group or width)
+        per_head += 2 * blocks * width if codec.channel_separable else 0
+        total += heads * per_head + 4 * (2 * blocks + 1)
+    return total
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("ratio", [0.0, 0.6, 1.0])
+def test_bytes(codec: str, ratio: float) -> None:
+    q, k, v = drawn(80, batch=1, heads=3, dtype=torch.bfloat16)
+    layer = ZipCacheLayer(ratio, codec=CODECS[codec](), window=16)
+    layer.prefill(*part((q, k, v), 0, 71))
+    layer.append(*part((k, v), 71, 80))
+    salient = int(71 * ratio + 0.5)
+    assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, 9)
+
+
+@pytest.mark.parametrize(("codec", "least", "most"), [(Codec.zipcache(None), 106.4, 107.5), (Codec(), 112.4, 113.5)])
+def test_bytes_of_a_long_prompt(codec: Codec, least: float, most: float) -> None:
+    """A token and head of 128 channels: 102.4 in codes at 60% of 4 bits, 4 of the value's step, 1/4 of what it is; of
+    a block of 128, 512 of keys' steps and 256 of factors."""
+    q, k, v = drawn(2560, batch=1, heads=1, group=1, width=128, dtype=torch.bfloat16)
+    layer = ZipCacheLayer(codec=codec, max_probes=8)
+    layer.prefill(q, k, v)
+    assert least < layer.nbytes / 2560 < most
+
+
+def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """131072 tokens that come in windows: bytes copied to grow are a small multiple of those stored, at any length."""
+    copied, at = 0, {}
+    grow = store.grown
+
+    def counted(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
+        nonlocal copied
+        larger = grow(tensor, dim, used, size)
+        copied += 0 if larger is tensor else tensor.narrow(dim, 0, used).nbytes
+        return larger
+
+    for module in (store, layer_module):
+        monkeypatch.setattr(module, "grown", counted)
+    _, k, v = drawn(1024, batch=1, heads=1, width=16)
+    layer = ZipCacheLayer(salient_bits=2)
+    for _ in range(128):
+        layer.append(k, v)
+        at[layer.length] = copied, layer.nbytes
+    assert layer.length == 131072
+    for length, (bytes_, held) in at.items():
+        assert bytes_ <= held * store.GROWTH / (store.GROWTH - 1.0), f"{length} tokens"
+    other = ZipCacheLayer(salient_bits=2)
+    other.append(k, v)
+    for a, b in zip(layer.dequantize(), other.dequantize(), strict=True):
+        assert_same_bits(a[:, :, -2048:-1024], a[:, :, 1024:2048])
+        assert_same_bits(a[:, :, -1024:], torch.cat((a[:, :, :896], b[:, :, -128:]), 2))
+
+
+def _calls(layer: ZipCacheLayer) -> list[tuple[Callable[[], object], str]]:
+    q, k, v = part(TENSORS, 55, 60)
+    half = layer.dequantize()[0].half()
+    return [
+        (lambda: layer.append(k[:1], v[:1]), r"k of shape \(2, 2, tokens, 32\)"),
+        (lambda: layer.append(k[:, :1], v[:, :1]), r"k of shape \(2, 2, tokens, 32\)"),
+        (lambda: layer.append(k[..., :16], v[..., :16]), r"k of shape \(2, 2, tokens, 32\)"),
+        (lambda: layer.append(k, v[..., :16]), r"v of shape \(2, 2, tokens, 32\)"),
+        (lambda: layer.append(k, v[:, :, :3]), r"v for k \(2, 2, 5, 32\)"),
+        (lambda: layer.append(k.half(), v), r"v for k \(2, 2, 5, 32\) of torch.float16"),
+        (lambda: layer.append(half, half), "torch.float32 on cpu, as cached"),
+        (lambda: layer.append(k[0], v[0]), r"k \(batch, heads, tokens, channels\)"),
+        (lambda: layer.append(k.int(), v.int()), "a floating-point k"),
+        (lambda: layer.append(k[..., :20], v), "k of 16, 32, ..., 512 channels; got 20"),
+        (lambda: layer.prefill(q[:, :3], k, v), "a multiple of 2 heads"),
+        (lambda: layer.prefill(q[:, :, :3], k, v), "5 queries, one for each token; got 3"),
+        (lambda: layer.prefill(q, k, v, torch.ones(2, 4, dtype=torch.bool)), r"a bool mask of shape \(2, 5\)"),
+        (lambda: layer.prefill(q, k, v, torch.ones(2, 5)), r"a bool mask of shape \(2, 5\)"),
+        (lambda: layer.prefill(q[:1], k[:1], v[:1]), r"k of shape \(2, 2, tokens, 32\)"),
+        (lambda: layer.attend(q[:, :3]), "a multiple of 2 heads"),
+        (lambda: layer.attend(torch.cat((q, q), 2)), "at most 9 queries; got 10"),
+        (lambda: layer.attend(q, sliding_window=4), r"one query and a sliding window of at least 1; got \(5, 4\)"),
+        (lambda: layer.attend(q[:, :, :1], sliding_window=0), r"a sliding window of at least 1; got \(1, 0\)"),
+        (lambda: layer.attend(q[:, :, :1], sinks=torch.zeros(3)), r"float32 sinks of shape \(4,\)"),
+    ]
+
+
+def test_calls_that_fail_leave_the_cache_as_it_is() -> None:
+    layer = made()
+    before = layer.state_dict()
+    for call, text in _calls(layer):
+        with pytest.raises(ValueError, match=f": expected .*{text}"):
+            call()
+        assert_same(layer.state_dict(), before)
+
+
+def test_backends_that_cannot_run_leave_the_cache_empty() -> None:
+    """Also where the first window would still have fitted."""
+    for backend, dtype in (("triton", torch.float32), ("native", torch.float64)):
+        layer = ZipCacheLayer(window=4, backend=backend)
+        empty = layer.state_dict()
+        q, k, v = (t[:, :, :6].to(dtype) for t in TENSORS)
+        for call in (lambda k=k, v=v, layer=layer: layer.append(k, v), lambda q=q, layer=layer: layer.prefill(q, q, q)):
+            with pytest.raises(RuntimeError, match="kv_quantize_: expected backend"):
+                call()
+        assert_same(layer.state_dict(), empty)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"salient_ratio": 1.1},
+        {"salient_ratio": -0.1},
+        {"salient_ratio": float("nan")},
+        {"salient_bits": 3},
+        {"regular_bits": 16},
+        {"window": 0},
+        {"recent_probes": 2.0},
+        {"random_probes": -1.0},
+        {"max_probes": 0},
+        {"normalization": "paper"},
+    ],
+    ids=str,
+)
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^ZipCacheLayer: expected .*; got .*\. [A-Z0-9].*\.$"):
+        ZipCacheLayer(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"key_axis": "head"}, {"block": 0}, {"value_group": -1}, {"key_group": 16}, {"block": 1.5}], ids=str
+)
+def test_codecs_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^Codec: expected .*; got .*\. [A-Z].*\.$"):
+        Codec(**options)
+
+
+def test_groups_that_do_not_divide_the_channels() -> None:
+    layer = ZipCacheLayer(codec=Codec(value_group=24))
+    with pytest.raises(ValueError, match="expected a value_group that divides 32 channels; got 24"):
+        layer.append(*TENSORS[1:])
+    assert layer.length == 0
