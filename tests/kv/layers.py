@@ -55,10 +55,10 @@ def check_attend(layer: ZipCacheLayer, q: Tensor, *, sliding_window: int | None 
     out = layer.attend(q, sliding_window=sliding_window)
     assert layer._window is not None
     oldest = 0 if sliding_window is None else max(layer.length - sliding_window, 0)
-    segments = [(s.keys, s.values) for s in layer._segments.values()]
+    segments = [(s.keys, s.values) for s in layer._compressed.segments.values()]
     lowest = max(oldest - (layer.length - layer.window_length), 0)
     window = torch.tensor([[lowest, layer.window_length]] * q.shape[0], dtype=torch.int32)
-    case = Attention(q, segments, *layer._window, window, layer._first_slots(oldest), scale=layer.scale)
+    case = Attention(q, segments, *layer._window, window, layer._compressed.first_slots(oldest), scale=layer.scale)
     error = case.truth()[0].error
     value = dense(q, *layer.dequantize(), layer.scale, oldest)
     check_bounds(out, Bounded(value, 1.1 * error), label or f"{layer.length} tokens")
@@ -80,7 +80,7 @@ def assert_same(a: Any, b: Any, path: str = "") -> None:
 
 def kinds(layer: ZipCacheLayer) -> Tensor:
     """What each compressed token is."""
-    return layer._unpacked_kinds()
+    return layer._compressed.kinds
 
 
 def stream(layer: ZipCacheLayer, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

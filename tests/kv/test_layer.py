@@ -188,9 +188,9 @@ def test_counts_of_salient_tokens(length: int, ratio: float) -> None:
     want[REGULAR] = length - want[SALIENT]
     for kind, count in want.items():
         assert bool(((kinds(layer) == kind).sum(2) == count).all())
-        assert (kind in layer._segments) == (count > 0)
+        assert (kind in layer._compressed.segments) == (count > 0)
         if count:
-            segment = layer._segments[kind]
+            segment = layer._compressed.segments[kind]
             assert (segment.slots, segment.bits) == (count, 4 if kind == SALIENT else 2)
             assert int(segment.keys.counts[0].sum()) == count
 

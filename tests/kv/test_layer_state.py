@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from singlepass.kv import Codec, ZipCacheLayer, store
-from singlepass.kv import layer as layer_module
 
 from ..tolerances import assert_same_bits
 from .inputs import each_dtype
@@ -259,8 +258,7 @@ def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
         copied += 0 if larger is tensor else tensor.narrow(dim, 0, used).nbytes
         return larger
 
-    for module in (store, layer_module):
-        monkeypatch.setattr(module, "grown", counted)
+    monkeypatch.setattr(store, "grown", counted)
     _, k, v = drawn(1024, batch=1, heads=1, width=16)
     layer = ZipCacheLayer(salient_bits=2)
     for _ in range(128):

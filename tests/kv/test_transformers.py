@@ -143,8 +143,8 @@ def test_three_lines_turn_it_on() -> None:
     assert out.shape == (1, 95)
     layer = cache.layers[0].inner
     assert (layer.length, layer.window_length) == (94, 4)
-    assert layer._segments[1].slots == 54  # 60 % of the prompt: saliency was asked for
-    assert layer._segments[0].slots == 36
+    assert layer._compressed.segments[1].slots == 54  # 60 % of the prompt: saliency was asked for
+    assert layer._compressed.segments[0].slots == 36
 
 
 @pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
@@ -205,7 +205,7 @@ def test_models_with_a_text_model_inside() -> None:
     cache = ZipCache(model.config, window=8, **BYTES)
     assert len(cache) == 2
     assert error(run(model, ids, steps(40, 60), cache), want) < 0.02
-    assert cache.layers[0].inner._segments[1].slots > 24  # queries were seen
+    assert cache.layers[0].inner._compressed.segments[1].slots > 24  # queries were seen
 
 
 def test_padding_does_not_matter() -> None:

@@ -11,9 +11,9 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from .codec import Codec, cache_nbytes
 from .functional import Quantized, decode_attention, dequantize, probe_saliency, quantize
 from .layer import ZipCacheLayer
-from .store import Codec, cache_nbytes
 
 if TYPE_CHECKING:
     from .hf import ZipCache

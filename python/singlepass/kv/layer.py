@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .._errors import require
 from . import state
+from .codec import Codec
 from .functional import (
     BITS,
     NORMALIZATIONS,
@@ -19,13 +20,12 @@ from .functional import (
     check_queries,
     check_tokens,
     decode_attention,
-    dequantize_into,
     probe_saliency,
     seen_by,
 )
 from .prompt import causal_attention, rotate
-from .selection import classify, pack_kinds, probe_positions, tokens_of_kind, unpack_kinds
-from .store import PADDING, REGULAR, SALIENT, Codec, Segment, grown
+from .selection import PADDING, REGULAR, SALIENT, classify, probe_positions
+from .store import Compressed
 
 _OP = "ZipCacheLayer"
 
@@ -121,10 +121,8 @@ class ZipCacheLayer:
         self.length = 0
         self.window_length = 0
         self._generator = torch.Generator().manual_seed(self.seed)
-        self._segments: dict[int, Segment] = {}  # by kind, SALIENT and REGULAR
-        self._window: tuple[Tensor, Tensor] | None = None
-        self._kinds: Tensor | None = None  # packed, of the compressed tokens
-        self._kinds_used = 0
+        self._compressed: Compressed | None = None
+        self._window: tuple[Tensor, Tensor] | None = None  # made with it
         self._start_window()
 
     def _start_window(self) -> None:
@@ -144,12 +142,9 @@ class ZipCacheLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of everything stored, parameters and positions included; the window counts as it is used."""
-        total = sum(segment.nbytes for segment in self._segments.values())
-        if self._kinds is not None:
-            total += self._kinds[..., : self._kinds_used].nbytes
-        if self._window is not None:
-            total += sum(t[:, :, : self.window_length].nbytes for t in self._window)
-        return total
+        if self._window is None or self._compressed is None:
+            return 0
+        return self._compressed.nbytes + sum(t[:, :, : self.window_length].nbytes for t in self._window)
 
     # Adding tokens
 
@@ -185,7 +180,7 @@ class ZipCacheLayer:
         if before:
             old_k, old_v = self._restore(k.dtype)
             keys, values = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-            if mask is not None or self._has_padding():
+            if mask is not None or not bool(self._token_mask().all()):
                 now = torch.ones(k.shape[0], tokens, dtype=torch.bool, device=k.device) if mask is None else mask
                 seen = torch.cat((self._token_mask(), now), 1)
         out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks)
@@ -198,9 +193,9 @@ class ZipCacheLayer:
             saliency = scores[:, :, before:]
         self._flush()
         if tokens:
+            self._ensure_room(k, v)
             self._compress(k, v, saliency, mask)
             self.length += tokens
-            self._ensure_window(k, v)
         return rotate(out) if self.codec.rotate else out
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -213,7 +208,7 @@ class ZipCacheLayer:
         self._check(k, v)
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
-        self._ensure_window(k, v)
+        self._ensure_room(k, v)
         assert self._window is not None
         tokens = k.shape[2]
         done = 0
@@ -247,10 +242,12 @@ class ZipCacheLayer:
             got = f"{tuple(new.shape)}, {new.dtype} on {new.device}"
             require(fits, _OP, contract, got, "Call reset() for other sequences.")
 
-    def _ensure_window(self, k: Tensor, v: Tensor) -> None:
+    def _ensure_room(self, k: Tensor, v: Tensor) -> None:
         if self._window is None:
             first, second = (x.new_zeros((*x.shape[:2], self.window, x.shape[3])) for x in (k, v))
             self._window = first, second
+            bits = {SALIENT: self.salient_bits, REGULAR: self.regular_bits}
+            self._compressed = Compressed(bits, self.codec, k, v, self.backend)
 
     def _flush(self) -> None:
         """Compresses the window."""
@@ -278,23 +275,8 @@ class ZipCacheLayer:
             kinds = torch.full((batch, heads, tokens), kind, dtype=torch.uint8, device=k.device)
             kinds = kinds if mask is None else torch.where(mask[:, None], kinds, PADDING)
             salient = total if ratio else torch.zeros_like(total)
-        slots = int(tokens * ratio + 0.5)
-        for kind, room, lengths in ((SALIENT, slots, salient), (REGULAR, tokens - slots, total - salient)):
-            if room == 0:
-                continue
-            if kind not in self._segments:
-                bits = self.salient_bits if kind == SALIENT else self.regular_bits
-                self._segments[kind] = Segment(bits, self.codec, k, v)
-            whole = room == tokens and mask is None
-            index = None if whole else tokens_of_kind(kinds, kind, room)
-            self._segments[kind].append(k, v, index, room, lengths, self.backend)
-        packed = pack_kinds(kinds)
-        used = self._kinds_used + packed.shape[2]
-        if self._kinds is None:
-            self._kinds = packed.new_zeros((batch, heads, 0))
-        self._kinds = grown(self._kinds, 2, self._kinds_used, used)
-        self._kinds[..., self._kinds_used : used] = packed
-        self._kinds_used = used
+        assert self._compressed is not None
+        self._compressed.append(k, v, kinds, int(tokens * ratio + 0.5), salient, total, padded=mask is not None)
 
     # Using them
 
@@ -315,6 +297,7 @@ class ZipCacheLayer:
         """
         require(self._window is not None, _OP, "tokens to attend to", "an empty cache", "Call append or prefill.")
         assert self._window is not None
+        assert self._compressed is not None
         check_queries(_OP, q, self._window[0])
         if self.codec.rotate:
             q = rotate(q)
@@ -327,13 +310,12 @@ class ZipCacheLayer:
             require(fits, _OP, "one query and a sliding window of at least 1", (queries, sliding_window), "See attend.")
             oldest = max(self.length - sliding_window, 0)
             lowest = max(oldest - (self.length - self.window_length), 0)
-            first = self._first_slots(oldest)
-        segments = [(s.keys, s.values) for s in self._segments.values()]
+            first = self._compressed.first_slots(oldest)
         ends = torch.full((q.shape[0], 2), self.window_length, dtype=torch.int32, device=q.device)
         ends[:, 0] = lowest
         out, lse = decode_attention(
             q,
-            segments,
+            self._compressed.pairs,
             *self._window,
             ends,
             first=first,
@@ -374,49 +356,24 @@ class ZipCacheLayer:
     def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All tokens as they are stored, in their order."""
         assert self._window is not None
-        result = tuple(x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in self._window)
-        compressed = self.length - self.window_length
-        for held, out in zip(self._window, result, strict=True):
-            out[:, :, compressed:] = held[:, :, : self.window_length]
-        kinds = self._unpacked_kinds()
-        for kind, segment in self._segments.items():
-            index = _places(kinds, kind, segment)
-            for q, out in zip((segment.keys, segment.values), result, strict=True):
-                dequantize_into(q, index, out, self.backend)
-        return result[0], result[1]
-
-    def _unpacked_kinds(self) -> Tensor:
-        assert self._window is not None
-        if self._kinds is None:
-            return torch.zeros((*self._window[0].shape[:2], 0), dtype=torch.uint8, device=self._window[0].device)
-        return unpack_kinds(self._kinds[..., : self._kinds_used])
+        assert self._compressed is not None
+        k, v = (x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in self._window)
+        for held, out in zip(self._window, (k, v), strict=True):
+            out[:, :, self.length - self.window_length :] = held[:, :, : self.window_length]
+        self._compressed.restore(k, v)
+        return k, v
 
     def _token_mask(self) -> Tensor:
         """bool (batch, length), false for padding."""
-        kinds = self._unpacked_kinds()[:, 0]
-        return F.pad(kinds != PADDING, (0, self.window_length), value=True)
-
-    def _has_padding(self) -> bool:
-        return not bool(self._token_mask().all())
-
-    def _first_slots(self, oldest: int) -> Tensor:
-        """The first slot of each segment whose token is ``oldest`` or newer, int32 (segments, batch, heads)."""
-        kinds = self._unpacked_kinds()[..., :oldest]
-        firsts = []
-        for kind, segment in self._segments.items():
-            older = (kinds == kind).sum(2)  # tokens stand in their order
-            ranks = _stored(segment).cumsum(1)[:, None].expand(-1, older.shape[1], -1).contiguous()
-            firsts.append(torch.searchsorted(ranks, older[..., None] + 1)[..., 0])
-        return torch.stack(firsts).int() if firsts else kinds.new_zeros((0, *kinds.shape[:2]), dtype=torch.int32)
+        assert self._compressed is not None
+        return F.pad(self._compressed.mask(), (0, self.window_length), value=True)
 
     # Changing the batch and the length
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        for segment in self._segments.values():
-            segment.map_batch(function)
-        if self._window is not None:
+        if self._window is not None and self._compressed is not None:
             self._window = (function(self._window[0]), function(self._window[1]))
-        self._kinds = None if self._kinds is None else function(self._kinds)
+            self._compressed.map_batch(function)
         self._scores = None if self._scores is None else function(self._scores)
 
     def select_sequences(self, index: Tensor) -> None:
@@ -457,18 +414,3 @@ class ZipCacheLayer:
             ValueError: anything else; the cache is unchanged.
         """
         state.load(self, saved)
-
-
-def _stored(segment: Segment) -> Tensor:
-    """Which slots hold a token, int64 0 or 1 (batch, slots)."""
-    keys = segment.keys
-    slots = torch.arange(segment.slots, device=keys.starts.device)
-    block = torch.searchsorted(keys.starts[1:].contiguous(), slots, right=True)
-    return (slots - keys.starts[block] < keys.counts[:, block]).long()
-
-
-def _places(kinds: Tensor, kind: int, segment: Segment) -> Tensor:
-    """Where the token of each slot stands in the sequence, int32 (batch, heads, slots)."""
-    tokens = tokens_of_kind(kinds, kind, kinds.shape[2])
-    rank = (_stored(segment).cumsum(1) - 1).clamp(min=0)
-    return tokens.gather(2, rank[:, None].expand(-1, tokens.shape[1], -1)).contiguous()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..reference.kv import pack, unpack
-from .store import FILLER, PADDING, REGULAR, SALIENT
+
+REGULAR, SALIENT, PADDING, FILLER = range(4)  # what a token is; fillers are no tokens, but fill up a byte
 
 
 def probe_count(length: int, recent: float, random: float, most: int) -> tuple[int, int]:

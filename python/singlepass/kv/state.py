@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._errors import message, require
 from ..reference.kv import unpack
-from .store import FILLER, REGULAR, SALIENT, Segment
+from .selection import FILLER, REGULAR, SALIENT
+from .store import Compressed, Segment
 
 if TYPE_CHECKING:
     from .layer import ZipCacheLayer
@@ -42,7 +43,7 @@ def save(layer: ZipCacheLayer) -> dict[str, Any]:
     """A layer's cache as plain data and tensors."""
     window = (None, None) if layer._window is None else (t[:, :, : layer.window_length].clone() for t in layer._window)
     window_k, window_v = window
-    kinds = None if layer._kinds is None else layer._kinds[..., : layer._kinds_used].clone()
+    kinds, segments = (None, {}) if layer._compressed is None else layer._compressed.state()
     return {
         "options": _options(layer),
         "length": layer.length,
@@ -54,7 +55,7 @@ def save(layer: ZipCacheLayer) -> dict[str, Any]:
         "window_v": window_v,
         "kinds": kinds,
         "scores": None if layer._scores is None else layer._scores.clone(),
-        "segments": {kind: segment.state() for kind, segment in layer._segments.items()},
+        "segments": segments,
     }
 
 
@@ -68,34 +69,31 @@ def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     require(same, _WHERE, f"the options {differing or set(_options(layer))}", saved["options"], _FOREIGN)
     _check_numbers(layer, saved)
     k, v = saved["window_k"], saved["window_v"]
-    segments: dict[int, Segment] = {}
+    compressed: Compressed | None = None
     if k is None:
         present = [name for name in ("window_v", "kinds", "scores") if saved[name] is not None]
         present += [name for name in ("length", "probed", "segments") if saved[name]]
         _check(not present, "nothing without a window", present)
     else:
         _check_tensors(layer, saved)
+        bits = {SALIENT: layer.salient_bits, REGULAR: layer.regular_bits}
+        compressed = Compressed(bits, layer.codec, k, v, layer.backend)
         for kind, parts in saved["segments"].items():
-            bits = layer.salient_bits if kind == SALIENT else layer.regular_bits
-            segments[kind] = Segment(bits, layer.codec, k, v)
-            _check_segment(segments[kind], parts, k)
+            _check_segment(compressed.new_segment(kind), parts, k)
         _check_kinds(saved)
     layer.reset()
     layer.length = saved["length"]
     layer._generator.set_state(saved["generator"])
     layer._due, layer._probed = set(saved["due"]), list(saved["probed"])
-    for kind, segment in segments.items():
-        segment.load(saved["segments"][kind])
-    layer._segments = segments
-    if k is None:
+    if compressed is None:
         return
-    layer._ensure_window(k, v)
+    layer._ensure_room(k, v)
     assert layer._window is not None
     for held, new in zip(layer._window, (k, v), strict=True):
         held[:, :, : new.shape[2]] = new
     layer.window_length = saved["window_length"]
-    layer._kinds = None if saved["kinds"] is None else saved["kinds"].clone()
-    layer._kinds_used = 0 if layer._kinds is None else layer._kinds.shape[2]
+    compressed.load(saved["kinds"], saved["segments"])
+    layer._compressed = compressed
     layer._scores = None if saved["scores"] is None else saved["scores"].clone()
 
 
@@ -133,8 +131,6 @@ def _check_numbers(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
 
 def _check_kinds(saved: dict[str, Any]) -> None:
     """Raises unless segments hold what kinds say."""
-    if saved["kinds"] is None:
-        return
     compressed = saved["length"] - saved["window_length"]
     kinds = unpack(saved["kinds"][..., None], 2).flatten(2)
     tokens = kinds != FILLER
@@ -154,12 +150,7 @@ def _check_tensors(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     layer_of_its_own._check(k, v)
     _check(k.shape[2] == n <= layer.window, f"a window of {n} tokens, at most {layer.window}", k.shape[2])
     batch, heads = k.shape[:2]
-    compressed = saved["length"] - n
-    kinds = saved["kinds"]
-    if kinds is None:
-        _check(compressed == 0 and not saved["segments"], "what compressed tokens are", None)
-    else:
-        _check_like("kinds", kinds, (batch, heads, -1), torch.uint8, k.device)
+    _check_like("kinds", saved["kinds"], (batch, heads, -1), torch.uint8, k.device)
     if saved["scores"] is not None:
         _check_like("scores", saved["scores"], (batch, heads, layer.window), torch.float32, k.device)
     _check(set(saved["segments"]) <= {SALIENT, REGULAR}, "segments 0 and 1", list(saved["segments"]))

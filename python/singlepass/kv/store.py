@@ -1,107 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tokens are stored, and the growing tensors that hold them."""
+"""Compressed tokens in growing tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .._errors import require
-from .functional import Quantized, block_starts, empty, quantize_into
+from .codec import Codec
+from .functional import Quantized, block_starts, dequantize_into, empty, quantize_into
+from .selection import PADDING, REGULAR, SALIENT, pack_kinds, tokens_of_kind, unpack_kinds
 
-REGULAR, SALIENT, PADDING, FILLER = range(4)  # what a token is; fillers are no tokens, but fill up a byte
 GROWTH = 1.25
-
-
-@dataclass(frozen=True)
-class Codec:
-    """How keys and values are quantised. Choose one of the three by its name.
-
-    Attributes:
-        key_axis: "channel" or "token", what a key's step belongs to.
-        key_group: channels that share a key's step where it belongs to tokens; None: all of a head.
-        value_group: channels that share a value's step; None: all of a head.
-        channel_separable: divide a value's channels first by the square roots of their largest magnitudes.
-        block: tokens that share what belongs to channels; None: all that are compressed at a time.
-        rotate: multiply keys and values by an orthonormal Hadamard matrix first, which spreads outliers.
-    """
-
-    key_axis: str = "channel"
-    key_group: int | None = None
-    value_group: int | None = None
-    channel_separable: bool = True
-    block: int | None = 128
-    rotate: bool = False
-
-    def __post_init__(self) -> None:
-        require(self.key_axis in ("channel", "token"), "Codec", '"channel" or "token"', self.key_axis, "Choose one.")
-        for field in ("key_group", "value_group", "block"):
-            size = getattr(self, field)
-            fits = size is None or (isinstance(size, int) and size > 0)
-            require(fits, "Codec", f"a positive {field} or None", size, "None takes everything.")
-        fits = self.key_axis == "token" or self.key_group is None
-        require(fits, "Codec", "no key_group for keys by channels", self.key_group, "Leave it out.")
-
-    @classmethod
-    def zipcache(cls, block: int | None = 128) -> Codec:
-        """Keys by channels, values channel-separable by tokens. block=None is the paper's: one set of channel
-        parameters for a whole prompt."""
-        return cls(block=block)
-
-    @classmethod
-    def kivi(cls, group: int = 32) -> Codec:
-        """Keys by channels in blocks of ``group`` tokens, values by tokens in groups of ``group`` channels (arXiv
-        2402.02750)."""
-        return cls(value_group=group, channel_separable=False, block=group)
-
-    @classmethod
-    def per_token_head(cls, rotate: bool = False) -> Codec:
-        """One step for each token and head, of keys and of values."""
-        return cls(key_axis="token", channel_separable=False, block=None, rotate=rotate)
-
-    def check_width(self, where: str, width: int) -> None:
-        for field in ("key_group", "value_group"):
-            group = getattr(self, field)
-            fits = group is None or width % group == 0
-            require(fits, where, f"a {field} that divides {width} channels", group, "Choose another codec.")
-
-
-def cache_nbytes(
-    tokens: int,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    head_dim: int = 128,
-    salient_ratio: float = 0.6,
-    salient_bits: int = 4,
-    regular_bits: int = 2,
-    codec: Codec | None = None,
-) -> int:
-    """Bytes that a prompt of so many tokens takes in one layer, everything included: codes, steps and minima, channel
-    factors, blocks, and what is needed to bring tokens back into their order.
-
-    Example:
-        >>> from singlepass.kv import cache_nbytes
-        >>> round(cache_nbytes(32768) / 32768, 1)  # of 512 in 16 bits, keys and values of one head
-        112.7
-    """
-    codec = Codec() if codec is None else codec
-    key_groups, value_groups = (head_dim // (group or head_dim) for group in (codec.key_group, codec.value_group))
-    salient = int(tokens * salient_ratio + 0.5)
-    of_heads, of_sequences, shared = -(-tokens // 4), 0, 0
-    for bits, n in ((salient_bits, salient), (regular_bits, tokens - salient)):
-        if n == 0:
-            continue
-        blocks = -(-n // (codec.block or n))
-        of_heads += n * (2 * head_dim * bits // 8 + 4 * value_groups)
-        of_heads += 4 * (blocks * head_dim if codec.key_axis == "channel" else n * key_groups)
-        of_heads += 2 * blocks * head_dim * codec.channel_separable
-        of_sequences += 4 * blocks
-        shared += 4 * (blocks + 1)
-    return batch * (heads * of_heads + of_sequences) + shared
 
 
 def grown(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
@@ -208,3 +119,119 @@ class Segment:
         """Takes over what :meth:`state` gave, of which names, shapes and dtypes were checked."""
         self._tensors = {name: state[name].clone() for name in self._tensors}
         self.slots, self.blocks = state["key_codes"].shape[2], state["counts"].shape[1]
+
+    def stored(self) -> Tensor:
+        """Which slots hold a token, int64 0 or 1 (batch, slots)."""
+        keys = self.keys
+        slots = torch.arange(self.slots, device=keys.starts.device)
+        block = torch.searchsorted(keys.starts[1:].contiguous(), slots, right=True)
+        return (slots - keys.starts[block] < keys.counts[:, block]).long()
+
+
+class Compressed:
+    """The compressed tokens of a layer: a segment for each kind, and which kind each token is of.
+
+    Args:
+        bits: of each kind, SALIENT and REGULAR.
+        codec: how tokens are quantised.
+        k: keys of the batch, heads, channels, dtype and device of all that are to come.
+        v: values likewise.
+        backend: of the ops.
+    """
+
+    def __init__(self, bits: dict[int, int], codec: Codec, k: Tensor, v: Tensor, backend: str | None):
+        self._bits, self._codec, self._backend = bits, codec, backend
+        self._like = k[:, :, :0].clone(), v[:, :, :0].clone()
+        self.segments: dict[int, Segment] = {}
+        self._packed = k.new_zeros((*k.shape[:2], 0), dtype=torch.uint8)  # kinds, four tokens in a byte
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored."""
+        return sum(segment.nbytes for segment in self.segments.values()) + self._packed[..., : self._used].nbytes
+
+    @property
+    def pairs(self) -> list[tuple[Quantized, Quantized]]:
+        """Keys and values of each segment."""
+        return [(segment.keys, segment.values) for segment in self.segments.values()]
+
+    @property
+    def kinds(self) -> Tensor:
+        """What each token is, uint8 (batch, heads, tokens)."""
+        return unpack_kinds(self._packed[..., : self._used])
+
+    def mask(self) -> Tensor:
+        """bool (batch, tokens), false for padding."""
+        return self.kinds[:, 0] != PADDING
+
+    def append(
+        self, k: Tensor, v: Tensor, kinds: Tensor, most: int, salient: Tensor, lengths: Tensor, padded: bool
+    ) -> None:
+        """Compresses tokens of given kinds.
+
+        Args:
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
+            kinds: uint8 (batch, heads, tokens).
+            most: how many tokens of a sequence are salient at most.
+            salient: how many of each sequence are, int64 (batch,).
+            lengths: how many tokens each sequence has, int64 (batch,).
+            padded: whether some have fewer than others.
+        """
+        tokens = k.shape[2]
+        for kind, slots, held in ((SALIENT, most, salient), (REGULAR, tokens - most, lengths - salient)):
+            if slots == 0:
+                continue
+            if kind not in self.segments:
+                self.segments[kind] = self.new_segment(kind)
+            index = tokens_of_kind(kinds, kind, slots) if padded or slots < tokens else None
+            self.segments[kind].append(k, v, index, slots, held, self._backend)
+        packed = pack_kinds(kinds)
+        end = self._used + packed.shape[2]
+        self._packed = grown(self._packed, 2, self._used, end)
+        self._packed[..., self._used : end] = packed
+        self._used = end
+
+    def restore(self, k: Tensor, v: Tensor) -> None:
+        """Writes what is stored to its tokens' places in k and v (batch, heads, tokens or more, channels)."""
+        kinds = self.kinds
+        for kind, segment in self.segments.items():
+            tokens = tokens_of_kind(kinds, kind, kinds.shape[2])
+            rank = (segment.stored().cumsum(1) - 1).clamp(min=0)
+            index = tokens.gather(2, rank[:, None].expand(-1, tokens.shape[1], -1)).contiguous()
+            dequantize_into(segment.keys, index, k, self._backend)
+            dequantize_into(segment.values, index, v, self._backend)
+
+    def first_slots(self, oldest: int) -> Tensor:
+        """The first slot of each segment whose token is ``oldest`` or newer, int32 (segments, batch, heads)."""
+        kinds = self.kinds[..., :oldest]
+        firsts = []
+        for kind, segment in self.segments.items():
+            older = (kinds == kind).sum(2)  # tokens stand in their order
+            ranks = segment.stored().cumsum(1)[:, None].expand(-1, older.shape[1], -1).contiguous()
+            firsts.append(torch.searchsorted(ranks, older[..., None] + 1)[..., 0])
+        return torch.stack(firsts).int() if firsts else kinds.new_zeros((0, *kinds.shape[:2]), dtype=torch.int32)
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies a function to every tensor that has a row for each sequence."""
+        for segment in self.segments.values():
+            segment.map_batch(function)
+        self._packed = function(self._packed)
+        self._like = function(self._like[0]), function(self._like[1])
+
+    def state(self) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+        """Copies of the packed kinds and of the segments' tensors."""
+        segments = {kind: segment.state() for kind, segment in self.segments.items()}
+        return self._packed[..., : self._used].clone(), segments
+
+    def new_segment(self, kind: int) -> Segment:
+        """One without tokens."""
+        return Segment(self._bits[kind], self._codec, *self._like)
+
+    def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]]) -> None:
+        """Takes over what :meth:`state` gave, of which everything was checked."""
+        self._packed, self._used = packed.clone(), packed.shape[2]
+        self.segments = {kind: self.new_segment(kind) for kind in segments}
+        for kind, segment in self.segments.items():
+            segment.load(segments[kind])
