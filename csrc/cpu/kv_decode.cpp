@@ -133,13 +133,14 @@ class Worker {
   // n compressed tokens of one block.
   void piece(const Segment& s, int64_t block, int64_t slot, int64_t n, Partial& to) {
     const bool by_channels = s.keys.axis == Axis::kChannel;
-    if (by_channels) fold_queries(s.keys.scales_at(b_, h_, slot, block));
-    const float* q = by_channels ? folded_.data() : q_.data();
-    for (int64_t t = 0; t < n; t += kTile) {
-      const int64_t count = std::min(kTile, n - t);
-      unpack(s.keys.codes_at(b_, h_, slot + t), s.keys.bits, count, p_.width, tokens_.data());
-      if (!by_channels) restore_rows(s.keys, slot + t, count, p_.width);
-      dot(q, p_.rows(), tokens_.data(), count, p_.width, &scores_[t], kPiece);
+    if (by_channels) {
+      fold_queries(s.keys.scales_at(b_, h_, slot, block));
+      dot(folded_.data(), p_.rows(), {s.keys.codes_at(b_, h_, slot), s.keys.bits}, n, p_.width, scores_.data(), kPiece);
+    } else {
+      for (int64_t t = 0; t < n; t += kTile) {
+        const Rows rows = restored(s.keys, slot + t, std::min(kTile, n - t), p_.width);
+        dot(q_.data(), p_.rows(), rows, std::min(kTile, n - t), p_.width, &scores_[t], kPiece);
+      }
     }
     for (int64_t r = 0; by_channels && r < p_.rows(); ++r) {
       for (int64_t t = 0; t < n; ++t) scores_[r * kPiece + t] += bias_[r];
@@ -157,10 +158,13 @@ class Worker {
     }
   }
 
-  void restore_rows(const Packed& packed, int64_t slot, int64_t count, int64_t width) {
+  // Tokens whose steps differ within a row.
+  Rows restored(const Packed& packed, int64_t slot, int64_t count, int64_t width) {
+    unpack(packed.codes_at(b_, h_, slot), packed.bits, count, width, tokens_.data());
     for (int64_t t = 0; t < count; ++t) {
       restore(packed.scales_at(b_, h_, slot + t, 0), packed.groups, width, &tokens_[t * width]);
     }
+    return {tokens_.data(), kFloats};
   }
 
   void cap_scores(int64_t n) {
@@ -197,11 +201,14 @@ class Worker {
       }
     }
     std::fill(sums_.begin(), sums_.end(), 0.0f);
-    for (int64_t t = 0; t < n; t += kTile) {
-      const int64_t count = std::min(kTile, n - t);
-      unpack(values.codes_at(b_, h_, slot + t), values.bits, count, p_.value_width, tokens_.data());
-      if (!plain) restore_rows(values, slot + t, count, p_.value_width);
-      accumulate(&scores_[t], kPiece, p_.rows(), tokens_.data(), count, p_.value_width, sums_.data());
+    if (plain) {
+      const Rows rows = {values.codes_at(b_, h_, slot), values.bits};
+      accumulate(scores_.data(), kPiece, p_.rows(), rows, n, p_.value_width, sums_.data());
+    } else {
+      for (int64_t t = 0; t < n; t += kTile) {
+        const Rows rows = restored(values, slot + t, std::min(kTile, n - t), p_.value_width);
+        accumulate(&scores_[t], kPiece, p_.rows(), rows, std::min(kTile, n - t), p_.value_width, sums_.data());
+      }
     }
     if (values.channels.data != nullptr) {
       widen(values.channels_at(b_, h_, block), DType::kFloat16, channels_.data(), p_.value_width);
@@ -226,7 +233,7 @@ class Worker {
       const int64_t n = std::min(kPiece, end - slot);
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);
-        const float* tokens = read_rows(p_.window_k, slot + t, count, p_.width);
+        const Rows tokens = read_rows(p_.window_k, slot + t, count, p_.width);
         dot(q_.data(), p_.rows(), tokens, count, p_.width, &scores_[t], kPiece);
       }
       cap_scores(n);
@@ -238,20 +245,20 @@ class Worker {
       std::fill(sums_.begin(), sums_.end(), 0.0f);
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);
-        const float* tokens = read_rows(p_.window_v, slot + t, count, p_.value_width);
+        const Rows tokens = read_rows(p_.window_v, slot + t, count, p_.value_width);
         accumulate(&scores_[t], kPiece, p_.rows(), tokens, count, p_.value_width, sums_.data());
       }
       add_sums(to);
     }
   }
 
-  const float* read_rows(const Tokens& from, int64_t slot, int64_t count, int64_t width) {
+  Rows read_rows(const Tokens& from, int64_t slot, int64_t count, int64_t width) {
     for (int64_t t = 0; t < count; ++t) {
       float* to = &tokens_[t * width];
       const float* row = read(from, b_, h_, slot + t, width, to);
       if (row != to) std::copy(row, row + width, to);
     }
-    return tokens_.data();
+    return {tokens_.data(), kFloats};
   }
 
   const Decode& p_;

@@ -87,7 +87,7 @@ class Pass {
   // Logits of n rows and of the loaded tokens, which begin with `first`; -inf where a row does not see one.
   void score(int64_t head, int64_t row, int64_t n, int64_t first, Buffers& to) const {
     const int64_t count = std::min(kTile, p_.tokens - first), b = head / p_.heads;
-    dot(&q_[(head * rows_ + row) * p_.width], n, to.tokens.data(), count, p_.width, to.scores.data(), kTile);
+    dot(&q_[(head * rows_ + row) * p_.width], n, {to.tokens.data(), kFloats}, count, p_.width, to.scores.data(), kTile);
     for (int64_t i = 0; i < n; ++i) {
       float* scores = &to.scores[i * kTile];
       if (p_.softcap > 0.0f) cap(scores, count, p_.softcap);
