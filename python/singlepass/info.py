@@ -64,13 +64,21 @@ def collect() -> dict[str, Any]:
 
 
 def check() -> dict[str, str]:
-    """Runs every optimizer and a rational activation, forward and backward, on every device, on the backend of the
-    automatic choice, against float64.
+    """Runs every optimizer, a rational activation, forward and backward, and a compressed KV cache on every device, on
+    the backend of the automatic choice, against float64.
 
     Returns:
         For each of them and each device, "ok" or what went wrong.
     """
-    from . import nn, optim
+    from . import kv, nn, optim
+
+    def cache(dtype: torch.dtype, device: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = torch.randn(3, 1, 2, 100, 32, generator=generator).to(device, dtype)
+        layer = kv.ZipCacheLayer(salient_ratio=0.5)
+        layer.prefill(q[:, :, :99], k[:, :, :99], v[:, :, :99])
+        layer.append(k[:, :, 99:], v[:, :, 99:])
+        return layer.attend(q[:, :, 99:]).double().cpu()
 
     def activation(dtype: torch.dtype, device: str) -> torch.Tensor:
         x = torch.linspace(-2.0, 2.0, 1600).view(100, 16).to(device, dtype).requires_grad_()
@@ -91,6 +99,7 @@ def check() -> dict[str, str]:
         return p.detach().double().cpu()
 
     checks = {name: partial(run, getattr(optim, name)) for name in optim.__all__} | {"GroupRational": activation}
+    checks |= {"ZipCacheLayer": cache}
     results = {}
     for name, outcome in checks.items():
         for device in _devices():
@@ -149,5 +158,5 @@ def main(argv: list[str]) -> int:
         if options.check:
             print("\ncheck")
             for name, outcome in data["check"].items():
-                print(f"  {name:18} {outcome}")
+                print(f"  {name:20} {outcome}")
     return int(any(outcome != "ok" for outcome in data.get("check", {}).values()))

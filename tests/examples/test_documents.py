@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README and docs/rational.md: their Python runs, and the table of errors is what its script prints."""
+"""The README and the guides: their Python runs, and the table of errors is what its script prints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 RATIONAL = ROOT / "docs" / "rational.md"
+KV = ROOT / "docs" / "kv.md"
 OTHERS = ("timm", "transformers")  # packages whose snippets run where they are installed
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", RATIONAL], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [ROOT / "README.md", RATIONAL, KV], ids=lambda path: path.name)
 def test_snippets_run(document: Path) -> None:
     """In the order of the page, in one namespace."""
     snippets = re.findall(r"^```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -52,7 +53,8 @@ def test_the_table_of_errors(example: ModuleType, tmp_path: Path, capsys: pytest
     assert "--out: expected a name that ends in" in capsys.readouterr().err
 
 
-def test_pictures_and_links_of_the_page_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", RATIONAL.read_text(encoding="utf-8")):
+@pytest.mark.parametrize("document", [RATIONAL, KV], ids=lambda path: path.name)
+def test_pictures_and_links_of_the_page_exist(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
-            assert (RATIONAL.parent / target).exists(), target
+            assert (document.parent / target).exists(), target
