@@ -321,6 +321,7 @@ def test_errors() -> None:
         ({"segments": [(_other(keys, codes=keys.codes[:1]), values)]}, r"keys \(2, 2, 57, 64\), as the window's"),
         ({"segments": [(keys, _other(values, codes=values.codes[..., :16]))]}, r"values \(2, 2, 57, 64\)"),
         ({"segments": [(keys, _other(values, codes=values.codes[:, :, :9]))]}, r"values \(2, 2, 57, 64\)"),
+        ({"segments": [(keys, _other(values, counts=values.counts[:, :0]))]}, r"values in \d blocks, as keys; got 0"),
     ):
         with pytest.raises(ValueError, match=f"decode_attention: expected {text}"):
             dataclasses.replace(case, **changes).call("eager")

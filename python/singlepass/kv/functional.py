@@ -275,6 +275,9 @@ def _check_segment(op: str, keys: Quantized, values: Quantized, window_k: Tensor
         shape = (*window.shape[:2], keys.codes.shape[2], window.shape[3])
         got = (*part.codes.shape[:3], part.head_dim)
         require(got == shape, op, f"{name} {shape}, as the window's but for slots", got, "Quantise the same tokens.")
+    blocks, got = keys.counts.shape[1], values.counts.shape[1]
+    fits = values.channels is None or got == blocks  # factors belong to blocks, and blocks are those of the keys
+    require(fits, op, f"values in {blocks} blocks, as keys", got, "Quantise both with the same block.")
 
 
 def decode_attention(

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a small language model on text at hand, and see what it loses when its KV cache is compressed.
+
+    pip install ".[examples,kv]" optimum-quanto
+    python examples/compress_kv_text.py
+
+A byte-level Llama with grouped queries learns this repository's text, and to look up values in lists of keys. Then
+prompts are prefilled into caches of many kinds, and what follows is read one byte at a time: its loss, and how often a
+value is found, are told for each kind of cache beside the memory that it takes. All see the same held-out inputs.
+
+With --docs, docs/kv.md and docs/images/kv-quality.svg are filled from the result file; examples/results/ keeps it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from _digits import progress_bar
+from _text import ANSWER, LINE, ROOT, Curves, Training, build, needles, read_corpus, train, windows
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Console
+    from rich.table import Table
+
+NAME = "compress_kv_text"
+OUTPUT = Path(__file__).parent / "output"
+KEPT = Path(__file__).parent / "results" / f"{NAME}.json"
+DOCUMENT, PICTURE = ROOT / "docs" / "kv.md", ROOT / "docs" / "images" / "kv-quality.svg"
+MARKER = re.compile(rf"(<!-- {NAME} -->\n).*?(<!-- /{NAME} -->)", re.S)
+PLAIN, PAPER, INT4, INT2 = "uncompressed", "ZipCache, 60 %", "4 bits, per token and head", "2 bits, per token and head"
+
+# Families of caches by name: how a picture draws them.
+STYLES = {
+    "zipcache": ("ZipCache, 0 to 100 % in 4 bits, the rest in 2", "#0072b2", "o", "-"),
+    "uniform": ("per token and head", "#d55e00", "s", ":"),
+    "rotated": ("per token and head, rotated", "#e69f00", "D", ":"),
+    "kivi": ("KIVI, groups of 32", "#009e73", "^", ":"),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A kind of cache. ``make`` takes the model's config and how many tokens may wait uncompressed."""
+
+    name: str
+    family: str
+    make: Callable[[Any, int], Any]
+
+
+@dataclass
+class Row:
+    """What became of one scheme; one number for each text and for each list."""
+
+    name: str
+    family: str
+    bytes: float | None  # for a token and head, keys and values, after a prompt
+    bits: float | None  # for a number
+    losses: list[float] = field(default_factory=list)  # nats per byte of text
+    accuracies: list[float] = field(default_factory=list)  # share of values that are found
+    value_losses: list[float] = field(default_factory=list)  # nats per byte of a value
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What all schemes are put to."""
+
+    texts: int = 128
+    prompt: int = 384
+    follow: int = 96  # bytes of text after the prompt
+    lists: int = 192
+    keys: int = 8
+    queries: int = 4  # lines quoted from each list; the first is the cue
+    window: int = 64
+    batch: int = 32
+    seed: int = 1
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.fmean(values), error
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float]:
+    """The mean of a - b, input by input, and its standard error."""
+    return mean_and_error([x - y for x, y in zip(a, b, strict=True)])
+
+
+def schemes() -> list[Scheme]:
+    from transformers import DynamicCache, QuantizedCache
+
+    from singlepass.kv import Codec, ZipCache
+
+    def compressed(name: str, family: str, codec: Codec, ratio: float, bits: int = 4) -> Scheme:
+        def make(config: Any, window: int) -> Any:
+            return ZipCache(config, ratio, salient_bits=bits, codec=codec, window=window)
+
+        return Scheme(name, family, make)
+
+    def quanto(bits: int) -> Scheme:
+        def make(config: Any, window: int) -> Any:
+            group = min(64, config.head_dim)
+            return QuantizedCache("quanto", config, nbits=bits, q_group_size=group, residual_length=window)
+
+        return Scheme(f"QuantizedCache (quanto), {bits} bits", "quanto", make)
+
+    flat, rotated, own, kivi = Codec.per_token_head(), Codec.per_token_head(rotate=True), Codec.zipcache(), Codec.kivi()
+    found = [Scheme(PLAIN, "plain", lambda config, window: DynamicCache(config=config))]
+    found += [compressed(f"{bits} bits, per token and head", "uniform", flat, 1.0, bits) for bits in (8, 4, 2)]
+    found += [compressed(f"{bits} bits, per token and head, rotated", "rotated", rotated, 1.0, bits) for bits in (4, 2)]
+    found.append(compressed("ZipCache's codec, all in 4 bits", "zipcache", own, 1.0))
+    found += [compressed(f"ZipCache, {ratio} %", "zipcache", own, ratio / 100) for ratio in (80, 60, 40, 20)]
+    found.append(compressed("ZipCache's codec, all in 2 bits", "zipcache", own, 0.0))
+    found += [compressed(f"KIVI, {bits} bits, groups of 32", "kivi", kivi, 1.0, bits) for bits in (4, 2)]
+    if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
+        found += [quanto(bits) for bits in (4, 2)]
+    return found
+
+
+@torch.no_grad()
+def read_on(model: Any, scheme: Scheme, prompt: Tensor, follow: Tensor, window: int) -> tuple[Tensor, int | None]:
+    """Prefills a prompt, then reads what follows one byte at a time.
+
+    Returns:
+        the losses of all bytes that follow but the first, which the prefill itself foretells, and the bytes of the
+        cache after the prompt, if it tells.
+    """
+    native = scheme.family not in ("plain", "quanto")
+    model.set_attn_implementation("singlepass" if native else "sdpa")
+    cache = scheme.make(model.config, window)
+    model(prompt, past_key_values=cache, logits_to_keep=1)
+    nbytes = cache.nbytes if native else None
+    if scheme.family == "plain":
+        nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    logits = [model(follow[:, i : i + 1], past_key_values=cache).logits for i in range(follow.shape[1] - 1)]
+    return torch.cat(logits, 1), nbytes
+
+
+def examine(model: Any, scheme: Scheme, exam: Exam, held_out: Tensor, report: Callable[[], None]) -> Row:
+    start, config, row = time.perf_counter(), model.config, Row(scheme.name, scheme.family, None, None)
+    generator = torch.Generator().manual_seed(exam.seed)
+    texts = windows(held_out, exam.prompt + exam.follow, exam.texts, generator)
+    prompts, asked = needles(exam.lists, exam.keys, exam.queries, generator)
+    for some in texts.split(exam.batch):
+        follow = some[:, exam.prompt :]
+        logits, nbytes = read_on(model, scheme, some[:, : exam.prompt], follow, exam.window)
+        row.losses += F.cross_entropy(logits.transpose(1, 2), follow[:, 1:], reduction="none").mean(1).tolist()
+        if nbytes is not None:
+            row.bytes = nbytes / (some.shape[0] * exam.prompt * config.num_hidden_layers * config.num_key_value_heads)
+            row.bits = 8 * row.bytes / (2 * config.head_dim)
+        report()
+    for prompt, lines in zip(prompts.split(exam.batch), asked.split(exam.batch), strict=True):
+        logits, _ = read_on(model, scheme, prompt, lines.flatten(1), exam.window)
+        # A byte is foretold one step before it comes. The first line only says where to read on.
+        logits = F.pad(logits, (0, 0, 1, 0)).unflatten(1, (exam.queries, LINE))[:, 1:, ANSWER]
+        values = lines[:, 1:, ANSWER]
+        row.accuracies += (logits.argmax(3) == values).all(2).float().mean(1).tolist()
+        row.value_losses += F.cross_entropy(logits.movedim(3, 1), values, reduction="none").mean((1, 2)).tolist()
+        report()
+    for name in ("losses", "accuracies", "value_losses"):
+        setattr(row, name, [round(x, 5) for x in getattr(row, name)])
+    row.seconds = round(time.perf_counter() - start, 1)
+    return row
+
+
+def learn(settings: Training, checkpoint: Path, reuse: bool, console: Console) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and how its training went."""
+    if reuse:
+        saved = torch.load(checkpoint, weights_only=True)
+        model = build(Training(**saved["settings"])).eval()
+        model.load_state_dict(saved["weights"])
+        return model, saved["training"]
+    corpus, start = read_corpus(), time.perf_counter()
+    with progress_bar(console, width=48) as progress:
+        task = progress.add_task("", total=settings.steps)
+
+        def report(curves: Curves) -> None:
+            text = f"training: loss {curves.text[-1]:.3f} on text, {curves.lists[-1]:.3f} on lists"
+            progress.update(task, advance=1, description=text)
+
+        model, curves = train(settings, corpus, report)
+    last = slice(-max(settings.steps // 20, 1), None)
+    training: dict[str, Any] = {
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "files": corpus.files,
+        "train_bytes": len(corpus.train),
+        "held_out_bytes": len(corpus.held_out),
+        "corpus_sha256": corpus.digest,
+        "text_loss": round(statistics.fmean(curves.text[last]), 4),
+        "list_loss": round(statistics.fmean(curves.lists[last]), 4),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"settings": asdict(settings), "weights": model.state_dict(), "training": training}, checkpoint)
+    return model, training
+
+
+def examine_all(model: nn.Module, exam: Exam, chosen: list[Scheme], console: Console) -> list[Row]:
+    held_out, rows = read_corpus().held_out, []
+    pieces = -(-exam.texts // exam.batch) + -(-exam.lists // exam.batch)
+    with progress_bar(console, width=48) as progress:
+        task = progress.add_task("", total=pieces * len(chosen))
+        for scheme in chosen:
+            progress.update(task, description=scheme.name)
+            rows.append(examine(model, scheme, exam, held_out, lambda: progress.update(task, advance=1)))
+    return rows
+
+
+def rows_of(result: dict[str, Any]) -> list[Row]:
+    return [Row(**row) for row in result["rows"]]
+
+
+HEAD = ["cache", "bytes", "bits", "loss", "more than uncompressed", "values found"]
+
+
+def amount(value: float | None, digits: int) -> str:
+    return "not counted" if value is None else f"{value:.{digits}f}"
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    plain, lines = rows[0], []
+    for row in rows:
+        line = [row.name, amount(row.bytes, 1), amount(row.bits, 2), f"{statistics.fmean(row.losses):.4f}"]
+        line.append("" if row is plain else "{:+.4f} ± {:.4f}".format(*difference(row.losses, plain.losses)))
+        line.append("{:.1%} ± {:.1%}".format(*mean_and_error(row.accuracies)).replace("%", " %"))
+        lines.append(line)
+    return lines
+
+
+def comparisons(rows: list[Row]) -> list[str]:
+    """ZipCache at the paper's setting beside uniform bits, input by input."""
+    by_name, lines = {row.name: row for row in rows}, []
+    for other in (INT2, INT4, "ZipCache's codec, all in 4 bits"):
+        a, b = by_name[PAPER], by_name[other]
+        loss, found = difference(a.losses, b.losses), difference(a.accuracies, b.accuracies)
+        lines.append(
+            f"{PAPER}, minus {other}: loss {loss[0]:+.4f} ± {loss[1]:.4f}, "
+            f"values found {100 * found[0]:+.1f} ± {100 * found[1]:.1f} points"
+        )
+    return lines
+
+
+def facts(result: dict[str, Any]) -> str:
+    training, exam, versions = result["training"], result["exam"], result["versions"]
+    return (
+        f"{training['parameters']:,} parameters, {training['settings']['steps']:,} steps; {exam['texts']} texts, "
+        f"{exam['lists']} lists with {exam['queries'] - 1} values asked of each;\n{result['machine']['device']}, "
+        f"threads: {result['machine']['threads']}, torch {versions['torch']}, transformers {versions['transformers']}, "
+        f"seed {training['settings']['seed']}, {result['date'][:10]}"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """What stands between the markers in docs/kv.md."""
+    rows = rows_of(result)
+    lines = [HEAD, [":--"] + ["--:"] * (len(HEAD) - 1), *cells(rows)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([*table, "", *(f"* {line}" for line in comparisons(rows)), "", f"{facts(result)}."]) + "\n"
+
+
+def tabulate(result: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    caption = "bytes for a token and head; bits for a number; loss in nats for a byte; ± one standard error"
+    table = Table(HEAD[0], title="What a compressed cache loses", caption=caption)
+    for head in HEAD[1:]:
+        table.add_column(head, justify="right")
+    for line in cells(rows_of(result)):
+        table.add_row(*line)
+    return table
+
+
+def draw_panel(axes: Axes, rows: list[Row], value: Callable[[Row], tuple[float, float]]) -> None:
+    for family, (label, colour, marker, line) in STYLES.items():
+        members = [row for row in rows if row.family == family]
+        means, errors = zip(*map(value, members), strict=True)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "label": label}
+        bits = [row.bits for row in members]
+        axes.errorbar(bits, means, yerr=errors, capsize=2, linewidth=1.4, markersize=5, **style)
+    for row in rows:
+        if row.family == "quanto":
+            axes.axhline(value(row)[0], color="#8c8c8c", linestyle="--" if "4" in row.name else ":", label=row.name)
+    paper = next(row for row in rows if row.name == PAPER)
+    axes.annotate("60 %", (paper.bits, value(paper)[0]), (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("bits for a number, everything counted")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter
+
+    plain, *rows = rows_of(result)
+    style: dict[str, Any] = {
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "svg.hashsalt": "singlepass",
+        "svg.fonttype": "none",
+    }
+    with matplotlib.rc_context(style):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.6), layout="constrained")
+        draw_panel(left, rows, lambda row: difference(row.losses, plain.losses))
+        draw_panel(right, rows, lambda row: mean_and_error(row.accuracies))
+        for axes, level in ((left, 0.0), (right, statistics.fmean(plain.accuracies))):
+            axes.axhline(level, color="#333333", linewidth=1, zorder=0, label=PLAIN)
+        left.set_title("loss on held-out text, more than uncompressed", loc="left", fontweight="bold")
+        left.set_ylabel("nats for a byte")
+        right.set_title("values found in a list", loc="left", fontweight="bold")
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """As JSON, each row on a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result | {"rows": None}, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+    path.write_text(text.replace('"rows": null', f'"rows": [\n  {rows}\n ]') + "\n", encoding="utf-8")
+
+
+def write_docs(result: dict[str, Any]) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(MARKER.sub(lambda found: found[1] + markdown(result) + found[2], text), encoding="utf-8")
+    draw(result, PICTURE)
+    save(result, KEPT)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help=f"the result file (default: {NAME}.json in {OUTPUT.name}/)")
+    parser.add_argument("--quick", action="store_true", help="a few steps and inputs: to see that everything runs")
+    parser.add_argument("--steps", type=int, default=Training.steps, help="of training (default: %(default)s)")
+    parser.add_argument("--reuse", action="store_true", help="take the weights that lie beside the result file")
+    parser.add_argument("--docs", action="store_true", help="only fill docs/kv.md and its picture from the result file")
+    args = parser.parse_args(argv)
+    path = args.out or OUTPUT / (f"{NAME}_quick.json" if args.quick else f"{NAME}.json")
+    checkpoint = path.with_suffix(".pt")
+    if path.suffix != ".json":
+        parser.error(f"--out: expected a name that ends in .json; got {path}")
+    if args.steps < 1:
+        parser.error(f"--steps: expected at least 1; got {args.steps}")
+    for option, needed in (("docs", path), ("reuse", checkpoint)):
+        if getattr(args, option) and not needed.exists():
+            parser.error(f"--{option}: expected {needed}; got no such file. Run it without --{option} first")
+    if args.docs:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        write_docs(result)
+        return result
+
+    from rich.console import Console
+
+    from singlepass.bench.results import git_state, machine, versions
+
+    torch.set_num_threads(1)  # the same results on any number of cores
+    console, start = Console(), time.perf_counter()
+    settings, exam = Training(steps=args.steps), Exam()
+    if args.quick:
+        settings = Training(steps=4, tokens=256, hidden=64, layers=2)
+        exam = Exam(texts=2, prompt=64, follow=16, lists=2, keys=14, queries=2, window=8, batch=2)
+    model, training = learn(settings, checkpoint, args.reuse, console)
+    commit, dirty = git_state()
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    result = {"date": now, "commit": commit, "dirty": dirty, "machine": machine(torch.device("cpu"))}
+    result |= {"versions": versions(), "training": training, "exam": asdict(exam)}
+    result["rows"] = [asdict(row) for row in examine_all(model, exam, schemes(), console)]
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    save(result, path)
+    console.print(tabulate(result))
+    console.print(*comparisons(rows_of(result)), sep="\n")
+    draw(result, path.with_suffix(".svg"))
+    console.print(f"{path} and {path.with_suffix('.svg').name} written; {result['seconds']:.0f} s in all")
+    return result
+
+
+if __name__ == "__main__":
+    main()
