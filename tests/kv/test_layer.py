@@ -324,3 +324,18 @@ def test_rotation_spreads_outliers() -> None:
         layer.prefill(q, k, v)
         off[rotated] = (layer.dequantize()[0] - k).square().mean()
     assert off[True] < 0.5 * off[False]
+
+
+@pytest.mark.parametrize("tokens", [256, 257, 600])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_long_prompts_with_padding_and_after_others(tokens: int, softcap: float) -> None:
+    """Where masks are held, queries beyond the first few hundred have theirs too."""
+    q, k, v = drawn(tokens + 40, batch=2, width=16)
+    mask = torch.arange(tokens) >= torch.tensor([[0], [5]])
+    padded, alone = (ZipCacheLayer(salient_ratio=1.0, softcap=softcap) for _ in range(2))
+    out = padded.prefill(*part((q, k, v), 0, tokens), mask)
+    unpadded = alone.prefill(*part((q[1:], k[1:], v[1:]), 5, tokens))
+    torch.testing.assert_close(out[1:, :, 5:], unpadded, rtol=1e-5, atol=1e-6)
+    again = padded.prefill(*part((q, k, v), 0, tokens), mask)
+    assert again.shape == out.shape
+    assert padded.length == 2 * tokens

@@ -80,7 +80,13 @@ def cache_nbytes(
         >>> round(cache_nbytes(32768) / 32768, 1)  # of 512 in 16 bits, keys and values of one head
         112.7
     """
-    codec = Codec() if codec is None else codec
+    where, codec = "cache_nbytes", Codec() if codec is None else codec
+    require(tokens >= 0, where, "0 tokens or more", tokens, "Pass the length of the prompt.")
+    require(0.0 <= salient_ratio <= 1.0, where, "salient_ratio from 0 to 1", salient_ratio, "It is a share.")
+    for name, bits in (("salient_bits", salient_bits), ("regular_bits", regular_bits)):
+        require(bits in (2, 4, 8), where, f"{name} 2, 4 or 8", bits, "Choose one of them.")
+    require(head_dim > 0 and head_dim % 16 == 0, where, "head_dim a multiple of 16", head_dim, "Pad channels.")
+    codec.check_width(where, head_dim)
     key_groups, value_groups = (head_dim // (group or head_dim) for group in (codec.key_group, codec.value_group))
     salient = int(tokens * salient_ratio + 0.5)
     of_heads, of_sequences, shared = -(-tokens // 4), 0, 0

@@ -70,6 +70,10 @@ def check_tokens(op: str, name: str, x: Tensor) -> None:
     require(width % 16 == 0 and 0 < width <= MAX_CHANNELS, op, contract, width, "Pad channels with zeros.")
 
 
+def check_bits(op: str, name: str, bits: int) -> None:
+    require(isinstance(bits, int) and bits in BITS, op, f"{name} 2, 4 or 8", repr(bits), "Choose one of them.")
+
+
 def last_dense(x: Tensor) -> Tensor:
     """x, or a copy of it whose channels are neighbours."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -149,11 +153,13 @@ def quantize(
     """
     op = "quantize"
     check_tokens(op, "x", x)
-    require(bits in BITS, op, "bits 2, 4 or 8", bits, "Choose one of them.")
+    check_bits(op, "bits", bits)
     require(axis in AXES, op, 'axis "channel" or "token"', repr(axis), "Choose one of them.")
     width, tokens = x.shape[3], x.shape[2]
     by_token = axis == "token"
-    require(by_token or (group is None and not channel_separable), op, 'axis "token"', axis, "Leave group out.")
+    plain = group is None and not channel_separable
+    remedy = 'Pass axis="token", or leave group and channel_separable out.'
+    require(by_token or plain, op, 'axis "token" with group or channel_separable', repr(axis), remedy)
     group = width if group is None else group
     require(group > 0 and width % group == 0, op, f"a group that divides {width} channels", group, "Choose another.")
     block = max(tokens, 1) if block is None else block
@@ -173,6 +179,7 @@ def block_starts(slots: int, block: int, device: torch.device) -> Tensor:
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, backend: str | None = None) -> Tensor:
     """The tokens that :func:`quantize` packed, (batch, heads, tokens, channels); zeros in slots without a token."""
+    require(isinstance(q, Quantized), "dequantize", "a Quantized", type(q).__name__, "Pass what quantize gave.")
     require(dtype in FLOATS, "dequantize", "a floating-point dtype", dtype, "Convert the result.")
     out = torch.zeros((*q.codes.shape[:3], q.head_dim), dtype=dtype, device=q.codes.device)
     dequantize_into(q, None, out, backend)
@@ -215,9 +222,7 @@ def probe_saliency(
     op = "probe_saliency"
     check_tokens(op, "k", k)
     check_queries(op, q, k)
-    got = f"{tuple(positions.shape)} of {positions.dtype}"
-    fits = positions.dtype == torch.int64 and positions.shape == q.shape[2:3]
-    require(fits, op, f"int64 positions of shape ({q.shape[2]},)", got, "Give each probe's place in k.")
+    _check_exact(op, "positions", positions, torch.int64, (q.shape[2],), k)
     require(
         normalization in NORMALIZATIONS, op, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them."
     )
@@ -261,6 +266,8 @@ def _check_exact(
     op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor
 ) -> None:
     """Raises unless t is None or a tensor of that dtype and shape where ``like`` is."""
+    if t is not None and not isinstance(t, Tensor):
+        raise ValueError(message(op, f"a tensor {name}", type(t).__name__, "Convert it."))
     if t is None or (t.shape == shape and t.dtype == dtype and t.device == like.device):
         return
     contract = f"{str(dtype).removeprefix('torch.')} {name} of shape {shape} on {like.device}"
@@ -269,15 +276,17 @@ def _check_exact(
 
 
 def _check_segment(op: str, keys: Quantized, values: Quantized, window_k: Tensor, window_v: Tensor) -> None:
+    for part in (keys, values):
+        require(isinstance(part, Quantized), op, "Quantized keys and values", type(part).__name__, "Call quantize.")
     require(values.axis == "token", op, 'values of axis "token"', values.axis, "Quantise them so.")
     require(keys.bits == values.bits, op, f"values of {keys.bits} bits, as keys", values.bits, "Quantise alike.")
     for name, part, window in (("keys", keys, window_k), ("values", values, window_v)):
         shape = (*window.shape[:2], keys.codes.shape[2], window.shape[3])
         got = (*part.codes.shape[:3], part.head_dim)
         require(got == shape, op, f"{name} {shape}, as the window's but for slots", got, "Quantise the same tokens.")
-    blocks, got = keys.counts.shape[1], values.counts.shape[1]
-    fits = values.channels is None or got == blocks  # factors belong to blocks, and blocks are those of the keys
-    require(fits, op, f"values in {blocks} blocks, as keys", got, "Quantise both with the same block.")
+    blocks, found = keys.counts.shape[1], values.counts.shape[1]
+    fits = values.channels is None or found == blocks  # factors belong to blocks, and blocks are those of the keys
+    require(fits, op, f"values in {blocks} blocks, as keys", found, "Quantise both with the same block.")
 
 
 def decode_attention(
@@ -303,7 +312,8 @@ def decode_attention(
         window_k: (batch, heads, slots, channels), the uncompressed keys; heads divides query heads.
         window_v: (batch, heads, slots, value channels).
         window: int32 (batch, 2), the first slot of the window that holds a token, and the end; the last token there is
-            the last query's own, so that attention is causal.
+            the last query's own, so that attention is causal. A query whose own token would stand before the window
+            sees none of it, but all of the segments.
         first: int32 (segments, batch, heads), the first slot of each segment to see, or None for all.
         sinks: float32 (query heads,), a logit of nothing for each head, or None.
         scale: of q @ k^T; None: channels^-0.5.
@@ -329,11 +339,14 @@ def decode_attention(
     _check_exact(op, "window", window, torch.int32, (batch, 2), window_k)
     _check_exact(op, "first", first, torch.int32, (len(segments), batch, heads), window_k)
     _check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), window_k)
+    pairs = all(isinstance(segment, tuple) and len(segment) == 2 for segment in segments)
+    require(pairs, op, "segments as a list of pairs", type(segments).__name__, "Pass [(keys, values), ...].")
+    for keys, values in segments:
+        _check_segment(op, keys, values, window_k, window_v)
     axes = {keys.axis for keys, _ in segments}
     require(len(axes) <= 1, op, "keys of one axis", sorted(axes), "Quantise them alike.")
     parts: list[Tensor] = []
     for keys, values in segments:
-        _check_segment(op, keys, values, window_k, window_v)
         none = values.scales.new_empty(0)
         parts += (keys.codes, keys.scales, values.codes, values.scales)
         parts += (none if values.channels is None else values.channels, keys.starts, keys.counts)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from .._errors import require
 from . import state
 from .codec import Codec
 from .functional import (
-    BITS,
     NORMALIZATIONS,
     backend_for,
+    check_bits,
     check_queries,
     check_tokens,
     decode_attention,
@@ -51,6 +52,10 @@ class ZipCacheLayer:
         scale: of q @ k^T; None: channels^-0.5.
         softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
         backend: "native", "triton" or "eager"; None chooses.
+
+    Attributes:
+        length: how many tokens are cached.
+        window_length: how many of them are in the window, uncompressed.
 
     Raises:
         ValueError: options out of range.
@@ -94,11 +99,15 @@ class ZipCacheLayer:
             ("recent_probes", recent_probes),
             ("random_probes", random_probes),
         ):
-            require(0.0 <= share <= 1.0, _OP, f"{name} from 0 to 1", share, "It is a share of the tokens.")
-        for name, bits in (("salient_bits", salient_bits), ("regular_bits", regular_bits)):
-            require(bits in BITS, _OP, f"{name} 2, 4 or 8", bits, "Choose one of them.")
-        require(window >= 1, _OP, "a window of at least 1 token", window, "128 is the default.")
-        require(max_probes >= 1, _OP, "max_probes of at least 1", max_probes, "512 is the default.")
+            fits = isinstance(share, Real) and 0.0 <= share <= 1.0
+            require(fits, _OP, f"{name} from 0 to 1", repr(share), "It is a share of the tokens.")
+        check_bits(_OP, "salient_bits", salient_bits)
+        check_bits(_OP, "regular_bits", regular_bits)
+        for name, count in (("window", window), ("max_probes", max_probes)):
+            fits = isinstance(count, int) and count >= 1
+            require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
+        fits = codec is None or isinstance(codec, Codec)
+        require(fits, _OP, "a Codec or None", repr(codec), "Call Codec.zipcache(), .kivi() or .per_token_head().")
         known = normalization in NORMALIZATIONS
         require(known, _OP, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
         self.salient_ratio = salient_ratio
@@ -303,7 +312,8 @@ class ZipCacheLayer:
             q = rotate(q)
         queries = q.shape[2]
         fits = queries <= max(self.window_length, 1)
-        require(fits, _OP, f"at most {self.window_length} queries", queries, "Use prefill.")
+        remedy = "Pass longer pieces to prefill, which appends and attends by itself."
+        require(fits, _OP, f"at most {self.window_length} queries, whose tokens the window holds", queries, remedy)
         lowest, first = 0, None
         if sliding_window is not None:
             fits = queries == 1 and sliding_window >= 1

@@ -30,21 +30,20 @@ def causal_attention(
     if softcap > 0 or sinks is not None:
         parts = []
         for i in range(0, queries, _QUERIES):
-            shown = _shown(queries, length, seen, q.device, i)
+            shown = _shown(i, min(i + _QUERIES, queries), queries, length, seen, q.device)
             parts.append(explicit_attention(q[:, :, i : i + _QUERIES], k, v, shown, scale, softcap, sinks))
         out = torch.cat(parts, 2) if parts else q.new_zeros((*q.shape[:3], v.shape[3]))
     elif seen is None and queries == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     else:
-        shown = _shown(queries, length, seen, q.device)
+        shown = _shown(0, queries, queries, length, seen, q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=shown, scale=scale, enable_gqa=True)
     return out if seen is None else out.masked_fill(~seen[:, None, length - queries :, None], 0.0)
 
 
-def _shown(queries: int, length: int, seen: Tensor | None, device: torch.device, begin: int = 0) -> Tensor:
-    """Which tokens the queries from ``begin`` on see, bool, (1 or batch, 1, queries, tokens)."""
-    end = min(queries, begin + _QUERIES) if begin or queries > _QUERIES else queries
-    rows = torch.arange(length - queries + begin, length - queries + end, device=device)
+def _shown(begin: int, end: int, queries: int, length: int, seen: Tensor | None, device: torch.device) -> Tensor:
+    """Which tokens queries ``begin`` to ``end`` of the last ``queries`` see, bool (1 or batch, 1, queries, tokens)."""
+    rows = torch.arange(begin, end, device=device) + (length - queries)
     shown = (torch.arange(length, device=device) <= rows[:, None])[None, None]
     return shown if seen is None else shown & seen[:, None, None]
 
@@ -108,7 +107,8 @@ def padding_in(mask: Tensor, before: int, batch: int, tokens: int, held: Tensor 
     kept = plain if held is None else (seen[:, :before] | ~held).all()
     is_plain, is_kept, whole = torch.stack((plain, kept, seen[:, before:].all())).tolist()
     require(is_plain, where, "a causal mask, but for padding", "another one", remedy)
-    require(is_kept, where, "a mask that shows all tokens in the cache", "one that hides some", "Call reset() first.")
+    remedy = "Pass the attention_mask of the whole conversation, or call reset() before another."
+    require(is_kept, where, "a mask that shows all tokens in the cache", "one that hides some", remedy)
     return None if whole else seen[:, before:].expand(batch, -1)
 
 
