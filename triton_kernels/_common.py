@@ -13,6 +13,8 @@ STORAGE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # Kernels compute what the source says: with these options a multiplication and an addition stay two roundings.
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+# Sums of products, whose last bits no other implementation shares.
+FUSED_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def is_interpreted() -> bool:

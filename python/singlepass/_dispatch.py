@@ -47,6 +47,7 @@ _EAGER: dict[str, Callable] = {
 _TRITON_MODULES = {
     **dict.fromkeys((*reference_optim.STEPS, "grad_norm"), "optim"),
     **dict.fromkeys(("rational", "rational_backward"), "rational"),
+    **dict.fromkeys(("kv_decode", "kv_dequantize_", "kv_quantize_", "kv_saliency"), "kv"),
 }
 _DEVICES = ("cpu", "cuda")
 _obstacles: dict[tuple[str, str, str], str | None] = {}  # found once, so that torch.compile traces a choice

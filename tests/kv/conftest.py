@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
+
+from ..triton.interpreter import patched_once
+from .inputs import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +27,9 @@ def _one_thread() -> Iterator[None]:
 def each_thread_count() -> tuple[int, ...]:
     """Numbers of threads to set; the one before comes back after the test."""
     return (1, 2, 3)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _patched_once() -> Iterator[None]:
+    with patched_once() if INTERPRETED else nullcontext():
+        yield

@@ -11,14 +11,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import create_function_from_signature
 
-from singlepass.triton_kernels._common import LAUNCH_OPTIONS
-
 
 @dataclass(frozen=True)
 class Launch:
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
+    options: dict[str, Any]
 
     def specialization(self, target: GPUTarget) -> tuple[dict[str, str], dict[str, Any], str]:
         """Signature, constants, and the key under which Triton keeps the compiled kernel."""
@@ -33,7 +32,7 @@ class Launch:
     def compile(self, arch: int) -> CompiledKernel:
         target = GPUTarget("cuda", arch, 32)
         signature, constants, _ = self.specialization(target)
-        return triton.compile(ASTSource(self.kernel, signature, constants), target=target, options=LAUNCH_OPTIONS)
+        return triton.compile(ASTSource(self.kernel, signature, constants), target=target, options=self.options)
 
 
 @dataclass
@@ -45,7 +44,6 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **options: Any) -> None:
-            assert options in ({}, LAUNCH_OPTIONS)
-            self.launches.append(Launch(self.kernel, grid, args))
+            self.launches.append(Launch(self.kernel, grid, args, options))
 
         return launch

@@ -16,10 +16,12 @@ import torch
 import triton
 
 from singlepass._dispatch import implementation
+from singlepass.kv import dequantize, probe_saliency, quantize
 
+from ..kv.inputs import attention
 from ..optim.steps import Mix, call, make_tensors, rule_of
 from ..simt.truth import CASES, Case
-from .test_launches import call_rational, record_rational
+from .test_launches import call_rational, record_kv, record_rational
 
 ARCHS = [80, 90, 100, 120]
 RULES = [case for case in CASES if case.id == case.rule]
@@ -47,12 +49,13 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
     return int(match[1])
 
 
-def check(launch: Any, arch: int, folder: Path, rounded_otherwise: str = ROUNDED_OTHERWISE) -> str:
+def check(launch: Any, arch: int, folder: Path, rounded_otherwise: str | None = ROUNDED_OTHERWISE) -> str:
     """Compiles a launch and returns its PTX."""
     compiled = launch.compile(arch)
     ptx: str = compiled.asm["ptx"]
     assert re.search(rf"^\.target sm_{arch}", ptx, re.M)
-    assert not re.findall(rounded_otherwise, ptx), "float32 arithmetic is not what the source says"
+    if rounded_otherwise is not None:
+        assert not re.findall(rounded_otherwise, ptx), "float32 arithmetic is not what the source says"
     assert stack_bytes(compiled.asm["cubin"], folder) < TILE_BYTES, "registers are spilled"
     return ptx
 
@@ -114,3 +117,53 @@ def test_rational(name: str, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_pat
         if launch.kernel is not recorded["finish_kernel"][0].kernel and name != "odd":
             assert re.search(r"ld\.global\S*\.v[248]\.b32", ptx), "tiles are loaded by vectors"
             assert re.search(r"st\.global\S*\.v[248]\.b32", ptx), "tiles are stored by vectors"
+
+
+KV_DECODE = {
+    "zipcache": {"dtype": torch.bfloat16, "width": 128},
+    "kivi": {"dtype": torch.float16, "width": 80, "separable": False, "value_group": 16},
+    "token and head": {"key_axis": "token", "separable": False, "width": 64},
+    "wide": {"dtype": torch.bfloat16, "width": 256},
+}
+KV_CODECS = [("channel", None, False), ("token", None, True), ("token", 32, False)]
+
+
+@each_arch
+def test_kv_decode(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorded = record_kv(monkeypatch)
+    name = [*KV_DECODE][ARCHS.index(arch)]
+    attention(**KV_DECODE[name]).call("triton")
+    for launch in [*recorded["decode_kernel"], *recorded["merge_kernel"]]:
+        ptx = check(launch, arch, tmp_path, rounded_otherwise=None)
+        if launch.kernel is recorded["decode_kernel"][0].kernel:
+            assert re.search(r"mma\S*\.f32\.f16\.f16\.f32|wgmma|tcgen05", ptx), "tensor cores multiply codes"
+            assert re.search(r"ld\.global\S*\.v[24]\.b32|cp\.async\.c\w\.shared\.global", ptx), "codes come in vectors"
+
+
+@each_arch
+@pytest.mark.parametrize("axis", KV_CODECS, ids=str)
+def test_kv_codec(
+    axis: tuple[str, int | None, bool], arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recorded = record_kv(monkeypatch)
+    turn = KV_CODECS.index(axis) + ARCHS.index(arch)
+    x = torch.zeros(1, 1, 64, 128, dtype=DTYPES[turn % 3])
+    options = {} if axis[0] == "channel" else {"group": axis[1], "channel_separable": axis[2]}
+    q = quantize(x, (2, 4, 8)[turn // 2 % 3], axis=axis[0], backend="triton", **options)
+    dequantize(q, x.dtype, backend="triton")
+    for launch in recorded["codec_kernel"]:
+        ptx = check(launch, arch, tmp_path)
+        assert re.search(r"(?:ld|st)\.global\S*\.v[248]\.b32", ptx), "tokens come and go in vectors"
+
+
+@each_arch
+def test_kv_saliency(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorded = record_kv(monkeypatch)
+    dtype, width = [(torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 128), (torch.bfloat16, 80)][
+        ARCHS.index(arch)
+    ]
+    k = torch.zeros(1, 2, 100, width, dtype=dtype)
+    probe_saliency(k, k, torch.zeros(100, dtype=torch.int64), backend="triton")
+    for launch in [*recorded["log_sums_kernel"], *recorded["column_sums_kernel"]]:
+        ptx = check(launch, arch, tmp_path, rounded_otherwise=None)
+        assert re.search(r"mma\S*tf32|wgmma|tcgen05", ptx), "tensor cores multiply"

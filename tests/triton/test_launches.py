@@ -9,10 +9,13 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
+from singlepass import _dispatch
 from singlepass._dispatch import implementation
-from singlepass.triton_kernels import _launch, rational
+from singlepass.kv import dequantize, probe_saliency, quantize
+from singlepass.triton_kernels import _launch, kv, rational
 from singlepass.triton_kernels._table import CHUNK, IS_ALIGNED
 
+from ..kv.inputs import Part, attention
 from ..optim.steps import Mix, call, make_tensors, rule_of
 from ..simt.truth import CASES, Case
 from .recorder import Recorder
@@ -109,6 +112,18 @@ def test_one_misaligned_tensor_keeps_its_record_from_vectors(shifted: str, recor
     assert records[:, IS_ALIGNED.value].tolist() == [1, 0, 1]
 
 
+def record_kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What the launchers of the KV cache would launch."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
+    monkeypatch.setattr(_dispatch, "_obstacles", {})
+    recorders = {}
+    for name in ("codec_kernel", "decode_kernel", "merge_kernel", "log_sums_kernel", "column_sums_kernel"):
+        recorders[name] = Recorder(getattr(kv, name))
+        monkeypatch.setattr(kv, name, recorders[name])
+    return {name: recorder.launches for name, recorder in recorders.items()}
+
+
 def record_rational(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What the launchers of rational activations would launch."""
     monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
@@ -186,3 +201,38 @@ def test_rational_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None
             call_rational(torch.empty(rows, channels), bias=True, dropout=0.1)
     # Five widths of tiles; vectors of 1, 2 and 4 numbers; random bits by eights or one by one.
     assert all(count <= 2 * 5 * 3 for count in variants())
+
+
+def test_kv_decode_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches for any number of segments, blocks and queries, and code for dtypes and layouts alone."""
+    recorded = record_kv(monkeypatch)
+    for length in (1, 16, 17, 128):
+        starts = tuple(range(0, 2 * length + 1, 2))  # of two slots at least, so that codes of 2 bits are aligned
+        for batch, heads, group, queries in ((1, 1, 1, 1), (2, 1, 16, 1), (1, 16, 4, 5)):
+            shape = {"batch": batch, "heads": heads, "group": group, "queries": queries, "width": 32}
+            attention((Part(4, starts), Part(2, starts)), **shape, slots=length).call("triton")
+            assert len(recorded["decode_kernel"]) == len(recorded["merge_kernel"])
+    assert len(recorded["decode_kernel"]) == 12
+    for name in ("decode_kernel", "merge_kernel"):
+        assert len({launch.specialization(TARGET)[2] for launch in recorded[name]}) == 1, name
+
+
+def test_kv_splits_depend_on_one_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_kv(monkeypatch)
+    starts = tuple(range(1001))
+    for batch, heads in ((1, 1), (3, 1), (1, 4)):
+        attention((Part(4, starts),), batch=batch, heads=heads, width=16).call("triton")
+        (programs,) = recorded["decode_kernel"][-1].grid
+        assert programs == batch * heads * (-(-1000 // kv.BLOCKS) + 1)
+
+
+def test_kv_codec_and_saliency_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_kv(monkeypatch)
+    for batch, heads, length in ((1, 1, 1), (2, 16, 16), (3, 5, 1000)):
+        x = torch.zeros(batch, heads, length, 32)
+        for block in (1, 16, 500):
+            dequantize(quantize(x, 4, block=block, backend="triton"), backend="triton")
+        for probes in (1, 16, 65):
+            probe_saliency(x[:, :, :1].expand(-1, -1, probes, -1), x, torch.zeros(probes).long(), backend="triton")
+    for name, variants in (("codec_kernel", 2), ("log_sums_kernel", 1), ("column_sums_kernel", 1)):
+        assert len({launch.specialization(TARGET)[2] for launch in recorded[name]}) == variants, name

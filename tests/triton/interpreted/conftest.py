@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-from triton.runtime import interpreter
+
+from ..interpreter import patched_once
 
 
 @pytest.fixture(autouse=True)
@@ -22,16 +22,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def patched_once() -> Iterator[None]:
-    """Calling a device function patches the language again, although its launch has: that takes most of the time."""
-    patched = set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.fn not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+def _patched_once() -> Iterator[None]:
+    with patched_once():
         yield

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches the KV cache's kernels. Arguments and results are those of ``singlepass._ops.kv``.
+
+What is compiled depends on dtypes, widths and bits, on groups, on which inputs there are, and on whether codes are
+aligned to 16 bytes. Nothing on the device is read here, so a CUDA graph can hold any of these calls.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .._errors import require
+from .._ops.kv import SEGMENT
+from ._common import FUSED_OPTIONS, LAUNCH_OPTIONS, STORAGE
+from ._launch import device_guard
+from .kv_arguments import (
+    Packed,
+    check_blocks,
+    check_device,
+    check_layout,
+    check_option,
+    check_queries,
+    check_tokens,
+    is_aligned,
+    place,
+    strides,
+    unspecialized,
+    vector_of,
+)
+from .kv_codec import codec_kernel
+from .kv_decode import decode_kernel, merge_kernel
+from .kv_functions import ROWS
+from .kv_saliency import column_sums_kernel, log_sums_kernel
+
+TILE_SIZE, CODEC_TILE_SIZE = 4096, 2048  # numbers that a program works on together, as many as registers hold
+LEAST_TILE = 16  # slots or rows, as tensor cores want
+# Blocks of a split: as many splits as keep a GPU busy with one sequence, but work enough to pay for their sums. They
+# depend on a segment's blocks alone, so that sequences get the same bits in any batch.
+BLOCKS, SPLITS = 8, 64
+MERGED_SPLITS, MERGED_CHANNELS = 32, 64
+SALIENCY_TILES = 4096, 8192  # numbers of a tile of rows and of one of tokens
+
+
+def _run_codec(
+    op: str,
+    quantizes: bool,
+    plain: Tensor,
+    index: Tensor | None,
+    starts: Tensor,
+    counts: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    bits: int,
+    axis: int,
+) -> None:
+    device = check_device(op, plain, index, starts, counts, codes, scales, channels)
+    check_tokens(op, "tokens", plain)
+    batch, heads = plain.shape[:2]
+    blocks = check_blocks(op, starts, counts, batch)
+    packed = Packed.of(op, codes, scales, channels, blocks, plain, bits, axis)
+    a_index = check_option(op, "index", index, torch.int32, (batch, heads, codes.shape[2]), 2)
+    programs = batch * heads * blocks
+    if programs == 0:
+        return
+    strides = [n for t in (index, codes, scales, channels) for n in ((0, 0) if t is None else t.stride()[:2])]
+    with device_guard(device):
+        codec_kernel[(programs,)](
+            *(plain.data_ptr(), a_index, codes.data_ptr(), scales.data_ptr()),
+            *(0 if channels is None else channels.data_ptr(), starts.data_ptr(), counts.data_ptr()),
+            *(*plain.stride()[:3], *strides, counts.stride(0), heads, blocks),
+            *(quantizes, index is not None, STORAGE[plain.dtype], packed.width, bits, packed.groups, packed.separable),
+            *(vector_of(plain), 16 if is_aligned(codes) else 1, packed.block_w),
+            max(1, CODEC_TILE_SIZE // (8 // bits * packed.block_w)),
+            **LAUNCH_OPTIONS,
+        )
+
+
+def kv_quantize_(
+    x: Tensor,
+    index: Tensor | None,
+    starts: Tensor,
+    counts: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    *,
+    bits: int,
+    axis: int,
+) -> None:
+    """``kv_quantize_`` in Triton, in one launch."""
+    _run_codec("kv_quantize_", True, x, index, starts, counts, codes, scales, channels, bits, axis)
+
+
+def kv_dequantize_(
+    codes: Tensor,
+    scales: Tensor,
+    channels: Tensor | None,
+    index: Tensor | None,
+    starts: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    *,
+    bits: int,
+    axis: int,
+) -> None:
+    """``kv_dequantize_`` in Triton, in one launch."""
+    _run_codec("kv_dequantize_", False, out, index, starts, counts, codes, scales, channels, bits, axis)
+
+
+def _segment(
+    parts: list[Tensor], bits: int, key_axis: int, window_k: Tensor, window_v: Tensor
+) -> tuple[tuple, tuple, int]:
+    """What decode_kernel takes of a segment: its addresses and sizes, its layout, and its number of splits."""
+    op = "kv_decode"
+    key_codes, key_scales, value_codes, value_scales, value_channels, starts, counts = parts
+    factors = value_channels if value_channels.dim() == 4 else None
+    blocks = check_blocks(op, starts, counts, window_k.shape[0])
+    keys = Packed.of(op, key_codes, key_scales, None, blocks, window_k, bits, key_axis)
+    values = Packed.of(op, value_codes, value_scales, factors, blocks, window_v, bits, 1)
+    slots = key_codes.shape[2]
+    remedy = "Quantise them alike."
+    require(value_codes.shape[2] == slots, op, f"{slots} slots of values, as of keys", value_codes.shape[2], remedy)
+    each = max(1, min(BLOCKS, blocks // SPLITS))
+    splits = -(-blocks // each)
+    alignment = 16 if is_aligned(key_codes) and is_aligned(value_codes) else 1
+    layout = bits, keys.groups, values.groups, values.separable, keys.block_w, values.block_w, alignment
+    places = [place(t) for t in (key_codes, key_scales, value_codes, value_scales, factors)]
+    numbers = starts.data_ptr(), counts.data_ptr(), counts.stride(0) * counts.itemsize, blocks, each, splits
+    return (*places, *map(unspecialized, numbers)), layout, splits
+
+
+def kv_decode(
+    q: Tensor,
+    segments: list[Tensor],
+    window_k: Tensor,
+    window_v: Tensor,
+    window: Tensor,
+    sinks: Tensor | None,
+    first: Tensor | None,
+    *,
+    bits: list[int],
+    key_axis: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``kv_decode`` in Triton: splits of every head's tokens in one launch, their sums in another."""
+    op = "kv_decode"
+    device = check_device(op, q, *segments, window_k, window_v, window, sinks, first)
+    for role, t in (("q", q), ("window_k", window_k), ("window_v", window_v)):
+        check_tokens(op, role, t)
+    check_queries(op, q, window_k)
+    batch, heads = window_k.shape[:2]
+    query_heads, queries, width, value_width = *q.shape[1:], window_v.shape[3]
+    same = window_v.shape[:3] == window_k.shape[:3] and window_v.dtype == window_k.dtype
+    contract = f"window_v {tuple(window_k.shape[:3])} of {window_k.dtype}, as window_k"
+    require(same, op, contract, f"{tuple(window_v.shape)} of {window_v.dtype}", "Only channels may differ.")
+    check_layout(op, "window", window, torch.int32, (batch, 2), 1)
+    a_sinks = check_option(op, "sinks", sinks, torch.float32, (query_heads,))
+    a_first = check_option(op, "first", first, torch.int32, (len(bits), batch, heads))
+    tensors, count = len(SEGMENT), len(bits)
+    contract = f"{tensors} tensors for each of {count} segments"
+    require(len(segments) == tensors * count, op, contract, len(segments), "See the op's schema.")
+    parts = [segments[tensors * i : tensors * (i + 1)] for i in range(count)]
+    made = [_segment(part, b, key_axis, window_k, window_v) for part, b in zip(parts, bits, strict=True)]
+
+    out = q.new_empty((batch, query_heads, queries, value_width))
+    lse = q.new_empty((batch, query_heads, queries), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    rows = query_heads // heads * queries
+    blocks = triton.next_power_of_2(width), triton.next_power_of_2(value_width)
+    row_tiles, splits = -(-rows // ROWS.value), sum(n for _, _, n in made) + 1
+    with device_guard(device):
+        programs = batch * heads * row_tiles * splits
+        partials = torch.empty(programs * ROWS.value * (value_width + 2), dtype=torch.float32, device=device)
+        decode_kernel[(programs,)](
+            *(q.data_ptr(), strides(q), tuple(numbers for numbers, _, _ in made)),
+            *(window_k.data_ptr(), strides(window_k), window_v.data_ptr(), strides(window_v)),
+            *(window.data_ptr(), window.stride(0), a_first, partials),
+            *(batch, heads, query_heads // heads, queries, row_tiles, splits, scale, softcap),
+            *(tuple(layout for _, layout, _ in made), first is not None, softcap > 0),
+            *(STORAGE[q.dtype], STORAGE[window_k.dtype], vector_of(window_k, window_v), width, value_width),
+            *(*blocks, max(LEAST_TILE, TILE_SIZE // max(blocks))),
+            **FUSED_OPTIONS,
+        )
+        merge_kernel[(lse.numel(), -(-value_width // MERGED_CHANNELS))](
+            *(partials, a_sinks, out.data_ptr(), lse, rows, queries, query_heads, row_tiles, splits),
+            *(STORAGE[q.dtype], value_width, MERGED_SPLITS, MERGED_CHANNELS),
+            **FUSED_OPTIONS,
+        )
+    return out, lse
+
+
+def kv_saliency(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    lse: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """``kv_saliency`` in Triton: the logarithms of the rows' sums, where they are not given, then the columns' sums."""
+    op = "kv_saliency"
+    device = check_device(op, q, k, positions, mask, lse)
+    check_tokens(op, "q", q)
+    check_tokens(op, "k", k)
+    check_queries(op, q, k)
+    batch, heads, length, width = k.shape
+    probes, rows = q.shape[2], q.shape[1] // heads * q.shape[2]
+    check_layout(op, "positions", positions, torch.int64, (probes,), 0)
+    a_mask = check_option(op, "mask", mask, torch.bool, (batch, length), 1)
+    check_option(op, "lse", lse, torch.float32, (batch, q.shape[1], probes))
+    sums = k.new_zeros((batch, heads, length), dtype=torch.float32)
+    if sums.numel() == 0 or rows == 0:
+        return sums
+    block_d = triton.next_power_of_2(width)
+    scarce = 2 if torch.float32 in (q.dtype, k.dtype) else 1  # three products of parts of numbers take more registers
+    block_r, block_t = (max(LEAST_TILE, size // block_d // scarce) for size in SALIENCY_TILES)
+    with device_guard(device):
+        given = lse is not None
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device) if lse is None else lse
+        arguments = (
+            *(q.data_ptr(), *q.stride()[:3], k.data_ptr(), *k.stride()[:3], positions.data_ptr()),
+            *(a_mask, 0 if mask is None else mask.stride(0), lse, heads, rows, probes, length, scale, softcap),
+        )
+        constants = (
+            *(mask is not None, softcap > 0, STORAGE[q.dtype], STORAGE[k.dtype]),
+            *(width, vector_of(q, k), block_d, block_r, block_t),
+        )
+        if not given:
+            programs = batch * heads * -(-rows // block_r)
+            log_sums_kernel[(programs,)](*arguments, *constants, **FUSED_OPTIONS)
+        programs = batch * heads * -(-length // block_t)
+        column_sums_kernel[(programs,)](*arguments, sums, *constants, **FUSED_OPTIONS)
+    return sums
+
+
+OPS = {
+    "kv_decode": kv_decode,
+    "kv_dequantize_": kv_dequantize_,
+    "kv_quantize_": kv_quantize_,
+    "kv_saliency": kv_saliency,
+}

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens to packed codes and back, a block of one head to a program.
+
+The arithmetic is that of ``csrc/include/singlepass/kv/codec.h``, to the same bits. Tiles are (TILE, P, BLOCK_W): the
+codes of P channels of a token, a plane's width apart, make one byte.
+"""
+
+import triton
+import triton.language as tl
+
+from ._common import element_pointer, load, store
+from .kv_functions import LARGEST, byte_pointer, half_pointer, int_pointer, load_halves
+
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def half_at_most(x):
+    """The largest float16 that is not above x, for |x| <= 65504; zeros are positive."""
+    nearest = x.to(tl.float16)
+    bits = nearest.to(tl.int16, bitcast=True)
+    below = tl.where(bits > 0, bits - 1, tl.where(nearest == 0.0, -0x7FFF, bits + 1)).to(tl.int16)
+    result = tl.where(nearest.to(tl.float32) > x, below, bits)
+    return tl.where(result == -0x8000, 0, result).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def half_at_least(x):
+    opposite = half_at_most(-x).to(tl.int16, bitcast=True)
+    return tl.where(opposite == 0, 0, opposite ^ -0x8000).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def clamped(x):
+    return tl.where(x < -LARGEST, -LARGEST, tl.where(x > LARGEST, LARGEST, x))
+
+
+@triton.jit
+def steps(low, high, finite, BITS: tl.constexpr):
+    """Steps and minima that cover [low, high]; NaN where a group is not finite."""
+    minimum = half_at_most(low)
+    levels = tl.full(low.shape, (1 << BITS) - 1, tl.float32)
+    step = half_at_least(tl.div_rn(high - minimum.to(tl.float32), levels))
+    return tl.where(finite, step, float("nan")).to(tl.float16), tl.where(finite, minimum, float("nan")).to(tl.float16)
+
+
+@triton.jit
+def encode(y, step, minimum, BITS: tl.constexpr):
+    """The nearest codes, ties to even; 0 for NaN. Adding 1.5 * 2^23 leaves the integer in the low bits."""
+    step = step.to(tl.float32)
+    inverse = tl.where(step > 0.0, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step), 0.0)
+    n = (y - minimum.to(tl.float32)) * inverse
+    n = tl.where(n > 0.0, n, 0.0)
+    n = tl.where(n < (1 << BITS) - 1.0, n, (1 << BITS) - 1.0)
+    return (n + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def is_finite(x):
+    return x * 0.0 == 0.0
+
+
+@triton.jit
+def token_pointers(p_tokens, p_index, slot, m_slot, token_stride, channel, HAS_INDEX: tl.constexpr):
+    token = tl.load(p_index + slot, mask=m_slot, other=0) if HAS_INDEX else slot
+    return p_tokens + (token.to(tl.int64) * token_stride)[:, None, None] + channel[None, :, :]
+
+
+@triton.jit
+def load_tile(
+    p_tokens, p_index, first, end, token_stride, channel, m_channel,
+    HAS_INDEX: tl.constexpr, STORAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Slots from ``first`` on as float32, zeros where masked, and the mask."""
+    slot = first + tl.arange(0, TILE)
+    m_slot = slot < end
+    mask = m_slot[:, None, None] & m_channel[None, :, :]
+    return load(token_pointers(p_tokens, p_index, slot, m_slot, token_stride, channel, HAS_INDEX), mask, STORAGE), mask
+
+
+@triton.jit
+def store_codes(
+    p_codes, codes, first, end, BYTES: tl.constexpr, BITS: tl.constexpr, BLOCK_W: tl.constexpr, TILE: tl.constexpr
+):
+    """Codes (TILE, P, BLOCK_W) as bytes, into slots before ``end``."""
+    slot = first + tl.arange(0, TILE)
+    byte = tl.arange(0, BLOCK_W)
+    shift = tl.arange(0, 8 // BITS)[None, :, None] * BITS
+    packed = tl.sum(codes << shift, 1).to(tl.uint8)
+    p_bytes = p_codes + (slot.to(tl.int64) * BYTES)[:, None] + byte[None, :]
+    tl.store(p_bytes, packed, mask=(slot < end)[:, None] & (byte < BYTES)[None, :])
+
+
+@triton.jit
+def quantize_channels(
+    p_tokens, p_index, token_stride, p_codes, p_scales, start, end, block_end, channel, m_channel,
+    HAS_INDEX: tl.constexpr, STORAGE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr,
+    BLOCK_W: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A block with a step and a minimum for each channel."""
+    PLANES: tl.constexpr = 8 // BITS
+    low = tl.full((PLANES, BLOCK_W), INFINITY, tl.float32)
+    high = tl.full((PLANES, BLOCK_W), -INFINITY, tl.float32)
+    finite = tl.full((PLANES, BLOCK_W), 1, tl.int32)
+    for first in range(start, end, TILE):
+        x, mask = load_tile(p_tokens, p_index, first, end, token_stride, channel, m_channel, HAS_INDEX, STORAGE, TILE)
+        y = clamped(x)
+        low = tl.minimum(low, tl.min(tl.where(mask, y, INFINITY), 0))
+        high = tl.maximum(high, tl.max(tl.where(mask, y, -INFINITY), 0))
+        finite = tl.minimum(finite, tl.min(is_finite(x).to(tl.int32), 0))
+    if start == end:
+        low = tl.zeros((PLANES, BLOCK_W), tl.float32)
+        high = low
+    step, minimum = steps(low, high, finite == 1, BITS)
+    tl.store(p_scales + channel, step, mask=m_channel)
+    tl.store(p_scales + WIDTH + channel, minimum, mask=m_channel)
+    for first in range(start, block_end, TILE):
+        x, mask = load_tile(p_tokens, p_index, first, end, token_stride, channel, m_channel, HAS_INDEX, STORAGE, TILE)
+        codes = tl.where(mask, encode(clamped(x), step[None, :, :], minimum[None, :, :], BITS), 0)
+        store_codes(p_codes, codes, first, block_end, WIDTH * BITS // 8, BITS, BLOCK_W, TILE)
+
+
+@triton.jit
+def channel_factors(
+    p_tokens, p_index, token_stride, p_channels, start, end, channel, m_channel,
+    HAS_INDEX: tl.constexpr, STORAGE: tl.constexpr, PLANES: tl.constexpr, BLOCK_W: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Square roots of the channels' largest finite magnitudes, 1 for 0."""
+    most = tl.zeros((PLANES, BLOCK_W), tl.float32)
+    for first in range(start, end, TILE):
+        x, _ = load_tile(p_tokens, p_index, first, end, token_stride, channel, m_channel, HAS_INDEX, STORAGE, TILE)
+        most = tl.maximum(most, tl.max(tl.where(is_finite(x), tl.abs(clamped(x)), 0.0), 0))
+    factor = tl.sqrt_rn(most).to(tl.float16)
+    factor = tl.where(factor == 0.0, 1.0, factor).to(tl.float16)
+    tl.store(p_channels + channel, factor, mask=m_channel)
+    return factor
+
+
+@triton.jit
+def quantize_tokens(
+    p_tokens, p_index, token_stride, p_codes, p_scales, p_channels, start, end, block_end, channel, m_channel,
+    HAS_INDEX: tl.constexpr, STORAGE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+    SEPARABLE: tl.constexpr, BLOCK_W: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A block with a step and a minimum for each token and group of channels."""
+    PLANES: tl.constexpr = 8 // BITS
+    if SEPARABLE:
+        factor = channel_factors(
+            p_tokens, p_index, token_stride, p_channels, start, end, channel, m_channel,
+            HAS_INDEX, STORAGE, PLANES, BLOCK_W, TILE,
+        )  # fmt: skip
+        inverse = tl.div_rn(tl.full((PLANES, BLOCK_W), 1.0, tl.float32), factor.to(tl.float32))[None, :, :]
+    group = channel // (WIDTH // GROUPS)
+    for first in range(start, block_end, TILE):
+        x, mask = load_tile(p_tokens, p_index, first, end, token_stride, channel, m_channel, HAS_INDEX, STORAGE, TILE)
+        y = clamped(x)
+        if SEPARABLE:
+            y = y * inverse
+        step = tl.zeros((TILE, PLANES, BLOCK_W), tl.float16)
+        minimum = tl.zeros((TILE, PLANES, BLOCK_W), tl.float16)
+        slot = first + tl.arange(0, TILE)
+        for g in range(GROUPS):
+            inside = mask & (group == g)[None, :, :]
+            low = tl.min(tl.min(tl.where(inside, y, INFINITY), 2), 1)
+            high = tl.max(tl.max(tl.where(inside, y, -INFINITY), 2), 1)
+            finite = tl.min(tl.min((is_finite(x) | (group != g)[None, :, :]).to(tl.int32), 2), 1)
+            held = slot < end
+            own_step, own_minimum = steps(tl.where(held, low, 0.0), tl.where(held, high, 0.0), finite == 1, BITS)
+            p_step = p_scales + slot.to(tl.int64) * (2 * GROUPS) + g
+            tl.store(p_step, own_step, mask=slot < block_end)
+            tl.store(p_step + GROUPS, own_minimum, mask=slot < block_end)
+            step = tl.where(inside, own_step[:, None, None], step)
+            minimum = tl.where(inside, own_minimum[:, None, None], minimum)
+        codes = tl.where(mask, encode(y, step, minimum, BITS), 0)
+        store_codes(p_codes, codes, first, block_end, WIDTH * BITS // 8, BITS, BLOCK_W, TILE)
+
+
+@triton.jit
+def dequantize_block(
+    p_tokens, p_index, token_stride, p_codes, p_scales, p_channels, start, end, channel, m_channel,
+    HAS_INDEX: tl.constexpr, STORAGE: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
+    SEPARABLE: tl.constexpr, BLOCK_W: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Writes c * (code * step + minimum) to the places of a block's tokens."""
+    BYTES: tl.constexpr = WIDTH * BITS // 8
+    byte = tl.arange(0, BLOCK_W)[None, :]
+    shift = tl.arange(0, 8 // BITS)[None, :, None] * BITS
+    if GROUPS == 0:
+        step = load_halves(p_scales + channel, m_channel)[None, :, :]
+        minimum = load_halves(p_scales + WIDTH + channel, m_channel)[None, :, :]
+    if SEPARABLE:
+        factor = load_halves(p_channels + channel, m_channel)[None, :, :]
+    for first in range(start, end, TILE):
+        slot = first + tl.arange(0, TILE)
+        m_slot = slot < end
+        mask = m_slot[:, None, None] & m_channel[None, :, :]
+        p_bytes = p_codes + (slot.to(tl.int64) * BYTES)[:, None] + byte
+        packed = tl.load(p_bytes, mask=m_slot[:, None] & (byte < BYTES), other=0).to(tl.int32)
+        n = ((packed[:, None, :] >> shift) & ((1 << BITS) - 1)).to(tl.float32)
+        if GROUPS > 0:
+            group = channel // (WIDTH // GROUPS)
+            p_step = p_scales + (slot.to(tl.int64) * (2 * GROUPS))[:, None, None] + group[None, :, :]
+            step = load_halves(p_step, mask)
+            minimum = load_halves(p_step + GROUPS, mask)
+        x = n * step + minimum
+        if SEPARABLE:
+            x = x * factor
+        store(token_pointers(p_tokens, p_index, slot, m_slot, token_stride, channel, HAS_INDEX), x, mask, STORAGE)
+
+
+ADDRESSES = ["a_tokens", "a_index", "a_codes", "a_scales", "a_channels", "a_starts", "a_counts"]
+SIZES = ["heads", "blocks", "counts_stride", "token_stride"]
+SIZES += [f"{name}_{by}" for name in ("tokens", "index", "codes", "scales", "channels") for by in ("batch", "head")]
+
+
+@triton.jit(do_not_specialize=ADDRESSES + SIZES)
+def codec_kernel(
+    a_tokens: tl.int64,
+    a_index: tl.int64,
+    a_codes: tl.int64,
+    a_scales: tl.int64,
+    a_channels: tl.int64,
+    a_starts: tl.int64,
+    a_counts: tl.int64,
+    tokens_batch: tl.int64,
+    tokens_head: tl.int64,
+    token_stride: tl.int64,
+    index_batch: tl.int64,
+    index_head: tl.int64,
+    codes_batch: tl.int64,
+    codes_head: tl.int64,
+    scales_batch: tl.int64,
+    scales_head: tl.int64,
+    channels_batch: tl.int64,
+    channels_head: tl.int64,
+    counts_stride: tl.int64,
+    heads: tl.int32,
+    blocks: tl.int32,
+    QUANTIZE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    STORAGE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SEPARABLE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A program has a block of one head. Quantising reads its tokens once from memory, and again from the cache where
+    steps or factors belong to channels. VECTOR elements of a token, ALIGNMENT bytes of its codes are aligned."""
+    BYTES: tl.constexpr = WIDTH * BITS // 8
+    ELEMENT: tl.constexpr = 4 if STORAGE == "fp32" else 2
+    i_block = (tl.program_id(0) % blocks).to(tl.int64)
+    i_head = (tl.program_id(0) // blocks % heads).to(tl.int64)
+    i_batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    byte = tl.arange(0, BLOCK_W)[None, :]
+    channel = tl.arange(0, 8 // BITS)[:, None] * BYTES + byte
+    m_channel = (byte < BYTES) & (channel < WIDTH)
+    o_tokens = i_batch * tokens_batch + i_head * tokens_head
+    p_tokens = element_pointer(a_tokens, o_tokens, STORAGE, VECTOR * ELEMENT)
+    token_stride = token_stride // VECTOR * VECTOR
+    p_index = int_pointer(a_index) + (i_batch * index_batch + i_head * index_head)
+    p_codes = byte_pointer(a_codes + (i_batch * codes_batch + i_head * codes_head), ALIGNMENT)
+    p_scales = half_pointer(a_scales) + (i_batch * scales_batch + i_head * scales_head)
+    if GROUPS == 0:
+        p_scales += i_block * (2 * WIDTH)
+    p_channels = half_pointer(a_channels) + (i_batch * channels_batch + i_head * channels_head + i_block * WIDTH)
+    p_start = int_pointer(a_starts) + i_block
+    start = tl.load(p_start)
+    end = start + tl.load(int_pointer(a_counts) + (i_batch * counts_stride + i_block))
+    block_end = tl.load(p_start + 1)
+    if not QUANTIZE:
+        dequantize_block(
+            p_tokens, p_index, token_stride, p_codes, p_scales, p_channels, start, end, channel, m_channel,
+            HAS_INDEX, STORAGE, WIDTH, BITS, GROUPS, SEPARABLE, BLOCK_W, TILE,
+        )  # fmt: skip
+    elif GROUPS == 0:
+        quantize_channels(
+            p_tokens, p_index, token_stride, p_codes, p_scales, start, end, block_end, channel, m_channel,
+            HAS_INDEX, STORAGE, WIDTH, BITS, BLOCK_W, TILE,
+        )  # fmt: skip
+    else:
+        quantize_tokens(
+            p_tokens, p_index, token_stride, p_codes, p_scales, p_channels, start, end, block_end, channel, m_channel,
+            HAS_INDEX, STORAGE, WIDTH, BITS, GROUPS, SEPARABLE, BLOCK_W, TILE,
+        )  # fmt: skip

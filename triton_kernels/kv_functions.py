@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the KV cache's kernels share: packed codes plane by plane, and float32 products on tensor cores of 16 bits.
+
+A row of D channels has P = 8 / bits planes of W = D / P channels: byte w holds the codes of channels p * W + w. Numbers
+of a row are kept as tuples of P tiles, each BLOCK_W wide, the power of two that holds W.
+"""
+
+import triton
+import triton.language as tl
+
+from ._common import element_pointer, load
+
+LARGEST = tl.constexpr(65504.0)  # of float16
+ROWS = tl.constexpr(8)  # queries of a program; split in two parts they fill the 16 rows of a tensor core's tile
+
+
+@triton.jit
+def integer(packed):
+    """What ``kv_arguments.unspecialized`` packed."""
+    return (packed.to(tl.int64) & 0x3FFFFFFFFFFFFFFF) >> 1
+
+
+@triton.jit
+def int_pointer(address):
+    return address.to(tl.int64).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def half_pointer(address):
+    return element_pointer(address.to(tl.int64), 0, "fp16", 2)
+
+
+@triton.jit
+def byte_pointer(address, ALIGNMENT: tl.constexpr):
+    """The hint stands here: Triton before 3.9 forgets one that is given to what a function returned."""
+    return tl.multiple_of(address.to(tl.int64).to(tl.pointer_type(tl.uint8)), ALIGNMENT)
+
+
+@triton.jit
+def load_halves(p_first, mask):
+    return tl.load(p_first, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_rows(address, o_row, m_row, channel, m_channel, STORAGE: tl.constexpr, VECTOR: tl.constexpr):
+    """Channels of rows, (rows, channels) in float32; zeros where masked. VECTOR elements of a row are aligned."""
+    ELEMENT: tl.constexpr = 4 if STORAGE == "fp32" else 2
+    # A multiplication by VECTOR shows that no vector is cut.
+    o_tile = (o_row // VECTOR * VECTOR)[:, None] + channel[None, :]
+    p_tile = element_pointer(address, 0, STORAGE, VECTOR * ELEMENT) + o_tile
+    return load(p_tile, m_row[:, None] & m_channel[None, :], STORAGE)
+
+
+@triton.jit
+def load_bytes(p_codes, slot, m_slot, BYTES: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Packed codes of a tile's slots, (TILE, BLOCK_W); zeros where masked."""
+    byte = tl.arange(0, BLOCK_W)[None, :]
+    mask = m_slot[:, None] & (byte < BYTES)
+    return tl.load(p_codes + (slot[:, None].to(tl.int64) * BYTES + byte), mask=mask, other=0)
+
+
+@triton.jit
+def raised_codes(packed, PLANE: tl.constexpr, BITS: tl.constexpr):
+    """A plane's codes times 2^(BITS * PLANE), in float16, exactly: the bits of a byte stay where they are.
+
+    Below the exponent of 1024 they count as units, and 1024 is taken away.
+    """
+    bits = packed.to(tl.int16)
+    if BITS < 8:
+        bits = bits & (((1 << BITS) - 1) << (PLANE * BITS))
+    return (bits | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def unit_of(largest):
+    """A power of two that scales magnitudes to less than 2^15, and its inverse."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(exponent, 27), 253)
+    unit = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    return unit, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def high_and_low(x):
+    """The float16 next to x, and the one next to the rest: 22 bits, and at worst 2^-25 off."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def two_parts(x):
+    """Rows (ROWS, N) of float32 as (2 * ROWS, N) of float16, the high parts before the low ones."""
+    high, low = high_and_low(x)
+    N: tl.constexpr = x.shape[1]
+    return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (2 * ROWS, N))
+
+
+@triton.jit
+def sum_parts(product):
+    """(ROWS, N) of what the two parts of rows gave."""
+    N: tl.constexpr = product.shape[1]
+    return tl.sum(tl.reshape(product, (2, ROWS, N)), 0)
+
+
+@triton.jit
+def in_two_parts(planes, BITS: tl.constexpr):
+    """Rows of float32 as two parts, to be multiplied by raised codes of BITS, and what to multiply the sums by.
+
+    The error is at most 2^-22 of an element, or 2^-33 of its row's largest.
+    """
+    largest = tl.max(tl.abs(planes[0]), 1)
+    for p in tl.static_range(1, len(planes)):
+        largest = tl.maximum(largest, tl.max(tl.abs(planes[p]), 1))
+    unit, factor = unit_of(largest)
+    parts = ()
+    for p in tl.static_range(len(planes)):
+        parts = parts + (two_parts(planes[p] * (unit * 2.0 ** (-BITS * p))[:, None]),)
+    return parts, factor
+
+
+@triton.jit
+def dot_floats(x, y, ARE_HALVES: tl.constexpr):
+    """x (ROWS, K) times y (K, N), both float32; of y one part is enough where it holds 16-bit numbers."""
+    parts, factor = in_two_parts((x,), 8)
+    unit, y_factor = unit_of(tl.max(tl.abs(y)))
+    high, low = high_and_low(y * unit)
+    product = tl.dot(parts[0], high)
+    if not ARE_HALVES:
+        product = tl.dot(parts[0], low, product)
+    return sum_parts(product) * (factor * y_factor)[:, None]
+
+
+@triton.jit
+def tanh(x):
+    """Within 2 ulp, as far as exp is: by its series where 1 - exp(-2x) would cancel."""
+    a = tl.abs(x)
+    e = tl.exp(-2.0 * a)
+    large = (1.0 - e) / (1.0 + e)
+    s = x * x
+    series = s * -8.8632355e-3 + 2.1869488e-2
+    series = series * s - 5.3968254e-2
+    series = series * s + 1.3333334e-1
+    series = series * s - 3.3333334e-1
+    y = tl.where(a < 0.3, a + a * (s * series), large)
+    return tl.where(x < 0.0, -y, y)
+
+
+@triton.jit
+def capped(logits, softcap):
+    return softcap * tanh(logits / softcap)
