@@ -348,3 +348,8 @@ def test_slots_and_an_index_beyond_the_tokens_are_refused() -> None:
         with pytest.raises(RuntimeError, match=f"kv_quantize_: expected tokens 0 to 39; got {beyond}"):
             quantize_into(x + 1.0, index, q, "native")
     assert_same_bits(q.codes, before)
+
+
+def test_what_quantized_tokens_look_like() -> None:
+    q = quantize(tokens((1, 2, 40, 32)), 4, axis="token", block=16)
+    assert repr(q) == f"Quantized((1, 2, 40, 32), bits=4, axis='token', blocks=3, nbytes={q.nbytes})"
