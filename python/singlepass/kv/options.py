@@ -40,7 +40,7 @@ def check_options(layer: ZipCacheLayer) -> None:
     check_backend(_OP, layer.backend)
     for name in ("salient_ratio", "recent_probes", "random_probes"):
         share = getattr(layer, name)
-        fits = isinstance(share, Real) and 0.0 <= share <= 1.0
+        fits = isinstance(share, Real) and 0.0 <= float(share) <= 1.0
         require(fits, _OP, f"{name} from 0 to 1", repr(share), "It is a share of the tokens.")
     for name in ("salient_bits", "regular_bits"):
         check_bits(_OP, name, getattr(layer, name))
