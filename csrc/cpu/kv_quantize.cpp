@@ -116,7 +116,7 @@ SINGLEPASS_HD Vector load_floats(const Bits<dtype>* from) {
 // y = x * factors for one token, and each group's extremes: low is NaN where something is not finite.
 template <DType dtype>
 SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* factors, int64_t groups, int64_t size,
-                                        float* y, float* low, float* high) {
+                                        Bits<DType::kFloat32>* y, float* low, float* high) {
   const Vector most = Vector{} + kLargest;
   for (int64_t g = 0; g < groups; ++g, x += size, y += size, factors += size) {
     Vector least = Vector{} + kInfinity, greatest = -least, zeros = {};
@@ -128,16 +128,17 @@ SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* facto
       scaled = (scaled < most ? scaled : most) * load_vector(factors + d);
       least = scaled < least ? scaled : least;
       greatest = scaled > greatest ? scaled : greatest;
-      store_vector(scaled, y + d);
+      memcpy(y + d, &scaled, sizeof(scaled));
     }
     float zero = lane_sum(zeros);
     low[g] = lowest(least);
     high[g] = -lowest(-greatest);
     for (; d < size; ++d) {
-      zero += to_float<dtype>(x[d]) * 0.0f;
-      y[d] = clamped(to_float<dtype>(x[d])) * factors[d];
-      low[g] = y[d] < low[g] ? y[d] : low[g];
-      high[g] = y[d] > high[g] ? y[d] : high[g];
+      const float v = to_float<dtype>(x[d]), scaled = clamped(v) * factors[d];
+      zero += v * 0.0f;
+      low[g] = scaled < low[g] ? scaled : low[g];
+      high[g] = scaled > high[g] ? scaled : high[g];
+      y[d] = bit_cast<Bits<DType::kFloat32>>(scaled);
     }
     low[g] += zero;
   }
@@ -186,8 +187,8 @@ class Quantizer {
         levels_(static_cast<float>((1 << p.packed.bits) - 1)),
         most_(width_),
         least_(width_),
-        factors_(width_, 1.0f),
         y_(kTile * width_),
+        factors_(width_, 1.0f),
         low_(std::max(width_, kTile * groups_)),
         high_(low_.size()),
         minima_(low_.size()),
@@ -294,7 +295,7 @@ class Quantizer {
 
   // Token t of a tile.
   void encode_scaled(int64_t t, uint8_t* to) {
-    const int32_t* y = reinterpret_cast<const int32_t*>(&y_[t * width_]);
+    const Bits<DType::kFloat32>* y = &y_[t * width_];
     const float *minima = &minima_[t * groups_], *inverses = &inverses_[t * groups_];
     if (groups_ == 1) return encode_as<DType::kFloat32, true>(y, minima, inverses, to);
     const int64_t size = width_ / groups_;
@@ -309,7 +310,8 @@ class Quantizer {
   const int64_t width_, groups_;
   const float levels_;
   std::vector<Bits<dtype>> most_, least_;
-  std::vector<float> factors_, y_, low_, high_, minima_, inverses_, row_minima_, row_inverses_;
+  std::vector<Bits<DType::kFloat32>> y_;  // a tile's tokens, scaled
+  std::vector<float> factors_, low_, high_, minima_, inverses_, row_minima_, row_inverses_;
   std::vector<uint16_t> tile_steps_, tile_minima_;
 };
 

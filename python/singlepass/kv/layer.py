@@ -163,7 +163,7 @@ class ZipCacheLayer:
             Tensor: (batch, query heads, tokens, value channels); zeros for padding.
 
         Raises:
-            ValueError: shapes, dtypes or devices that don't fit; the cache is unchanged.
+            ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
         """
         self._check(k, v)
         check_queries(_OP, q, k)
@@ -203,7 +203,7 @@ class ZipCacheLayer:
         compressed first.
 
         Raises:
-            ValueError: shapes, dtypes or devices that don't fit; the cache is unchanged.
+            ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
         """
         self._check(k, v)
         if self.codec.rotate:
@@ -287,7 +287,7 @@ class ZipCacheLayer:
             Tensor: (batch, query heads, queries, value channels), q's dtype.
 
         Raises:
-            ValueError: shapes or options that don't fit.
+            ValueError: shapes or options that don't fit, or gradients asked for.
         """
         require(self._window is not None, _OP, "tokens to attend to", "an empty cache", "Call append or prefill.")
         assert self._window is not None
