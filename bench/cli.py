@@ -60,9 +60,7 @@ def parser() -> argparse.ArgumentParser:
         sub = add(name, command, text)
         sub.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda if there is one)")
         for option in ("family", "op", "size", "dtype", "provider"):
-            sub.add_argument(
-                f"--{option}", default="*", help=f"only these {option}s: comma-separated patterns, as in 'a*'"
-            )
+            sub.add_argument(f"--{option}", default="*", help=f"choose by {option}: patterns such as 'a*', with commas")
     sub.add_argument("--full", action="store_true", help="measure everything, however long it takes")
     sub.add_argument(
         "--budget",

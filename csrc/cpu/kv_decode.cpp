@@ -52,13 +52,6 @@ void clear(const Decode& p, Partial& to) {
   std::fill(to.sum, to.sum + p.rows() * (1 + p.value_width), 0.0f);
 }
 
-const float* read(const Tokens& from, int64_t b, int64_t h, int64_t token, int64_t width, float* buffer) {
-  const char* row = from.at(b, h, token);
-  if (from.dtype == DType::kFloat32) return reinterpret_cast<const float*>(row);
-  widen(row, from.dtype, buffer, width);
-  return buffer;
-}
-
 // to = x * steps, which may be x itself. Returns x . minima.
 SINGLEPASS_TARGET_CLONES float fold(const float* x, const float* steps, const float* minima, int64_t n, float* to) {
   Vector sums = {};
@@ -104,8 +97,9 @@ class Worker {
     h_ = h;
     clear(p_, to);
     for (int64_t r = 0; r < p_.rows(); ++r) {  // scaled queries
-      const float* q = read(p_.q, b, h * p_.group + r / p_.queries, r % p_.queries, p_.width, &q_[r * p_.width]);
-      for (int64_t d = 0; d < p_.width; ++d) q_[r * p_.width + d] = q[d] * p_.scale;
+      float* q = &q_[r * p_.width];
+      widen(p_.q.at(b, h * p_.group + r / p_.queries, r % p_.queries), p_.q.dtype, q, p_.width);
+      for (int64_t d = 0; d < p_.width; ++d) q[d] *= p_.scale;
     }
     if (span.segment < 0) {
       run_window(to);
@@ -253,11 +247,7 @@ class Worker {
   }
 
   Rows read_rows(const Tokens& from, int64_t slot, int64_t count, int64_t width) {
-    for (int64_t t = 0; t < count; ++t) {
-      float* to = &tokens_[t * width];
-      const float* row = read(from, b_, h_, slot + t, width, to);
-      if (row != to) std::copy(row, row + width, to);
-    }
+    for (int64_t t = 0; t < count; ++t) widen(from.at(b_, h_, slot + t), from.dtype, &tokens_[t * width], width);
     return {tokens_.data(), kFloats};
   }
 
@@ -283,12 +273,7 @@ void merge(const Decode& p, int64_t b, int64_t h, const std::vector<Partial>& pa
     }
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int64_t d = 0; d < p.value_width; ++d) out[d] *= inverse;
-    char* to = p.out.at(b, head, query);
-    if (p.out.dtype == DType::kFloat32) {
-      memcpy(to, out.data(), out.size() * sizeof(float));
-    } else {
-      narrow(out.data(), to, p.out.dtype, p.value_width);
-    }
+    narrow(out.data(), p.out.at(b, head, query), p.out.dtype, p.value_width);
     p.lse[(b * p.heads * p.group + head) * p.queries + query] = sum == 0.0f ? -kInfinity : most + logf(sum);
   }
 }

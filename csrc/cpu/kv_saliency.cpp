@@ -17,15 +17,6 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kRows = 64;
 
-void read(const Tokens& from, int64_t b, int64_t head, int64_t token, int64_t width, float* to) {
-  const char* row = from.at(b, head, token);
-  if (from.dtype == DType::kFloat32) {
-    memcpy(to, row, static_cast<size_t>(width) * sizeof(float));
-  } else {
-    widen(row, from.dtype, to, width);
-  }
-}
-
 class Pass {
  public:
   explicit Pass(const Saliency& p)
@@ -38,7 +29,7 @@ class Pass {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t b = task / (p_.heads * rows_), row = task % (p_.heads * rows_);
         float* q = &q_[task * p_.width];
-        read(p_.q, b, row / p_.probes, row % p_.probes, p_.width, q);
+        widen(p_.q.at(b, row / p_.probes, row % p_.probes), p_.q.dtype, q, p_.width);
         for (int64_t d = 0; d < p_.width; ++d) q[d] *= p_.scale;
       }
     });
@@ -80,7 +71,8 @@ class Pass {
   void load(int64_t head, int64_t first, Buffers& to) const {
     const int64_t count = std::min(kTile, p_.tokens - first);
     for (int64_t t = 0; t < count; ++t) {
-      read(p_.k, head / p_.heads, head % p_.heads, first + t, p_.width, &to.tokens[t * p_.width]);
+      const char* token = p_.k.at(head / p_.heads, head % p_.heads, first + t);
+      widen(token, p_.k.dtype, &to.tokens[t * p_.width], p_.width);
     }
   }
 

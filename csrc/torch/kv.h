@@ -102,6 +102,24 @@ inline Packed packed_of(const char* op, const Tensor& codes, const Tensor& scale
   return packed;
 }
 
+// Raises unless what slots hold are tokens.
+inline void check_places(const char* op, const kv::Codec& p) {
+  const auto check = [&](int64_t token) {
+    if (token < 0 || token >= p.tokens)
+      fail(op, "tokens 0 to ", p.tokens - 1, "; got ", token, ". Check index, starts and counts.");
+  };
+  const bool indexed = p.index.data != nullptr;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t i = 0; i < p.blocks.number; ++i) {
+      const int64_t begin = p.blocks.starts[i], end = begin + p.blocks.count(b, i);
+      if (!indexed && end > begin) check(end - 1);  // slots are tokens
+      for (int64_t h = 0; indexed && h < p.heads; ++h) {
+        for (int64_t slot = begin; slot < end; ++slot) check(p.token(b, h, slot));
+      }
+    }
+  }
+}
+
 inline kv::Codec codec_of(const char* op, const Tensor& plain, const std::optional<Tensor>& index, const Tensor& starts,
                           const Tensor& counts, const Tensor& codes, const Tensor& scales,
                           const std::optional<Tensor>& channels, int64_t bits, int64_t axis) {
@@ -120,17 +138,7 @@ inline kv::Codec codec_of(const char* op, const Tensor& plain, const std::option
     check_layout(op, "index", *index, ScalarType::Int, {p.batch, p.heads, slots}, 2);
     p.index = per_head<const int32_t>(*index);
   }
-  if (!plain.is_cpu()) return p;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t h = 0; h < p.heads; ++h) {
-      for (int64_t i = 0; i < p.blocks.number; ++i) {
-        for (int64_t j = 0; j < p.blocks.count(b, i); ++j) {
-          const int64_t token = p.token(b, h, p.blocks.starts[i] + j);
-          if (token < 0 || token >= p.tokens) fail(op, "tokens 0 to ", p.tokens - 1, "; got ", token, ". Check index.");
-        }
-      }
-    }
-  }
+  if (plain.is_cpu()) check_places(op, p);
   return p;
 }
 
@@ -194,8 +202,7 @@ inline kv::Segment segment_of(const char* op, const Tensor* parts, int64_t bits,
   const int64_t batch = k.size(0), heads = k.size(1), blocks = parts[6].dim() == 2 ? parts[6].size(1) : -1;
   kv::Segment s = {};
   s.keys = packed_of(op, parts[0], parts[1], nullptr, bits, key_axis, batch, heads, k.size(3), blocks);
-  const Tensor* channels = parts[4].numel() == 0 && blocks != 0 ? nullptr : &parts[4];
-  if (parts[4].dim() != 4) channels = nullptr;
+  const Tensor* channels = parts[4].dim() == 4 ? &parts[4] : nullptr;
   s.values = packed_of(op, parts[2], parts[3], channels, bits, 1, batch, heads, v.size(3), blocks);
   s.slots = parts[0].size(2);
   if (parts[2].size(2) != s.slots) {

@@ -129,3 +129,11 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without_rich)
     with pytest.raises(SystemExit, match=r"got No module named 'rich'.*pip install 'singlepass\[bench\]'"):
         cli.main(["list"])
+
+
+def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in ("family", "op", "size", "dtype", "provider"):
+        assert f"--{option} {option.upper()} choose by {option}: patterns such as 'a*', with commas" in shown

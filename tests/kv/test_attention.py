@@ -313,6 +313,7 @@ def test_errors() -> None:
         ({"sinks": torch.zeros(2)}, r"float32 sinks of shape \(8,\) on cpu; got \(2,\)"),
         ({"sinks": torch.zeros(8).half()}, r"float32 sinks of shape \(8,\)"),
         ({"first": torch.zeros(1, 2, 2, dtype=torch.int32)}, r"int32 first of shape \(2, 2, 2\)"),
+        ({"q": torch.zeros(2, 8, 13, 64)}, "at most 12 queries, as the window has slots; got 13"),
         ({"softcap": -1.0}, "softcap >= 0; got -1.0"),
         ({"softcap": NAN}, "softcap >= 0; got nan"),
         ({"segments": [(keys, keys)]}, 'values of axis "token"; got channel'),

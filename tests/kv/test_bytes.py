@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of bytes is what a cache takes."""
+"""What a cache takes, as the table of bytes says and by hand, and what growing costs."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
-from singlepass.kv import Codec, ZipCacheLayer, cache_nbytes
+from singlepass.kv import Codec, ZipCacheLayer, cache_nbytes, store
 
-from .layers import drawn
+from ..tolerances import assert_same_bits
+from .layers import drawn, part
+from .test_layer import CODECS
 
-CODECS = {
+NAMED = {
     "zipcache": Codec.zipcache(),
     "one block": Codec.zipcache(None),
     "kivi": Codec.kivi(16),
@@ -18,11 +22,76 @@ CODECS = {
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("tokens", [1, 129, 300])
 def test_a_prompt_takes_what_the_table_says(tokens: int, name: str, ratio: float) -> None:
     q, k, v = drawn(tokens, batch=2, heads=3)
-    options = {"salient_ratio": ratio, "salient_bits": 8, "regular_bits": 4, "codec": CODECS[name]}
+    options = {"salient_ratio": ratio, "salient_bits": 8, "regular_bits": 4, "codec": NAMED[name]}
     layer = ZipCacheLayer(**options)
     layer.prefill(q, k, v)
     assert cache_nbytes(tokens, batch=2, heads=3, head_dim=k.shape[3], **options) == layer.nbytes
+
+
+def hand_count(codec: Codec, heads: int, width: int, salient: int, regular: int, window: int, bits: int = 16) -> int:
+    """Bytes of one sequence: codes, float16 steps and minima, factors, starts and counts, kinds, and the window."""
+    total = heads * -(-(salient + regular) // 4) + heads * window * 2 * width * bits // 8
+    for tokens, code in ((salient, 4), (regular, 2)):
+        if not tokens:
+            continue
+        blocks = -(-tokens // codec.block) if codec.block else 1
+        per_head = tokens * 2 * width * code // 8
+        per_head += 4 * (
+            blocks * width if codec.key_axis == "channel" else tokens * width // (codec.key_group or width)
+        )
+        per_head += 4 * tokens * width // (codec.value_group or width)
+        per_head += 2 * blocks * width if codec.channel_separable else 0
+        total += heads * per_head + 4 * (2 * blocks + 1)
+    return total
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("ratio", [0.0, 0.6, 1.0])
+def test_bytes(codec: str, ratio: float) -> None:
+    q, k, v = drawn(80, batch=1, heads=3, dtype=torch.bfloat16)
+    layer = ZipCacheLayer(ratio, codec=CODECS[codec](), window=16)
+    layer.prefill(*part((q, k, v), 0, 71))
+    layer.append(*part((k, v), 71, 80))
+    salient = int(71 * ratio + 0.5)
+    assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, 9)
+
+
+@pytest.mark.parametrize(("codec", "least", "most"), [(Codec.zipcache(None), 106.4, 107.5), (Codec(), 112.4, 113.5)])
+def test_bytes_of_a_long_prompt(codec: Codec, least: float, most: float) -> None:
+    """A token and head of 128 channels: 102.4 in codes at 60% of 4 bits, 4 of the value's step, 1/4 of what it is; of
+    a block of 128, 512 of keys' steps and 256 of factors."""
+    q, k, v = drawn(2560, batch=1, heads=1, group=1, width=128, dtype=torch.bfloat16)
+    layer = ZipCacheLayer(codec=codec, max_probes=8)
+    layer.prefill(q, k, v)
+    assert least < layer.nbytes / 2560 < most
+
+
+def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """131072 tokens that come in windows: bytes copied to grow are a small multiple of those stored, at any length."""
+    copied, at = 0, {}
+    grow = store.grown
+
+    def counted(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
+        nonlocal copied
+        larger = grow(tensor, dim, used, size)
+        copied += 0 if larger is tensor else tensor.narrow(dim, 0, used).nbytes
+        return larger
+
+    monkeypatch.setattr(store, "grown", counted)
+    _, k, v = drawn(1024, batch=1, heads=1, width=16)
+    layer = ZipCacheLayer(salient_bits=2)
+    for _ in range(128):
+        layer.append(k, v)
+        at[layer.length] = copied, layer.nbytes
+    assert layer.length == 131072
+    for length, (bytes_, held) in at.items():
+        assert bytes_ <= held * store.GROWTH / (store.GROWTH - 1.0), f"{length} tokens"
+    other = ZipCacheLayer(salient_bits=2)
+    other.append(k, v)
+    for a, b in zip(layer.dequantize(), other.dequantize(), strict=True):
+        assert_same_bits(a[:, :, -2048:-1024], a[:, :, 1024:2048])
+        assert_same_bits(a[:, :, -1024:], torch.cat((a[:, :, :896], b[:, :, -128:]), 2))

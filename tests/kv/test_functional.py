@@ -10,6 +10,7 @@ from torch import Tensor
 
 from singlepass import _dispatch
 from singlepass.kv import Quantized, dequantize, quantize
+from singlepass.kv.functional import quantize_into
 from singlepass.reference import kv as reference
 
 from ..simt.bounded import SMALLEST
@@ -333,3 +334,22 @@ def test_float64_runs_in_eager() -> None:
     back = dequantize(q, torch.float64)
     assert back.dtype == torch.float64
     torch.testing.assert_close(back.numpy(), restored(q).x.value, rtol=1e-15, atol=0.0)
+
+
+def test_slots_and_an_index_beyond_the_tokens_are_refused() -> None:
+    x = tokens((1, 2, 40, 32))
+    q = quantize(x, 4, block=16)
+    before = q.codes.clone()
+    with pytest.raises(RuntimeError, match="kv_quantize_: expected tokens 0 to 38; got 39"):
+        quantize_into(x[:, :, :39] + 1.0, None, q, "native")
+    index = torch.arange(40, dtype=torch.int32).expand(1, 2, 40).contiguous()
+    for beyond in (40, -1):
+        index[0, 1, 17] = beyond
+        with pytest.raises(RuntimeError, match=f"kv_quantize_: expected tokens 0 to 39; got {beyond}"):
+            quantize_into(x + 1.0, index, q, "native")
+    assert_same_bits(q.codes, before)
+
+
+def test_what_quantized_tokens_look_like() -> None:
+    q = quantize(tokens((1, 2, 40, 32)), 4, axis="token", block=16)
+    assert repr(q) == f"Quantized((1, 2, 40, 32), bits=4, axis='token', blocks=3, nbytes={q.nbytes})"

@@ -249,16 +249,16 @@ def test_saliency_of_a_window(backend: str) -> None:
     q, k, v = drawn(80)
     layer = ZipCacheLayer(window=24, recent_probes=0.2, random_probes=0.3, backend=backend)
     layer.prefill(*part((q, k, v), 0, 56))
-    due = sorted(layer._due)
+    due = sorted(layer._probes.due)
     assert len(due) == 5 + 7
     stream(layer, *part((q, k, v), 56, 80))
-    assert layer._probed == due
+    assert layer._probes.places == due
     keys = layer.dequantize()[0].double()
     logits = (q[:, :, 56:].unflatten(1, (2, 2)).double() @ keys[:, :, None].mT) * 32**-0.5
     shown = torch.arange(80) <= torch.arange(56, 80)[:, None]
     weights = logits.masked_fill(~shown, -torch.inf).softmax(-1)[:, :, :, due, 56:]
-    assert layer._scores is not None
-    torch.testing.assert_close(layer._scores.double(), weights.mean(2).sum(2), rtol=1e-4, atol=1e-6)
+    assert layer._probes.scores is not None
+    torch.testing.assert_close(layer._probes.scores.double(), weights.mean(2).sum(2), rtol=1e-4, atol=1e-6)
     nnz = torch.tensor([sum(p >= j for p in due) for j in range(24)])
     saliency = weights.mean(2).sum(2) / nnz
     layer.append(*part((k, v), 0, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's cache: saving, other batches, dropped tokens, bytes, growth, and calls that fail."""
+"""One layer's cache: saving, other batches, dropped tokens, and calls that fail."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.kv import Codec, ZipCacheLayer, store
+from singlepass.kv import Codec, ZipCacheLayer
 
 from ..tolerances import assert_same_bits
 from .inputs import each_dtype
@@ -166,6 +166,17 @@ def test_beams_out_of_range_change_nothing() -> None:
     assert_same(layer.state_dict(), before)
 
 
+def test_sequences_by_a_list() -> None:
+    layer, other = made(), made()
+    layer.select_sequences([1, 1, 0])
+    other.select_sequences(torch.tensor([1, 1, 0]))
+    assert_same(layer.state_dict(), other.state_dict())
+    for wrong in ([0.0], [True, False], [[0]]):
+        with pytest.raises(ValueError, match=r"^ZipCacheLayer: expected numbers of sequences, .* Pass \[0\]"):
+            layer.select_sequences(wrong)
+    assert_same(layer.state_dict(), other.state_dict())
+
+
 def test_dropping_the_newest() -> None:
     layer, other = made(), made()
     assert layer.window_length == 9
@@ -193,11 +204,11 @@ def test_saliency_after_dropping_is_a_mean_of_attention() -> None:
     for _ in range(4):
         stream(layer, *part((q, k, v), 20, 28))
         layer.drop_newest(5)
-    assert layer._scores is not None
+    assert layer._probes.scores is not None
     n = layer.window_length
-    seen = torch.tensor([sum(p >= j for p in layer._probed) for j in range(n)])
-    assert bool((layer._scores[:, :, :n] <= seen).all())
-    assert not bool(layer._scores[:, :, n:].any())
+    seen = torch.tensor([sum(p >= j for p in layer._probes.places) for j in range(n)])
+    assert bool((layer._probes.scores[:, :, :n] <= seen).all())
+    assert not bool(layer._probes.scores[:, :, n:].any())
 
 
 @pytest.mark.parametrize("tokens", [-1, 10, 56])
@@ -207,71 +218,6 @@ def test_only_uncompressed_tokens_can_be_dropped(tokens: int) -> None:
     with pytest.raises(ValueError, match="expected 0 to 9 tokens, those that are not compressed yet; got"):
         layer.drop_newest(tokens)
     assert_same(layer.state_dict(), before)
-
-
-def hand_count(codec: Codec, heads: int, width: int, salient: int, regular: int, window: int, bits: int = 16) -> int:
-    """Bytes of one sequence: codes, float16 steps and minima, factors, starts and counts, kinds, and the window."""
-    total = heads * -(-(salient + regular) // 4) + heads * window * 2 * width * bits // 8
-    for tokens, code in ((salient, 4), (regular, 2)):
-        if not tokens:
-            continue
-        blocks = -(-tokens // codec.block) if codec.block else 1
-        per_head = tokens * 2 * width * code // 8
-        per_head += 4 * (
-            blocks * width if codec.key_axis == "channel" else tokens * width // (codec.key_group or width)
-        )
-        per_head += 4 * tokens * width // (codec.value_group or width)
-        per_head += 2 * blocks * width if codec.channel_separable else 0
-        total += heads * per_head + 4 * (2 * blocks + 1)
-    return total
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("ratio", [0.0, 0.6, 1.0])
-def test_bytes(codec: str, ratio: float) -> None:
-    q, k, v = drawn(80, batch=1, heads=3, dtype=torch.bfloat16)
-    layer = ZipCacheLayer(ratio, codec=CODECS[codec](), window=16)
-    layer.prefill(*part((q, k, v), 0, 71))
-    layer.append(*part((k, v), 71, 80))
-    salient = int(71 * ratio + 0.5)
-    assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, 9)
-
-
-@pytest.mark.parametrize(("codec", "least", "most"), [(Codec.zipcache(None), 106.4, 107.5), (Codec(), 112.4, 113.5)])
-def test_bytes_of_a_long_prompt(codec: Codec, least: float, most: float) -> None:
-    """A token and head of 128 channels: 102.4 in codes at 60% of 4 bits, 4 of the value's step, 1/4 of what it is; of
-    a block of 128, 512 of keys' steps and 256 of factors."""
-    q, k, v = drawn(2560, batch=1, heads=1, group=1, width=128, dtype=torch.bfloat16)
-    layer = ZipCacheLayer(codec=codec, max_probes=8)
-    layer.prefill(q, k, v)
-    assert least < layer.nbytes / 2560 < most
-
-
-def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """131072 tokens that come in windows: bytes copied to grow are a small multiple of those stored, at any length."""
-    copied, at = 0, {}
-    grow = store.grown
-
-    def counted(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
-        nonlocal copied
-        larger = grow(tensor, dim, used, size)
-        copied += 0 if larger is tensor else tensor.narrow(dim, 0, used).nbytes
-        return larger
-
-    monkeypatch.setattr(store, "grown", counted)
-    _, k, v = drawn(1024, batch=1, heads=1, width=16)
-    layer = ZipCacheLayer(salient_bits=2)
-    for _ in range(128):
-        layer.append(k, v)
-        at[layer.length] = copied, layer.nbytes
-    assert layer.length == 131072
-    for length, (bytes_, held) in at.items():
-        assert bytes_ <= held * store.GROWTH / (store.GROWTH - 1.0), f"{length} tokens"
-    other = ZipCacheLayer(salient_bits=2)
-    other.append(k, v)
-    for a, b in zip(layer.dequantize(), other.dequantize(), strict=True):
-        assert_same_bits(a[:, :, -2048:-1024], a[:, :, 1024:2048])
-        assert_same_bits(a[:, :, -1024:], torch.cat((a[:, :, :896], b[:, :, -128:]), 2))
 
 
 def _calls(layer: ZipCacheLayer) -> list[tuple[Callable[[], object], str]]:
@@ -299,6 +245,36 @@ def _calls(layer: ZipCacheLayer) -> list[tuple[Callable[[], object], str]]:
         (lambda: layer.attend(q[:, :, :1], sliding_window=0), r"a sliding window of at least 1; got \(1, 0\)"),
         (lambda: layer.attend(q[:, :, :1], sinks=torch.zeros(3)), r"float32 sinks of shape \(4,\)"),
     ]
+
+
+def test_gradients_are_refused() -> None:
+    layer = made()
+    before = layer.state_dict()
+    q, k, v = (t.clone().requires_grad_() for t in part(TENSORS, 55, 60))
+    calls = {
+        "q": [lambda: layer.attend(q), lambda: layer.prefill(q, k.detach(), v.detach())],
+        "k": [lambda: layer.append(k, v.detach()), lambda: layer.prefill(q.detach(), k, v)],
+        "v": [lambda: layer.append(k.detach(), v)],
+    }
+    for name, its in calls.items():
+        text = rf"^ZipCacheLayer: expected {name} that needs no gradient; got requires_grad=True\. Call .*no_grad"
+        for call in its:
+            with pytest.raises(ValueError, match=text):
+                call()
+            assert_same(layer.state_dict(), before)
+    with torch.no_grad():
+        layer.append(k, v)
+        assert torch.equal(layer.attend(q), layer.attend(q.detach()))
+
+
+def test_what_a_layer_looks_like() -> None:
+    layer = ZipCacheLayer(salient_ratio=0.5, window=8)
+    assert repr(layer) == "ZipCacheLayer(salient_ratio=0.5, bits=(4, 2), tokens=0, uncompressed=0, nbytes=0)"
+    _, k, v = part(TENSORS, 0, 11)
+    layer.append(k, v[..., :16])
+    shapes = "keys=(2, 2, 11, 32), values=(2, 2, 11, 16)"
+    want = f"ZipCacheLayer(salient_ratio=0.5, bits=(4, 2), tokens=11, uncompressed=3, {shapes}, nbytes={layer.nbytes})"
+    assert repr(layer) == want
 
 
 def test_calls_that_fail_leave_the_cache_as_it_is() -> None:
@@ -335,6 +311,7 @@ def test_backends_that_cannot_run_leave_the_cache_empty() -> None:
         {"random_probes": -1.0},
         {"max_probes": 0},
         {"normalization": "paper"},
+        {"backend": "cuda"},
     ],
     ids=str,
 )

@@ -122,7 +122,8 @@ def test_there_and_back(case: Case) -> None:
 @st.composite
 def calls(draw: st.DrawFn) -> Attention:
     batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    group, queries = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    group, slots = draw(st.integers(1, 5)), draw(st.integers(0, 20))
+    queries = draw(st.integers(1, min(slots, 4) or 4))
     width, value_width = draw(widths), draw(widths)
     parts = []
     for _ in range(draw(st.integers(0, 3))):
@@ -130,7 +131,6 @@ def calls(draw: st.DrawFn) -> Attention:
         counts = tuple(tuple(draw(st.integers(0, size)) for size in sizes) for _ in range(batch))
         starts = (0, *itertools.accumulate(sizes))
         parts.append(Part(draw(st.sampled_from((2, 4, 8))), starts, counts))
-    slots = draw(st.integers(0, 20))
     window = [tuple(sorted((draw(st.integers(0, slots)), draw(st.integers(0, slots))))) for _ in range(batch)]
     case = attention(
         parts,

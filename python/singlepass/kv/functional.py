@@ -23,7 +23,7 @@ NORMALIZATIONS = ("probe_nnz", "causal_nnz")
 MAX_CHANNELS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Quantized:
     """Tokens (batch, heads, tokens, channels) in a few bits, as :func:`quantize` makes them.
 
@@ -54,6 +54,11 @@ class Quantized:
     def nbytes(self) -> int:
         parts = (self.codes, self.scales, self.channels, self.starts, self.counts)
         return sum(part.nbytes for part in parts if part is not None)
+
+    def __repr__(self) -> str:
+        shape = (*self.codes.shape[:3], self.head_dim)
+        blocks = self.counts.shape[1]
+        return f"Quantized({shape}, bits={self.bits}, axis={self.axis!r}, blocks={blocks}, nbytes={self.nbytes})"
 
 
 def backend_for(op: str, tensor: Tensor, dtypes: Collection[torch.dtype], backend: str | None) -> str:
@@ -258,6 +263,15 @@ def check_queries(op: str, q: Tensor, k: Tensor) -> None:
     require(q.device == k.device, op, f"q on {k.device}, as the keys", q.device, "Move it there.")
 
 
+def check_needs_no_gradient(op: str, **tensors: Tensor) -> None:
+    """Raises if a gradient is wanted of a tensor, which compressed tokens can't give."""
+    for name, x in tensors.items():
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        require(
+            not wanted, op, f"{name} that needs no gradient", "requires_grad=True", "Call it under torch.no_grad()."
+        )
+
+
 def check_softcap(op: str, softcap: float) -> None:
     require(math.isfinite(softcap) and softcap >= 0, op, "softcap >= 0", softcap, "0 leaves logits as they are.")
 
@@ -306,7 +320,8 @@ def decode_attention(
     window of uncompressed ones.
 
     Args:
-        q: (batch, query heads, queries, channels); float32, bfloat16 or float16 (eager: float64 too).
+        q: (batch, query heads, queries, channels); float32, bfloat16 or float16 (eager: float64 too). At most as many
+            queries as the window has slots; any number where it has none.
         segments: keys and values of compressed tokens, all seen by every query. Pairs agree in starts and counts, and
             keys in their axis.
         window_k: (batch, heads, slots, channels), the uncompressed keys; heads divides query heads.
@@ -332,7 +347,10 @@ def decode_attention(
     check_tokens(op, "window_v", window_v)
     check_queries(op, q, window_k)
     check_softcap(op, softcap)
-    batch, heads = window_k.shape[:2]
+    batch, heads, slots = window_k.shape[:3]
+    fits = slots == 0 or q.shape[2] <= slots
+    remedy = "Pass the last ones alone, or a window that holds all their tokens."
+    require(fits, op, f"at most {slots} queries, as the window has slots", q.shape[2], remedy)
     fits = window_v.shape[:3] == window_k.shape[:3] and window_v.dtype == window_k.dtype
     contract = f"window_v {tuple(window_k.shape[:3])} of {window_k.dtype}, as window_k"
     require(fits, op, contract, f"{tuple(window_v.shape)} of {window_v.dtype}", "Only channels may differ.")

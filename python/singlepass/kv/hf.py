@@ -10,15 +10,17 @@ Tested with transformers 5.23.0; older versions lack some of the interfaces used
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import logging
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .._errors import message, require
 from .layer import ZipCacheLayer
-from .prompt import explicit_attention, padding_in
+from .options import check_backend
+from .prompt import padding_in
 
 try:
     from transformers.cache_utils import (
@@ -29,21 +31,29 @@ try:
         get_layer_types_and_kwargs,
     )
     from transformers.configuration_utils import PreTrainedConfig
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    from transformers.modeling_utils import AttentionInterface
+
+    from .hf_attention import NAME, cut
 except ImportError as error:
     _contract, _remedy = "transformers 5.23 or newer", 'Run: pip install --upgrade "transformers>=5.23".'
     raise ImportError(message("singlepass.kv.ZipCache", _contract, error, _remedy)) from error
 
 __all__ = ["ZipCache"]
 
-NAME = "singlepass"
+logger = logging.getLogger("singlepass")
+
 _OP = "ZipCache"
 # Layers that hold no keys and values token by token, or those of a few tokens only: they stay what transformers makes
 # of them. Kinds that are in neither this nor "full_attention" would not be compressed, and are refused.
 _UNCHANGED = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "dummy"}
 _FOREIGN = "Pass what state_dict() of a cache for the same model gave."
+_CROP = (
+    "Compressed tokens can't be removed: for prompt lookup and assisted decoding give ZipCache a window of as many "
+    f'tokens as there are candidates, and the model the attention "{NAME}".'
+)
+_SLOW = (
+    "%s: the model runs its attention %r, for which every step restores all tokens, and all count as salient. "
+    'Call model.set_attn_implementation("%s") to have the codes read as they stand.'
+)
 _SLIDING = ("keys", "values", "cumulative_length")  # what is saved of sliding layers
 
 
@@ -94,6 +104,7 @@ class ZipCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, salient_ratio: float = 0.6, **options: Any):
+        check_backend(_OP, options.get("backend"))
         is_config = isinstance(config, PreTrainedConfig)
         require(is_config, _OP, "a model's config", type(config).__name__, "Pass model.config.")
         remedy = "Leave it to transformers' own caches."
@@ -163,6 +174,15 @@ class _Config:
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
+        self._warned = False
+
+    def runs_ours(self) -> bool:
+        """Whether that is "singlepass"; the first time that it is not, a warning is logged."""
+        running = self.config._attn_implementation
+        if running != NAME and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            logger.warning(_SLOW, _OP, running, NAME)
+        return running == NAME
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
         return self
@@ -194,7 +214,7 @@ class CompressedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.require_settled()
         self.lazy_initialization(key_states, value_states)
-        if self._shared.config._attn_implementation == NAME:
+        if self._shared.runs_ours():
             keys = key_states.view_as(key_states)  # the caller's own tensor stays unmarked
             keys.singlepass_layer = self  # type: ignore[attr-defined]
             self._pending = keys, value_states
@@ -206,7 +226,7 @@ class CompressedLayer(CacheLayerMixin):
         # New tokens are returned as they are: a prompt's attention need not suffer from its compression.
         new = key_states, value_states
         whole = [torch.cat(parts, 2) for parts in zip(old, new, strict=True)] if before else new
-        return (_cut(whole[0], *new), _cut(whole[1], *new)) if before else (whole[0], whole[1])
+        return (cut(whole[0], *new), cut(whole[1], *new)) if before else (whole[0], whole[1])
 
     def take(self) -> tuple[Tensor, Tensor]:
         """What the last update laid aside."""
@@ -283,7 +303,7 @@ class CompressedLayer(CacheLayerMixin):
         self.require_settled()
         where, fits = f"{_OP}.crop", -self.inner.window_length <= tokens_to_remove <= 0
         contract = f"{-self.inner.window_length} to 0, minus the tokens to remove, which are not compressed yet"
-        require(fits, where, contract, tokens_to_remove, "Compressed tokens can't be removed; build the cache anew.")
+        require(fits, where, contract, tokens_to_remove, _CROP)
 
     def crop(self, tokens_to_remove: int) -> None:
         self.check_crop(tokens_to_remove)
@@ -301,63 +321,6 @@ class CompressedLayer(CacheLayerMixin):
         self.require_settled()
         if self.inner.length:  # indices may be a mask too
             self.inner.select_sequences(torch.arange(self.batch_size, device=indices.device)[indices])
-
-
-def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention implementation "singlepass": of a :class:`ZipCache`, or transformers' "sdpa" without one, to which
-    logit softcapping and sinks are added."""
-    layer: CompressedLayer | None = getattr(key, "singlepass_layer", None)
-    softcap, sinks, bias, local = map(kwargs.get, ("softcap", "s_aux", "position_bias", "sliding_window"))
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if layer is None and softcap is None and sinks is None:
-        options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
-    where, remedy = f'attention "{NAME}"', "Choose another attention for this model."
-    require(bias is None, where, "no position bias with this cache, softcap or sinks", "a tensor", remedy)
-    if layer is None:
-        if attention_mask is None and causal and query.shape[2] > 1:
-            shape = (1, 1, query.shape[2], key.shape[2])
-            attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-        out = explicit_attention(query, key, value, attention_mask, scaling, softcap or 0.0, sinks, dropout)
-        return out.transpose(1, 2).contiguous(), None
-    k, v = layer.take()
-    require(local is None, where, "full attention, as in the config", f"a sliding window {local}", remedy)
-    require(not dropout, where, "no dropout with a cache", dropout, "Call model.eval().")
-    known = causal or attention_mask is not None or k.shape[2] == 1
-    require(known, where, "causal attention with a cache", "attention in both directions", remedy)
-    layer.inner.scale, layer.inner.softcap = scaling, softcap or 0.0
-    with torch.no_grad():
-        padding = layer.read_mask(attention_mask, k.shape[0], k.shape[2])
-        out = layer.extend(query, k, v, padding, None if sinks is None else sinks.flatten().float())
-    return _cut(out, query, k, v).transpose(1, 2).contiguous(), None
-
-
-class _Cut(torch.autograd.Function):
-    """A result without its gradient. To drop it silently would train a model wrongly."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, *sources: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
-        got = "a backward pass"
-        raise ValueError(message(_OP, "no gradient through compressed tokens", got, "Train without the cache."))
-
-
-def _cut(out: Tensor, *sources: Tensor) -> Tensor:
-    needed = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
-    return _Cut.apply(out, *sources) if needed else out
 
 
 def _save(layer: Any) -> dict[str, Any]:
@@ -390,7 +353,3 @@ def _loaded(layer: Any, saved: Any) -> Any:
         for name in _SLIDING:
             setattr(sliding, name, _copied(saved[name]))
     return sliding
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)

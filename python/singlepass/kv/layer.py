@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +14,17 @@ from .._errors import require
 from . import state
 from .codec import Codec
 from .functional import (
-    NORMALIZATIONS,
     backend_for,
-    check_bits,
+    check_needs_no_gradient,
     check_queries,
     check_tokens,
     decode_attention,
     probe_saliency,
-    seen_by,
 )
+from .options import check_options
+from .probes import WindowProbes
 from .prompt import causal_attention, rotate
-from .selection import PADDING, REGULAR, SALIENT, classify, probe_positions
+from .selection import REGULAR, SALIENT, all_of_kind, classify, probe_positions
 from .store import Compressed
 
 _OP = "ZipCacheLayer"
@@ -94,22 +93,6 @@ class ZipCacheLayer:
         softcap: float = 0.0,
         backend: str | None = None,
     ):
-        for name, share in (
-            ("salient_ratio", salient_ratio),
-            ("recent_probes", recent_probes),
-            ("random_probes", random_probes),
-        ):
-            fits = isinstance(share, Real) and 0.0 <= share <= 1.0
-            require(fits, _OP, f"{name} from 0 to 1", repr(share), "It is a share of the tokens.")
-        check_bits(_OP, "salient_bits", salient_bits)
-        check_bits(_OP, "regular_bits", regular_bits)
-        for name, count in (("window", window), ("max_probes", max_probes)):
-            fits = isinstance(count, int) and count >= 1
-            require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
-        fits = codec is None or isinstance(codec, Codec)
-        require(fits, _OP, "a Codec or None", repr(codec), "Call Codec.zipcache(), .kivi() or .per_token_head().")
-        known = normalization in NORMALIZATIONS
-        require(known, _OP, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
         self.salient_ratio = salient_ratio
         self.salient_bits = salient_bits
         self.regular_bits = regular_bits
@@ -123,6 +106,7 @@ class ZipCacheLayer:
         self.scale = scale
         self.softcap = softcap
         self.backend = backend
+        check_options(self)
         self.reset()
 
     def reset(self) -> None:
@@ -136,9 +120,7 @@ class ZipCacheLayer:
 
     def _start_window(self) -> None:
         self.window_length = 0
-        self._due = set(self._draw_probes(self.window).tolist())
-        self._probed: list[int] = []
-        self._scores: Tensor | None = None
+        self._probes = WindowProbes(self._draw_probes(self.window).tolist())
 
     def _draw_probes(self, length: int) -> Tensor:
         return probe_positions(length, self.recent_probes, self.random_probes, self.max_probes, self._generator)
@@ -154,6 +136,14 @@ class ZipCacheLayer:
         if self._window is None or self._compressed is None:
             return 0
         return self._compressed.nbytes + sum(t[:, :, : self.window_length].nbytes for t in self._window)
+
+    def __repr__(self) -> str:
+        parts = [f"salient_ratio={self.salient_ratio}", f"bits=({self.salient_bits}, {self.regular_bits})"]
+        parts += [f"tokens={self.length}", f"uncompressed={self.window_length}"]
+        if self._window is not None:
+            for name, held in zip(("keys", "values"), self._window, strict=True):
+                parts.append(f"{name}={(*held.shape[:2], self.length, held.shape[3])}")
+        return f"ZipCacheLayer({', '.join(parts)}, nbytes={self.nbytes})"
 
     # Adding tokens
 
@@ -173,10 +163,11 @@ class ZipCacheLayer:
             Tensor: (batch, query heads, tokens, value channels); zeros for padding.
 
         Raises:
-            ValueError: shapes, dtypes or devices that don't fit; the cache is unchanged.
+            ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
         """
         self._check(k, v)
         check_queries(_OP, q, k)
+        check_needs_no_gradient(_OP, q=q)
         require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
         if mask is not None:
             fits = mask.shape == (k.shape[0], k.shape[2]) and mask.dtype == torch.bool
@@ -212,7 +203,7 @@ class ZipCacheLayer:
         compressed first.
 
         Raises:
-            ValueError: shapes, dtypes or devices that don't fit; the cache is unchanged.
+            ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
         """
         self._check(k, v)
         if self.codec.rotate:
@@ -235,6 +226,7 @@ class ZipCacheLayer:
     def _check(self, k: Tensor, v: Tensor) -> None:
         check_tokens(_OP, "k", k)
         check_tokens(_OP, "v", v)
+        check_needs_no_gradient(_OP, k=k, v=v)
         fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
         got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
         require(fits, _OP, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
@@ -265,25 +257,18 @@ class ZipCacheLayer:
         assert self._window is not None
         n = self.window_length
         k, v = (held[:, :, :n] for held in self._window)
-        saliency = None
-        if self._scores is not None:
-            positions = torch.tensor(self._probed, dtype=torch.int64, device=k.device)
-            saliency = self._scores[:, :, :n] / seen_by(positions, n, None, self.normalization)[:, None]
-        self._compress(k, v, saliency, None)
+        self._compress(k, v, self._probes.saliency(n, self.normalization), None)
         self._start_window()
 
     def _compress(self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None) -> None:
-        batch, heads, tokens, _ = k.shape
+        batch, _, tokens, _ = k.shape
         total = torch.full((batch,), tokens, device=k.device) if mask is None else mask.sum(1)
         if self.mixed and saliency is not None:
             ratio = self.salient_ratio
             kinds, salient = classify(saliency, mask, ratio)
         else:  # all in the same bits, or of unknown saliency
             ratio = float(self.salient_ratio > 0.0)
-            kind = SALIENT if ratio else REGULAR
-            kinds = torch.full((batch, heads, tokens), kind, dtype=torch.uint8, device=k.device)
-            kinds = kinds if mask is None else torch.where(mask[:, None], kinds, PADDING)
-            salient = total if ratio else torch.zeros_like(total)
+            kinds, salient = all_of_kind(SALIENT if ratio else REGULAR, k, mask), total * int(ratio)
         assert self._compressed is not None
         self._compressed.append(k, v, kinds, int(tokens * ratio + 0.5), salient, total, padded=mask is not None)
 
@@ -302,12 +287,13 @@ class ZipCacheLayer:
             Tensor: (batch, query heads, queries, value channels), q's dtype.
 
         Raises:
-            ValueError: shapes or options that don't fit.
+            ValueError: shapes or options that don't fit, or gradients asked for.
         """
         require(self._window is not None, _OP, "tokens to attend to", "an empty cache", "Call append or prefill.")
         assert self._window is not None
         assert self._compressed is not None
         check_queries(_OP, q, self._window[0])
+        check_needs_no_gradient(_OP, q=q)
         if self.codec.rotate:
             q = rotate(q)
         queries = q.shape[2]
@@ -334,26 +320,10 @@ class ZipCacheLayer:
             softcap=self.softcap,
             backend=self.backend,
         )
-        self._probe(q, lse)
+        if self.mixed:
+            options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
+            self._probes.add(q, self._window[0], lse, self.window_length - queries, **options)
         return rotate(out) if self.codec.rotate else out
-
-    def _probe(self, q: Tensor, lse: Tensor) -> None:
-        """Adds what the window's tokens get from the queries whose turn it is to be probes."""
-        if not self.mixed:
-            return
-        assert self._window is not None
-        begin = self.window_length - q.shape[2]
-        rows = [i for i in range(q.shape[2]) if begin + i in self._due]
-        if not rows:
-            return
-        k = self._window[0]
-        places = [begin + i for i in rows]
-        positions = torch.tensor(places, dtype=torch.int64, device=k.device)
-        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
-        mean = probe_saliency(q[:, :, rows], k, positions, lse=lse[:, :, rows].contiguous(), **options)
-        scores = mean * seen_by(positions, k.shape[2], None, "probe_nnz")[:, None]
-        self._scores = scores if self._scores is None else self._scores + scores
-        self._probed += places
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in the order of their tokens, (batch, heads, tokens, channels) in the dtype that came
@@ -384,11 +354,18 @@ class ZipCacheLayer:
         if self._window is not None and self._compressed is not None:
             self._window = (function(self._window[0]), function(self._window[1]))
             self._compressed.map_batch(function)
-        self._scores = None if self._scores is None else function(self._scores)
+        self._probes.map_batch(function)
 
-    def select_sequences(self, index: Tensor) -> None:
-        """Keeps sequences ``index`` (int64) of the batch, in that order, any of them more than once: beams."""
-        self._map_batch(lambda t: t.index_select(0, index.to(t.device)))
+    def select_sequences(self, index: Tensor | Sequence[int]) -> None:
+        """Keeps sequences ``index`` of the batch, in that order, any of them more than once: beams.
+
+        Raises:
+            ValueError: anything but numbers of sequences.
+        """
+        chosen = torch.as_tensor(index)
+        fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
+        require(fits, _OP, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
+        self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)))
 
     def repeat_sequences(self, times: int) -> None:
         """Repeats each sequence so many times in a row."""
@@ -405,11 +382,7 @@ class ZipCacheLayer:
         require(fits, _OP, contract, tokens, "Compressed tokens can't be removed; build the cache anew.")
         self.window_length -= tokens
         self.length -= tokens
-        # What dropped probes gave to older tokens stays in their scores, and so do the probes in their count.
-        last = self.window_length - 1
-        self._probed = [min(place, last) for place in self._probed] if self.window_length else []
-        if self._scores is not None:
-            self._scores[:, :, self.window_length :] = 0.0
+        self._probes.drop(self.window_length)
 
     # Saving
 

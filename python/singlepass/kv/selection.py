@@ -45,6 +45,12 @@ def classify(saliency: Tensor, mask: Tensor | None, ratio: float) -> tuple[Tenso
     return torch.where(valid[:, None], kinds, PADDING), salient
 
 
+def all_of_kind(kind: int, k: Tensor, mask: Tensor | None) -> Tensor:
+    """That all tokens of keys k are of one kind, as :func:`classify` says it, but for padding."""
+    kinds = torch.full(k.shape[:3], kind, dtype=torch.uint8, device=k.device)
+    return kinds if mask is None else torch.where(mask[:, None], kinds, PADDING)
+
+
 def tokens_of_kind(kinds: Tensor, kind: int, slots: int) -> Tensor:
     """The first ``slots`` tokens of a kind in their order, int32 (batch, heads, slots); zeros where there are fewer."""
     chosen = kinds == kind

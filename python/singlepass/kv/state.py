@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from .._errors import message, require
 from ..reference.kv import unpack
+from .options import saved_options
+from .probes import WindowProbes
 from .selection import FILLER, REGULAR, SALIENT
 from .store import Compressed, Segment
 
@@ -19,42 +20,27 @@ if TYPE_CHECKING:
 
 _WHERE = "ZipCacheLayer.load_state_dict"
 _FOREIGN = "Pass what state_dict() of a layer with the same options gave."
-_OPTIONS = (
-    "salient_ratio",
-    "salient_bits",
-    "regular_bits",
-    "window",
-    "recent_probes",
-    "random_probes",
-    "max_probes",
-    "normalization",
-    "scale",
-    "softcap",
-)
 _NUMBERS = ("length", "window_length")
 _KEYS = {"options", *_NUMBERS, "due", "probed", "generator", "window_k", "window_v", "kinds", "scores", "segments"}
-
-
-def _options(layer: ZipCacheLayer) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in _OPTIONS} | {"codec": asdict(layer.codec)}
 
 
 def save(layer: ZipCacheLayer) -> dict[str, Any]:
     """A layer's cache as plain data and tensors."""
     window = (None, None) if layer._window is None else (t[:, :, : layer.window_length].clone() for t in layer._window)
     window_k, window_v = window
+    probes = layer._probes
     kinds, segments = (None, {}) if layer._compressed is None else layer._compressed.state()
     return {
-        "options": _options(layer),
+        "options": saved_options(layer),
         "length": layer.length,
         "window_length": layer.window_length,
-        "due": sorted(layer._due),
-        "probed": list(layer._probed),
+        "due": sorted(probes.due),
+        "probed": list(probes.places),
         "generator": layer._generator.get_state(),
         "window_k": window_k,
         "window_v": window_v,
         "kinds": kinds,
-        "scores": None if layer._scores is None else layer._scores.clone(),
+        "scores": None if probes.scores is None else probes.scores.clone(),
         "segments": segments,
     }
 
@@ -64,9 +50,9 @@ def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     require(isinstance(saved, dict) and set(saved) == _KEYS, _WHERE, "a saved cache", _shown(saved), _FOREIGN)
     for name in ("options", "segments"):
         _check(isinstance(saved[name], dict), f"a dictionary of {name}", type(saved[name]).__name__)
-    differing = {k: v for k, v in _options(layer).items() if saved["options"].get(k, v) != v}
-    same = set(saved["options"]) == set(_options(layer)) and not differing
-    require(same, _WHERE, f"the options {differing or set(_options(layer))}", saved["options"], _FOREIGN)
+    differing = {k: v for k, v in saved_options(layer).items() if saved["options"].get(k, v) != v}
+    same = set(saved["options"]) == set(saved_options(layer)) and not differing
+    require(same, _WHERE, f"the options {differing or set(saved_options(layer))}", saved["options"], _FOREIGN)
     _check_numbers(layer, saved)
     k, v = saved["window_k"], saved["window_v"]
     compressed: Compressed | None = None
@@ -84,7 +70,8 @@ def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     layer.reset()
     layer.length = saved["length"]
     layer._generator.set_state(saved["generator"])
-    layer._due, layer._probed = set(saved["due"]), list(saved["probed"])
+    layer._probes = WindowProbes(saved["due"])
+    layer._probes.places = list(saved["probed"])
     if compressed is None:
         return
     layer._ensure_room(k, v)
@@ -94,7 +81,7 @@ def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     layer.window_length = saved["window_length"]
     compressed.load(saved["kinds"], saved["segments"])
     layer._compressed = compressed
-    layer._scores = None if saved["scores"] is None else saved["scores"].clone()
+    layer._probes.scores = None if saved["scores"] is None else saved["scores"].clone()
 
 
 def _shown(saved: Any) -> Any:

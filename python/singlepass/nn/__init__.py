@@ -3,7 +3,8 @@
 
 from .convert import kat_from_vit
 from .fit import fit_rational
-from .rational import GRKAN, KATMLP, GroupRational, no_weight_decay
+from .kat import GRKAN, KATMLP
+from .rational import GroupRational, no_weight_decay
 from .tables import Table, table
 
 __all__ = ["GRKAN", "KATMLP", "GroupRational", "Table", "fit_rational", "kat_from_vit", "no_weight_decay", "table"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import require
-from .rational import KATMLP, GroupRational, Init, linear_then_rational
+from .kat import KATMLP, linear_then_rational
+from .rational import GroupRational, Init
 from .tables import TARGETS
 
 # Exact and tanh GELU differ by 5e-4, and any two targets by more than 2e-2.

@@ -5,7 +5,7 @@
 
 namespace singlepass {
 
-// n elements of bfloat16 or float16 to float, and back to the nearest.
+// n elements of any storage type to float, and back to the nearest.
 void widen(const void* from, DType dtype, float* to, int64_t n);
 void narrow(const float* from, void* to, DType dtype, int64_t n);
 

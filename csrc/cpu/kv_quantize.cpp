@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "singlepass/common/vector.h"
+#include "singlepass/kv/blocks.h"
+#include "singlepass/kv/codec.h"
+#include "singlepass/kv/cpu.h"
+#include "singlepass/kv/tiles.h"
+
+// A block's tokens are read once from memory and, where something belongs to channels, again from the cache. Loops take
+// them as they are stored: floats stay in registers.
+namespace singlepass::kv {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kTogether = 4;  // tokens that share a load and a store of their channels' extremes
+
+template <DType dtype>
+using Bits = std::conditional_t<dtype == DType::kFloat32, int32_t, int16_t>;
+
+template <DType dtype>
+using TokenRows = std::array<const Bits<dtype>*, kTogether>;
+
+template <DType dtype>
+SINGLEPASS_HD float to_float(Bits<dtype> bits) {
+  if constexpr (dtype == DType::kFloat32) {
+    return bit_cast<float>(bits);
+  } else if constexpr (dtype == DType::kBFloat16) {
+    return bfloat16_to_float(static_cast<uint16_t>(bits));
+  } else {
+    return float16_to_float(static_cast<uint16_t>(bits));
+  }
+}
+
+// Integers in the order of the numbers, and the way back. NaNs come out beyond the infinities, so that extremes tell
+// whether everything is finite.
+template <class Integer>
+SINGLEPASS_HD Integer ordered(Integer bits) {
+  return static_cast<Integer>(bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max()));
+}
+
+template <DType dtype>
+SINGLEPASS_TARGET_CLONES void extend(const TokenRows<dtype>& rows, int64_t n, Bits<dtype>* low, Bits<dtype>* high) {
+  const Bits<dtype>*x0 = rows[0], *x1 = rows[1], *x2 = rows[2], *x3 = rows[3];
+#pragma GCC ivdep
+  for (int64_t d = 0; d < n; ++d) {
+    const Bits<dtype> a = ordered(x0[d]), b = ordered(x1[d]), c = ordered(x2[d]), e = ordered(x3[d]);
+    low[d] = std::min(std::min(low[d], std::min(a, b)), std::min(c, e));
+    high[d] = std::max(std::max(high[d], std::max(a, b)), std::max(c, e));
+  }
+}
+
+template <DType dtype>
+SINGLEPASS_TARGET_CLONES void to_floats(const Bits<dtype>* in_order, int64_t n, float* to) {
+#pragma GCC ivdep
+  for (int64_t d = 0; d < n; ++d) to[d] = to_float<dtype>(ordered(in_order[d]));
+}
+
+// Zero where it is not finite.
+template <DType dtype>
+SINGLEPASS_HD Bits<dtype> magnitude(Bits<dtype> bits) {
+  constexpr Bits<dtype> kInfiniteBits = dtype == DType::kFloat32    ? 0x7f800000
+                                        : dtype == DType::kBFloat16 ? 0x7f80
+                                                                    : 0x7c00;
+  const Bits<dtype> unsigned_bits = bits & std::numeric_limits<Bits<dtype>>::max();
+  return unsigned_bits < kInfiniteBits ? unsigned_bits : 0;
+}
+
+template <DType dtype>
+SINGLEPASS_TARGET_CLONES void extend_magnitudes(const TokenRows<dtype>& rows, int64_t n, Bits<dtype>* most) {
+  const Bits<dtype>*x0 = rows[0], *x1 = rows[1], *x2 = rows[2], *x3 = rows[3];
+#pragma GCC ivdep
+  for (int64_t d = 0; d < n; ++d) {
+    const Bits<dtype> a = std::max(magnitude<dtype>(x0[d]), magnitude<dtype>(x1[d]));
+    const Bits<dtype> b = std::max(magnitude<dtype>(x2[d]), magnitude<dtype>(x3[d]));
+    most[d] = std::max(most[d], std::max(a, b));
+  }
+}
+
+template <DType dtype>
+SINGLEPASS_TARGET_CLONES void find_factors(const Bits<dtype>* most, int64_t n, uint16_t* channels, float* factors) {
+#pragma GCC ivdep
+  for (int64_t d = 0; d < n; ++d) {
+    channels[d] = channel_factor(clamped(to_float<dtype>(most[d])));
+    factors[d] = 1.0f / float16_to_float(channels[d]);
+  }
+}
+
+SINGLEPASS_HD float lowest(Vector v) {
+  const auto least = [](Vector a, Vector b) { return a < b ? a : b; };
+  v = least(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = least(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  v = least(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  return v[0];
+}
+
+SINGLEPASS_HD float lane_sum(Vector v) {
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  return v[0];
+}
+
+template <DType dtype>
+SINGLEPASS_HD Vector load_floats(const Bits<dtype>* from) {
+  float lanes[kLanes];
+  for (int k = 0; k < kLanes; ++k) lanes[k] = to_float<dtype>(from[k]);
+  return load_vector(lanes);
+}
+
+// y = x * factors for one token, and each group's extremes: low is NaN where something is not finite.
+template <DType dtype>
+SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* factors, int64_t groups, int64_t size,
+                                        Bits<DType::kFloat32>* y, float* low, float* high) {
+  const Vector most = Vector{} + kLargest;
+  for (int64_t g = 0; g < groups; ++g, x += size, y += size, factors += size) {
+    Vector least = Vector{} + kInfinity, greatest = -least, zeros = {};
+    int64_t d = 0;
+    for (; d + kLanes <= size; d += kLanes) {
+      const Vector v = load_floats<dtype>(x + d);
+      zeros += v * 0.0f;
+      Vector scaled = v > -most ? v : -most;
+      scaled = (scaled < most ? scaled : most) * load_vector(factors + d);
+      least = scaled < least ? scaled : least;
+      greatest = scaled > greatest ? scaled : greatest;
+      memcpy(y + d, &scaled, sizeof(scaled));
+    }
+    float zero = lane_sum(zeros);
+    low[g] = lowest(least);
+    high[g] = -lowest(-greatest);
+    for (; d < size; ++d) {
+      const float v = to_float<dtype>(x[d]), scaled = clamped(v) * factors[d];
+      zero += v * 0.0f;
+      low[g] = scaled < low[g] ? scaled : low[g];
+      high[g] = scaled > high[g] ? scaled : high[g];
+      y[d] = bit_cast<Bits<DType::kFloat32>>(scaled);
+    }
+    low[g] += zero;
+  }
+}
+
+// Of groups between `low` and `high`.
+SINGLEPASS_TARGET_CLONES void find_steps(const float* low, const float* high, int64_t n, int bits, uint16_t* step,
+                                         uint16_t* minimum, float* minima, float* inverses) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const bool finite = is_finite(low[i]) & is_finite(high[i]);
+    const Steps s = steps(clamped(low[i]), clamped(high[i]), finite, bits);
+    step[i] = s.step;
+    minimum[i] = s.minimum;
+    minima[i] = float16_to_float(s.minimum);
+    inverses[i] = inverse(s.step);
+  }
+}
+
+// A token's codes in planes. Minima and inverses of steps are those of its channels, or `shared` by all. What is beyond
+// 65504 need not be clamped: codes are. (Were `levels` a constant, compilers would make branches of that.)
+template <DType dtype, int bits, bool shared>
+SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* minima, const float* inverses, float levels,
+                                         int64_t width, uint8_t* to) {
+  constexpr int kPlanes = 8 / bits;
+  const int64_t places = width / kPlanes;
+#pragma GCC ivdep
+  for (int64_t w = 0; w < places; ++w) {
+    uint32_t byte = 0;
+#pragma GCC unroll 4
+    for (int p = 0; p < kPlanes; ++p) {
+      const int64_t d = p * places + w, at = shared ? 0 : d;
+      byte |= encode(to_float<dtype>(x[d]), minima[at], inverses[at], levels) << (p * bits);
+    }
+    to[w] = static_cast<uint8_t>(byte);
+  }
+}
+
+template <DType dtype>
+class Quantizer {
+ public:
+  explicit Quantizer(const Codec& p)
+      : p_(p),
+        width_(p.packed.width),
+        groups_(p.packed.groups),
+        levels_(static_cast<float>((1 << p.packed.bits) - 1)),
+        most_(width_),
+        least_(width_),
+        y_(kTile * width_),
+        factors_(width_, 1.0f),
+        low_(std::max(width_, kTile * groups_)),
+        high_(low_.size()),
+        minima_(low_.size()),
+        inverses_(low_.size()),
+        row_minima_(width_),
+        row_inverses_(width_),
+        tile_steps_(kTile * groups_),
+        tile_minima_(kTile * groups_) {}
+
+  void run(const Place& place) {
+    if (p_.packed.axis == Axis::kChannel) {
+      by_channels(place);
+    } else {
+      by_tokens(place);
+    }
+    for (int64_t slot = place.begin + place.count; slot < place.end; ++slot) {
+      memset(codes_at(place, slot), 0, static_cast<size_t>(p_.packed.bytes()));
+      if (p_.packed.axis == Axis::kToken) {
+        memset(p_.packed.scales_at(place.b, place.h, slot, 0), 0, static_cast<size_t>(4 * groups_));
+      }
+    }
+  }
+
+ private:
+  const Bits<dtype>* token_at(const Place& place, int64_t slot) const {
+    return reinterpret_cast<const Bits<dtype>*>(p_.plain.at(place.b, place.h, p_.token(place.b, place.h, slot)));
+  }
+
+  uint8_t* codes_at(const Place& place, int64_t slot) const { return p_.packed.codes_at(place.b, place.h, slot); }
+
+  // Calls body with a few of a block's tokens at a time; the last one stands in for those after it. Tokens of an index
+  // stand where the processor does not expect them, so that the next ones are fetched ahead.
+  template <class Body>
+  void for_each_rows(const Place& place, const Body& body) const {
+    const int64_t last = place.begin + place.count - 1;
+    for (int64_t slot = place.begin; slot <= last; slot += kTogether) {
+      TokenRows<dtype> rows;
+      for (int64_t i = 0; i < kTogether; ++i) {
+        rows[i] = token_at(place, std::min(slot + i, last));
+        const char* ahead = reinterpret_cast<const char*>(token_at(place, std::min(slot + kTogether + i, last)));
+        for (int64_t byte = 0; byte < width_ * size_of(dtype); byte += 64) __builtin_prefetch(ahead + byte);
+      }
+      body(rows);
+    }
+  }
+
+  template <DType of, bool shared>
+  void encode_as(const Bits<of>* x, const float* minima, const float* inverses, uint8_t* to) const {
+    switch (p_.packed.bits) {
+      case 2:
+        return encode_row<of, 2, shared>(x, minima, inverses, levels_, width_, to);
+      case 4:
+        return encode_row<of, 4, shared>(x, minima, inverses, levels_, width_, to);
+      default:
+        return encode_row<of, 8, shared>(x, minima, inverses, levels_, width_, to);
+    }
+  }
+
+  void by_channels(const Place& place) {
+    uint16_t* scales = p_.packed.scales_at(place.b, place.h, 0, place.block);
+    if (place.count == 0) {
+      memset(scales, 0, static_cast<size_t>(4 * width_));
+      return;
+    }
+    std::fill(least_.begin(), least_.end(), std::numeric_limits<Bits<dtype>>::max());
+    std::fill(most_.begin(), most_.end(), std::numeric_limits<Bits<dtype>>::min());
+    for_each_rows(place,
+                  [&](const TokenRows<dtype>& rows) { extend<dtype>(rows, width_, least_.data(), most_.data()); });
+    to_floats<dtype>(least_.data(), width_, low_.data());
+    to_floats<dtype>(most_.data(), width_, high_.data());
+    find_steps(low_.data(), high_.data(), width_, p_.packed.bits, scales, scales + width_, minima_.data(),
+               inverses_.data());
+    for (int64_t slot = place.begin; slot < place.begin + place.count; ++slot) {
+      encode_as<dtype, false>(token_at(place, slot), minima_.data(), inverses_.data(), codes_at(place, slot));
+    }
+  }
+
+  void by_tokens(const Place& place) {
+    if (p_.packed.channels.data != nullptr) {
+      std::fill(most_.begin(), most_.end(), Bits<dtype>{0});
+      for_each_rows(place, [&](const TokenRows<dtype>& rows) { extend_magnitudes<dtype>(rows, width_, most_.data()); });
+      uint16_t* channels = p_.packed.channels_at(place.b, place.h, place.block);
+      find_factors<dtype>(most_.data(), width_, channels, factors_.data());
+    }
+    const int64_t end = place.begin + place.count;
+    for (int64_t slot = place.begin; slot < end; slot += kTile) tile(place, slot, std::min(kTile, end - slot));
+  }
+
+  // n tokens, whose groups' steps are found together.
+  void tile(const Place& place, int64_t first, int64_t n) {
+    for (int64_t t = 0; t < n; ++t) {
+      scale_row<dtype>(token_at(place, first + t), factors_.data(), groups_, width_ / groups_, &y_[t * width_],
+                       &low_[t * groups_], &high_[t * groups_]);
+    }
+    find_steps(low_.data(), high_.data(), n * groups_, p_.packed.bits, tile_steps_.data(), tile_minima_.data(),
+               minima_.data(), inverses_.data());
+    for (int64_t t = 0; t < n; ++t) {
+      uint16_t* scales = p_.packed.scales_at(place.b, place.h, first + t, 0);
+      std::copy_n(&tile_steps_[t * groups_], groups_, scales);
+      std::copy_n(&tile_minima_[t * groups_], groups_, scales + groups_);
+      encode_scaled(t, codes_at(place, first + t));
+    }
+  }
+
+  // Token t of a tile.
+  void encode_scaled(int64_t t, uint8_t* to) {
+    const Bits<DType::kFloat32>* y = &y_[t * width_];
+    const float *minima = &minima_[t * groups_], *inverses = &inverses_[t * groups_];
+    if (groups_ == 1) return encode_as<DType::kFloat32, true>(y, minima, inverses, to);
+    const int64_t size = width_ / groups_;
+    for (int64_t g = 0; g < groups_; ++g) {
+      std::fill_n(&row_minima_[g * size], size, minima[g]);
+      std::fill_n(&row_inverses_[g * size], size, inverses[g]);
+    }
+    encode_as<DType::kFloat32, false>(y, row_minima_.data(), row_inverses_.data(), to);
+  }
+
+  const Codec& p_;
+  const int64_t width_, groups_;
+  const float levels_;
+  std::vector<Bits<dtype>> most_, least_;
+  std::vector<Bits<DType::kFloat32>> y_;  // a tile's tokens, scaled
+  std::vector<float> factors_, low_, high_, minima_, inverses_, row_minima_, row_inverses_;
+  std::vector<uint16_t> tile_steps_, tile_minima_;
+};
+
+}  // namespace
+
+void quantize_cpu(const Codec& p, const ParallelFor& parallel_for) {
+  switch (p.plain.dtype) {
+    case DType::kFloat32:
+      return for_each_block<Quantizer<DType::kFloat32>>(p, parallel_for);
+    case DType::kBFloat16:
+      return for_each_block<Quantizer<DType::kBFloat16>>(p, parallel_for);
+    case DType::kFloat16:
+      return for_each_block<Quantizer<DType::kFloat16>>(p, parallel_for);
+  }
+}
+
+}  // namespace singlepass::kv
