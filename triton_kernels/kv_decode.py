@@ -15,7 +15,8 @@ from .kv_functions import (
     ROWS,
     byte_pointer,
     capped,
-    dot_floats,
+    dot_keys,
+    dot_values,
     half_pointer,
     in_two_parts,
     int_pointer,
@@ -94,7 +95,7 @@ def key_logits(
         logits = tl.zeros((ROWS, packed.shape[0]), tl.float32)
         for p in tl.static_range(len(q)):
             k = restored(packed, p_scales, slot, m_slot, p, WIDTH, BITS, GROUPS, BLOCK_W)
-            logits += dot_floats(q[p], tl.trans(k), False)
+            logits += dot_keys(q[p], k, False)
     return logits
 
 
@@ -116,7 +117,7 @@ def add_values(
             sums = product * (factor * 2.0 ** (-BITS * p))[:, None] + bias
         else:
             v = restored(packed, p_scales, slot, m_slot, p, WIDTH, BITS, GROUPS, BLOCK_W)
-            sums = dot_floats(weights, v, False)
+            sums = dot_values(weights, v, False)
         result = result + (acc[p] * alpha[:, None] + sums * factors[p][None, :],)
     return result
 
@@ -231,7 +232,7 @@ def attend_window(
         m_slot = slot < end
         o_slot = row_offset(k_strides, i_batch, i_head, slot)
         k = load_rows(a_window_k, o_slot, m_slot, channel, m_channel, STORAGE, VECTOR)
-        logits = dot_floats(q, tl.trans(k), STORAGE != "fp32")
+        logits = dot_keys(q, k, STORAGE != "fp32")
         if CAPPED:
             logits = capped(logits, softcap)
         visible = slot[None, :] < (end - (queries - 1 - query))[:, None]
@@ -239,7 +240,7 @@ def attend_window(
         weights, most, alpha, total = weigh(logits, most, total)
         o_slot = row_offset(v_strides, i_batch, i_head, slot)
         v = load_rows(a_window_v, o_slot, m_slot, v_channel, m_v_channel, STORAGE, VECTOR)
-        acc = acc * alpha[:, None] + dot_floats(weights, v, STORAGE != "fp32")
+        acc = acc * alpha[:, None] + dot_values(weights, v, STORAGE != "fp32")
     store_partial(p_partials, i_partial, (acc,), most, total, rows, VALUE_WIDTH, VALUE_WIDTH)
 
 

@@ -119,15 +119,34 @@ def in_two_parts(planes, BITS: tl.constexpr):
 
 
 @triton.jit
-def dot_floats(x, y, ARE_HALVES: tl.constexpr):
-    """x (ROWS, K) times y (K, N), both float32; of y one part is enough where it holds 16-bit numbers."""
-    parts, factor = in_two_parts((x,), 8)
-    unit, y_factor = unit_of(tl.max(tl.abs(y)))
-    high, low = high_and_low(y * unit)
+def token_parts(tokens):
+    """Tokens (TILE, N) of float32, each scaled by a power of two of its own: high parts, low parts, and what a token is
+    to be multiplied by. What a query does not see has no say in the others' bits."""
+    unit, factor = unit_of(tl.max(tl.abs(tokens), 1))
+    high, low = high_and_low(tokens * unit[:, None])
+    return high, low, factor
+
+
+@triton.jit
+def dot_keys(q, k, ARE_HALVES: tl.constexpr):
+    """q (ROWS, N) times the transpose of k (TILE, N), both float32; one part is enough of what was 16-bit numbers."""
+    parts, q_factor = in_two_parts((q,), 8)
+    high, low, factor = token_parts(k)
+    product = tl.dot(parts[0], tl.trans(high))
+    if not ARE_HALVES:
+        product = tl.dot(parts[0], tl.trans(low), product)
+    return sum_parts(product) * q_factor[:, None] * factor[None, :]
+
+
+@triton.jit
+def dot_values(weights, v, ARE_HALVES: tl.constexpr):
+    """weights (ROWS, TILE) times v (TILE, N), both float32; one part is enough of what was 16-bit numbers."""
+    high, low, factor = token_parts(v)
+    parts, weights_factor = in_two_parts((weights * factor[None, :],), 8)
     product = tl.dot(parts[0], high)
     if not ARE_HALVES:
         product = tl.dot(parts[0], low, product)
-    return sum_parts(product) * (factor * y_factor)[:, None]
+    return sum_parts(product) * weights_factor[:, None]
 
 
 @triton.jit

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass import _dispatch
-from singlepass.kv import Quantized, decode_attention
+from singlepass.kv import Quantized
 
 from ..simt.bounded import Bounded
 from ..tolerances import assert_within
 from . import truth
+from .places import decode_attention, implementation
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WIDTHS = (16, 48, 64, 80, 96, 128, 256, 512)
@@ -26,7 +26,10 @@ NAN = float("nan")
 
 # Under TRITON_INTERPRET=1 the tests know Triton's kernels alone: tests/triton/test_interpreter.py runs them so.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-each_backend = pytest.mark.parametrize("backend", ["triton"] if INTERPRETED else ["native", "eager"])
+_ON_GPU = [pytest.param(f"cuda {name}", marks=pytest.mark.gpu) for name in ("native", "triton")]
+_ON_CPU = ["triton"] if INTERPRETED else ["native", "eager"]
+each_backend = pytest.mark.parametrize("backend", [*_ON_CPU, *_ON_GPU])
+each_cpu_backend = pytest.mark.parametrize("backend", _ON_CPU)
 each_bits = pytest.mark.parametrize("bits", [2, 4, 8])
 each_dtype = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
 
@@ -109,7 +112,7 @@ def quantized(
         bits,
         axis,
     )
-    run = _dispatch.implementation("kv_quantize_", backend)
+    run = implementation("kv_quantize_", backend)
     into = (result.starts, result.counts, result.codes, result.scales, result.channels)
     run(x, index, *into, bits=bits, axis=int(axis == "token"))
     for part in (result.codes, result.scales, result.channels):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.kv import Quantized, quantize
+from singlepass.kv import Quantized
 
 from ..tolerances import assert_same_bits
 from .inputs import (
@@ -28,6 +28,7 @@ from .inputs import (
     restored,
     tokens,
 )
+from .places import quantize
 
 RAGGED = Part(4, (0, 16, 32, 48, 50), ((16, 16, 16, 2), (16, 3, 0, 1)))
 MIXES = {

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass import _dispatch
-from singlepass.kv import Quantized, dequantize, quantize
+from singlepass.kv import Quantized
 from singlepass.kv.functional import quantize_into
 from singlepass.reference import kv as reference
 
@@ -31,6 +30,7 @@ from .inputs import (
     restored,
     tokens,
 )
+from .places import dequantize, implementation, quantize
 
 INF = float("inf")
 # What steps belong to: axis, channels in a group, whether channels are divided first.
@@ -158,7 +158,7 @@ def test_gathered_tokens_and_blocks_that_are_not_full(backend: str, bits: int, c
             expected[b, h, token], error[b, h, token] = bound.value[b, h, slot], bound.error[b, h, slot]
         before = out.clone()
         parts = (q.codes, q.scales, q.channels, index, q.starts, q.counts)
-        _dispatch.implementation("kv_dequantize_", backend)(*parts, out, bits=bits, axis=int(axis == "token"))
+        implementation("kv_dequantize_", backend)(*parts, out, bits=bits, axis=int(axis == "token"))
         check_bounds(out, truth.Bounded(expected, error), codec)
         untouched = torch.from_numpy(error == 0).all(3) & torch.from_numpy(expected == exact(before)).all(3)
         assert_same_bits(out[untouched], before[untouched])
@@ -172,7 +172,7 @@ def test_into_strided_places(backend: str, codec: str) -> None:
     memory = torch.full((2, 44, 4, 40), 7.0)
     out = memory[:, 2:42, :3, 4:36].transpose(1, 2)
     parts = (q.codes, q.scales, q.channels, None, q.starts, q.counts)
-    _dispatch.implementation("kv_dequantize_", backend)(*parts, out, bits=4, axis=int(q.axis == "token"))
+    implementation("kv_dequantize_", backend)(*parts, out, bits=4, axis=int(q.axis == "token"))
     assert_same_bits(out.contiguous(), dequantize(q, backend=backend))
     out.fill_(7.0)
     assert bool((memory == 7.0).all())

@@ -16,7 +16,7 @@ from singlepass.kv.selection import probe_count, probe_positions
 from singlepass.kv.store import PADDING, REGULAR, SALIENT
 
 from ..tolerances import assert_same_bits
-from .inputs import NAMES, each_backend, each_dtype, generator
+from .inputs import NAMES, each_cpu_backend, each_dtype, generator
 from .layers import assert_same, check_attend, dense, drawn, kinds, part, stream
 
 CODECS: dict[str, Callable[[], Codec]] = {
@@ -29,7 +29,7 @@ CODECS: dict[str, Callable[[], Codec]] = {
 each_codec = pytest.mark.parametrize("codec", CODECS)
 
 
-@each_backend
+@each_cpu_backend
 @each_codec
 @each_dtype
 def test_single_appends_are_one_append(backend: str, codec: str, dtype: torch.dtype) -> None:
@@ -62,7 +62,7 @@ def test_what_is_compressed_never_changes(codec: str) -> None:
         assert_same_bits(b[:, :, :50], a)
 
 
-@each_backend
+@each_cpu_backend
 @pytest.mark.parametrize(
     ("window", "length", "left"),
     [
@@ -90,7 +90,7 @@ def test_window_edges(backend: str, window: int, length: int, left: int) -> None
         check_attend(layer, q[:, :, -3:])
 
 
-@each_backend
+@each_cpu_backend
 @each_codec
 @pytest.mark.parametrize("bits", [(4, 2), (8, 4), (8, 2), (4, 4)], ids=str)
 def test_attention_is_over_what_dequantize_gives(backend: str, codec: str, bits: tuple[int, int]) -> None:
@@ -107,7 +107,7 @@ def test_attention_is_over_what_dequantize_gives(backend: str, codec: str, bits:
     np.testing.assert_allclose(layer.attend(q[:, :, -2:]).numpy(), want, rtol=0.0, atol=1e-5)
 
 
-@each_backend
+@each_cpu_backend
 @each_dtype
 def test_nothing_and_one_token(backend: str, dtype: torch.dtype) -> None:
     q, k, v = drawn(1, dtype=dtype)
@@ -147,7 +147,7 @@ def test_a_prompt_sees_itself_uncompressed_and_what_was_before_as_it_is_stored()
     check_attend(layer, q[:, :, -1:])
 
 
-@each_backend
+@each_cpu_backend
 @pytest.mark.parametrize("codec", ["zipcache", "token and head"])
 def test_left_padding_is_as_if_it_were_not_there(backend: str, codec: str) -> None:
     """All tokens are probes, so that the padded draw the same."""
@@ -203,7 +203,7 @@ def test_tokens_without_queries_are_salient() -> None:
     assert bool((kinds(layer) == SALIENT).all())
 
 
-@each_backend
+@each_cpu_backend
 @pytest.mark.parametrize("normalization", ["probe_nnz", "causal_nnz"])
 def test_tokens_that_all_look_at_are_salient(backend: str, normalization: str) -> None:
     """Planted tokens, others in each head, of a prompt and of a window."""
@@ -227,7 +227,7 @@ def test_tokens_that_all_look_at_are_salient(backend: str, normalization: str) -
         assert bool((piece.gather(2, planted) == SALIENT).all())
 
 
-@each_backend
+@each_cpu_backend
 def test_saliency_of_a_second_prompt(backend: str) -> None:
     """Its probes stand after what is cached, and see that too; against float64."""
     q, k, v = drawn(70)
@@ -243,7 +243,7 @@ def test_saliency_of_a_second_prompt(backend: str) -> None:
     assert torch.equal(found, best)
 
 
-@each_backend
+@each_cpu_backend
 def test_saliency_of_a_window(backend: str) -> None:
     """Sums over the probes, of attention over everything that they see, against float64."""
     q, k, v = drawn(80)
@@ -292,7 +292,7 @@ def test_seeds() -> None:
     assert not torch.equal(states[0]["kinds"], states[2]["kinds"])
 
 
-@each_backend
+@each_cpu_backend
 @pytest.mark.parametrize("size", [1, 2, 9, 10, 11, 26, 27, 40, 75, 76, 500])
 def test_sliding_windows(backend: str, size: int) -> None:
     q, k, v = drawn(76)

@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass import _dispatch
-from singlepass.kv import probe_saliency
-
 from ..simt.bounded import HALF_ULP, Bounded
 from ..tolerances import assert_same_bits
 from . import truth
 from .inputs import NAN, WIDTHS, check_bounds, each_backend, each_dtype, each_layout, exact, generator, tokens
+from .places import implementation, probe_saliency
 
 POSITIONS = [36, 3, 17, 17, 0, 30, 31, 36]  # in no order, some twice
 
@@ -178,7 +176,7 @@ def test_many_tokens(backend: str) -> None:
     k, q = tokens((1, 2, 700, 32), torch.bfloat16), tokens((1, 4, 60, 32), torch.bfloat16, seed=5)
     positions = torch.randperm(700, generator=generator())[:60]
     check(backend, q, k, positions)
-    run = _dispatch.implementation("kv_saliency", backend)
+    run = implementation("kv_saliency", backend)
     sums = run(q, k, positions, None, None, scale=32**-0.5)
     torch.testing.assert_close(sums.sum(2), torch.full((1, 2), 120.0), rtol=1e-4, atol=0.0)
 
