@@ -33,6 +33,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cpu: bool = True, cuda: bool = T
         "status",
         lambda device: _native.LibraryStatus(there[device], Path("x.so"), "" if there[device] else "not built"),
     )
+    monkeypatch.setattr(_native, "has_kernel", lambda name, device: there[device])
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: (object() if triton else None) if name == "triton" else find(name)
     )
@@ -55,6 +56,14 @@ def test_the_automatic_order(
 ) -> None:
     pretend(monkeypatch, **there)
     assert _dispatch.choose(OP, device, FLOAT32, None) == expected
+
+
+def test_a_library_without_the_ops_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(_native, "has_kernel", lambda name, device: name != OP)
+    assert _dispatch.choose(OP, "cuda", FLOAT32, None) == "triton"
+    with pytest.raises(RuntimeError, match="the native library for cuda has no kernel for this op"):
+        _dispatch.choose(OP, "cuda", FLOAT32, "native")
 
 
 @pytest.mark.parametrize("dtypes", [{torch.float64}, {torch.float32, torch.float64}], ids=str)

@@ -67,7 +67,11 @@ def _obstacle(name: str, backend: str, device_type: str) -> str | None:
         if device_type not in _DEVICES:
             return f"there is no native library for {device_type}"
         status = _native.status(device_type)
-        return None if status.loaded else status.reason
+        if not status.loaded:
+            return status.reason
+        if not _native.has_kernel(name, device_type):
+            return f"the native library for {device_type} has no kernel for this op"
+        return None
     if name not in _TRITON_MODULES:
         return "there is no Triton kernel for this op"
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -167,6 +171,7 @@ def register_implementations() -> None:
                 _obstacles[name, backend, device_type] = _obstacle(name, backend, device_type)
     for name, function in _EAGER.items():
         library.impl(name, function, "CompositeExplicitAutograd")
-    if not _native.status("cuda").loaded and importlib.util.find_spec("triton") is not None:
+    if importlib.util.find_spec("triton") is not None:
         for name in _TRITON_MODULES:
-            library.impl(name, implementation(name, "triton"), "CUDA")
+            if _obstacles[name, "native", "cuda"] is not None:
+                library.impl(name, implementation(name, "triton"), "CUDA")

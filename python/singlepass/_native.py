@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ._ops import NAMESPACE
+
 _PACKAGE = Path(__file__).parent
 _statuses: dict[str, LibraryStatus] = {}
 
@@ -40,6 +42,11 @@ def status(device: str) -> LibraryStatus:
     """How loading the library for `device`, "cpu" or "cuda", went."""
     load()
     return _statuses[device]
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether a library that is loaded has registered the op for its device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
 
 
 @functools.cache
