@@ -73,7 +73,7 @@ def _run_codec(
             *(*plain.stride()[:3], *strides, counts.stride(0), heads, blocks),
             *(quantizes, index is not None, STORAGE[plain.dtype], packed.width, bits, packed.groups, packed.separable),
             *(vector_of(plain), 16 if is_aligned(codes) else 1, packed.block_w),
-            max(1, CODEC_TILE_SIZE // (8 // bits * packed.block_w)),
+            max(1, CODEC_TILE_SIZE // (2 if packed.groups > 1 else 1) // (8 // bits * packed.block_w)),
             **LAUNCH_OPTIONS,
         )
 

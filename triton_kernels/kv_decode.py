@@ -140,20 +140,26 @@ def store_partial(p_partials, i_partial, acc, most, total, rows, VALUE_WIDTH: tl
 def attend_blocks(
     a_q, o_query, m_row, scale, softcap, segment, p_first, i_batch, i_head, i_split,
     p_partials, i_partial, rows,
-    LAYOUT: tl.constexpr, HAS_FIRST: tl.constexpr, CAPPED: tl.constexpr,
+    LAYOUTS: tl.constexpr, SEGMENT: tl.constexpr, HAS_FIRST: tl.constexpr, CAPPED: tl.constexpr,
     Q_STORAGE: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """A split of a segment: some consecutive blocks. LAYOUT: bits, groups of keys (0: steps of blocks) and of values,
-    whether values have channel factors, the BLOCK_W of keys and of values, and the alignment of codes."""
-    BITS: tl.constexpr = LAYOUT[0]
+    """A split of a segment: some consecutive blocks. Layouts are bits, groups of keys (0: steps of blocks) and of
+    values, whether values have channel factors, the BLOCK_W of keys and of values, and the alignment of codes."""
+    BITS: tl.constexpr = LAYOUTS[SEGMENT][0]
+    GROUPS: tl.constexpr = LAYOUTS[SEGMENT][1]
+    V_GROUPS: tl.constexpr = LAYOUTS[SEGMENT][2]
+    SEPARABLE: tl.constexpr = LAYOUTS[SEGMENT][3]
+    BLOCK_W: tl.constexpr = LAYOUTS[SEGMENT][4]
+    V_BLOCK_W: tl.constexpr = LAYOUTS[SEGMENT][5]
+    ALIGNMENT: tl.constexpr = LAYOUTS[SEGMENT][6]
     PLANES: tl.constexpr = 8 // BITS
     BYTES: tl.constexpr = WIDTH // PLANES
     V_BYTES: tl.constexpr = VALUE_WIDTH // PLANES
-    byte = tl.arange(0, LAYOUT[4])
-    v_byte = tl.arange(0, LAYOUT[5])
-    p_key_codes = byte_pointer(part_address(segment[0], i_batch, i_head), LAYOUT[6])
+    byte = tl.arange(0, BLOCK_W)
+    v_byte = tl.arange(0, V_BLOCK_W)
+    p_key_codes = byte_pointer(part_address(segment[0], i_batch, i_head), ALIGNMENT)
     p_key_scales = half_pointer(part_address(segment[1], i_batch, i_head))
-    p_value_codes = byte_pointer(part_address(segment[2], i_batch, i_head), LAYOUT[6])
+    p_value_codes = byte_pointer(part_address(segment[2], i_batch, i_head), ALIGNMENT)
     p_value_scales = half_pointer(part_address(segment[3], i_batch, i_head))
     p_channels = half_pointer(part_address(segment[4], i_batch, i_head))
     p_starts = int_pointer(integer(segment[5]))
@@ -168,7 +174,7 @@ def attend_blocks(
         plane = load_rows(a_q, o_query, m_row, channel, m_channel, Q_STORAGE, 1) * scale
         q = q + (plane,)
         q_bias += tl.sum(plane, 1)
-        acc = acc + (tl.zeros((ROWS, LAYOUT[5]), tl.float32),)
+        acc = acc + (tl.zeros((ROWS, V_BLOCK_W), tl.float32),)
     q_parts, q_factor = in_two_parts(q, BITS)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -178,7 +184,7 @@ def attend_blocks(
         end = start + tl.load(p_counts + i_block)
         start = tl.maximum(start, seen)
         if start < end:
-            if LAYOUT[1] == 0:
+            if GROUPS == 0:
                 folded = ()
                 q_bias = tl.zeros((ROWS,), tl.float32)
                 for p in tl.static_range(PLANES):
@@ -188,17 +194,17 @@ def attend_blocks(
                 q_parts, q_factor = in_two_parts(folded, BITS)
             factors = ()
             for p in tl.static_range(PLANES):
-                if LAYOUT[3]:
+                if SEPARABLE:
                     p_factor = p_channels + (i_block * VALUE_WIDTH + p * V_BYTES + v_byte)
                     factors = factors + (load_halves(p_factor, v_byte < V_BYTES),)
                 else:
-                    factors = factors + (tl.full((LAYOUT[5],), 1.0, tl.float32),)
+                    factors = factors + (tl.full((V_BLOCK_W,), 1.0, tl.float32),)
             for first in range(start, end, TILE):
                 slot = first + tl.arange(0, TILE)
                 m_slot = slot < end
                 logits = key_logits(
                     q, q_parts, q_factor, q_bias, p_key_codes, p_key_scales, slot, m_slot,
-                    WIDTH, BITS, LAYOUT[1], LAYOUT[4],
+                    WIDTH, BITS, GROUPS, BLOCK_W,
                 )  # fmt: skip
                 if CAPPED:
                     logits = capped(logits, softcap)
@@ -206,7 +212,7 @@ def attend_blocks(
                 weights, most, alpha, total = weigh(logits, most, total)
                 acc = add_values(
                     acc, alpha, weights, factors, p_value_codes, p_value_scales, slot, m_slot,
-                    VALUE_WIDTH, BITS, LAYOUT[2], LAYOUT[5],
+                    VALUE_WIDTH, BITS, V_GROUPS, V_BLOCK_W,
                 )  # fmt: skip
     store_partial(p_partials, i_partial, acc, most, total, rows, VALUE_WIDTH, V_BYTES)
 
@@ -299,7 +305,7 @@ def decode_kernel(
             attend_blocks(
                 a_q, o_query, m_row, scale, softcap, segments[i], p_first,
                 i_batch, i_head, i_split, p_partials, i_partial, rows,
-                LAYOUTS[i], HAS_FIRST, CAPPED, Q_STORAGE, WIDTH, VALUE_WIDTH, TILE,
+                LAYOUTS, i, HAS_FIRST, CAPPED, Q_STORAGE, WIDTH, VALUE_WIDTH, TILE,
             )  # fmt: skip
         i_split -= count
     if i_split == 0:
