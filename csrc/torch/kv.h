@@ -113,11 +113,11 @@ inline kv::Codec codec_of(const char* op, const Tensor& plain, const std::option
   for (const Tensor* t : {&starts, &counts, &codes, &scales}) check_device(op, "everything", *t, plain);
   p.packed = packed_of(op, codes, scales, channels.has_value() ? &*channels : nullptr, bits, axis, p.batch, p.heads,
                        plain.size(3), counts.dim() == 2 ? counts.size(1) : -1);
-  const int64_t slots = codes.size(2);
-  p.blocks = blocks_of(op, starts, counts, p.batch, slots);
+  p.slots = codes.size(2);
+  p.blocks = blocks_of(op, starts, counts, p.batch, p.slots);
   if (index.has_value()) {
     check_device(op, "index", *index, plain);
-    check_layout(op, "index", *index, ScalarType::Int, {p.batch, p.heads, slots}, 2);
+    check_layout(op, "index", *index, ScalarType::Int, {p.batch, p.heads, p.slots}, 2);
     p.index = per_head<const int32_t>(*index);
   }
   if (!plain.is_cpu()) return p;

@@ -65,6 +65,7 @@ struct Codec {
   Blocks blocks;
   PerHead<const int32_t> index;  // data is null: slot s holds token s
   Tokens plain;
+  int64_t slots;  // of codes
 
   SINGLEPASS_HD int64_t token(int64_t b, int64_t h, int64_t slot) const {
     return index.data == nullptr ? slot : index.at(b, h)[slot];

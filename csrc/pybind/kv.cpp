@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kv.h"
+
+#include <pybind11/stl.h>
+
+#include <deque>
+#include <optional>
+#include <tuple>
+
+#include "placement.h"
+#include "singlepass/kv/cpu.h"
+#include "singlepass/kv/cuda.h"
+
+namespace singlepass::pybind {
+namespace {
+
+using OptionalArray = std::optional<py::array>;
+
+// Tokens (batch, heads, tokens, channels) at the beginning of each dimension of an array, which may have room for more
+// of them; with `transposed` the array is (batch, tokens, heads, channels).
+struct TokenArray {
+  py::array array;
+  int64_t heads, tokens, width;
+  bool transposed;
+  int misalignment;  // in elements
+};
+
+// Arrays that an op works on, in guarded memory.
+class Memory {
+ public:
+  const DeviceArray& add(const py::array& array, int misalignment = 0) {
+    return arrays_.emplace_back(array, misalignment);
+  }
+
+  kv::Tokens tokens(const TokenArray& t) {
+    const DeviceArray& array = add(t.array, t.misalignment);
+    const int64_t outer = t.array.shape(1), inner = t.array.shape(2), width = t.array.shape(3);
+    return {array.data(), array.dtype(), outer * inner * width, (t.transposed ? 1 : inner) * width,
+            (t.transposed ? inner : 1) * width};
+  }
+
+  // Contiguous; heads and sequences beyond those that the op knows of are room that nothing may touch.
+  template <class T>
+  kv::PerHead<T> per_head(const py::array& array, int misalignment = 0) {
+    const DeviceArray& copy = add(array, misalignment);
+    int64_t head_stride = 1;
+    for (py::ssize_t k = 2; k < array.ndim(); ++k) head_stride *= array.shape(k);
+    return {static_cast<T*>(copy.data()), array.shape(1) * head_stride, head_stride};
+  }
+
+  template <class T>
+  const T* values(const OptionalArray& array) {
+    return array ? static_cast<const T*>(add(*array).data()) : nullptr;
+  }
+
+  void check_guards() const {
+    for (const DeviceArray& array : arrays_)
+      if (!array.intact()) guards_overwritten("tensors");
+  }
+
+ private:
+  std::deque<DeviceArray> arrays_;
+};
+
+// Codes, scales and channel factors of one tensor, and the blocks that they lie in.
+struct PackedArrays {
+  py::array codes, scales;
+  OptionalArray channels;
+  py::array starts, counts;
+  int bits, axis, misalignment;
+};
+
+kv::Packed packed(const PackedArrays& a, int64_t width, Memory& memory) {
+  kv::Packed p = {};
+  p.codes = memory.per_head<uint8_t>(a.codes, a.misalignment);
+  p.scales = memory.per_head<uint16_t>(a.scales, a.misalignment);
+  if (a.channels) p.channels = memory.per_head<uint16_t>(*a.channels, a.misalignment);
+  p.bits = a.bits;
+  p.axis = static_cast<kv::Axis>(a.axis);
+  p.width = width;
+  p.groups = a.scales.shape(4);
+  return p;
+}
+
+kv::Blocks blocks(const PackedArrays& a, Memory& memory) {
+  return {memory.values<int32_t>(a.starts), memory.values<int32_t>(a.counts), a.counts.shape(1), a.counts.shape(1)};
+}
+
+kv::Codec codec(const TokenArray& plain, const OptionalArray& index, const PackedArrays& a, Memory& memory) {
+  kv::Codec p = {};
+  p.batch = plain.array.shape(0);
+  p.heads = plain.heads;
+  p.tokens = plain.tokens;
+  p.packed = packed(a, plain.width, memory);
+  p.blocks = blocks(a, memory);
+  if (index) p.index = memory.per_head<const int32_t>(*index);
+  p.plain = memory.tokens(plain);
+  p.slots = a.codes.shape(2);
+  return p;
+}
+
+using Quantized = std::tuple<py::array, py::array, OptionalArray>;
+
+Quantized kv_quantize(const Placement& place, const TokenArray& x, const OptionalArray& index, const PackedArrays& to) {
+  place.check();
+  Memory memory, results;
+  kv::Codec p = codec(x, index, to, memory);
+  // What is written, a second time, so that it can be told apart.
+  const DeviceArray& codes = results.add(to.codes, to.misalignment);
+  const DeviceArray& scales = results.add(to.scales, to.misalignment);
+  p.packed.codes.data = static_cast<uint8_t*>(codes.data());
+  p.packed.scales.data = static_cast<uint16_t*>(scales.data());
+  const DeviceArray* channels = to.channels ? &results.add(*to.channels, to.misalignment) : nullptr;
+  if (channels != nullptr) p.packed.channels.data = static_cast<uint16_t*>(channels->data());
+  if (place.device == "simt") {
+    check_launch("kv_quantize_", kv::launch_quantize(p, nullptr));
+  } else {
+    kv::quantize_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return {codes.to_numpy(), scales.to_numpy(),
+          channels == nullptr ? OptionalArray() : OptionalArray(channels->to_numpy())};
+}
+
+py::array kv_dequantize(const Placement& place, const PackedArrays& from, const OptionalArray& index,
+                        const TokenArray& out) {
+  place.check();
+  Memory memory, results;
+  kv::Codec p = codec(out, index, from, memory);
+  const DeviceArray& written = results.add(out.array, out.misalignment);
+  p.plain.data = written.data();
+  if (place.device == "simt") {
+    check_launch("kv_dequantize_", kv::launch_dequantize(p, nullptr));
+  } else {
+    kv::dequantize_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return written.to_numpy();
+}
+
+}  // namespace
+
+void define_kv(py::module_& m) {
+  py::class_<Placement>(m, "KvPlacement", "On what a KV cache's op runs.")
+      .def(py::init([](const std::string& device, int workers) { return Placement{device, 0, 0, workers}; }),
+           py::arg("device"), py::kw_only(), py::arg("workers") = 1);
+  py::class_<TokenArray>(m, "KvTokens", "Tokens at the beginning of each dimension of an array.")
+      .def(py::init<py::array, int64_t, int64_t, int64_t, bool, int>(), py::arg("array"), py::kw_only(),
+           py::arg("heads"), py::arg("tokens"), py::arg("width"), py::arg("transposed") = false,
+           py::arg("misalignment") = 0);
+  py::class_<PackedArrays>(m, "KvPacked", "Codes, scales and channel factors, and the blocks that they lie in.")
+      .def(py::init<py::array, py::array, OptionalArray, py::array, py::array, int, int, int>(), py::arg("codes"),
+           py::arg("scales"), py::arg("channels"), py::arg("starts"), py::arg("counts"), py::kw_only(), py::arg("bits"),
+           py::arg("axis"), py::arg("misalignment") = 0);
+  m.def("kv_quantize", &kv_quantize, py::arg("placement"), py::arg("x"), py::arg("index"), py::arg("to"),
+        "Codes, scales and channel factors, written over copies of those of `to`.");
+  m.def("kv_dequantize", &kv_dequantize, py::arg("placement"), py::arg("packed"), py::arg("index"), py::arg("out"),
+        "Tokens, written over a copy of those of `out`.");
+}
+
+}  // namespace singlepass::pybind
