@@ -53,6 +53,8 @@ class Memory {
     return array ? static_cast<const T*>(add(*array).data()) : nullptr;
   }
 
+  const DeviceArray& front() const { return arrays_.front(); }
+
   void check_guards() const {
     for (const DeviceArray& array : arrays_)
       if (!array.intact()) guards_overwritten("tensors");
@@ -140,6 +142,69 @@ py::array kv_dequantize(const Placement& place, const PackedArrays& from, const 
   return written.to_numpy();
 }
 
+// A call of decode_attention: segments of keys and values, the window, and what else there may be.
+struct Attention {
+  std::vector<std::pair<PackedArrays, PackedArrays>> segments;
+  TokenArray window_k, window_v;
+  py::array window;
+  OptionalArray sinks, first;
+  float scale, softcap;
+};
+
+std::tuple<py::array, py::array> kv_decode(const Placement& place, const TokenArray& q, const Attention& a,
+                                           const TokenArray& out, const kv::DecodeCut& cut) {
+  place.check();
+  Memory memory, results;
+  kv::Decode p = {};
+  p.batch = q.array.shape(0);
+  p.heads = a.window_k.heads;
+  p.group = q.heads / p.heads;
+  p.queries = q.tokens;
+  p.width = q.width;
+  p.value_width = a.window_v.width;
+  p.q = memory.tokens(q);
+  for (const auto& [keys, values] : a.segments) {
+    p.segments.push_back({packed(keys, p.width, memory), packed(values, p.value_width, memory), blocks(keys, memory),
+                          keys.codes.shape(2)});
+  }
+  p.window_k = memory.tokens(a.window_k);
+  p.window_v = memory.tokens(a.window_v);
+  p.window_slots = a.window_k.tokens;
+  p.window = memory.values<int32_t>(a.window);
+  p.window_stride = 2;
+  p.sinks = memory.values<float>(a.sinks);
+  p.first = memory.values<int32_t>(a.first);
+  p.scale = a.scale;
+  p.softcap = a.softcap;
+  p.out = results.tokens(out);
+  const py::ssize_t rows = p.batch * q.heads * p.queries;
+  const DeviceArray& lse = results.add(py::array_t<float>(rows));
+  p.lse = static_cast<float*>(lse.data());
+  if (place.device == "simt") {
+    simt::GuardedMemory workspace(static_cast<std::size_t>(kv::decode_workspace(p, cut)));
+    check_launch("kv_decode", kv::launch_decode(p, workspace.data(), nullptr, cut));
+    if (!workspace.intact()) guards_overwritten("the spans' results");
+  } else {
+    kv::decode_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return {results.front().to_numpy(), lse.to_numpy()};
+}
+
+void define_decode(py::module_& m) {
+  using Segments = std::vector<std::pair<PackedArrays, PackedArrays>>;
+  py::class_<Attention>(m, "KvAttention", "Segments of keys and values, the window, and what else there may be.")
+      .def(py::init<Segments, TokenArray, TokenArray, py::array, OptionalArray, OptionalArray, float, float>(),
+           py::arg("segments"), py::arg("window_k"), py::arg("window_v"), py::arg("window"), py::arg("sinks"),
+           py::arg("first"), py::kw_only(), py::arg("scale"), py::arg("softcap"));
+  py::class_<kv::DecodeCut>(m, "KvDecodeCut", "Into how many spans of slots the work of a head is cut.")
+      .def(py::init<int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("spans"), py::arg("least"),
+           py::arg("window_least"));
+  m.def("kv_decode", &kv_decode, py::arg("placement"), py::arg("q"), py::arg("attention"), py::arg("out"),
+        py::arg("cut"), "Results, written over a copy of `out`, and the logarithms of sums.");
+}
+
 }  // namespace
 
 void define_kv(py::module_& m) {
@@ -158,6 +223,7 @@ void define_kv(py::module_& m) {
         "Codes, scales and channel factors, written over copies of those of `to`.");
   m.def("kv_dequantize", &kv_dequantize, py::arg("placement"), py::arg("packed"), py::arg("index"), py::arg("out"),
         "Tokens, written over a copy of those of `out`.");
+  define_decode(m);
 }
 
 }  // namespace singlepass::pybind

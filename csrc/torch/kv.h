@@ -214,6 +214,7 @@ inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tens
   p.q = tokens_of(op, "q", q);
   p.window_k = tokens_of(op, "window_k", window_k);
   p.window_v = tokens_of(op, "window_v", window_v);
+  p.window_slots = window_k.size(2);
   p.group = group_of(op, q, window_k);
   p.batch = window_k.size(0);
   p.heads = window_k.size(1);
