@@ -7,12 +7,24 @@ namespace {
 
 constexpr int kDecodeBlocks = 3;  // of a multiprocessor, as many as registers are limited for
 
-// Whether a lane's words can be loaded as vectors: all whole, and aligned in every row.
+// Whether what belongs to a head begins at a multiple of `alignment` bytes.
+template <class T>
+bool is_aligned(const PerHead<T>& x, int64_t alignment) {
+  const int64_t size = sizeof(T);
+  return reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(alignment) == 0 &&
+         x.batch_stride * size % alignment == 0 && x.head_stride * size % alignment == 0;
+}
+
+// Whether a lane's words can be loaded as vectors: all of them are there, and aligned.
 bool is_vector(const Packed& packed, int64_t channels) {
-  const int64_t alignment = 2 * packed.bits;
-  const bool aligned = reinterpret_cast<uintptr_t>(packed.codes.data) % alignment == 0 &&
-                       packed.codes.batch_stride % alignment == 0 && packed.codes.head_stride % alignment == 0;
-  return packed.width % channels == 0 && aligned;
+  return packed.width % channels == 0 && is_aligned(packed.codes, 2 * packed.bits);
+}
+
+// Whether steps are those of a key's channels or of a whole token, and tensor cores can take the codes.
+bool is_folded(const Segment& s) {
+  const bool rows = s.values.groups == 1 && (s.keys.axis == Axis::kChannel || s.keys.groups == 1);
+  return rows && is_aligned(s.keys.codes, 4) && is_aligned(s.keys.scales, 4) && is_aligned(s.values.codes, 4) &&
+         is_aligned(s.values.scales, 4);
 }
 
 DeviceDecode on_device(const Decode& p, void* workspace, const DecodeCut& cut) {
@@ -21,12 +33,12 @@ DeviceDecode on_device(const Decode& p, void* workspace, const DecodeCut& cut) {
   d.number = static_cast<int>(p.segments.size());
   d.tiles = (p.rows() + kRowTile - 1) / kRowTile;
   d.slabs = (p.value_width + kSlab - 1) / kSlab;
-  d.key_vectors = d.value_vectors = true;
+  d.vectors = true;
   int64_t slots = 0;
   for (int i = 0; i < d.number; ++i) {
     d.segments[i] = p.segments[static_cast<size_t>(i)];
-    d.key_vectors = d.key_vectors && is_vector(d.segments[i].keys, kUnit);
-    d.value_vectors = d.value_vectors && is_vector(d.segments[i].values, kSlab);
+    d.vectors = d.vectors && is_vector(d.segments[i].keys, kUnit) && is_vector(d.segments[i].values, kSlab);
+    d.folded[i] = is_folded(d.segments[i]);
     slots += d.segments[i].slots;
   }
   const int64_t spans = std::max<int64_t>(1, cut.spans / std::max<int64_t>(1, d.tiles));
@@ -41,18 +53,15 @@ DeviceDecode on_device(const Decode& p, void* workspace, const DecodeCut& cut) {
   return d;
 }
 
-__device__ __forceinline__ bool has_steps_of_rows(const Segment& s) {
-  return s.values.groups == 1 && (s.keys.axis == Axis::kChannel || s.keys.groups == 1);
-}
-
 // Costs a read of the codes of a span, and a write of its result; keys are read again for each slab.
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks) decode_kernel(const __grid_constant__ DeviceDecode p) {
-  const Work work(p);
-  const Partial to(p, work.head, work.tile, work.span);
-  if (work.segment < 0 || !has_steps_of_rows(p.segments[work.segment])) {
-    RestoredAttention(p, work, *dynamic_shared<RestoredShared>()).run(to);
+  SINGLEPASS_SHARED(Work, work);
+  if (threadIdx.x == 0) work.find(p);
+  __syncthreads();
+  if (work.segment < 0 || !p.folded[work.segment]) {
+    RestoredAttention(p, work, *dynamic_shared<RestoredShared>()).run();
   } else {
-    CodesAttention(p, work, *dynamic_shared<CodesShared>()).run(to);
+    CodesAttention(p, work, *dynamic_shared<CodesShared>()).run();
   }
 }
 

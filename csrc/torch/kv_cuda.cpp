@@ -20,11 +20,30 @@ void dequantize(Tensor codes, Tensor scales, std::optional<Tensor> channels, std
   check_launch("kv_dequantize_", kv::launch_dequantize(p, current_stream(out.get_device_index())));
 }
 
+std::tuple<Tensor, Tensor> decode(Tensor q, Tensors segments, Tensor window_k, Tensor window_v, Tensor window,
+                                  std::optional<Tensor> sinks, std::optional<Tensor> first, std::vector<int64_t> bits,
+                                  int64_t key_axis, double scale, double softcap) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  if (bits.size() > kv::kMaxSegments) {
+    fail("kv_decode", "at most ", kv::kMaxSegments, " segments on CUDA; got ", bits.size(),
+         ". Use backend=\"eager\" for more.");
+  }
+  kv::Decode p = decode_of(q, segments, window_k, window_v, window, sinks, first, bits, key_axis, scale, softcap);
+  const Tensor out = torch::stable::new_empty(q, {p.batch, q.size(1), p.queries, p.value_width});
+  const Tensor lse = torch::stable::new_empty(q, {p.batch, q.size(1), p.queries}, ScalarType::Float);
+  p.out = tokens_of("kv_decode", "out", out);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  const Tensor workspace = allocate(q, kv::decode_workspace(p));
+  check_launch("kv_decode", kv::launch_decode(p, workspace.data_ptr(), current_stream(q.get_device_index())));
+  return {out, lse};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(singlepass, CUDA, m) {
   m.impl("kv_quantize_", TORCH_BOX(&quantize));
   m.impl("kv_dequantize_", TORCH_BOX(&dequantize));
+  m.impl("kv_decode", TORCH_BOX(&decode));
 }
 
 }  // namespace singlepass::registration

@@ -310,9 +310,7 @@ def test_a_sequence_knows_nothing_of_the_others_nor_of_the_schedule(core: Module
             )
             for pair in whole.segments
         ]
-        tokens = [
-            Tokens(t.array[one], (1, *t.shape[1:]), t.dtype) for t in (whole.q, whole.window_k, whole.window_v)
-        ]
+        tokens = [Tokens(t.array[one], (1, *t.shape[1:]), t.dtype) for t in (whole.q, whole.window_k, whole.window_v)]
         alone: Any = Case(tokens[0], segments, tokens[1], tokens[2], whole.window[one], scale=whole.scale)
         out, lse = alone.run(core, "simt")
         assert_same_bits([out, lse], [found[0][one], found[1][one]])

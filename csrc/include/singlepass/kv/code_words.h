@@ -7,27 +7,45 @@
 // many words of a part of a row that they hold sixteen codes.
 namespace singlepass::kv {
 
-// The number of word v that a lane loads of a part of a token's codes, out of `number`: neighbours where they make an
-// aligned vector, else words apart.
+// Step and minimum of a token whose channels are one group; they are aligned.
+__device__ __forceinline__ float2 steps_of_token(const uint16_t* scales, int token) {
+  uint32_t pair;
+  memcpy(&pair, __builtin_assume_aligned(global_memory(scales) + 2 * token, 4), sizeof(pair));
+  return {float16_to_float(static_cast<uint16_t>(pair)), float16_to_float(static_cast<uint16_t>(pair >> 16))};
+}
+
+// Tokens of a block from `first` on. The last one stands for those that would follow it, without a weight.
+struct Chunk {
+  int first, count;
+
+  __device__ __forceinline__ int row(int i) const { return i < count ? i : count - 1; }
+};
+
+// The number of word v that a lane loads of a part of a token's codes, out of `number`: neighbours, where all parts are
+// whole and aligned, else words apart.
 __device__ __forceinline__ int word_index(int number, int part, int lanes, int lane, int v, bool vectors) {
   return vectors ? (part * lanes + lane) * number + v : (part * number + v) * lanes + lane;
 }
 
-template <int kBits>
+template <int kBits, bool kVectors>
 struct CodeWords {
   static constexpr int planes = 8 / kBits, number = 4 / planes;
+  static constexpr bool vectors = kVectors;
 
-  // Words that are not there are zeros.
+  // The last word of a row stands for those that would follow it.
   __device__ __forceinline__ static void load(const uint8_t* row, int words, int part, int lanes, int lane,
-                                              bool vectors, uint32_t (&to)[number]) {
-    const uint8_t* from = global_memory(row) + 4 * word_index(number, part, lanes, lane, 0, vectors);
-    if (!vectors) {
+                                              uint32_t (&to)[number]) {
+    row = global_memory(row);
+    if constexpr (!kVectors) {
 #pragma unroll
       for (int v = 0; v < number; ++v) {
-        const bool there = word_index(number, part, lanes, lane, v, false) < words;
-        to[v] = there ? load_word(from + 4 * v * lanes) : 0;
+        const int word = word_index(number, part, lanes, lane, v, false);
+        to[v] = *reinterpret_cast<const uint32_t*>(row + 4 * (word < words ? word : words - 1));
       }
-    } else if constexpr (number == 1) {
+      return;
+    }
+    const uint8_t* from = row + 4 * word_index(number, part, lanes, lane, 0, true);
+    if constexpr (number == 1) {
       to[0] = *reinterpret_cast<const uint32_t*>(from);
     } else if constexpr (number == 2) {
       const uint2 two = *reinterpret_cast<const uint2*>(from);
@@ -36,11 +54,6 @@ struct CodeWords {
       const uint4 four = *reinterpret_cast<const uint4*>(from);
       to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
     }
-  }
-
-  __device__ __forceinline__ static uint32_t load_word(const uint8_t* from) {
-    if (reinterpret_cast<uintptr_t>(from) % 4 == 0) return *reinterpret_cast<const uint32_t*>(from);
-    return from[0] | from[1] << 8 | from[2] << 16 | static_cast<uint32_t>(from[3]) << 24;
   }
 
   template <class Body>

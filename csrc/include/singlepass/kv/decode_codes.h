@@ -21,6 +21,8 @@ inline constexpr int kTilesOfSlab = 8;  // of 16 channels
 // What the threads of a block share. Dynamic memory begins with it; queries (kRowTile, width) in float32 follow, then
 // their fragments. At the end the warps' sums are added up where these stood.
 struct CodesShared {
+  const uint8_t *key_codes, *value_codes;  // of the head
+  const uint16_t* value_scales;
   int block;
   float down[kRowTile], bias[kRowTile];
   float most[kDecodeWarps][kRowTile], sum[kDecodeWarps][kRowTile];
@@ -54,58 +56,61 @@ class CodesAttention {
         work_(work),
         s_(p.segments[work.segment]),
         shared_(shared),
+        key_bytes_(static_cast<int>(s_.keys.bytes())),
+        value_bytes_(static_cast<int>(s_.values.bytes())),
+        units_(static_cast<int>(p.width + kUnit - 1) / kUnit),
         lane_(threadIdx.x % kWarp),
         warp_(threadIdx.x / kWarp),
         g_(lane_ / 4),
         t_(lane_ % 4) {}
 
-  __device__ __forceinline__ void run(Partial to) {
-    for (int64_t i = threadIdx.x; i < kRowTile * p_.width; i += kDecodeThreads) {
-      shared_.queries()[i] = query(p_, work_, static_cast<int>(i / p_.width), i % p_.width);
+  __device__ __forceinline__ void run() {
+    for (int i = threadIdx.x; i < kRowTile * p_.width; i += kDecodeThreads) {
+      const int width = static_cast<int>(p_.width);
+      shared_.queries()[i] = query(p_, work_, i / width, i % width);
+    }
+    for (int d = threadIdx.x; d < p_.value_width; d += kDecodeThreads) shared_.channels[d] = 1.0f;
+    if (threadIdx.x == 0) {
+      shared_.key_codes = s_.keys.codes.at(work_.b, work_.h);
+      shared_.value_codes = s_.values.codes.at(work_.b, work_.h);
+      shared_.value_scales = s_.values.scales.at(work_.b, work_.h);
     }
     const bool by_channels = s_.keys.axis == Axis::kChannel;
-    bool folded = false;
-    for_each_block(s_, work_, shared_.block, [&](int64_t block, int64_t begin, int64_t end) {
+    __syncthreads();
+    if (!by_channels) fold(nullptr);
+    for_each_block(s_, work_, shared_.block, [&](int block, int begin, int end) {
       __syncthreads();
-      if (by_channels || !folded) fold(by_channels ? s_.keys.scales_at(work_.b, work_.h, 0, block) : nullptr);
-      folded = true;
+      if (by_channels) fold(s_.keys.scales_at(work_.b, work_.h, 0, block));
       if (s_.values.channels.data != nullptr) {
         const uint16_t* from = s_.values.channels_at(work_.b, work_.h, block);
-        for (int64_t d = threadIdx.x; d < p_.value_width; d += kDecodeThreads) {
+        for (int d = threadIdx.x; d < p_.value_width; d += kDecodeThreads) {
           shared_.channels[d] = float16_to_float(from[d]);
         }
       }
       __syncthreads();
-      for (int64_t chunk = begin + warp_ * kChunk; chunk < end; chunk += kDecodeWarps * kChunk) {
-        if (s_.keys.bits == 2) {
-          attend<2>(chunk, end);
-        } else if (s_.keys.bits == 4) {
-          attend<4>(chunk, end);
+      for (int first = begin + warp_ * kChunk; first < end; first += kDecodeWarps * kChunk) {
+        const Chunk chunk = {first, end - first < kChunk ? end - first : kChunk};
+        if (p_.vectors) {
+          attend<true>(chunk);
         } else {
-          attend<8>(chunk, end);
+          attend<false>(chunk);
         }
       }
     });
-    merge(to);
+    merge();
   }
 
  private:
-  // The first of four neighbouring channels whose codes in a plane are those of a word.
-  __device__ __forceinline__ static int channel(const Packed& packed, int plane, int word) {
-    return plane * static_cast<int>(packed.bytes()) + 4 * word;
-  }
-
   // Fragments of q s, and the sums q . m; s = m = 1 where steps belong to tokens. Sixteen threads take a row.
   __device__ __forceinline__ void fold(const uint16_t* scales) {
     const int row = static_cast<int>(threadIdx.x) / 16, i = static_cast<int>(threadIdx.x) % 16;
-    const int planes = 8 / s_.keys.bits, number = 4 / planes;
-    const int v = i / 4 / planes, plane = i / 4 % planes, words = static_cast<int>(s_.keys.bytes()) / 4;
-    const int units = static_cast<int>(p_.width + kUnit - 1) / kUnit;
+    const int planes = 8 / s_.keys.bits, number = 4 / planes, v = i / 4 / planes, plane = i / 4 % planes;
     float bias = 0.0f, most = 0.0f, x[4];
-    for (int unit = 0; unit < units; ++unit) {
-      const int word = word_index(number, unit, 4, i % 4, v, p_.key_vectors);
-      if (word >= words) continue;
-      bias += products(scales, row, channel(s_.keys, plane, word), x);
+#pragma unroll 1
+    for (int unit = 0; unit < units_; ++unit) {
+      const int word = word_index(number, unit, 4, i % 4, v, p_.vectors);
+      if (4 * word >= key_bytes_) continue;
+      bias += products(scales, row, plane * key_bytes_ + 4 * word, x);
       most = fmaxf(fmaxf(most, fmaxf(absolute(x[0]), absolute(x[1]))), fmaxf(absolute(x[2]), absolute(x[3])));
     }
     for (int offset = 1; offset < 16; offset *= 2) {
@@ -114,11 +119,12 @@ class CodesAttention {
     }
     const Scaling scale = scaling(most);
     if (i == 0) shared_.down[row] = scale.down, shared_.bias[row] = bias;
-    for (int unit = 0; unit < units; ++unit) {
-      const int word = word_index(number, unit, 4, i % 4, v, p_.key_vectors);
+#pragma unroll 1
+    for (int unit = 0; unit < units_; ++unit) {
+      const int word = word_index(number, unit, 4, i % 4, v, p_.vectors);
       HalfPairs even = {}, odd = {};
-      if (word < words) {
-        products(scales, row, channel(s_.keys, plane, word), x);
+      if (4 * word < key_bytes_) {
+        products(scales, row, plane * key_bytes_ + 4 * word, x);
         even = split(x[0] * scale.up, x[2] * scale.up);
         odd = split(x[1] * scale.up, x[3] * scale.up);
       }
@@ -128,54 +134,76 @@ class CodesAttention {
 
   // q s of four channels; returns their part of q . m.
   __device__ __forceinline__ float products(const uint16_t* scales, int row, int first, float (&x)[4]) {
-    const float4 q = *reinterpret_cast<const float4*>(&shared_.queries()[row * p_.width + first]);
+    const int width = static_cast<int>(p_.width);
+    const float4 q = *reinterpret_cast<const float4*>(&shared_.queries()[row * width + first]);
     const float values[4] = {q.x, q.y, q.z, q.w};
     float bias = 0.0f;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float step = scales == nullptr ? 1.0f : float16_to_float(scales[first + k]);
-      const float minimum = scales == nullptr ? 1.0f : float16_to_float(scales[p_.width + first + k]);
+      const float minimum = scales == nullptr ? 1.0f : float16_to_float(scales[width + first + k]);
       x[k] = values[k] * step;
       bias = multiply_add(values[k], minimum, bias);
     }
     return bias;
   }
 
-  // Tokens from `chunk` on. The lane has logits of tokens 8 j + g; tokens after the last one stand for it, unweighted.
-  template <int kBits>
-  __device__ __forceinline__ void attend(int64_t chunk, int64_t end) {
+  template <bool kVectors>
+  __device__ __forceinline__ void attend(const Chunk& chunk) {
+    if (s_.keys.bits == 2) {
+      attend<2, kVectors>(chunk);
+    } else if (s_.keys.bits == 4) {
+      attend<4, kVectors>(chunk);
+    } else {
+      attend<8, kVectors>(chunk);
+    }
+  }
+
+  template <int kBits, bool kVectors>
+  __device__ __forceinline__ void attend(const Chunk& chunk) {
+    using Code = CodeWords<kBits, kVectors>;
+    uint32_t codes[2][4][Code::number];
+    if constexpr (kVectors) load_values<Code>(chunk, codes);  // on their way while the weights are made
     float weights[4][2], shifts[2], minima[2], down[2];
-    logits<kBits>(chunk, end, weights);
+    logits<Code>(chunk, weights);
     softmax(weights, shifts);
     uint32_t high[4], low[4];
-    fold_weights(chunk, end, weights, high, low, minima, down);
-    weigh<kBits>(chunk, end, high, low, shifts, minima, down);
+    fold_weights(chunk, weights, high, low, minima, down);
+    if constexpr (!kVectors) load_values<Code>(chunk, codes);  // addresses of words apart take too many registers
+    weigh<Code>(codes, high, low, shifts, minima, down);
   }
 
-  __device__ __forceinline__ static int64_t token(int64_t chunk, int i, int64_t end) {
-    return Work::min_of(chunk + i, end - 1);
-  }
-
-  template <int kBits>
-  __device__ __forceinline__ void logits(int64_t chunk, int64_t end, float (&to)[4][2]) {
-    using Code = CodeWords<kBits>;
-    const int words = static_cast<int>(s_.keys.bytes()) / 4;
-    const int units = static_cast<int>(p_.width + kUnit - 1) / kUnit;
-    const uint4* fragment = shared_.fragments(p_) + lane_;
-    const uint8_t* rows[4];
+  // Of tokens 16 i + 2 t, the one after it, and the two 8 below.
+  template <class Code>
+  __device__ __forceinline__ void load_values(const Chunk& chunk, uint32_t (&codes)[2][4][Code::number]) {
+    const uint8_t* from = shared_.value_codes + int64_t{chunk.first} * value_bytes_;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) rows[j] = s_.keys.codes_at(work_.b, work_.h, token(chunk, 8 * j + g_, end));
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint8_t* row = from + chunk.row(16 * i + 2 * t_ + j % 2 + j / 2 * 8) * value_bytes_;
+        Code::load(row, value_bytes_ / 4, work_.slab, 8, g_, codes[i][j]);
+      }
+    }
+  }
+
+  // The lane has those of tokens 8 j + g.
+  template <class Code>
+  __device__ __forceinline__ void logits(const Chunk& chunk, float (&to)[4][2]) {
+    const uint8_t* from = shared_.key_codes + int64_t{chunk.first} * key_bytes_;
+    const uint4* fragment = shared_.fragments(p_) + lane_;
     float sums[2][4] = {};
 #pragma unroll 1
-    for (int unit = 0; unit < units; ++unit) {
+    for (int unit = 0; unit < units_; ++unit) {
       uint32_t codes[4][Code::number];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) Code::load(rows[j], words, unit, 4, t_, p_.key_vectors, codes[j]);
+      for (int j = 0; j < 4; ++j) {
+        Code::load(from + chunk.row(8 * j + g_) * key_bytes_, key_bytes_ / 4, unit, 4, t_, codes[j]);
+      }
 #pragma unroll
       for (int v = 0; v < Code::number; ++v) {
         Code::for_each_plane([&]<int plane>() {
-          const uint4 q = fragment[0];
-          fragment += kWarp;
+          const uint4 q = fragment[((unit * Code::number + v) * Code::planes + plane) * kWarp];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const uint32_t first = codes[2 * i][v], second = codes[2 * i + 1][v];
@@ -187,19 +215,24 @@ class CodesAttention {
         });
       }
     }
+    const bool by_tokens = s_.keys.axis == Axis::kToken;
+    const uint16_t* scales = by_tokens ? s_.keys.scales_at(work_.b, work_.h, chunk.first, 0) : nullptr;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float step = 1.0f, minimum = 1.0f;
-      if (s_.keys.axis == Axis::kToken) {
-        const uint16_t* scales = s_.keys.scales_at(work_.b, work_.h, token(chunk, 8 * j + g_, end), 0);
-        step = float16_to_float(scales[0]), minimum = float16_to_float(scales[1]);
-      }
+      const float2 own = by_tokens ? steps_of_token(scales, chunk.row(8 * j + g_)) : float2{1.0f, 1.0f};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float dot = sums[j / 2][j % 2 * 2 + r] * shared_.down[2 * t_ + r] * step;
-        const float logit = capped(multiply_add(shared_.bias[2 * t_ + r], minimum, dot), p_.softcap);
-        to[j][r] = chunk + 8 * j + g_ < end ? logit : -INFINITY;
+        const float dot = sums[j / 2][j % 2 * 2 + r] * shared_.down[2 * t_ + r] * own.x;
+        to[j][r] = multiply_add(shared_.bias[2 * t_ + r], own.y, dot);
       }
+    }
+    if (p_.softcap > 0.0f) {
+      const float inverse = 1.0f / p_.softcap;
+      for (int k = 0; k < 8; ++k) to[k / 2][k % 2] = capped(to[k / 2][k % 2], p_.softcap, inverse);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (8 * j + g_ >= chunk.count) to[j][0] = to[j][1] = -INFINITY;
     }
   }
 
@@ -224,17 +257,17 @@ class CodesAttention {
   }
 
   // Fragments of p s, by what their sums are to be multiplied, and the sums of p m.
-  __device__ __forceinline__ void fold_weights(int64_t chunk, int64_t end, float (&weights)[4][2], uint32_t (&high)[4],
+  __device__ __forceinline__ void fold_weights(const Chunk& chunk, float (&weights)[4][2], uint32_t (&high)[4],
                                                uint32_t (&low)[4], float (&minima)[2], float (&down)[2]) {
+    const uint16_t* scales = shared_.value_scales + int64_t{2} * chunk.first;
     minima[0] = minima[1] = 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint16_t* scales = s_.values.scales_at(work_.b, work_.h, token(chunk, 8 * j + g_, end), 0);
-      const float step = float16_to_float(scales[0]), minimum = float16_to_float(scales[1]);
+      const float2 own = steps_of_token(scales, chunk.row(8 * j + g_));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        minima[r] = multiply_add(weights[j][r], minimum, minima[r]);
-        weights[j][r] *= step;
+        minima[r] = multiply_add(weights[j][r], own.y, minima[r]);
+        weights[j][r] *= own.x;
       }
     }
     float up[2];
@@ -253,25 +286,15 @@ class CodesAttention {
     }
   }
 
-  // Adds the weighted values. The lane's words are g; its tiles are of the channels 2 half and 2 half + 1 of a word in
-  // a plane.
-  template <int kBits>
-  __device__ __forceinline__ void weigh(int64_t chunk, int64_t end, const uint32_t (&high)[4], const uint32_t (&low)[4],
-                                        const float (&shifts)[2], const float (&minima)[2], const float (&down)[2]) {
-    using Code = CodeWords<kBits>;
-    const int words = static_cast<int>(s_.values.bytes()) / 4;
-    uint32_t codes[2][4][Code::number];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int64_t at = token(chunk, 16 * i + 2 * t_ + j % 2 + j / 2 * 8, end);
-        Code::load(s_.values.codes_at(work_.b, work_.h, at), words, work_.slab, 8, g_, p_.value_vectors, codes[i][j]);
-      }
-    }
+  // Adds the weighted values, word by word of the lane g. A tile is of channels 2 half and 2 half + 1 of a word in a
+  // plane.
+  template <class Code>
+  __device__ __forceinline__ void weigh(const uint32_t (&codes)[2][4][Code::number], const uint32_t (&high)[4],
+                                        const uint32_t (&low)[4], const float (&shifts)[2], const float (&minima)[2],
+                                        const float (&down)[2]) {
 #pragma unroll
     for (int v = 0; v < Code::number; ++v) {
-      const int word = word_index(Code::number, work_.slab, 8, g_, v, p_.value_vectors);
+      const int word = word_index(Code::number, work_.slab, 8, g_, v, Code::vectors);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float sums[Code::planes][4] = {};
@@ -288,8 +311,8 @@ class CodesAttention {
         }
 #pragma unroll
         for (int plane = 0; plane < Code::planes; ++plane) {
-          const int own = channel(s_.values, plane, word) + 2 * half;
-          add(out_[(v * 2 + half) * Code::planes + plane], own, sums[plane], shifts, minima, down);
+          const int channel = plane * value_bytes_ + 4 * word + 2 * half;
+          add(out_[(v * 2 + half) * Code::planes + plane], channel, sums[plane], shifts, minima, down);
         }
       }
     }
@@ -300,11 +323,10 @@ class CodesAttention {
     return half == 0 ? (first & 0xffffu) | second << 16 : first >> 16 | (second & 0xffff0000u);
   }
 
-  // out = out * shift + c (sum + minima), for the channels `own` and own + 1.
-  __device__ __forceinline__ void add(float (&out)[4], int own, const float (&sums)[4], const float (&shifts)[2],
+  // out = out * shift + c (sum + minima), for two channels.
+  __device__ __forceinline__ void add(float (&out)[4], int channel, const float (&sums)[4], const float (&shifts)[2],
                                       const float (&minima)[2], const float (&down)[2]) {
-    float2 c = {1.0f, 1.0f};
-    if (s_.values.channels.data != nullptr) c = *reinterpret_cast<const float2*>(&shared_.channels[own]);
+    const float2 c = *reinterpret_cast<const float2*>(&shared_.channels[channel]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float value = multiply_add(sums[k], down[k % 2], minima[k % 2]);
@@ -312,8 +334,9 @@ class CodesAttention {
     }
   }
 
-  // The warps' sums, one after another, of which the last warp writes the result.
-  __device__ __forceinline__ void merge(Partial to) {
+  // Adds the warps' results, one after another: sums[i][lane] is number i of every lane's out_.
+  __device__ __forceinline__ void merge() {
+    const Partial to(p_, work_);
     float factors[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -332,42 +355,30 @@ class CodesAttention {
       factors[r] = exp_of_negative(most_[r] - reference(most));
       if (warp_ == 0 && g_ == 0 && work_.slab == 0) to.most[row] = most, to.sum[row] = sum;
     }
-    float* sums = shared_.queries() + lane_;
+    float* sums = shared_.queries();
     for (int w = 0; w < kDecodeWarps; ++w) {
       if (w == warp_) {
 #pragma unroll
         for (int i = 0; i < kTilesOfSlab * 4; ++i) {
-          float& own = out_[i / 4][i % 4];
-          own = multiply_add(own, factors[i % 2], w == 0 ? 0.0f : sums[i * kWarp]);
-          sums[i * kWarp] = own;
+          float& at = sums[i * kWarp + lane_];
+          at = multiply_add(out_[i / 4][i % 4], factors[i % 2], w == 0 ? 0.0f : at);
         }
       }
       __syncthreads();
     }
-    if (warp_ != kDecodeWarps - 1) return;
-    if (s_.values.bits == 2) {
-      write<2>(to.out);
-    } else if (s_.values.bits == 4) {
-      write<4>(to.out);
-    } else {
-      write<8>(to.out);
-    }
+    write(sums, to.out);
   }
 
-  template <int kBits>
-  __device__ __forceinline__ void write(float* to) const {
-    using Code = CodeWords<kBits>;
-    const int words = static_cast<int>(s_.values.bytes()) / 4;
-#pragma unroll
-    for (int tile = 0; tile < kTilesOfSlab; ++tile) {
-      const int v = tile / Code::planes / 2, half = tile / Code::planes % 2, plane = tile % Code::planes;
-      const int word = word_index(Code::number, work_.slab, 8, g_, v, p_.value_vectors);
-      float* channels = to + channel(s_.values, plane, word) + 2 * half;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int row = 2 * t_ + k % 2;
-        if (word < words && row < work_.rows(p_)) channels[row * p_.value_width + k / 2] = out_[tile][k];
-      }
+  // Puts the slab's channels in their order.
+  __device__ __forceinline__ void write(const float* sums, float* to) const {
+    const int planes = 8 / s_.values.bits, number = 4 / planes, width = static_cast<int>(p_.value_width);
+    const int rows = static_cast<int>(work_.rows(p_));
+    for (int i = threadIdx.x; i < rows * width; i += kDecodeThreads) {
+      const int row = i / width, channel = i % width, byte = channel % value_bytes_, word = byte / 4;
+      const int v = p_.vectors ? word % number : word / 8 % number, g = p_.vectors ? word / number % 8 : word % 8;
+      if (word / (8 * number) != work_.slab) continue;
+      const int tile = (v * 2 + byte % 4 / 2) * planes + channel / value_bytes_;
+      to[i] = sums[(tile * 4 + byte % 2 * 2 + row % 2) * kWarp + g * 4 + row / 2];
     }
   }
 
@@ -375,6 +386,7 @@ class CodesAttention {
   const Work& work_;
   const Segment& s_;
   CodesShared& shared_;
+  const int key_bytes_, value_bytes_, units_;
   const int lane_, warp_, g_, t_;
   float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};
   float out_[kTilesOfSlab][4] = {};

@@ -37,11 +37,12 @@ class PackedTokens {
   __device__ __forceinline__ PackedTokens(const Packed& packed, const Work& work, int64_t block)
       : packed_(packed), work_(work), block_(block) {}
 
-  __device__ __forceinline__ void choose(int64_t channel) {
-    byte_ = channel % packed_.bytes();
-    shift_ = static_cast<int>(channel / packed_.bytes()) * packed_.bits;
+  __device__ __forceinline__ void choose(int channel) {
+    const int bytes = static_cast<int>(packed_.bytes()), width = static_cast<int>(packed_.width);
+    byte_ = channel % bytes;
+    shift_ = channel / bytes * packed_.bits;
     by_channels_ = packed_.axis == Axis::kChannel;
-    at_ = by_channels_ ? channel : channel / (packed_.width / packed_.groups);
+    at_ = by_channels_ ? channel : channel / (width / static_cast<int>(packed_.groups));
     factor_ = packed_.channels.data == nullptr
                   ? 1.0f
                   : float16_to_float(packed_.channels_at(work_.b, work_.h, block_)[channel]);
@@ -58,8 +59,7 @@ class PackedTokens {
   const Packed& packed_;
   const Work& work_;
   const int64_t block_;
-  int64_t byte_ = 0, at_ = 0;
-  int shift_ = 0;
+  int byte_ = 0, at_ = 0, shift_ = 0;
   bool by_channels_ = false;
   float factor_ = 1.0f;
 };
@@ -79,9 +79,11 @@ struct RestoredShared {
 class RestoredAttention {
  public:
   __device__ __forceinline__ RestoredAttention(const DeviceDecode& p, const Work& work, RestoredShared& shared)
-      : p_(p), work_(work), shared_(shared), lane_(threadIdx.x % kWarp), warp_(threadIdx.x / kWarp) {}
+      : p_(p), work_(work), shared_(shared), lane_(threadIdx.x % kWarp), warp_(threadIdx.x / kWarp) {
+    for (int r = 0; r < 2; ++r) later_[r] = p.queries - 1 - (work.tile * kRowTile + 2 * warp_ + r) % p.queries;
+  }
 
-  __device__ __forceinline__ void run(Partial to) {
+  __device__ __forceinline__ void run() {
     for (int64_t i = threadIdx.x; i < kRowTile * p_.width; i += kDecodeThreads) {
       shared_.queries()[i] = query(p_, work_, static_cast<int>(i % kRowTile), i / kRowTile);
     }
@@ -90,11 +92,11 @@ class RestoredAttention {
       attend(PlainTokens(p_.window_k, work_), PlainTokens(p_.window_v, work_), work_.begin, work_.end, last);
     } else {
       const Segment& s = p_.segments[work_.segment];
-      for_each_block(s, work_, shared_.block, [&](int64_t block, int64_t begin, int64_t end) {
+      for_each_block(s, work_, shared_.block, [&](int block, int begin, int end) {
         attend(PackedTokens(s.keys, work_, block), PackedTokens(s.values, work_, block), begin, end, int64_t{1} << 62);
       });
     }
-    write(to);
+    write();
   }
 
  private:
@@ -114,7 +116,7 @@ class RestoredAttention {
   template <class Source>
   __device__ __forceinline__ void restore(Source& source, int64_t first, int count, int64_t channel, int64_t width) {
     __syncthreads();
-    const int64_t own = channel + threadIdx.x;
+    const int own = static_cast<int>(channel + threadIdx.x);
     if (own < width) source.choose(own);
 #pragma unroll 8
     for (int t = 0; t < kTokenTile; ++t) {
@@ -147,9 +149,8 @@ class RestoredAttention {
     const int row = 2 * warp_ + r;
     float logit = 0.0f;
     for (int w = 0; w < kDecodeWarps; ++w) logit += shared_.logits[w][row][lane_];
-    logit = capped(logit, p_.softcap);
-    const int64_t later = p_.queries - 1 - (work_.tile * kRowTile + row) % p_.queries;
-    if (lane_ >= count || first + lane_ >= last - later) logit = -INFINITY;
+    if (p_.softcap > 0.0f) logit = capped(logit, p_.softcap, 1.0f / p_.softcap);
+    if (lane_ >= count || first + lane_ >= last - later_[r]) logit = -INFINITY;
     float most = fmaxf(most_[r], logit);
     for (int offset = 1; offset < kWarp; offset *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
     const float weight = exp_of_negative(logit - reference(most));
@@ -174,7 +175,8 @@ class RestoredAttention {
     }
   }
 
-  __device__ __forceinline__ void write(Partial to) {
+  __device__ __forceinline__ void write() {
+    const Partial to(p_, work_);
     for (int r = 0; r < 2; ++r) {
       if (lane_ == 0 && work_.slab == 0) to.most[2 * warp_ + r] = most_[r], to.sum[2 * warp_ + r] = sum_[r];
     }
@@ -189,6 +191,7 @@ class RestoredAttention {
   const Work& work_;
   RestoredShared& shared_;
   const int lane_, warp_;
+  int64_t later_[2];  // slots at the window's end that a row of the warp does not see
   float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};
   float out_[kRowTile] = {};
 };
