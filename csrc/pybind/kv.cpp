@@ -142,6 +142,39 @@ py::array kv_dequantize(const Placement& place, const PackedArrays& from, const 
   return written.to_numpy();
 }
 
+py::array kv_saliency(const Placement& place, const TokenArray& q, const TokenArray& k, const py::array& positions,
+                      const OptionalArray& mask, const OptionalArray& lse, float scale, float softcap) {
+  place.check();
+  Memory memory, results;
+  kv::Saliency p = {};
+  p.batch = q.array.shape(0);
+  p.heads = k.heads;
+  p.group = q.heads / k.heads;
+  p.probes = q.tokens;
+  p.tokens = k.tokens;
+  p.width = k.width;
+  p.q = memory.tokens(q);
+  p.k = memory.tokens(k);
+  p.positions = memory.values<int64_t>(positions);
+  p.mask = memory.values<bool>(mask);
+  p.mask_stride = k.tokens;
+  p.lse = memory.values<float>(lse);
+  p.scale = scale;
+  p.softcap = softcap;
+  const DeviceArray& sums = results.add(py::array_t<float>({p.batch, p.heads, p.tokens}));
+  p.sums = static_cast<float*>(sums.data());
+  if (place.device == "simt") {
+    simt::GuardedMemory workspace(static_cast<std::size_t>(kv::saliency_workspace(p)));
+    check_launch("kv_saliency", kv::launch_saliency(p, workspace.data(), nullptr));
+    if (!workspace.intact()) guards_overwritten("the rows' sums");
+  } else {
+    kv::saliency_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return sums.to_numpy();
+}
+
 // A call of decode_attention: segments of keys and values, the window, and what else there may be.
 struct Attention {
   std::vector<std::pair<PackedArrays, PackedArrays>> segments;
@@ -223,6 +256,8 @@ void define_kv(py::module_& m) {
         "Codes, scales and channel factors, written over copies of those of `to`.");
   m.def("kv_dequantize", &kv_dequantize, py::arg("placement"), py::arg("packed"), py::arg("index"), py::arg("out"),
         "Tokens, written over a copy of those of `out`.");
+  m.def("kv_saliency", &kv_saliency, py::arg("placement"), py::arg("q"), py::arg("k"), py::arg("positions"),
+        py::arg("mask"), py::arg("lse"), py::kw_only(), py::arg("scale"), py::arg("softcap"), "Column sums.");
   define_decode(m);
 }
 

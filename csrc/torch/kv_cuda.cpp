@@ -20,6 +20,17 @@ void dequantize(Tensor codes, Tensor scales, std::optional<Tensor> channels, std
   check_launch("kv_dequantize_", kv::launch_dequantize(p, current_stream(out.get_device_index())));
 }
 
+Tensor saliency(Tensor q, Tensor k, Tensor positions, std::optional<Tensor> mask, std::optional<Tensor> lse,
+                double scale, double softcap) {
+  const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  kv::Saliency p = saliency_of(q, k, positions, mask, lse, scale, softcap);
+  const Tensor sums = torch::stable::new_empty(k, {p.batch, p.heads, p.tokens}, ScalarType::Float);
+  p.sums = static_cast<float*>(sums.data_ptr());
+  const Tensor workspace = allocate(k, kv::saliency_workspace(p));
+  check_launch("kv_saliency", kv::launch_saliency(p, workspace.data_ptr(), current_stream(k.get_device_index())));
+  return sums;
+}
+
 std::tuple<Tensor, Tensor> decode(Tensor q, Tensors segments, Tensor window_k, Tensor window_v, Tensor window,
                                   std::optional<Tensor> sinks, std::optional<Tensor> first, std::vector<int64_t> bits,
                                   int64_t key_axis, double scale, double softcap) {
@@ -43,6 +54,7 @@ std::tuple<Tensor, Tensor> decode(Tensor q, Tensors segments, Tensor window_k, T
 STABLE_TORCH_LIBRARY_IMPL(singlepass, CUDA, m) {
   m.impl("kv_quantize_", TORCH_BOX(&quantize));
   m.impl("kv_dequantize_", TORCH_BOX(&dequantize));
+  m.impl("kv_saliency", TORCH_BOX(&saliency));
   m.impl("kv_decode", TORCH_BOX(&decode));
 }
 

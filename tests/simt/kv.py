@@ -40,6 +40,9 @@ class Room:
     misalignment: int = 0
 
 
+DENSE = Room()
+
+
 @dataclass
 class Tokens:
     """Values (B, H, L, D) in an array with room, which is full of NaN."""
@@ -47,10 +50,10 @@ class Tokens:
     array: Array
     shape: tuple[int, int, int, int]
     dtype: str
-    room: Room = Room()
+    room: Room = DENSE
 
     @staticmethod
-    def of(values: Array, dtype: str, room: Room = Room()) -> Tokens:
+    def of(values: Array, dtype: str, room: Room = DENSE) -> Tokens:
         batch, heads, length, width = values.shape
         more = (batch, heads + room.heads, length + room.tokens, width + room.channels)
         array = np.full(more, np.nan)

@@ -15,7 +15,7 @@ import pytest
 from ..kv import truth
 from .arrays import DTYPES, Array, assert_same_bits
 from .bounded import Bounded
-from .kv import Quantized, Room, Tokens, drawn, each_bits, each_device, place, quantize
+from .kv import DENSE, Quantized, Room, Tokens, drawn, each_bits, each_device, place, quantize
 
 # Codecs of keys and of values.
 CODECS = {
@@ -127,7 +127,7 @@ def case(
     codec: str = "zipcache",
     slots: int = 12,
     window: Sequence[tuple[int, int]] = ((2, 9), (0, 12)),
-    room: Room = Room(),
+    room: Room = DENSE,
     seed: int = 0,
 ) -> Case:
     value_width = width if value_width is None else value_width

@@ -11,54 +11,63 @@ namespace singlepass {
 
 inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
-#if defined(SINGLEPASS_SIMT)
-
-inline constexpr int kFragmentWarps = 8;
-
-// What each lane of each warp lays open to the others.
-struct Fragments {
-  uint32_t bits[kFragmentWarps][32][6];
-};
-
-inline uint32_t half_of(uint32_t pair, int i) {
-  return (pair >> (16 * i)) & 0xffffu;
+__device__ __forceinline__ float element_of(uint32_t pair, int i, DType dtype) {
+  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
+  return dtype == DType::kFloat16 ? float16_to_float(bits) : bfloat16_to_float(bits);
 }
 
-#endif
+// What multiply_accumulate does, where processors do not.
+template <DType kDType>
+__device__ __forceinline__ void multiply_accumulate_by_lanes(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                             uint32_t b1) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const auto two = [](uint32_t low, uint32_t high) { return low | static_cast<unsigned long long>(high) << 32; };
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const unsigned long long rows[2] = {__shfl_sync(kWholeWarp, two(a[0], a[1]), g * 4 + k),
+                                        __shfl_sync(kWholeWarp, two(a[2], a[3]), g * 4 + k)};
+    const unsigned long long columns[2] = {__shfl_sync(kWholeWarp, two(b0, b1), 2 * t * 4 + k),
+                                           __shfl_sync(kWholeWarp, two(b0, b1), (2 * t + 1) * 4 + k)};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {  // for each number of d, two elements of each half of the columns
+      const uint32_t row = static_cast<uint32_t>(rows[i / 2 % 2] >> (32 * (i / 8)));
+      const uint32_t column = static_cast<uint32_t>(columns[i / 4 % 2] >> (32 * (i / 2 % 2)));
+      d[i / 4] += element_of(row, i % 2, kDType) * element_of(column, i % 2, kDType);
+    }
+  }
+}
 
-// d += a b for a (16, 16), b (16, 8) in float16 and d (16, 8) in float32.
+// d += a b for a (16, 16), b (16, 8) in float16 or bfloat16 and d (16, 8) in float32.
 //   a[0], a[1]: rows g and g + 8, columns 2 t and 2 t + 1;   a[2], a[3]: the same rows, columns 2 t + 8 and 2 t + 9
 //   b0, b1:     column g, rows 2 t and 2 t + 1, and the rows 8 below
 //   d:          row g, columns 2 t and 2 t + 1; row g + 8, the same columns
+template <DType kDType = DType::kFloat16>
 __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#elif defined(__CUDA_ARCH__)
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0));
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[2]), "r"(a[3]), "r"(b1));
-#elif defined(SINGLEPASS_SIMT)
-  SINGLEPASS_SHARED(Fragments, fragments);
-  auto& warp = fragments.bits[threadIdx.x / 32];
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  memcpy(warp[lane], own, sizeof(own));
-  __syncwarp();
-  for (int i = 0; i < 4; ++i) {
-    const int row = g, column = 2 * t + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t x = half_of(warp[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2], k % 2);
-      const uint32_t y = half_of(warp[column * 4 + k % 8 / 2][4 + k / 8], k % 2);
-      d[i] += float16_to_float(static_cast<uint16_t>(x)) * float16_to_float(static_cast<uint16_t>(y));
-    }
+  if constexpr (kDType == DType::kFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-  __syncwarp();
+#elif defined(__CUDA_ARCH__)
+  if constexpr (kDType == DType::kFloat16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[2]), "r"(a[3]), "r"(b1));
+  } else {
+    multiply_accumulate_by_lanes<kDType>(d, a, b0, b1);
+  }
+#else
+  multiply_accumulate_by_lanes<kDType>(d, a, b0, b1);
 #endif
 }
 
@@ -68,13 +77,11 @@ __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
   uint32_t result;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
-#elif defined(SINGLEPASS_SIMT)
+#else
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const uint32_t first = __shfl_sync(kWholeWarp, pair, 2 * t * 4 + g / 2);
   const uint32_t second = __shfl_sync(kWholeWarp, pair, (2 * t + 1) * 4 + g / 2);
-  return half_of(first, g % 2) | half_of(second, g % 2) << 16;
-#else
-  return pair;
+  return ((first >> (16 * (g % 2))) & 0xffffu) | second >> (16 * (g % 2)) << 16;
 #endif
 }
 

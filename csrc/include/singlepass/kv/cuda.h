@@ -10,6 +10,12 @@ namespace singlepass::kv {
 cudaError_t launch_quantize(const Codec& p, cudaStream_t stream);
 cudaError_t launch_dequantize(const Codec& p, cudaStream_t stream);
 
+// The bytes of device memory, aligned to 8, that launch_saliency needs for the rows' sums.
+int64_t saliency_workspace(const Saliency& p);
+
+// In two launches, or in one where the logarithms of sums are given.
+cudaError_t launch_saliency(const Saliency& p, void* workspace, cudaStream_t stream);
+
 // Of how many segments decode takes tokens.
 inline constexpr size_t kMaxSegments = 4;
 

@@ -3,9 +3,8 @@
 
 #include <algorithm>
 
-#include "singlepass/common/raw.h"
 #include "singlepass/common/reduce.h"
-#include "singlepass/kv/problem.h"
+#include "singlepass/kv/runs.h"
 
 // Which channels a thread owns while tokens are made into codes and back. A piece is the 16 channels whose codes fill
 // 2 * bits neighbouring bytes: a run of as many channels out of each plane. The threads of a token's pieces stand in
@@ -26,17 +25,8 @@ struct Cut {
 };
 
 inline Cut make_cut(const Codec& p, bool shared_tokens) {
-  Cut cut = {1, 1, true, true};
+  Cut cut = {1, 1, are_vectors(p.plain), are_vectors(p.packed.codes)};
   while (cut.lanes * kPiece < p.packed.width) cut.lanes *= 2;
-  const auto is_vector = [](const void* data, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && bytes % 16 == 0;
-  };
-  for (const int64_t stride : {p.plain.batch_stride, p.plain.head_stride, p.plain.token_stride}) {
-    cut.plain_vectors = cut.plain_vectors && is_vector(p.plain.data, stride * size_of(p.plain.dtype));
-  }
-  for (const int64_t stride : {p.packed.codes.batch_stride, p.packed.codes.head_stride}) {
-    cut.codes_vectors = cut.codes_vectors && is_vector(p.packed.codes.data, stride);
-  }
   if (shared_tokens) {
     const int64_t average = p.slots / p.blocks.number, turn = kCodecThreads / cut.lanes * 4;
     cut.parts = static_cast<int>(std::clamp<int64_t>((average + turn - 1) / turn, 1, 65535));
@@ -74,55 +64,6 @@ struct Piece {
     return k / run * static_cast<int>(packed.bytes()) + column * run + k % run;
   }
 };
-
-template <int kRun>
-__device__ __forceinline__ void load_run(const char* from, DType dtype, bool vectors, float* x) {
-  Raw<kRun> raw = {};
-  if (!vectors) {
-#pragma unroll
-    for (int k = 0; k < kRun; ++k) {
-      Raw<1> one;
-      load(from, dtype, k, one);
-      decode(one, dtype, x + k);
-    }
-    return;
-  }
-  from = global_memory(from);
-  const int words = dtype == DType::kFloat32 ? kRun : kRun / 2;
-#pragma unroll
-  for (int k = 0; k < kRun; k += 4) {
-    if (k >= words) break;
-    if (k + 4 <= words) {
-      const uint4 four = *reinterpret_cast<const uint4*>(from + 4 * k);
-      raw.bits[k] = four.x, raw.bits[k + 1] = four.y, raw.bits[k + 2] = four.z, raw.bits[k + 3] = four.w;
-    } else {
-      const uint2 two = *reinterpret_cast<const uint2*>(from + 4 * k);
-      raw.bits[k] = two.x, raw.bits[k + 1] = two.y;
-    }
-  }
-  decode(raw, dtype, x);
-}
-
-template <int kRun>
-__device__ __forceinline__ void store_run(const float* x, DType dtype, bool vectors, char* to) {
-  if (!vectors) {
-#pragma unroll
-    for (int k = 0; k < kRun; ++k) store(encode_any_nan<1>(x + k, dtype), dtype, to, k);
-    return;
-  }
-  to = global_memory(to);
-  const Raw<kRun> raw = encode_any_nan<kRun>(x, dtype);
-  const int words = dtype == DType::kFloat32 ? kRun : kRun / 2;
-#pragma unroll
-  for (int k = 0; k < kRun; k += 4) {
-    if (k >= words) break;
-    if (k + 4 <= words) {
-      *reinterpret_cast<uint4*>(to + 4 * k) = {raw.bits[k], raw.bits[k + 1], raw.bits[k + 2], raw.bits[k + 3]};
-    } else {
-      *reinterpret_cast<uint2*>(to + 4 * k) = {raw.bits[k], raw.bits[k + 1]};
-    }
-  }
-}
 
 template <int kBits>
 __device__ __forceinline__ void load_piece(const Codec& p, const Cut& cut, const Place& place, int64_t slot,
