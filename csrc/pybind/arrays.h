@@ -16,8 +16,7 @@ namespace singlepass::pybind {
 namespace py = pybind11;
 
 // NumPy has no bfloat16: arrays of uint16 hold its bits.
-inline DType dtype_of(const py::array& array) {
-  const py::dtype dtype = array.dtype();
+inline DType dtype_of(const py::dtype& dtype) {
   if (dtype.kind() == 'f' && dtype.itemsize() == 4) return DType::kFloat32;
   if (dtype.kind() == 'f' && dtype.itemsize() == 2) return DType::kFloat16;
   if (dtype.kind() == 'u' && dtype.itemsize() == 2) return DType::kBFloat16;
@@ -25,12 +24,15 @@ inline DType dtype_of(const py::array& array) {
                        py::str(static_cast<py::handle>(dtype)).cast<std::string>() + ". Convert with astype or view.");
 }
 
+inline DType dtype_of(const py::array& array) {
+  return dtype_of(array.dtype());
+}
+
 // A copy of an array in guarded memory, `misalignment` elements past an aligned address, that kernels work on.
 class DeviceArray {
  public:
   DeviceArray(const py::array& array, int misalignment)
-      : dtype_(dtype_of(array)),
-        shape_(array.shape(), array.shape() + array.ndim()),
+      : shape_(array.shape(), array.shape() + array.ndim()),
         numpy_dtype_(array.dtype()),
         numel_(array.size()),
         memory_(static_cast<std::size_t>(array.nbytes()), static_cast<std::size_t>(misalignment * array.itemsize())) {
@@ -49,12 +51,12 @@ class DeviceArray {
 
   // Null for an empty array, as PyTorch has it.
   void* data() const { return numel_ == 0 ? nullptr : memory_.data(); }
-  DType dtype() const { return dtype_; }
+  DType dtype() const { return dtype_of(numpy_dtype_); }
   int64_t numel() const { return numel_; }
+  const std::vector<py::ssize_t>& shape() const { return shape_; }
   bool intact() const { return memory_.intact(); }
 
  private:
-  DType dtype_;
   std::vector<py::ssize_t> shape_;
   py::dtype numpy_dtype_;
   int64_t numel_;

@@ -3,6 +3,7 @@
 // kernels and launchers on the CPU; no wheel carries it.
 #include <pybind11/stl.h>
 
+#include "kv.h"
 #include "rational.h"
 #include "simt.h"
 #include "singlepass/common/dtype.h"
@@ -92,5 +93,6 @@ PYBIND11_MODULE(singlepass_core, m, pybind11::mod_gil_not_used()) {
   singlepass::pybind::define_common(m);
   singlepass::pybind::define_simt(m);
   singlepass::pybind::define_optim(m);
+  singlepass::pybind::define_kv(m);
   singlepass::pybind::define_rational(m);
 }

@@ -131,11 +131,11 @@ inline kv::Codec codec_of(const char* op, const Tensor& plain, const std::option
   for (const Tensor* t : {&starts, &counts, &codes, &scales}) check_device(op, "everything", *t, plain);
   p.packed = packed_of(op, codes, scales, channels.has_value() ? &*channels : nullptr, bits, axis, p.batch, p.heads,
                        plain.size(3), counts.dim() == 2 ? counts.size(1) : -1);
-  const int64_t slots = codes.size(2);
-  p.blocks = blocks_of(op, starts, counts, p.batch, slots);
+  p.slots = codes.size(2);
+  p.blocks = blocks_of(op, starts, counts, p.batch, p.slots);
   if (index.has_value()) {
     check_device(op, "index", *index, plain);
-    check_layout(op, "index", *index, ScalarType::Int, {p.batch, p.heads, slots}, 2);
+    check_layout(op, "index", *index, ScalarType::Int, {p.batch, p.heads, p.slots}, 2);
     p.index = per_head<const int32_t>(*index);
   }
   if (plain.is_cpu()) check_places(op, p);
@@ -221,6 +221,7 @@ inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tens
   p.q = tokens_of(op, "q", q);
   p.window_k = tokens_of(op, "window_k", window_k);
   p.window_v = tokens_of(op, "window_v", window_v);
+  p.window_slots = window_k.size(2);
   p.group = group_of(op, q, window_k);
   p.batch = window_k.size(0);
   p.heads = window_k.size(1);

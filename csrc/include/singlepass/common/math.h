@@ -79,6 +79,17 @@ SINGLEPASS_HD float exp_negative(float a) {
   return e * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + (127u << 23));
 }
 
+// exp(x) for x <= 0, within two ulp and what the conversion to base 2 rounds; 0 for what is too small. NaN stays NaN.
+SINGLEPASS_HD float exp_of_negative(float x) {
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 1.44269504f));
+  return e;
+#else
+  return x < -87.0f ? 0.0f : exp_negative(-x);
+#endif
+}
+
 // 1 + exp(-a) for a >= 0 within 2 ulp.
 SINGLEPASS_HD float one_plus_exp_negative(float a) {
   return 1.0f + exp_negative(a);

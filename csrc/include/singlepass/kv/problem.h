@@ -65,6 +65,7 @@ struct Codec {
   Blocks blocks;
   PerHead<const int32_t> index;  // data is null: slot s holds token s
   Tokens plain;
+  int64_t slots;  // of codes
 
   SINGLEPASS_HD int64_t token(int64_t b, int64_t h, int64_t slot) const {
     return index.data == nullptr ? slot : index.at(b, h)[slot];
@@ -88,11 +89,10 @@ struct Segment {
   int64_t slots;
 };
 
-struct Decode {
+struct DecodeArguments {
   int64_t batch, heads, group, queries, width, value_width;
-  Tokens q;
-  std::vector<Segment> segments;
-  Tokens window_k, window_v;
+  Tokens q, window_k, window_v;
+  int64_t window_slots;
   const int32_t* window;  // window[b * window_stride + 0 or 1]
   int64_t window_stride;
   const float* sinks;    // null: none
@@ -101,7 +101,11 @@ struct Decode {
   Tokens out;
   float* lse;
 
-  int64_t rows() const { return group * queries; }
+  SINGLEPASS_HD int64_t rows() const { return group * queries; }
+};
+
+struct Decode : DecodeArguments {
+  std::vector<Segment> segments;
 };
 
 }  // namespace singlepass::kv

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kv.h"
+
+#include <pybind11/stl.h>
+
+#include <deque>
+#include <optional>
+#include <tuple>
+
+#include "placement.h"
+#include "singlepass/kv/cpu.h"
+#include "singlepass/kv/cuda.h"
+
+namespace singlepass::pybind {
+namespace {
+
+using OptionalArray = std::optional<py::array>;
+
+// Tokens (batch, heads, tokens, channels) at the beginning of each dimension of an array, which may have room for more
+// of them; with `transposed` the array is (batch, tokens, heads, channels).
+struct TokenArray {
+  py::array array;
+  int64_t heads, tokens, width;
+  bool transposed;
+  int misalignment;  // in elements
+};
+
+// Arrays that an op works on, in guarded memory.
+class Memory {
+ public:
+  const DeviceArray& add(const py::array& array, int misalignment = 0) {
+    return arrays_.emplace_back(array, misalignment);
+  }
+
+  kv::Tokens tokens(const TokenArray& t) {
+    const DeviceArray& array = add(t.array, t.misalignment);
+    const int64_t outer = t.array.shape(1), inner = t.array.shape(2), width = t.array.shape(3);
+    return {array.data(), array.dtype(), outer * inner * width, (t.transposed ? 1 : inner) * width,
+            (t.transposed ? inner : 1) * width};
+  }
+
+  // Contiguous; heads and sequences beyond those that the op knows of are room that nothing may touch.
+  template <class T>
+  kv::PerHead<T> per_head(const py::array& array, int misalignment = 0) {
+    const DeviceArray& copy = add(array, misalignment);
+    int64_t head_stride = 1;
+    for (py::ssize_t k = 2; k < array.ndim(); ++k) head_stride *= array.shape(k);
+    return {static_cast<T*>(copy.data()), array.shape(1) * head_stride, head_stride};
+  }
+
+  template <class T>
+  const T* values(const OptionalArray& array) {
+    return array ? static_cast<const T*>(add(*array).data()) : nullptr;
+  }
+
+  const DeviceArray& front() const { return arrays_.front(); }
+
+  void check_guards() const {
+    for (const DeviceArray& array : arrays_)
+      if (!array.intact()) guards_overwritten("tensors");
+  }
+
+ private:
+  std::deque<DeviceArray> arrays_;
+};
+
+// Codes, scales and channel factors of one tensor, and the blocks that they lie in.
+struct PackedArrays {
+  py::array codes, scales;
+  OptionalArray channels;
+  py::array starts, counts;
+  int bits, axis, misalignment;
+};
+
+kv::Packed packed(const PackedArrays& a, int64_t width, Memory& memory) {
+  kv::Packed p = {};
+  p.codes = memory.per_head<uint8_t>(a.codes, a.misalignment);
+  p.scales = memory.per_head<uint16_t>(a.scales, a.misalignment);
+  if (a.channels) p.channels = memory.per_head<uint16_t>(*a.channels, a.misalignment);
+  p.bits = a.bits;
+  p.axis = static_cast<kv::Axis>(a.axis);
+  p.width = width;
+  p.groups = a.scales.shape(4);
+  return p;
+}
+
+kv::Blocks blocks(const PackedArrays& a, Memory& memory) {
+  return {memory.values<int32_t>(a.starts), memory.values<int32_t>(a.counts), a.counts.shape(1), a.counts.shape(1)};
+}
+
+kv::Codec codec(const TokenArray& plain, const OptionalArray& index, const PackedArrays& a, Memory& memory) {
+  kv::Codec p = {};
+  p.batch = plain.array.shape(0);
+  p.heads = plain.heads;
+  p.tokens = plain.tokens;
+  p.packed = packed(a, plain.width, memory);
+  p.blocks = blocks(a, memory);
+  if (index) p.index = memory.per_head<const int32_t>(*index);
+  p.plain = memory.tokens(plain);
+  p.slots = a.codes.shape(2);
+  return p;
+}
+
+using Quantized = std::tuple<py::array, py::array, OptionalArray>;
+
+Quantized kv_quantize(const Placement& place, const TokenArray& x, const OptionalArray& index, const PackedArrays& to) {
+  place.check();
+  Memory memory, results;
+  kv::Codec p = codec(x, index, to, memory);
+  // What is written, a second time, so that it can be told apart.
+  const DeviceArray& codes = results.add(to.codes, to.misalignment);
+  const DeviceArray& scales = results.add(to.scales, to.misalignment);
+  p.packed.codes.data = static_cast<uint8_t*>(codes.data());
+  p.packed.scales.data = static_cast<uint16_t*>(scales.data());
+  const DeviceArray* channels = to.channels ? &results.add(*to.channels, to.misalignment) : nullptr;
+  if (channels != nullptr) p.packed.channels.data = static_cast<uint16_t*>(channels->data());
+  if (place.device == "simt") {
+    check_launch("kv_quantize_", kv::launch_quantize(p, nullptr));
+  } else {
+    kv::quantize_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return {codes.to_numpy(), scales.to_numpy(),
+          channels == nullptr ? OptionalArray() : OptionalArray(channels->to_numpy())};
+}
+
+py::array kv_dequantize(const Placement& place, const PackedArrays& from, const OptionalArray& index,
+                        const TokenArray& out) {
+  place.check();
+  Memory memory, results;
+  kv::Codec p = codec(out, index, from, memory);
+  const DeviceArray& written = results.add(out.array, out.misalignment);
+  p.plain.data = written.data();
+  if (place.device == "simt") {
+    check_launch("kv_dequantize_", kv::launch_dequantize(p, nullptr));
+  } else {
+    kv::dequantize_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return written.to_numpy();
+}
+
+py::array kv_saliency(const Placement& place, const TokenArray& q, const TokenArray& k, const py::array& positions,
+                      const OptionalArray& mask, const OptionalArray& lse, float scale, float softcap) {
+  place.check();
+  Memory memory, results;
+  kv::Saliency p = {};
+  p.batch = q.array.shape(0);
+  p.heads = k.heads;
+  p.group = q.heads / k.heads;
+  p.probes = q.tokens;
+  p.tokens = k.tokens;
+  p.width = k.width;
+  p.q = memory.tokens(q);
+  p.k = memory.tokens(k);
+  p.positions = memory.values<int64_t>(positions);
+  p.mask = memory.values<bool>(mask);
+  p.mask_stride = k.tokens;
+  p.lse = memory.values<float>(lse);
+  p.scale = scale;
+  p.softcap = softcap;
+  const DeviceArray& sums = results.add(py::array_t<float>({p.batch, p.heads, p.tokens}));
+  p.sums = static_cast<float*>(sums.data());
+  if (place.device == "simt") {
+    simt::GuardedMemory workspace(static_cast<std::size_t>(kv::saliency_workspace(p)));
+    check_launch("kv_saliency", kv::launch_saliency(p, workspace.data(), nullptr));
+    if (!workspace.intact()) guards_overwritten("the rows' sums");
+  } else {
+    kv::saliency_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return sums.to_numpy();
+}
+
+// A call of decode_attention: segments of keys and values, the window, and what else there may be.
+struct Attention {
+  std::vector<std::pair<PackedArrays, PackedArrays>> segments;
+  TokenArray window_k, window_v;
+  py::array window;
+  OptionalArray sinks, first;
+  float scale, softcap;
+};
+
+std::tuple<py::array, py::array> kv_decode(const Placement& place, const TokenArray& q, const Attention& a,
+                                           const TokenArray& out, const kv::DecodeCut& cut) {
+  place.check();
+  Memory memory, results;
+  kv::Decode p = {};
+  p.batch = q.array.shape(0);
+  p.heads = a.window_k.heads;
+  p.group = q.heads / p.heads;
+  p.queries = q.tokens;
+  p.width = q.width;
+  p.value_width = a.window_v.width;
+  p.q = memory.tokens(q);
+  for (const auto& [keys, values] : a.segments) {
+    p.segments.push_back({packed(keys, p.width, memory), packed(values, p.value_width, memory), blocks(keys, memory),
+                          keys.codes.shape(2)});
+  }
+  p.window_k = memory.tokens(a.window_k);
+  p.window_v = memory.tokens(a.window_v);
+  p.window_slots = a.window_k.tokens;
+  p.window = memory.values<int32_t>(a.window);
+  p.window_stride = 2;
+  p.sinks = memory.values<float>(a.sinks);
+  p.first = memory.values<int32_t>(a.first);
+  p.scale = a.scale;
+  p.softcap = a.softcap;
+  p.out = results.tokens(out);
+  const py::ssize_t rows = p.batch * q.heads * p.queries;
+  const DeviceArray& lse = results.add(py::array_t<float>(rows));
+  p.lse = static_cast<float*>(lse.data());
+  if (place.device == "simt") {
+    simt::GuardedMemory workspace(static_cast<std::size_t>(kv::decode_workspace(p, cut)));
+    check_launch("kv_decode", kv::launch_decode(p, workspace.data(), nullptr, cut));
+    if (!workspace.intact()) guards_overwritten("the spans' results");
+  } else {
+    kv::decode_cpu(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  results.check_guards();
+  return {results.front().to_numpy(), lse.to_numpy()};
+}
+
+void define_decode(py::module_& m) {
+  using Segments = std::vector<std::pair<PackedArrays, PackedArrays>>;
+  py::class_<Attention>(m, "KvAttention", "Segments of keys and values, the window, and what else there may be.")
+      .def(py::init<Segments, TokenArray, TokenArray, py::array, OptionalArray, OptionalArray, float, float>(),
+           py::arg("segments"), py::arg("window_k"), py::arg("window_v"), py::arg("window"), py::arg("sinks"),
+           py::arg("first"), py::kw_only(), py::arg("scale"), py::arg("softcap"));
+  py::class_<kv::DecodeCut>(m, "KvDecodeCut", "Into how many spans of slots the work of a head is cut.")
+      .def(py::init<int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("spans"), py::arg("least"),
+           py::arg("window_least"));
+  m.def("kv_decode", &kv_decode, py::arg("placement"), py::arg("q"), py::arg("attention"), py::arg("out"),
+        py::arg("cut"), "Results, written over a copy of `out`, and the logarithms of sums.");
+}
+
+}  // namespace
+
+void define_kv(py::module_& m) {
+  py::class_<Placement>(m, "KvPlacement", "On what a KV cache's op runs.")
+      .def(py::init([](const std::string& device, int workers) { return Placement{device, 0, 0, workers}; }),
+           py::arg("device"), py::kw_only(), py::arg("workers") = 1);
+  py::class_<TokenArray>(m, "KvTokens", "Tokens at the beginning of each dimension of an array.")
+      .def(py::init<py::array, int64_t, int64_t, int64_t, bool, int>(), py::arg("array"), py::kw_only(),
+           py::arg("heads"), py::arg("tokens"), py::arg("width"), py::arg("transposed") = false,
+           py::arg("misalignment") = 0);
+  py::class_<PackedArrays>(m, "KvPacked", "Codes, scales and channel factors, and the blocks that they lie in.")
+      .def(py::init<py::array, py::array, OptionalArray, py::array, py::array, int, int, int>(), py::arg("codes"),
+           py::arg("scales"), py::arg("channels"), py::arg("starts"), py::arg("counts"), py::kw_only(), py::arg("bits"),
+           py::arg("axis"), py::arg("misalignment") = 0);
+  m.def("kv_quantize", &kv_quantize, py::arg("placement"), py::arg("x"), py::arg("index"), py::arg("to"),
+        "Codes, scales and channel factors, written over copies of those of `to`.");
+  m.def("kv_dequantize", &kv_dequantize, py::arg("placement"), py::arg("packed"), py::arg("index"), py::arg("out"),
+        "Tokens, written over a copy of those of `out`.");
+  m.def("kv_saliency", &kv_saliency, py::arg("placement"), py::arg("q"), py::arg("k"), py::arg("positions"),
+        py::arg("mask"), py::arg("lse"), py::kw_only(), py::arg("scale"), py::arg("softcap"), "Column sums.");
+  define_decode(m);
+}
+
+}  // namespace singlepass::pybind
