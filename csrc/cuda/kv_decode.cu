@@ -23,8 +23,8 @@ bool is_vector(const Packed& packed, int64_t channels) {
 // Whether steps are those of a key's channels or of a whole token, and tensor cores can take the codes.
 bool is_folded(const Segment& s) {
   const bool rows = s.values.groups == 1 && (s.keys.axis == Axis::kChannel || s.keys.groups == 1);
-  return rows && is_aligned(s.keys.codes, 4) && is_aligned(s.keys.scales, 4) && is_aligned(s.values.codes, 4) &&
-         is_aligned(s.values.scales, 4);
+  return rows && is_aligned(s.keys.codes, 4) && is_aligned(s.keys.scales, s.keys.axis == Axis::kChannel ? 8 : 4) &&
+         is_aligned(s.values.codes, 4) && is_aligned(s.values.scales, 4);
 }
 
 DeviceDecode on_device(const Decode& p, void* workspace, const DecodeCut& cut) {

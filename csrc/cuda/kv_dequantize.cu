@@ -42,13 +42,13 @@ __device__ __forceinline__ void restore_groups(const Codec& p, const Place& plac
 }
 
 // The product of a code and a step is exact in float32, so that a fused multiply-add gives the same bits.
-template <int kBits>
+template <int kBits, bool kByChannels>
 __global__ void __launch_bounds__(kCodecThreads) dequantize_kernel(const __grid_constant__ Codec p, const Cut cut) {
   const Place place(p, cut);
   if (!place.active || place.row >= place.count) return;
-  const bool by_channels = p.packed.axis == Axis::kChannel, separable = p.packed.channels.data != nullptr;
+  const bool separable = !kByChannels && p.packed.channels.data != nullptr;
   float factors[kPiece], minima[kPiece];
-  if (by_channels) {
+  if constexpr (kByChannels) {
     const uint16_t* scales = p.packed.scales_at(place.b, place.h, 0, place.block);
     read_channels<kBits>(p, place, scales, factors);
     read_channels<kBits>(p, place, scales + p.packed.width, minima);
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kCodecThreads) dequantize_kernel(const __grid_
       const uint32_t code = (words.bits[words.word(k)] >> words.shift(k)) & ((1u << kBits) - 1);
       x[k] = bit_cast<float>(code | 0x4b000000u) - 8388608.0f;  // 2^23, whose spacing is 1
     }
-    if (by_channels) {
+    if constexpr (kByChannels) {
 #pragma unroll
       for (int k = 0; k < kPiece; ++k) x[k] = multiply_add(x[k], factors[k], minima[k]);
     } else {
@@ -77,17 +77,21 @@ __global__ void __launch_bounds__(kCodecThreads) dequantize_kernel(const __grid_
   }
 }
 
+template <int kBits>
+constexpr auto kernel(Axis axis) {
+  return axis == Axis::kChannel ? &dequantize_kernel<kBits, true> : &dequantize_kernel<kBits, false>;
+}
+
 }  // namespace
 
 cudaError_t launch_dequantize(const Codec& p, cudaStream_t stream) {
   const int64_t tasks = p.batch * p.heads * p.blocks.number;
   if (tasks == 0) return cudaSuccess;
   const Cut cut = make_cut(p, true);
-  const auto kernel = p.packed.bits == 2   ? &dequantize_kernel<2>
-                      : p.packed.bits == 4 ? &dequantize_kernel<4>
-                                           : &dequantize_kernel<8>;
+  const Axis axis = p.packed.axis;
+  const auto chosen = p.packed.bits == 2 ? kernel<2>(axis) : p.packed.bits == 4 ? kernel<4>(axis) : kernel<8>(axis);
   const dim3 grid(static_cast<unsigned>(tasks), static_cast<unsigned>(cut.parts));
-  return launch(kernel, grid, dim3(kCodecThreads), 0, stream, p, cut);
+  return launch(chosen, grid, dim3(kCodecThreads), 0, stream, p, cut);
 }
 
 }  // namespace singlepass::kv

@@ -38,16 +38,6 @@ struct CodesShared {
   }
 };
 
-__device__ __forceinline__ float sum_over_tokens(float x) {
-  for (int offset = 4; offset < kWarp; offset *= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
-  return x;
-}
-
-__device__ __forceinline__ float most_over_tokens(float x) {
-  for (int offset = 4; offset < kWarp; offset *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
-  return x;
-}
-
 // A warp's softmax, of whose sums a lane has those of its own tokens.
 class CodesAttention {
  public:
@@ -101,17 +91,21 @@ class CodesAttention {
   }
 
  private:
-  // Fragments of q s, and the sums q . m; s = m = 1 where steps belong to tokens. Sixteen threads take a row.
+  // Fragments of q s, and the sums q . m; s = m = 1 where steps belong to tokens. Sixteen threads take a row. Products
+  // stand where their fragments will, until their scaling is known.
   __device__ __forceinline__ void fold(const uint16_t* scales) {
     const int row = static_cast<int>(threadIdx.x) / 16, i = static_cast<int>(threadIdx.x) % 16;
     const int planes = 8 / s_.keys.bits, number = 4 / planes, v = i / 4 / planes, plane = i / 4 % planes;
-    float bias = 0.0f, most = 0.0f, x[4];
+    uint4* const fragments = shared_.fragments(p_) + i / 4 * kWarp + row * 4 + i % 4;
+    float bias = 0.0f, most = 0.0f;
 #pragma unroll 1
     for (int unit = 0; unit < units_; ++unit) {
       const int word = word_index(number, unit, 4, i % 4, v, p_.vectors);
-      if (4 * word >= key_bytes_) continue;
-      bias += products(scales, row, plane * key_bytes_ + 4 * word, x);
+      float x[4] = {};
+      if (4 * word < key_bytes_) bias += products(scales, row, plane * key_bytes_ + 4 * word, x);
       most = fmaxf(fmaxf(most, fmaxf(absolute(x[0]), absolute(x[1]))), fmaxf(absolute(x[2]), absolute(x[3])));
+      fragments[unit * 4 * kWarp] = {bit_cast<uint32_t>(x[0]), bit_cast<uint32_t>(x[1]), bit_cast<uint32_t>(x[2]),
+                                     bit_cast<uint32_t>(x[3])};
     }
     for (int offset = 1; offset < 16; offset *= 2) {
       bias += __shfl_xor_sync(kAllLanes, bias, offset);
@@ -121,14 +115,10 @@ class CodesAttention {
     if (i == 0) shared_.down[row] = scale.down, shared_.bias[row] = bias;
 #pragma unroll 1
     for (int unit = 0; unit < units_; ++unit) {
-      const int word = word_index(number, unit, 4, i % 4, v, p_.vectors);
-      HalfPairs even = {}, odd = {};
-      if (4 * word < key_bytes_) {
-        products(scales, row, plane * key_bytes_ + 4 * word, x);
-        even = split(x[0] * scale.up, x[2] * scale.up);
-        odd = split(x[1] * scale.up, x[3] * scale.up);
-      }
-      shared_.fragments(p_)[(unit * 4 + i / 4) * kWarp + row * 4 + i % 4] = {even.high, odd.high, even.low, odd.low};
+      const uint4 x = fragments[unit * 4 * kWarp];
+      const HalfPairs even = split(bit_cast<float>(x.x) * scale.up, bit_cast<float>(x.z) * scale.up);
+      const HalfPairs odd = split(bit_cast<float>(x.y) * scale.up, bit_cast<float>(x.w) * scale.up);
+      fragments[unit * 4 * kWarp] = {even.high, odd.high, even.low, odd.low};
     }
   }
 
@@ -137,13 +127,15 @@ class CodesAttention {
     const int width = static_cast<int>(p_.width);
     const float4 q = *reinterpret_cast<const float4*>(&shared_.queries()[row * width + first]);
     const float values[4] = {q.x, q.y, q.z, q.w};
-    float bias = 0.0f;
+    float steps[4] = {1.0f, 1.0f, 1.0f, 1.0f}, minima[4] = {1.0f, 1.0f, 1.0f, 1.0f}, bias = 0.0f;
+    if (scales != nullptr) {
+      load_halves(scales + first, steps);
+      load_halves(scales + width + first, minima);
+    }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float step = scales == nullptr ? 1.0f : float16_to_float(scales[first + k]);
-      const float minimum = scales == nullptr ? 1.0f : float16_to_float(scales[width + first + k]);
-      x[k] = values[k] * step;
-      bias = multiply_add(values[k], minimum, bias);
+      x[k] = values[k] * steps[k];
+      bias = multiply_add(values[k], minima[k], bias);
     }
     return bias;
   }
@@ -176,12 +168,13 @@ class CodesAttention {
   // Of tokens 16 i + 2 t, the one after it, and the two 8 below.
   template <class Code>
   __device__ __forceinline__ void load_values(const Chunk& chunk, uint32_t (&codes)[2][4][Code::number]) {
-    const uint8_t* from = shared_.value_codes + int64_t{chunk.first} * value_bytes_;
+    const uint8_t* from = shared_.value_codes + int64_t{chunk.first} * value_bytes_ + Code::offset(work_.slab, 8, g_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint8_t* row = from + chunk.row(16 * i + 2 * t_ + j % 2 + j / 2 * 8) * value_bytes_;
+        const uint8_t* row =
+            from + chunk.row(16 * i + 2 * t_ + j % 2 + j / 2 * 8) * static_cast<unsigned>(value_bytes_);
         Code::load(row, value_bytes_ / 4, work_.slab, 8, g_, codes[i][j]);
       }
     }
@@ -190,7 +183,10 @@ class CodesAttention {
   // The lane has those of tokens 8 j + g.
   template <class Code>
   __device__ __forceinline__ void logits(const Chunk& chunk, float (&to)[4][2]) {
-    const uint8_t* from = shared_.key_codes + int64_t{chunk.first} * key_bytes_;
+    const uint8_t* from = shared_.key_codes + int64_t{chunk.first} * key_bytes_ + Code::offset(0, 4, t_);
+    const uint8_t* rows[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) rows[j] = from + chunk.row(8 * j + g_) * static_cast<unsigned>(key_bytes_);
     const uint4* fragment = shared_.fragments(p_) + lane_;
     float sums[2][4] = {};
 #pragma unroll 1
@@ -198,7 +194,7 @@ class CodesAttention {
       uint32_t codes[4][Code::number];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        Code::load(from + chunk.row(8 * j + g_) * key_bytes_, key_bytes_ / 4, unit, 4, t_, codes[j]);
+        Code::load(rows[j] + Code::offset(unit, 4, 0), key_bytes_ / 4, unit, 4, t_, codes[j]);
       }
 #pragma unroll
       for (int v = 0; v < Code::number; ++v) {
