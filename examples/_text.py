@@ -37,7 +37,8 @@ HELD_OUT = 10  # one file in so many
 LINE = 5  # bytes of a line, such as b"qkTW\n"
 ANSWER = slice(2, 4)  # where the value stands in a line
 
-JUMPS = 0.2  # of the lines that are said again in training
+KEYS = 10  # at most, of a list in training
+JUMPS = 0.5  # of the lines that are said again in training
 
 
 @dataclass
@@ -82,7 +83,7 @@ def dictionary(keys: int, generator: torch.Generator) -> Tensor:
 
 
 def lookups(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A sequence of lines to train on: a dictionary of 4 keys or more, then its lines again, from a random one on, with
+    """A sequence of lines to train on: a dictionary of 2 keys or more, then its lines again, from a random one on, with
     jumps to others.
 
     Returns:
@@ -90,7 +91,7 @@ def lookups(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         and keys but those that are jumped to.
     """
     count = -(-length // LINE)
-    keys = int(4 * (0.9 * count / 4) ** float(torch.rand((), generator=generator)))
+    keys = int(2 * (min(0.8 * count, KEYS) / 2) ** float(torch.rand((), generator=generator)))
     jumps = torch.rand(count - keys, generator=generator) < JUMPS
     jumps[:1] = True
     steps = torch.where(jumps, torch.randint(keys, (count - keys,), generator=generator), 1)
@@ -98,6 +99,7 @@ def lookups(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     known = torch.zeros(count, LINE, dtype=torch.bool)
     known[keys:] = ~jumps[:, None]
     known[keys:, ANSWER] = True
+    known[:, -1] = False  # the ends of lines teach nothing
     return dictionary(keys, generator)[order].flatten()[:length], known.flatten()[:length]
 
 
@@ -114,10 +116,16 @@ def needles(prompts: int, keys: int, queries: int, generator: torch.Generator) -
 class Training:
     """What is trained, and how long."""
 
-    steps: int = 1200
-    tokens: int = 2048  # of a step: a quarter text, the others lists
-    # Bytes of a sequence, and up to which share of the steps: to look things up is learned faster where little is seen.
-    stages: tuple[tuple[int, float], ...] = ((64, 0.5), (128, 0.7), (256, 0.85), (512, 1.0))
+    steps: int = 1800
+    tokens: int = 1536  # of a step
+    # Bytes of a sequence, the share of text beside the lists, and up to which share of the steps. Attention learns to
+    # look things up first, and does so soonest in short lists, where there is little else to look at.
+    stages: tuple[tuple[int, float, float], ...] = (
+        (48, 0.125, 0.5),
+        (128, 0.7, 0.65),
+        (256, 0.7, 0.85),
+        (512, 0.7, 1.0),
+    )
     lr: float = 4e-3
     hidden: int = 128
     layers: int = 3
@@ -154,7 +162,12 @@ def build(settings: Training) -> Any:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:  # small at first, so that a byte is not lost among what attention adds to it
+            for added in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                added.weight.mul_(0.1)
+    return model
 
 
 def train(settings: Training, corpus: Corpus, report: Callable[[Curves], None]) -> tuple[nn.Module, Curves]:
@@ -163,9 +176,9 @@ def train(settings: Training, corpus: Corpus, report: Callable[[Curves], None]) 
     optimizer = AdamW(parameter_groups(model), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = warm_up_then_decay(optimizer, settings.steps)
     for step in range(settings.steps):
-        length = next(length for length, end in settings.stages if step < end * settings.steps)
+        length, share = next(stage[:2] for stage in settings.stages if step < stage[2] * settings.steps)
         count = settings.tokens // length
-        texts = max(count // 4, 1)
+        texts = max(int(count * share), 1)
         text = windows(corpus.train, length + 1, texts, generator)
         lists = [lookups(length + 1, generator) for _ in range(max(count - texts, 1))]
         tokens = torch.cat((text, torch.stack([tokens for tokens, _ in lists])))

@@ -114,8 +114,7 @@ def schemes() -> list[Scheme]:
 
     def quanto(bits: int) -> Scheme:
         def make(config: Any, window: int) -> Any:
-            group = min(64, config.head_dim)
-            return QuantizedCache("quanto", config, nbits=bits, q_group_size=group, residual_length=window)
+            return QuantizedCache("quanto", config, bits, q_group_size=min(64, config.head_dim), residual_length=window)
 
         return Scheme(f"QuantizedCache (quanto), {bits} bits", "quanto", make)
 
@@ -126,6 +125,7 @@ def schemes() -> list[Scheme]:
     found.append(compressed("ZipCache's codec, all in 4 bits", "zipcache", own, 1.0))
     found += [compressed(f"ZipCache, {ratio} %", "zipcache", own, ratio / 100) for ratio in (80, 60, 40, 20)]
     found.append(compressed("ZipCache's codec, all in 2 bits", "zipcache", own, 0.0))
+    found += [compressed(f"{PAPER}, blocks of {size}", "blocks", Codec.zipcache(size), 0.6) for size in (64, 32)]
     found += [compressed(f"KIVI, {bits} bits, groups of 32", "kivi", kivi, 1.0, bits) for bits in (4, 2)]
     if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
         found += [quanto(bits) for bits in (4, 2)]
@@ -243,16 +243,20 @@ def cells(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
+def noise(found: tuple[float, float]) -> str:
+    """Whether a mean difference could be chance: noise is two of its standard errors."""
+    return "within noise" if abs(found[0]) <= 2 * found[1] else "more than noise"
+
+
 def comparisons(rows: list[Row]) -> list[str]:
     """ZipCache at the paper's setting beside uniform bits, input by input."""
     by_name, lines = {row.name: row for row in rows}, []
     for other in (INT2, INT4, "ZipCache's codec, all in 4 bits"):
         a, b = by_name[PAPER], by_name[other]
         loss, found = difference(a.losses, b.losses), difference(a.accuracies, b.accuracies)
-        lines.append(
-            f"{PAPER}, minus {other}: loss {loss[0]:+.4f} ± {loss[1]:.4f}, "
-            f"values found {100 * found[0]:+.1f} ± {100 * found[1]:.1f} points"
-        )
+        of_loss = f"loss {loss[0]:+.4f} ± {loss[1]:.4f} ({noise(loss)})"
+        of_found = f"values found {100 * found[0]:+.1f} ± {100 * found[1]:.1f} points ({noise(found)})"
+        lines.append(f"{PAPER}, minus {other}: {of_loss}, {of_found}")
     return lines
 
 
@@ -290,12 +294,13 @@ def draw_panel(axes: Axes, rows: list[Row], value: Callable[[Row], tuple[float, 
     for family, (label, colour, marker, line) in STYLES.items():
         members = [row for row in rows if row.family == family]
         means, errors = zip(*map(value, members), strict=True)
-        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "label": label}
-        bits = [row.bits for row in members]
-        axes.errorbar(bits, means, yerr=errors, capsize=2, linewidth=1.4, markersize=5, **style)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line, "label": label, "capsize": 2}
+        axes.errorbar([row.bits for row in members], means, yerr=errors, linewidth=1.4, markersize=5, **style)
     for row in rows:
         if row.family == "quanto":
             axes.axhline(value(row)[0], color="#8c8c8c", linestyle="--" if "4" in row.name else ":", label=row.name)
+        elif row.family == "blocks":
+            axes.plot(row.bits, value(row)[0], color="#56b4e9", marker="v" if "64" in row.name else "x", label=row.name)
     paper = next(row for row in rows if row.name == PAPER)
     axes.annotate("60 %", (paper.bits, value(paper)[0]), (0, 8), textcoords="offset points", ha="center", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -310,12 +315,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     plain, *rows = rows_of(result)
-    style: dict[str, Any] = {
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "svg.hashsalt": "singlepass",
-        "svg.fonttype": "none",
-    }
+    style: dict[str, Any] = {"font.family": "sans-serif", "font.size": 9}
+    style |= {"svg.hashsalt": "singlepass", "svg.fonttype": "none"}
     with matplotlib.rc_context(style):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.6), layout="constrained")
         draw_panel(left, rows, lambda row: difference(row.losses, plain.losses))
@@ -326,8 +327,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         left.set_ylabel("nats for a byte")
         right.set_title("values found in a list", loc="left", fontweight="bold")
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
@@ -382,9 +382,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         exam = Exam(texts=2, prompt=64, follow=16, lists=2, keys=14, queries=2, window=8, batch=2)
     model, training = learn(settings, checkpoint, args.reuse, console)
     commit, dirty = git_state()
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    result = {"date": now, "commit": commit, "dirty": dirty, "machine": machine(torch.device("cpu"))}
-    result |= {"versions": versions(), "training": training, "exam": asdict(exam)}
+    result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "dirty": dirty}
+    result |= {"machine": machine(torch.device("cpu")), "versions": versions()}
+    result |= {"training": training, "exam": asdict(exam)}
     result["rows"] = [asdict(row) for row in examine_all(model, exam, schemes(), console)]
     result["seconds"] = round(time.perf_counter() - start, 1)
     save(result, path)

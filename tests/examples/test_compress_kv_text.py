@@ -66,6 +66,11 @@ def test_the_page_says_what_the_result_file_does(
     assert "<svg" in (tmp_path / "picture.svg").read_text(encoding="utf-8")
 
 
+def test_noise_is_two_standard_errors(example: ModuleType) -> None:
+    assert example.noise((-0.2, 0.1)) == example.noise((0.1, 0.1)) == "within noise"
+    assert example.noise((0.21, 0.1)) == example.noise((-0.21, 0.1)) == "more than noise"
+
+
 def test_lists_can_be_looked_up(example: ModuleType) -> None:
     """Every value that is asked for stands in the list; values that training counts were said before."""
     import _text as text
@@ -79,6 +84,7 @@ def test_lists_can_be_looked_up(example: ModuleType) -> None:
     for length in (65, 129):
         tokens, known = text.lookups(length, generator)
         assert tokens.shape == known.shape == (length,)
+        assert 0.1 < known.float().mean() < 0.8
         whole = bytes(tokens.tolist())
         for i in known.nonzero().flatten().tolist():
             line = i - i % text.LINE
