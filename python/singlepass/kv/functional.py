@@ -323,7 +323,7 @@ def decode_attention(
         q: (batch, query heads, queries, channels); float32, bfloat16 or float16 (eager: float64 too). At most as many
             queries as the window has slots; any number where it has none.
         segments: keys and values of compressed tokens, all seen by every query. Pairs agree in starts and counts, and
-            keys in their axis.
+            keys in their axis. CUDA C++ takes at most four.
         window_k: (batch, heads, slots, channels), the uncompressed keys; heads divides query heads.
         window_v: (batch, heads, slots, value channels).
         window: int32 (batch, 2), the first slot of the window that holds a token, and the end; the last token there is
