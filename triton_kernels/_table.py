@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import LAUNCH_OPTIONS
 from ._launch import is_capturing
 
 CHUNK = 16384
@@ -96,7 +97,7 @@ def make_table(records: Sequence[Record], device: torch.device) -> Table:
         partials=torch.empty(chunk_count, 2, dtype=torch.float64, device=device),
         chunk=CHUNK,
     )
-    list_chunks_kernel[(len(records),)](table.records, table.chunks, CHUNK, BLOCK)
+    list_chunks_kernel[(len(records),)](table.records, table.chunks, CHUNK, BLOCK, **LAUNCH_OPTIONS)
     return table
 
 
