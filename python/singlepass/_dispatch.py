@@ -21,9 +21,11 @@ from ._ops import kv as _kv_ops  # noqa: F401  defines the ops that are bound be
 from ._ops import library, op
 from ._ops import optim as _optim_ops  # noqa: F401
 from ._ops import rational as _rational_ops  # noqa: F401
+from ._ops import spectral as _spectral_ops  # noqa: F401
 from .reference import kv as reference_kv
 from .reference import optim as reference_optim
 from .reference import rational as reference_rational
+from .reference import spectral as reference_spectral
 
 BACKENDS = ("native", "triton", "eager")
 ENV = "SINGLEPASS_BACKEND"
@@ -40,8 +42,14 @@ _EAGER: dict[str, Callable] = {
     "kv_dequantize_": reference_kv.dequantize_,
     "kv_quantize_": reference_kv.quantize_,
     "kv_saliency": reference_kv.saliency,
+    "lorentz": reference_spectral.lorentz,
+    "lorentz_backward": reference_spectral.lorentz_backward,
     "rational": reference_rational.rational,
     "rational_backward": reference_rational.rational_backward,
+    "spectral_sample": reference_spectral.sample,
+    "spectral_scale_": reference_spectral.scale_,
+    "spectral_step_": reference_spectral.step_,
+    "spectral_swap_": reference_spectral.swap_,
     "stream_": reference_optim.stream_,
 }
 _TRITON_MODULES = {

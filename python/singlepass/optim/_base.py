@@ -30,6 +30,7 @@ class Bucket:
     params: list[Tensor] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)  # positions in the group
     ids: list[int] = field(default_factory=list)  # positions in the optimizer
+    role: str = ""  # of parameters that a subclass steps in another way
     grads: list[Tensor] = field(default_factory=list)  # of the present step
 
 
@@ -93,6 +94,14 @@ class FusedOptimizer(Optimizer):
     ) -> bool:
         """Called once the states exist. False leaves the bucket's parameters alone in this step."""
         return True
+
+    def _role_of(self, p: Tensor) -> str:
+        """Not empty for parameters that a subclass steps in another way; one bucket has one role."""
+        return ""
+
+    def _op_name(self, role: str) -> str:
+        """The op that steps parameters of this role."""
+        return self._rule.op_name
 
     @property
     def _rule(self) -> Rule:
@@ -207,7 +216,7 @@ class FusedOptimizer(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         states = [self._state_of(p, group, names) for p in bucket.params]
-        grad_scale, found_inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
+        grad_scale, found_inf = moved(grad_scale, bucket.device), moved(found_inf, bucket.device)
         if not self._before_step(bucket, group, grad_scale, found_inf):
             return
         lists = [[s[name] for s in states] if name in names else [] for name in self._rule.states]
@@ -260,7 +269,7 @@ class FusedOptimizer(Optimizer):
     def _make_buckets(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[Bucket]:
         backend = requested(group["backend"])
         first_id = sum(len(g["params"]) for g in self.param_groups[:index])
-        buckets: dict[tuple[torch.device, str], Bucket] = {}
+        buckets: dict[tuple[torch.device, str, str], Bucket] = {}
         for offset, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
             if g is None:
                 continue
@@ -273,8 +282,9 @@ class FusedOptimizer(Optimizer):
                     'Use backend="eager" or None.',
                 )
                 wanted = "eager"
-            chosen = choose(self._rule.op_name, p.device.type, (p.dtype, g.dtype), wanted)
-            bucket = buckets.setdefault((p.device, chosen), Bucket(chosen, p.device))
+            role = self._role_of(p)
+            chosen = choose(self._op_name(role), p.device.type, (p.dtype, g.dtype), wanted)
+            bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, p.device, role=role))
             bucket.params.append(p)
             bucket.offsets.append(offset)
             bucket.ids.append(first_id + offset)
@@ -315,7 +325,7 @@ class FusedOptimizer(Optimizer):
         for device, present in grads.items():
             backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
             measure = implementation("grad_norm", backend)
-            stats.append(measure(present, max_norm=max_norm, eps=eps, grad_scale=_to(grad_scale, device)))
+            stats.append(measure(present, max_norm=max_norm, eps=eps, grad_scale=moved(grad_scale, device)))
         if not stats:
             return grad_scale, found_inf
         _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
@@ -364,7 +374,7 @@ def _is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)
 
 
-def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
+def moved(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device, non_blocking=True)
 
 

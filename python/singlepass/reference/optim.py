@@ -255,19 +255,26 @@ _UPDATES: dict[str, Any] = {
 }
 
 
-def _cast(c: Coefficients, dtype: torch.dtype, device: torch.device) -> Coefficients:
+def cast(c: Coefficients, dtype: torch.dtype, device: torch.device) -> Coefficients:
     """Tensors to the arithmetic's dtype; Python numbers take it by themselves."""
 
-    def cast(value):
+    def converted(value):
         if not isinstance(value, Tensor):
             return value
         return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
 
-    return Coefficients(**{name: cast(getattr(c, name)) for name in c.names})
+    return Coefficients(**{name: converted(getattr(c, name)) for name in c.names})
 
 
-def _store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+def store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
     target.copy_(value if skip is None else torch.where(skip, target.to(value.dtype), value))
+
+
+def unscaled(g: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
+    """The gradient of what is minimised."""
+    if grad_scale is not None:
+        g = g * (1.0 / grad_scale.reshape(()).to(g.dtype))
+    return -g if maximize else g
 
 
 def _memory_order(t: Tensor) -> Tensor:
@@ -275,7 +282,7 @@ def _memory_order(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
-def _check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+def check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Refuses gradients that PyTorch would broadcast, densify or convert, before anything is changed."""
     require(len(grads) == len(params), op, f"{len(params)} gradients", len(grads), "Pass one for each parameter.")
     for p, g in zip(params, grads, strict=True):
@@ -301,24 +308,20 @@ def _make_step(name: str) -> Callable[..., None]:
         **hyper: Any,
     ) -> None:
         *lists, steps, lr = args
-        _check_grads(rule.op_name, params, grads)
+        check_grads(rule.op_name, params, grads)
         lr = lr.reshape(())
         states = [values for values in lists[:state_count] if values]
         for i, p in enumerate(params):
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             skip = None if found_inf is None else found_inf.reshape(()) != 0
-            g = grads[i].to(dtype)
-            if grad_scale is not None:
-                g = g * (1.0 / grad_scale.reshape(()).to(dtype))
-            if maximize:
-                g = -g
+            g = unscaled(grads[i].to(dtype), grad_scale, maximize)
             step = steps[i].double() + 1.0 if steps else torch.ones((), dtype=torch.float64, device=p.device)
             scale = lists[state_count][i].double() if has_scale else None
-            c = _cast(update.coefficients(lr.double(), step, scale, **hyper), dtype, p.device)
+            c = cast(update.coefficients(lr.double(), step, scale, **hyper), dtype, p.device)
             old = [values[i] for values in states]
             value, new = update.update(c, p.to(dtype), g, [s.to(dtype) for s in old])
             for target, s in zip(old, new, strict=True):
-                _store(target, s, skip)
+                store(target, s, skip)
             if seed is not None and p.dtype == torch.bfloat16:
                 stream = (steps[i].long() << 32) | ids[i]
                 random = random_halves(seed, stream, p.numel(), p.device)
@@ -326,9 +329,9 @@ def _make_step(name: str) -> Callable[..., None]:
                 flat = torch.empty_like(p, dtype=dtype).copy_(value)
                 _memory_order(rounded).copy_(stochastic_bfloat16(_memory_order(flat), random))
                 value = rounded
-            _store(p, value, skip)
+            store(p, value, skip)
             if steps:
-                _store(steps[i], steps[i] + 1.0, skip)
+                store(steps[i], steps[i] + 1.0, skip)
 
     step_.__name__ = step_.__qualname__ = rule.op_name
     step_.__doc__ = f"{update.__doc__} Arguments as in ``singlepass._ops.optim``."

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse spectral training: linear layers as U^T diag(s) V of which a few singular vectors are trained at a time."""
+
+from .convert import HEADS, convert, merge
+from .frozen import training_nbytes
+from .functional import lorentz, sst_linear
+from .linear import SSTLinear
+from .lorentz import LorentzLinear
+from .optimizer import SST
+
+__all__ = ["HEADS", "SST", "LorentzLinear", "SSTLinear", "convert", "lorentz", "merge", "sst_linear", "training_nbytes"]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .._errors import require
+from .linear import SSTLinear, rank_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Names under which models keep the layer behind their last hidden state.
+HEADS = ("lm_head", "embed_out", "output_projection", "head", "classifier", "score", "qa_outputs")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern is the whole of a dotted name, or the end of it from a dot on."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _parents(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
+    """(dotted name, parent, attribute, child) of every module of exactly this kind, shared ones each time."""
+    for prefix, parent in model.named_modules():
+        for attribute, child in parent._modules.items():
+            if type(child) is kind:
+                yield f"{prefix}.{attribute}" if prefix else attribute, parent, attribute, child
+
+
+def convert(model: Model, rank: float, *, skip: Iterable[str] = HEADS, **options: Any) -> Model:
+    """Puts an :class:`SSTLinear` in the place of every linear layer of a model, in place.
+
+    Left alone are embeddings, norms, whatever is not exactly a torch.nn.Linear (the output projection of
+    torch.nn.MultiheadAttention is not), linear layers that share their weight with another module, and names to skip.
+
+    Args:
+        model: any module; its output stays the same up to rounding.
+        rank: vectors trained at a time in each layer, or a fraction of each layer's min(m, n).
+        skip: names of modules, or patterns of them (``*``), as in ``model.named_modules()``, from any dot on;
+            by default those of heads (``singlepass.spectral.HEADS``).
+        **options: ``frozen_dtype``, ``gradient``, ``evaluation`` and ``backend`` of :class:`SSTLinear`.
+
+    Returns:
+        Module: the model.
+
+    Raises:
+        ValueError: no layer to convert, a rank larger than a layer, a weight that is not finite, or options that don't
+            fit; the model is unchanged.
+
+    Example:
+        >>> import torch
+        >>> from singlepass import spectral
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> spectral.convert(model, rank=4, skip=["2"])
+        Sequential(
+          (0): SSTLinear(in_features=64, out_features=64, rank=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=64, out_features=8, bias=True)
+        )
+    """
+    where = "convert"
+    require(isinstance(model, nn.Module), where, "a torch.nn.Module", type(model).__name__, "Pass the model.")
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            uses[id(p)] = uses.get(id(p), 0) + 1
+    found = [
+        place
+        for place in _parents(model, nn.Linear)
+        if not any(_matches(place[0], pattern) for pattern in patterns) and uses[id(place[3].weight)] == 1
+    ]
+    require(
+        bool(found), where, "a model with linear layers to convert", "none", "Check skip; a layer alone: from_linear."
+    )
+    layers: dict[int, SSTLinear] = {}
+    for name, _, _, linear in found:
+        assert isinstance(linear, nn.Linear)
+        rank_of(f"{where}: {name}", rank, min(linear.in_features, linear.out_features))
+        finite = bool(linear.weight.isfinite().all())
+        require(finite, f"{where}: {name}", "a finite weight", "infinities or NaNs", "Mend the weight first.")
+    for _, _, _, linear in found:
+        if id(linear) not in layers:
+            layers[id(linear)] = SSTLinear.from_linear(linear, rank, **options)  # type: ignore[arg-type]
+    for _, parent, attribute, linear in found:
+        setattr(parent, attribute, layers[id(linear)])
+    return model
+
+
+@torch.no_grad()
+def merge(model: Model) -> Model:
+    """Puts a torch.nn.Linear with the same weight in the place of every :class:`SSTLinear`, in place.
+
+    For inference and export: the model then is what it was before :func:`convert`, trained.
+
+    Args:
+        model: any module that has such layers.
+
+    Returns:
+        Module: the model.
+
+    Raises:
+        ValueError: none to merge, or singular values that are not finite; the model is unchanged.
+    """
+    found = list(_parents(model, SSTLinear))
+    require(bool(found), "merge", "a model with SSTLinear layers", "none", "A layer alone: to_linear.")
+    for name, _, _, layer in found:
+        assert isinstance(layer, SSTLinear)
+        finite = bool(layer.singular_values.isfinite().all())
+        require(finite, f"merge: {name}", "finite singular values", "infinities or NaNs", "Load a sound checkpoint.")
+    linears: dict[int, nn.Linear] = {}
+    for _, parent, attribute, layer in found:
+        if id(layer) not in linears:
+            linears[id(layer)] = layer.to_linear()  # type: ignore[operator]
+        setattr(parent, attribute, linears[id(layer)])
+    return model

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import require
+from .functional import lorentz
+from .linear import SSTLinear
+
+
+class LorentzLinear(SSTLinear):
+    """HyboNet's linear layer between hyperboloids, trained by sparse spectral training.
+
+    z = W x + b of points x (..., n), the time first, then :func:`singlepass.spectral.lorentz` in one pass: the time
+    becomes sigmoid(z_0) exp(log_scale) + offset, and the rest is rescaled so that -x_0^2 + x_1^2 + ... = -k.
+
+    Args:
+        in_features: n, the time included.
+        out_features: m, the time included, at least 2.
+        rank: how many singular vectors are trained at a time.
+        bias: whether there is a bias.
+        k: minus the squared Lorentz norm of points, positive.
+        offset: the least time, at least sqrt(k).
+        scale: the initial exp(log_scale), positive.
+        train_scale: whether log_scale is trained.
+        dropout: probability with which elements of the input become zero in training.
+        activation: applied to the input first, or None.
+        **options: as for :class:`SSTLinear`.
+
+    Parameters: those of :class:`SSTLinear`, and ``log_scale``, one element.
+
+    Raises:
+        ValueError: sizes or options that don't fit.
+
+    Source: LorentzLinear of Chen et al., "Fully Hyperbolic Neural Networks", ACL 2022, arXiv 2105.14686.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.spectral import LorentzLinear
+        >>> layer = LorentzLinear(9, 17, rank=2)
+        >>> y = layer(torch.randn(4, 9))
+        >>> torch.allclose(y[:, 1:].square().sum(-1) - y[:, 0] ** 2, -torch.ones(4), atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: float,
+        bias: bool = True,
+        *,
+        k: float = 1.0,
+        offset: float = 1.1,
+        scale: float = 10.0,
+        train_scale: bool = True,
+        dropout: float = 0.0,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        require(out_features >= 2, "LorentzLinear", "out_features of at least 2", out_features, "Count the time.")
+        require(k > 0.0 and offset >= k**0.5, "LorentzLinear", "k > 0, offset >= sqrt(k)", (k, offset), "Raise offset.")
+        require(scale > 0.0, "LorentzLinear", "a positive scale", scale, "Its logarithm is the parameter.")
+        super().__init__(in_features, out_features, rank, bias, **options)
+        self.k, self.offset, self.activation = k, offset, activation
+        self.dropout = nn.Dropout(dropout)
+        log_scale = torch.tensor(scale, device=options.get("device"), dtype=self.active_u.dtype).log()
+        self.log_scale = nn.Parameter(log_scale, requires_grad=train_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., n) to points (..., m) of the hyperboloid."""
+        if self.activation is not None:
+            x = self.activation(x)
+        z = super().forward(self.dropout(x))
+        return lorentz(z, self.log_scale, k=self.k, offset=self.offset, backend=self.backend)

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _dispatch
+from .._errors import message, require
+from ..optim import AdamW
+from ..optim._base import Bucket, moved
+from .decompose import decompose, drift
+from .linear import SSTLinear, layers_by_parameter
+from .schedule import WARMUPS, Progress, warmup_factor
+
+SAMPLINGS = {"mixed": 0.5, "singular_values": 0.0, "uniform": 1.0}
+
+_VECTORS = ("active_u", "active_v")
+_TRAINED = ("singular_values", *_VECTORS)
+_STATES = ("exp_avg", "exp_avg_sq")
+
+
+class SST(AdamW):
+    r"""Sparse spectral training of a model's :class:`SSTLinear` layers, and AdamW for all its other parameters.
+
+    Training goes in rounds of ``iterations_per_round`` iterations of ``steps_per_iteration`` steps (T2 and T3; how many
+    rounds there are, T1, is the training's length). In each iteration every layer trains the ``rank`` singular vectors
+    that were drawn for it, and all its singular values:
+
+    .. math::
+        s &\leftarrow \max(\mathrm{AdamW}(s, \partial L / \partial s), 0) \\
+        u_i &\leftarrow \mathrm{normalise}(\mathrm{AdamW}(u_i, G v_i)), \quad
+        v_i \leftarrow \mathrm{normalise}(\mathrm{AdamW}(v_i, G^\top u_i))
+
+    At its end the vectors' moments are forgotten, and others are drawn, without replacement, with probabilities that
+    ``sampling`` names. At the end of a round, layers whose vectors have drifted from orthonormal by more than
+    ``tolerance`` are decomposed again, which leaves their weights what they are. Both happen at the end of ``step()``.
+
+    Args:
+        params: a model; or parameters, or groups of them, as for any optimizer. The parameters of one layer go into the
+            optimizer together.
+        lr: learning rate, of vectors, singular values and everything else.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled weight decay, times ``lr``, of singular values and of other parameters.
+        steps_per_iteration: T3.
+        iterations_per_round: T2; None takes the largest k / rank among the layers, rounded up, with which a round may
+            see every vector.
+        warmup_steps: steps at the start of each iteration, the first included, in which the learning rate of vectors
+            rises from ``lr / warmup_steps`` to ``lr``.
+        warmup_shape: "linear", or "cosine" for half a wave.
+        warmup_all: whether singular values and other parameters follow that rise, too.
+        sampling: probabilities of vectors: "mixed" is (1 / k + s_i / sum(s)) / 2, of the paper's experiments;
+            "singular_values" is s_i / sum(s), of its text; "uniform" is 1 / k.
+        reset_singular_values: whether the moments of singular values are forgotten with those of vectors. They always
+            are where a layer is decomposed again.
+        project: whether a vector's gradient first loses its part along the vector, which normalising undoes anyway,
+            so that the moments don't see it. The paper's algorithm has no such step.
+        decay_vectors: whether weight decay applies to vectors as well, before they are normalised.
+        rank_schedule: ``rank_schedule(draw)`` gives the rank (or fraction) of all layers from an iteration on, with
+            ``draw`` counting all iterations from 0; None keeps theirs. A change of rank makes parameters of other
+            shapes: not under DistributedDataParallel.
+        tolerance: the drift, the largest element of U U^T - I and V V^T - I by magnitude, above which a layer is
+            decomposed again.
+        seed: of the draws. The same for all ranks of a data-parallel job, which then draw the same vectors.
+        maximize: step along the gradient instead of against it.
+        state_dtype: dtype of new states: None for float32, ``"param"`` for the parameter's, or a dtype.
+        backend: ``"native"``, ``"triton"`` or ``"eager"``; raises where it can't run. None takes the first that can.
+
+    Steps that a GradScaler skips count for the schedule. ``state_dict()`` has ``"sst"``, where training stands, beside
+    what optimizers have: with the model's state dict, training resumes bit for bit at any step.
+
+    Raises:
+        ValueError: a hyperparameter outside its range, no layer to train, a layer given in part; nothing is changed.
+        RuntimeError: an explicit backend that can't run here; in ``step()``, a sparse gradient.
+
+    Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML
+    2025, arXiv 2405.15481, Algorithm 1; where the paper leaves a choice, it is an argument here.
+
+    Example:
+        >>> import torch
+        >>> from singlepass import spectral
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = spectral.convert(model, rank=4, skip=["2"])
+        >>> optimizer = spectral.SST(model, lr=1e-3, steps_per_iteration=50)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        steps_per_iteration: int = 200,
+        iterations_per_round: int | None = None,
+        warmup_steps: int = 20,
+        warmup_shape: str = "linear",
+        warmup_all: bool = False,
+        sampling: str = "mixed",
+        reset_singular_values: bool = False,
+        project: bool = False,
+        decay_vectors: bool = False,
+        rank_schedule: Callable[[int], float] | None = None,
+        tolerance: float = 1e-5,
+        seed: int = 0,
+        maximize: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        counts = {"steps_per_iteration": steps_per_iteration, "iterations_per_round": iterations_per_round}
+        for name, count in (*counts.items(), ("warmup_steps", warmup_steps)):
+            least = 0 if name == "warmup_steps" else 1
+            fits = (count is None and name == "iterations_per_round") or (
+                isinstance(count, Integral) and count >= least
+            )
+            require(fits, "SST", f"{name} of at least {least}", repr(count), "Pass an int.")
+        for name, value, known in (("sampling", sampling, SAMPLINGS), ("warmup_shape", warmup_shape, WARMUPS)):
+            require(value in known, "SST", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
+        flags = {"warmup_all": warmup_all, "reset_singular_values": reset_singular_values}
+        for name, value in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
+            require(isinstance(value, bool), "SST", f"{name} True or False", repr(value), "Pass one of them.")
+        require(tolerance >= 0.0, "SST", "tolerance >= 0", tolerance, "Pass 0 to decompose after every round.")
+        require(
+            isinstance(seed, Integral) and 0 <= seed < 2**63, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int."
+        )
+        self._layers: list[SSTLinear] = []
+        self._roles: dict[int, str] = {}
+        self.progress = Progress()
+        self.steps_per_iteration = steps_per_iteration
+        self.warmup_steps, self.warmup_shape, self.warmup_all = warmup_steps, warmup_shape, warmup_all
+        self.sampling, self.project, self.decay_vectors = sampling, project, decay_vectors
+        self.reset_singular_values, self.rank_schedule = reset_singular_values, rank_schedule
+        self.tolerance, self.seed = tolerance, int(seed)
+        if isinstance(params, nn.Module):
+            params = [p for p in params.parameters() if p.requires_grad]
+        super().__init__(
+            params, lr, betas, eps, weight_decay, maximize=maximize, state_dtype=state_dtype, backend=backend
+        )
+        self._layers = self._find_layers()
+        self._note_roles()
+        most = max(-(-len(layer.singular_values) // layer.rank) for layer in self._layers)
+        self.iterations_per_round = most if iterations_per_round is None else iterations_per_round
+        self._begin_iteration()
+
+    def _find_layers(self) -> list[SSTLinear]:
+        """The layers of all parameters, in their order."""
+        owners = layers_by_parameter()
+        given = {id(p) for group in self.param_groups for p in group["params"]}
+        layers = {id(owners[key]): owners[key] for key in given if key in owners}
+        order = [id(owners[id(p)]) for group in self.param_groups for p in group["params"] if id(p) in owners]
+        found = [layers[key] for key in dict.fromkeys(order)]
+        remedy = "Call singlepass.spectral.convert(model, rank) first."
+        require(bool(found), "SST", "parameters of SSTLinear layers", "none", remedy)
+        for layer in found:
+            missing = [name for name in _TRAINED if id(getattr(layer, name)) not in given]
+            contract = "singular_values, active_u and active_v of a layer together"
+            require(not missing, "SST", contract, f"one without {', '.join(missing)}", "Add all of its parameters.")
+        return found
+
+    def _note_roles(self) -> None:
+        self._roles = {id(layer.singular_values): "values" for layer in self._layers}
+        self._roles |= {id(getattr(layer, name)): "vectors" for layer in self._layers for name in _VECTORS}
+        self._buckets.clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, after checking it; layers for sparse spectral training come with the constructor."""
+        if self._layers:
+            params = param_group["params"]
+            owners = layers_by_parameter()
+            late = any(id(p) in owners for p in ([params] if isinstance(params, Tensor) else list(params)))
+            require(not late, "SST", "SSTLinear layers when it is made", "one later", "Make a new optimizer.")
+        super().add_param_group(param_group)
+
+    def _role_of(self, p: Tensor) -> str:
+        return self._roles.get(id(p), "")
+
+    def _op_name(self, role: str) -> str:
+        return "spectral_step_" if role else super()._op_name(role)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient; then, where an iteration ends, begins the next.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a sparse gradient, and nothing is changed; at the end of a round, layers that are not finite.
+        """
+        loss = super().step(closure)
+        self.progress.step += 1
+        if self.progress.step == self.steps_per_iteration:
+            self.progress.step = 0
+            self.progress.iteration += 1
+            if self.progress.iteration >= self.iterations_per_round:
+                self.progress.iteration = 0
+                self.progress.round += 1
+                self._end_round()
+            self._begin_iteration()
+        return loss
+
+    def _step_bucket(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        names: tuple[str, ...],
+        hyper: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        if bucket.role == "vectors" or self.warmup_all:
+            factor = warmup_factor(self.progress.step, self.warmup_steps, self.warmup_shape)
+            group = group | {"lr": group["lr"] * factor}
+        if not bucket.role:
+            super()._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
+            return
+        states = [self._state_of(p, group, names) for p in bucket.params]
+        if bucket.role == "vectors" and not self.decay_vectors:
+            hyper = hyper | {"weight_decay": 0.0}
+        _dispatch.implementation("spectral_step_", bucket.backend)(
+            bucket.params,
+            bucket.grads,
+            *([state[name] for state in states] for name in (*names, "step")),
+            self._lr(group, bucket.device),
+            **hyper,
+            project=self.project,
+            maximize=group["maximize"],
+            grad_scale=moved(grad_scale, bucket.device),
+            found_inf=moved(found_inf, bucket.device),
+        )
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(bucket.params)
+
+    def _end_round(self) -> None:
+        """Decomposes again what has drifted."""
+        drifted = []
+        for index, layer in enumerate(self._layers):
+            u, s, v = layer.factors()
+            finite = all(bool(t.isfinite().all()) for t in (u, s, v))
+            if not finite:
+                got = f"infinities or NaNs in the layer of parameters {index}"
+                raise RuntimeError(message("SST", "finite layers at the end of a round", got, "Lower lr."))
+            if drift(u.float(), v.float()) > self.tolerance:
+                drifted.append(layer)
+        for layer in drifted:
+            u, s, v = (t.double() for t in layer.factors())
+            layer.set_factors(*decompose((u * s.unsqueeze(-1)).mT @ v))
+            self._forget([layer.singular_values])
+
+    @torch.no_grad()
+    def _begin_iteration(self) -> None:
+        """Draws the vectors that are active from now on, and forgets the moments of those that were."""
+        if self.rank_schedule is not None:
+            self._set_rank(self.rank_schedule(self.progress.draws))
+        for device in dict.fromkeys(layer.singular_values.device for layer in self._layers):
+            self._exchange([i for i, layer in enumerate(self._layers) if layer.singular_values.device == device])
+        self._forget([getattr(layer, name) for layer in self._layers for name in _VECTORS])
+        if self.reset_singular_values:
+            self._forget([layer.singular_values for layer in self._layers])
+        self.progress.draws += 1
+
+    def _exchange(self, indices: list[int]) -> None:
+        """Draws for layers of one device, and swaps their vectors, values, and the values' moments."""
+        layers = [self._layers[i] for i in indices]
+        device = layers[0].singular_values.device
+        dtypes = {p.dtype for layer in layers for p in (layer.singular_values, layer.active_u)}
+        sample, swap = (self._on(device, dtypes, op) for op in ("spectral_sample", "spectral_swap_"))
+        exchange = sample(
+            [layer.singular_values.detach() for layer in layers],
+            ranks=[layer.rank for layer in layers],
+            ids=indices,
+            seed=self.seed,
+            draw=self.progress.draws,
+            uniform=SAMPLINGS[self.sampling],
+        )
+        none = torch.empty(0, device=device)
+        pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for layer, change in zip(layers, exchange, strict=True):
+            rank, state = layer.rank, self.state.get(layer.singular_values, {})
+            pairs.append((layer.active_u, layer.frozen_u, layer.scales_u, change))
+            pairs.append((layer.active_v, layer.frozen_v, layer.scales_v, change))
+            for values in (layer.singular_values, *(state[name] for name in _STATES if name in state)):
+                pairs.append((values.detach()[:rank], values.detach()[rank:], none, change))
+        swap(*(list(column) for column in zip(*pairs, strict=True)))
+        changed = [t for layer in layers for t in (layer.singular_values, *layer.vectors())]
+        torch.autograd.graph.increment_version(changed)
+
+    def _on(self, device: torch.device, dtypes: set[torch.dtype], op: str) -> Callable[..., Any]:
+        wanted = _dispatch.requested(self.param_groups[0]["backend"])
+        return _dispatch.implementation(op, _dispatch.choose(op, device.type, dtypes, wanted))
+
+    def _forget(self, params: list[Tensor]) -> None:
+        """Moments and their counts become what they are at the start."""
+        zeros = [t for p in params for t in self.state.get(p, {}).values()]
+        if zeros:
+            torch._foreach_zero_(zeros)
+
+    def _set_rank(self, rank: float) -> None:
+        """Gives layers another rank: parameters of other shapes take the places of those that were."""
+        replaced: dict[int, Tensor] = {}
+        for layer in self._layers:
+            old = layer.vectors()[:2]
+            if layer.set_rank(rank):
+                replaced |= {id(p): new for p, new in zip(old, layer.vectors()[:2], strict=True)}
+                for p in old:
+                    self.state.pop(p, None)
+        for group in self.param_groups:
+            group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+        if replaced:
+            self._note_roles()
+
+    def state_dict(self) -> dict[str, Any]:
+        """States and groups as of any optimizer, and ``"sst"``, where training stands."""
+        return super().state_dict() | {"sst": self.progress.as_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned; the model's state dict is to be loaded first.
+
+        Raises:
+            ValueError: a state dict of another optimizer or model; nothing is changed.
+        """
+        progress = state_dict.get("sst", {})
+        fits = set(progress) == set(self.progress.as_dict())
+        require(fits, "SST", "a state dict of SST", f"one with {', '.join(state_dict)}", "Load SST's own.")
+        super().load_state_dict(state_dict)
+        self.progress = Progress(**progress)
