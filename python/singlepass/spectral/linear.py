@@ -57,11 +57,12 @@ class SSTLinear(nn.Module):
         device: of the parameters.
         dtype: of the parameters, torch.float32, bfloat16, float16 or float64.
         backend: "native", "triton" or "eager"; None chooses.
+        weight: the initial W (m, n); None initialises as torch.nn.Linear does.
 
     Parameters: ``singular_values`` (k,), the active ones first; ``active_u`` (rank, m) and ``active_v`` (rank, n);
     ``frozen_u`` (k - rank, m) and ``frozen_v`` (k - rank, n), which take no gradient; ``bias`` (m,) or None. Buffers:
-    ``scales_u`` and ``scales_v``, the factors of int8 codes. A new layer is initialised as torch.nn.Linear is, and
-    then decomposed.
+    ``scales_u`` and ``scales_v``, the factors of int8 codes. The initial weight is
+    decomposed in float64.
 
     Raises:
         ValueError: sizes, a rank or options that don't fit.
@@ -100,6 +101,7 @@ class SSTLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         sizes = (in_features, out_features)
@@ -111,20 +113,25 @@ class SSTLinear(nn.Module):
         for name, value, known in (("gradient", gradient, GRADIENTS), ("evaluation", evaluation, EVALUATIONS)):
             require(value in known, "SSTLinear", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
         self.gradient, self.evaluation, self.backend = gradient, evaluation, backend
-        options = {"device": device, "dtype": torch.get_default_dtype() if dtype is None else dtype}
-        stored = options["dtype"] if frozen_dtype is None else frozen_dtype
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        stored = dtype if frozen_dtype is None else frozen_dtype
         k, rest = min(sizes), min(sizes) - self.rank
-        self.singular_values = nn.Parameter(torch.empty(k, **options))
-        self.active_u = nn.Parameter(torch.empty(self.rank, self.out_features, **options))
-        self.active_v = nn.Parameter(torch.empty(self.rank, self.in_features, **options))
+        self.singular_values = nn.Parameter(torch.empty(k, device=device, dtype=dtype))
+        self.active_u = nn.Parameter(torch.empty(self.rank, self.out_features, device=device, dtype=dtype))
+        self.active_v = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
         for side, columns in (("u", self.out_features), ("v", self.in_features)):
             rows = torch.empty(rest, columns, device=device, dtype=stored)
             self.register_parameter(f"frozen_{side}", nn.Parameter(rows, requires_grad=False))
             factors = factors_shape(rest, columns, stored)
             self.register_buffer(f"scales_{side}", torch.empty(factors, device=device, dtype=torch.float32))
-        self.register_parameter("bias", nn.Parameter(torch.empty(self.out_features, **options)) if bias else None)
+        offset = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", offset)
+        if weight is None:
+            self.reset_parameters()
+        else:
+            self.set_weight(weight)
+            self._reset_bias()
         _layers.add(self)
-        self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -143,11 +150,12 @@ class SSTLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialises as torch.nn.Linear does."""
-        if self.active_u.is_meta:
-            return
         weight = torch.empty(self.out_features, self.in_features, device=self.active_u.device)
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self.set_weight(weight)
+        self._reset_bias()
+
+    def _reset_bias(self) -> None:
         if self.bias is not None:
             bound = 1.0 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
@@ -159,6 +167,8 @@ class SSTLinear(nn.Module):
         Raises:
             ValueError: another shape, or values that are not finite; nothing is changed.
         """
+        if weight.is_meta:
+            return
         shape = (self.out_features, self.in_features)
         require(
             tuple(weight.shape) == shape, "SSTLinear", f"a weight of shape {shape}", tuple(weight.shape), "Check it."
@@ -248,23 +258,21 @@ class SSTLinear(nn.Module):
             linear.out_features,
             rank,
             linear.bias is not None,
-            device="meta",
+            device=weight.device,
             dtype=weight.dtype,
+            weight=weight.detach(),
             **options,
         )
-        layer.to_empty(device=weight.device)
-        layer.set_weight(weight.detach())
-        if linear.bias is not None:
+        if layer.bias is not None:
             with torch.no_grad():
-                layer.bias.copy_(linear.bias)  # type: ignore[union-attr]
-        layer.train(linear.training)
-        return layer
+                layer.bias.copy_(linear.bias)
+        return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """A torch.nn.Linear with this weight and bias, of the same device and dtype."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight())
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.detach().clone()))
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -124,8 +124,8 @@ class SST(AdamW):
         for name, value, known in (("sampling", sampling, SAMPLINGS), ("warmup_shape", warmup_shape, WARMUPS)):
             require(value in known, "SST", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
         flags = {"warmup_all": warmup_all, "reset_singular_values": reset_singular_values}
-        for name, value in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
-            require(isinstance(value, bool), "SST", f"{name} True or False", repr(value), "Pass one of them.")
+        for name, flag in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
+            require(isinstance(flag, bool), "SST", f"{name} True or False", repr(flag), "Pass one of them.")
         require(tolerance >= 0.0, "SST", "tolerance >= 0", tolerance, "Pass 0 to decompose after every round.")
         require(
             isinstance(seed, Integral) and 0 <= seed < 2**63, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int."
