@@ -25,19 +25,6 @@ void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStrea
   }
 }
 
-double sum_of_squares(const float* values, int64_t n) {
-  constexpr int kLanes = 16;
-  double lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(values[i + k]) * values[i + k];
-  }
-  for (int k = 0; i + k < n; ++k) lanes[k] += static_cast<double>(values[i + k]) * values[i + k];
-  double sum = 0.0;
-  for (int k = 0; k < kLanes; ++k) sum += lanes[k];
-  return sum;
-}
-
 GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptions& options,
                        const ParallelFor& parallel_for) {
   const std::vector<Chunk> chunks = make_chunks(tensors.data(), 0, static_cast<int64_t>(tensors.size()), kCpuChunk);
@@ -52,7 +39,7 @@ GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptio
                             for (int64_t start = chunks[i].index * kCpuChunk; start < stop; start += kTile) {
                               const int64_t count = std::min(kTile, stop - start);
                               const TileView g(const_cast<void*>(t.grad), t.grad_dtype, start, count, buffer, true);
-                              partials[i] += sum_of_squares(g.values, count);
+                              partials[i] += dot(g.values, g.values, count);
                             }
                           }
                         });

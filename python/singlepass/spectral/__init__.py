@@ -4,8 +4,8 @@
 from .convert import HEADS, convert, merge
 from .frozen import training_nbytes
 from .functional import lorentz, sst_linear
+from .hyperbolic import LorentzLinear
 from .linear import SSTLinear
-from .lorentz import LorentzLinear
 from .optimizer import SST
 
 __all__ = ["HEADS", "SST", "LorentzLinear", "SSTLinear", "convert", "lorentz", "merge", "sst_linear", "training_nbytes"]

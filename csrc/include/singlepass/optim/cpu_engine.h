@@ -8,6 +8,7 @@
 
 #include "singlepass/common/convert.h"
 #include "singlepass/common/philox.h"
+#include "singlepass/common/sums.h"
 #include "singlepass/optim/cpu.h"
 #include "singlepass/optim/table.h"
 
@@ -19,9 +20,6 @@ inline constexpr int64_t kCpuChunk = 32768;
 inline constexpr int64_t kTile = 1024;
 
 SINGLEPASS_TARGET_CLONES void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random);
-
-// Sum of squares in a fixed order that does not depend on the vector width; no float's square overflows it.
-SINGLEPASS_TARGET_CLONES double sum_of_squares(const float* values, int64_t n);
 
 template <class Rule, Pass pass, size_t... K>
 SINGLEPASS_HD void run_elements(const typename Rule::Coefficients& coefficients, float factor, int64_t n, float* p,
@@ -98,7 +96,7 @@ void run_chunk(const TensorRecord& t, const typename Rule::Coefficients& c, cons
     }
     run_elements<Rule, pass>(c, factor, n, p.values, g.values, states, terms[0], terms[1]);
     if constexpr (pass == kNormPass) {
-      for (int i = 0; i < kNorms; ++i) squares[i] += sum_of_squares(terms[i], n);
+      for (int i = 0; i < kNorms; ++i) squares[i] += dot(terms[i], terms[i], n);
     }
     for (int k = 0; k < Rule::kStates; ++k) {
       if ((kAccess.writes & (kState << k)) && t.state_dtype[k] != DType::kFloat32) {

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "singlepass/common/dtype.h"
+#include "singlepass/optim/table.h"
+
+// What the ops of sparse spectral training work on; python/singlepass/_ops/spectral.py says what they do.
+namespace singlepass::spectral {
+
+// Columns of a row of int8 codes that share a factor.
+inline constexpr int64_t kBlock = 128;
+
+// Rows of contiguous elements, `stride` elements apart.
+struct Matrix {
+  void* data;
+  DType dtype;
+  int64_t stride;
+};
+
+// q *= s by columns, and the column sums of q * t: (tokens, values). Sums are made block by block of rows, then over the
+// blocks: `partials` has room for block_count(tokens) * values numbers.
+struct Scale {
+  Matrix q, t;
+  const float* s;
+  float* sums;
+  double* partials;
+  int64_t tokens, values;
+};
+
+inline constexpr int64_t kScaleRows = 32;
+inline constexpr int64_t kScaleBlocks = 64;
+
+// The rows of a block, a multiple of kScaleRows, depend on the number of tokens alone, and so do the sums' bits.
+SINGLEPASS_HD int64_t block_rows(int64_t tokens) {
+  const int64_t units = (tokens + kScaleRows - 1) / kScaleRows;
+  return (units + kScaleBlocks - 1) / kScaleBlocks * kScaleRows;
+}
+
+SINGLEPASS_HD int64_t block_count(int64_t tokens) {
+  return tokens == 0 ? 0 : (tokens + block_rows(tokens) - 1) / block_rows(tokens);
+}
+
+// A parameter of AdamW that stays within a set: rows of unit length, or, with columns = 0, values that are not negative.
+struct Constrained {
+  optim::TensorRecord tensor;
+  int64_t columns;
+};
+
+// Draws of one layer: `rank` of `count` places. `exchange` (rank,): the frozen row that comes to each place, or -1.
+struct Draw {
+  const void* s;
+  DType dtype;
+  int64_t count, rank, id;
+  int64_t* exchange;
+};
+
+struct DrawOptions {
+  uint64_t seed, draw;
+  double uniform;
+};
+
+// Rows to exchange between two segments. Frozen rows are int8 codes where `scales` is not null, (columns + 127) / 128
+// factors for each row.
+struct Swap {
+  void* active;
+  void* frozen;
+  float* scales;
+  const int64_t* exchange;
+  DType active_dtype, frozen_dtype;
+  int64_t rank, columns;
+};
+
+// HyboNet's map of rows (rows, columns), contiguous. In the forward pass grad and grad_scale are null; in the backward
+// pass `out` is the gradient of z, and `partials` has room for lorentz_blocks(rows) numbers.
+struct Lorentz {
+  const void* z;
+  const void* grad;
+  void* out;
+  double* partials;
+  float* grad_scale;
+  const float* log_scale;
+  DType dtype;
+  float k, offset;
+  int64_t rows, columns;
+};
+
+}  // namespace singlepass::spectral
