@@ -17,8 +17,8 @@ struct Matrix {
   int64_t stride;
 };
 
-// q *= s by columns, and the column sums of q * t: (tokens, values). Sums are made block by block of rows, then over the
-// blocks: `partials` has room for block_count(tokens) * values numbers.
+// q *= s by columns, and the column sums of q * t: (tokens, values). Sums are made block by block of rows, then over
+// the blocks: `partials` has room for block_count(tokens) * values numbers.
 struct Scale {
   Matrix q, t;
   const float* s;
@@ -40,7 +40,8 @@ SINGLEPASS_HD int64_t block_count(int64_t tokens) {
   return tokens == 0 ? 0 : (tokens + block_rows(tokens) - 1) / block_rows(tokens);
 }
 
-// A parameter of AdamW that stays within a set: rows of unit length, or, with columns = 0, values that are not negative.
+// A parameter of AdamW that stays within a set: rows of unit length, or, with columns = 0, values that are not
+// negative.
 struct Constrained {
   optim::TensorRecord tensor;
   int64_t columns;
