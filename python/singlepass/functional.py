@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _dispatch
+from ._autograd import only_once
 from ._errors import message, require
 from ._ops.rational import FORMS, MAX_DEGREES
 
@@ -24,18 +25,6 @@ def _refuse_tangents(backend: str, *tensors: Tensor) -> None:
     """Kernels would drop the tangents of forward-mode differentiation: results would look constant."""
     if backend != "eager" and any(unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(message("rational", "differentiation in reverse mode", "a tangent of forward mode", _PLAIN))
-
-
-class _OnlyOnce(torch.autograd.Function):
-    """A gradient that depends on tensors in a way that nobody can differentiate."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *tensors: Tensor | None) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise RuntimeError(message("rational", "to be differentiated once", "a gradient of its gradient", _PLAIN))
 
 
 class _Rational(torch.autograd.Function):
@@ -68,9 +57,7 @@ class _Rational(torch.autograd.Function):
         run = _dispatch.implementation("rational_backward", ctx.backend)
         with torch.no_grad():
             grads = run(grad, *inputs, seed=seed, **ctx.options)
-        # With create_graph=True a gradient that looked constant would make second derivatives silently wrong.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = tuple(_OnlyOnce.apply(g, grad, *inputs) for g in grads)
+        grads = only_once("rational", _PLAIN, grads, grad, *inputs)
         wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True))
         return (*wanted, None, None, None, None, None)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
+from .._autograd import only_once
 from .._errors import require
 from .product import Sizes, SSTProduct, evaluation_of
 
@@ -115,10 +115,12 @@ class _Lorentz(torch.autograd.Function):
         return _dispatch.implementation("lorentz", backend)(z, log_scale, **ctx.options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         run = _dispatch.implementation("lorentz_backward", ctx.backend)
-        return (*run(grad.contiguous(), *ctx.saved_tensors, **ctx.options), None, None, None)
+        with torch.no_grad():
+            grads = run(grad.contiguous(), *ctx.saved_tensors, **ctx.options)
+        remedy = "Evaluate singlepass.reference.spectral.lorentz, plain PyTorch, for that."
+        return *only_once("lorentz", remedy, grads, grad, *ctx.saved_tensors), None, None, None
 
 
 def lorentz(z: Tensor, log_scale: Tensor, *, k: float = 1.0, offset: float = 1.1, backend: str | None = None) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _dispatch
+from .._autograd import only_once
 from ..reference.spectral import decode
+
+_PLAIN = "Evaluate singlepass.reference.spectral.linear, plain PyTorch, for that."
 
 # Columns of the dense gradient that exist at a time where W is materialised.
 PANEL = 512
@@ -39,7 +41,7 @@ def flops(sizes: Sizes, training: bool) -> dict[str, int]:
 def evaluation_of(sizes: Sizes, training: bool) -> str:
     """The way with fewer operations: W is worth its making from about twice as many tokens as it has rows."""
     counts = flops(sizes, training)
-    return min(counts, key=lambda way: counts[way])
+    return "materialized" if counts["materialized"] < counts["factored"] else "factored"
 
 
 class _Segment(NamedTuple):
@@ -74,8 +76,10 @@ def _scaled(rows: Tensor, s: Tensor) -> Tensor:
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, in total's memory."""
-    return a @ b if total is None else total.addmm_(a, b)
+    """total + a @ b, where total is None, a bias, or a matrix whose memory is taken for the result."""
+    if total is None:
+        return a @ b
+    return total.addmm_(a, b) if total.dim() == 2 else torch.addmm(total.to(a.dtype), a, b)
 
 
 def _materialize(segments: list[_Segment]) -> Tensor:
@@ -86,14 +90,15 @@ def _materialize(segments: list[_Segment]) -> Tensor:
     return weight
 
 
-def _through_factors(x: Tensor, segments: list[_Segment]) -> tuple[Tensor, list[Tensor]]:
-    """x W^T and the parts of t = x V^T."""
-    y, parts = None, []
+def _through_factors(x: Tensor, segments: list[_Segment], bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """x W^T + b and the parts of t = x V^T."""
+    y, parts = bias, []
     for u, s, v in segments:
         t = x @ v.mT
         parts.append(t)
-        # The smaller factor is the one to be scaled.
-        y = _plus(y, (t * s).to(t.dtype), u) if len(t) < u.shape[1] else _plus(y, t, _scaled(u, s))
+        # The smaller factor is the one to be scaled; a traced graph is for any number of tokens.
+        few = torch.compiler.is_compiling() or t.shape[0] < u.shape[1]
+        y = _plus(y, (t * s).to(t.dtype), u) if few else _plus(y, t, _scaled(u, s))
     assert y is not None
     return y, parts
 
@@ -121,41 +126,39 @@ class SSTProduct(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         if evaluation == "materialized":
             weight = _materialize(segments)
-            y, saved = rows @ weight.mT, [weight]
+            y, saved = _plus(bias, rows, weight.mT), [weight]
         else:
-            y, saved = _through_factors(rows, segments)
-        if bias is not None:
-            y += bias
+            y, saved = _through_factors(rows, segments, bias)
         ctx.save_for_backward(x, active_u, active_v, s, frozen_u, frozen_v, scales_u, scales_v, *saved)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.options = gradient, evaluation, backend
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, active_u, active_v, s, *frozen = ctx.saved_tensors[:8]
         saved = ctx.saved_tensors[8:]
         gradient, evaluation, backend = ctx.options
-        segments = _segments(active_u, active_v, s, tuple(frozen), x.dtype)
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needed = ctx.needs_input_grad
-        if evaluation == "materialized":
-            grads = _gradients_from_weight(g, rows, segments, saved[0], needed)
-        else:
-            grads = _gradients_from_factors(g, rows, segments, saved, needed, backend)
-        grad_x, grad_u, grad_v, grad_s = grads
-        if gradient == "default":
-            values = s[: len(active_u)].unsqueeze(-1)
-            grad_u, grad_v = (None if t is None else t * values for t in (grad_u, grad_v))
-        return (
-            None if grad_x is None else grad_x.view(x.shape),
-            None if grad_u is None else grad_u.to(active_u.dtype),
-            None if grad_v is None else grad_v.to(active_v.dtype),
-            None if grad_s is None else grad_s.to(s.dtype),
-            g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None,
-            *[None] * 7,
-        )
+        with torch.no_grad():
+            segments = _segments(active_u, active_v, s, tuple(frozen), x.dtype)
+            if evaluation == "materialized":
+                grads = _gradients_from_weight(g, rows, segments, saved[0], needed)
+            else:
+                grads = _gradients_from_factors(g, rows, segments, saved, needed, backend)
+            grad_x, grad_u, grad_v, grad_s = grads
+            if gradient == "default":
+                values = s[: active_u.shape[0]].unsqueeze(-1)
+                grad_u, grad_v = (None if t is None else t * values for t in (grad_u, grad_v))
+            cast = (
+                None if grad_x is None else grad_x.view(x.shape),
+                None if grad_u is None else grad_u.to(active_u.dtype),
+                None if grad_v is None else grad_v.to(active_v.dtype),
+                None if grad_s is None else grad_s.to(s.dtype),
+                g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None,
+            )
+        return *only_once("sst_linear", _PLAIN, cast, grad, x, active_u, active_v, s), *[None] * 7
 
 
 # Of x, active_u, active_v and s, where wanted; those of the vectors are enhanced: without s.
