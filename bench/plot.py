@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import activations, caches, models
+from . import activations, caches, layers, models
 from .results import Row, Run
 
 if TYPE_CHECKING:
@@ -23,16 +23,20 @@ STYLES = {
     "optim": _OURS | {"torch.optim": ("torch.optim", "#e69f00")} | _REST,
     "rational": _OURS | {"yardstick": ("gelu of torch", "#e69f00")} | _REST,
     "kv": _OURS | {"yardstick": ("uncompressed, or a copy", "#e69f00")} | _REST,
+    "spectral": _OURS | {"yardstick": ("full rank, AdamW", "#e69f00")} | _REST,
 }
 TITLES = {m.name: m.title for m in (models.GPT2_SMALL, models.VIT_B16, models.MANY_SMALL, models.TENSORS_300)}
 TITLES |= {a.name: a.title for some in activations.ACTIVATIONS.values() for a in some}
 TITLES |= {shape.name: shape.title for some in caches.SHAPES.values() for shape in some}
-CALLS = activations.TITLES | caches.TITLES
+TITLES |= {shape.name: shape.title for some in layers.SHAPES.values() for shape in some}
+TITLES[layers.MODEL_NAME] = "12 blocks of width 768"
+CALLS = activations.TITLES | caches.TITLES | layers.TITLES
 # What is timed: in a plot's title, and in the line under its axis.
 WORDS = {
     "optim": ("One optimizer step", "a step"),
     "rational": ("Rational activation", "a call"),
     "kv": ("Compressed KV cache", "a call"),
+    "spectral": ("Sparse spectral training", "a call"),
 }
 
 

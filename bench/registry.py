@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("optim", "rational", "kv")
+FAMILIES = ("optim", "rational", "kv", "spectral")
 
 # Kinds of providers. A yardstick is another op than the case's own, for a bar that refers to it.
 COLUMNS = ("native", "triton", "eager", "torch.optim", "yardstick", "torch.compile", "peer")

@@ -6,12 +6,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import activations, caches
+from . import activations, caches, layers
 from .checks import Check, check
 from .registry import FAMILIES, dtype_name
 from .results import Row, Run
@@ -137,6 +138,7 @@ class Calls:
 CALLS = {
     "rational": Calls("x, pass", activations.TITLES, "gelu"),
     "kv": Calls("batch x tokens, op", caches.TITLES, "uncompressed", several=True, cpu_peers=True),
+    "spectral": Calls("width x tokens, op", layers.TITLES, "full rank"),
 }
 
 
@@ -242,6 +244,26 @@ def cache_grid(tokens: int = 32768, width: int = 128) -> Grid:
     return grid
 
 
+def training_grid(width: int = 2048, rank: int = 128) -> Grid:
+    """Bytes that training a square layer keeps, counted on its tensors; GaLore's by its formula."""
+    from singlepass.spectral import SSTLinear, training_nbytes
+
+    layer = partial(SSTLinear, width, width, rank, False, device="meta")
+    dense = training_nbytes(torch.nn.Linear(width, width, False, device="meta"))
+    rows = {"full rank, AdamW": dense}
+    # galore-torch: the dense weight and gradient, a projector, and two moments of rank rows.
+    galore = {"weights": dense["weights"], "gradients": dense["gradients"], "states": 3 * rank * width * 4}
+    rows["GaLore, float32"] = galore | {"total": sum(galore.values())}
+    for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16), ("int8", torch.int8)):
+        rows[f"SST, frozen vectors in {name}"] = training_nbytes(layer(frozen_dtype=dtype))
+    parts = list(dense)
+    grid = Grid(f"MiB that training a {width} x {width} layer keeps, rank {rank}", ["", *parts, "of full rank"])
+    for name, counts in rows.items():
+        grid.lines.append([name, *(number(counts[part] / 2**20) for part in parts)])
+        grid.lines[-1].append(f"{100 * counts['total'] / dense['total']:.0f} %")
+    return grid
+
+
 def machine_line(run: Run) -> str:
     commit = f"commit {run.commit}{' with local changes' if run.dirty else ''}" if run.commit else "no commit"
     return f"{run.device_line}; copy bandwidth {run.copy_gbps:.0f} GB/s; {commit}."
@@ -254,6 +276,8 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
         return traffic_grid().markdown()
     if name == "caches":
         return cache_grid().markdown()
+    if name == "training-memory":
+        return training_grid().markdown()
     if run is None:
         return f"{NOT_MEASURED}\n"
     if name == "machine":
@@ -266,7 +290,7 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
         picked = grids(run, **{key: value for key, value in options.items() if key in ("family", "size", "dtype")})
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
-        "bench table: expected a marker machine, checks, traffic, caches, plot, "
+        "bench table: expected a marker machine, checks, traffic, caches, training-memory, plot, "
         f"{', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
     )
 

@@ -42,6 +42,11 @@ TOLERANCES = {
     "lars_step_": Tolerance(2, 1, "norms are summed in float64 in another order; their ratio is rounded once"),
     "sgdsai_step_": _SAME_BITS,
     "grad_norm": Tolerance(2, 1, "summed in float64 in another order, then rounded once"),
+    "spectral_step_": Tolerance(
+        2,
+        4,
+        "as for a root; the norm is summed in float64 in another order and rounded once, and one more product is",
+    ),
     "stream_": Tolerance(1, 0, "values stay what they are"),
 }
 

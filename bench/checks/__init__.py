@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from ..results import Row, Run
-from . import kv, optim, rational
+from . import kv, optim, rational, spectral
 from .bars import Check, exit_status
 
 __all__ = ["Check", "check", "exit_status"]
 
-FAMILIES = {"optim": optim, "rational": rational, "kv": kv}
+FAMILIES = {"optim": optim, "rational": rational, "kv": kv, "spectral": spectral}
 
 
 def check(run: Run, family: str | None = None) -> list[Check]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from singlepass.kv import Quantized
 
+from ..placed import implementation
 from ..simt.bounded import Bounded
 from ..tolerances import assert_within
 from . import truth
-from .places import decode_attention, implementation
+from .places import decode_attention
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 WIDTHS = (16, 48, 64, 80, 96, 128, 256, 512)

@@ -12,6 +12,7 @@ from singlepass.kv import Quantized
 from singlepass.kv.functional import quantize_into
 from singlepass.reference import kv as reference
 
+from ..placed import implementation
 from ..simt.bounded import SMALLEST
 from ..tolerances import assert_same_bits
 from . import truth
@@ -30,7 +31,7 @@ from .inputs import (
     restored,
     tokens,
 )
-from .places import dequantize, implementation, quantize
+from .places import dequantize, quantize
 
 INF = float("inf")
 # What steps belong to: axis, channels in a group, whether channels are divided first.

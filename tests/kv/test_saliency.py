@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ..placed import implementation
 from ..simt.bounded import HALF_ULP, Bounded
 from ..tolerances import assert_same_bits
 from . import truth
 from .inputs import NAN, WIDTHS, check_bounds, each_backend, each_dtype, each_layout, exact, generator, tokens
-from .places import implementation, probe_saliency
+from .places import probe_saliency
 
 POSITIONS = [36, 3, 17, 17, 0, 30, 31, 36]  # in no order, some twice
 

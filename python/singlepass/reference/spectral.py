@@ -39,7 +39,7 @@ def scale_(q: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 def _unit_rows(p: Tensor) -> Tensor:
     norm = p.double().square().sum(-1, keepdim=True).sqrt()
-    return p * torch.where(norm > 0, 1.0 / norm, 1.0).to(p.dtype)
+    return p * torch.where(norm == 0, 1.0, 1.0 / norm).to(p.dtype)
 
 
 def step_(

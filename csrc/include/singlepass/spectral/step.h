@@ -14,9 +14,9 @@ struct StepOptions {
   bool project;  // takes from each row's gradient its part along the row first
 };
 
-// What makes a row of this sum of squares a unit vector; a row of zeros stays.
+// What makes a row of this sum of squares a unit vector; a row of zeros stays, one with a NaN becomes NaN.
 SINGLEPASS_HD float inverse_norm(double squares) {
-  return squares > 0.0 ? static_cast<float>(1.0 / sqrt(squares)) : 1.0f;
+  return squares == 0.0 ? 1.0f : static_cast<float>(1.0 / sqrt(squares));
 }
 
 // NaN stays NaN.
