@@ -136,17 +136,17 @@ class SSTProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, active_u, active_v, s, *frozen = ctx.saved_tensors[:8]
-        saved = ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks a tensor a single time
+        x, active_u, active_v, s, *frozen = saved[:8]
         gradient, evaluation, backend = ctx.options
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needed = ctx.needs_input_grad
         with torch.no_grad():
             segments = _segments(active_u, active_v, s, tuple(frozen), x.dtype)
             if evaluation == "materialized":
-                grads = _gradients_from_weight(g, rows, segments, saved[0], needed)
+                grads = _gradients_from_weight(g, rows, segments, saved[8], needed)
             else:
-                grads = _gradients_from_factors(g, rows, segments, saved, needed, backend)
+                grads = _gradients_from_factors(g, rows, segments, saved[8:], needed, backend)
             grad_x, grad_u, grad_v, grad_s = grads
             if gradient == "default":
                 values = s[: active_u.shape[0]].unsqueeze(-1)

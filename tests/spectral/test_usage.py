@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In training loops as they are: accumulation, autocast, loss scaling, schedulers, Trainer, data parallelism."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from singlepass import spectral
+from singlepass.spectral import SST
+
+from ..tolerances import assert_same_bits
+from .test_optimizer import SCHEDULE, layers_of, model_of, snapshot
+
+
+def loss_of(model: nn.Module, step: int, tokens: int = 8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x, y = (torch.randn(tokens, n, generator=generator) for n in (12, 5))
+    return (model(x) - y).square().mean()
+
+
+def test_trains() -> None:
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+    losses = []
+    for _ in range(60):
+        losses.append(loss_of(model, 0))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    model, other = model_of(), model_of()
+    optimizers = [SST(m, lr=1e-2, **SCHEDULE) for m in (model, other)]
+    x, y = torch.randn(8, 12), torch.randn(8, 5)
+    (model(x) - y).square().mean().backward()
+    for part in (slice(0, 4), slice(4, 8)):
+        ((other(x[part]) - y[part]).square().mean() / 2).backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_loss_scaling_skips_what_overflowed() -> None:
+    model, plain = model_of(), model_of()
+    optimizer, reference = (SST(m, lr=1e-2, eps=1e-6, **SCHEDULE) for m in (model, plain))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    for step in range(7):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if step == 2:
+            layers_of(model)[0].active_u.grad[0, 0] = float("inf")
+            before = [p.detach().clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 2:
+            for p, was in zip(model.parameters(), before, strict=True):
+                assert_same_bits(p.detach(), was)
+            reference.step()  # without gradients: it counts, as a skipped step does
+            continue
+        reference.zero_grad()
+        loss_of(plain, step).backward()
+        reference.step()
+        reference.zero_grad()
+    assert scaler.get_scale() == 512.0
+    assert optimizer.progress == reference.progress
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_and_a_scheduler() -> None:
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-4)
+    losses = []
+    for _ in range(40):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(loss_of(model, 0))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+        scheduler.step()
+    assert losses[-1] < 0.5 * losses[0]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_a_closure() -> None:
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+def _parallel(rank: int, folder: str) -> None:
+    """One process of two: other data, another generator; the draws and the weights must be the same."""
+    os.environ |= {"MASTER_ADDR": "localhost", "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model = model_of()
+    parallel = DistributedDataParallel(model)
+    torch.manual_seed(rank)
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+    for step in range(14):
+        optimizer.zero_grad()
+        loss_of(parallel, 2 * step + rank).backward()
+        optimizer.step()
+    torch.save([optimizer.progress.as_dict(), *snapshot(model)], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_of_a_data_parallel_job_stay_together(tmp_path: Path) -> None:
+    mp.spawn(_parallel, (str(tmp_path),), nprocs=2)
+    (progress, *first), (other, *second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert progress == other == {"round": 1, "iteration": 0, "step": 2, "draws": 4}
+    for a, b in zip(first, second, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.slow
+def test_transformers_trainer(tmp_path: Path) -> None:
+    """A Llama from a config, trained, saved in the middle of an iteration, and resumed bit for bit."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    tokens = torch.randint(64, (32, 16), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+
+    def train(folder: Path, steps: int, resume: str | None = None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = spectral.convert(transformers.LlamaForCausalLM(config), 4)
+        assert type(model.lm_head) is nn.Linear
+        optimizer = SST(model, lr=1e-2, **SCHEDULE)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        arguments = transformers.TrainingArguments(
+            str(folder), max_steps=steps, per_device_train_batch_size=4, save_steps=6, report_to=[], use_cpu=True,
+            disable_tqdm=True, gradient_accumulation_steps=2, logging_strategy="no",
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, scheduler))
+        trainer.train(resume_from_checkpoint=resume)
+        return snapshot(model)
+
+    whole = train(tmp_path / "whole", 10)
+    resumed = train(tmp_path / "again", 10, str(tmp_path / "whole" / "checkpoint-6"))
+    for a, b in zip(resumed, whole, strict=True):
+        assert_same_bits(a, b)
