@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 TRAIN, UPDATE, SCALE = "sst_linear", "spectral_step_", "spectral_scale_"
 SAMPLE, SWAP = "spectral_sample", "spectral_swap_"
+DECOMPOSE = "decompose"
 LORENTZ, LORENTZ_BACKWARD = "lorentz", "lorentz_backward"
 TITLES = {
     TRAIN: "training step",
@@ -14,6 +15,7 @@ TITLES = {
     SCALE: "scale and sum",
     SAMPLE: "draw vectors",
     SWAP: "swap vectors",
+    DECOMPOSE: "decompose again",
     LORENTZ: "to the hyperboloid",
     LORENTZ_BACKWARD: "to the hyperboloid, backward",
 }

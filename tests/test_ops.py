@@ -24,6 +24,8 @@ from .optim.steps import rule_of
 from .rational import test_compile as test_compile_rational
 from .rational import test_functional
 from .simt.truth import CASES
+from .spectral import test_compile as test_compile_spectral
+from .spectral import test_ops as test_ops_spectral
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -39,6 +41,12 @@ FLOAT64_TESTS: dict[str, Callable[..., None]] = {
     "kv_saliency": test_saliency_kv.test_against_float64,
     "rational": test_functional.test_against_float64,
     "rational_backward": test_functional.test_against_float64,
+    "lorentz": test_ops_spectral.test_lorentz,
+    "lorentz_backward": test_ops_spectral.test_lorentz,
+    "spectral_sample": test_ops_spectral.test_draws_follow_the_distribution,
+    "spectral_scale_": test_ops_spectral.test_scale,
+    "spectral_step_": test_ops_spectral.test_step,
+    "spectral_swap_": test_ops_spectral.test_swap,
     "stream_": test_stream.test_values_stay,
 }
 OPCHECKS: dict[str, Callable[..., None]] = {
@@ -50,10 +58,17 @@ OPCHECKS: dict[str, Callable[..., None]] = {
     "kv_saliency": test_compile_kv.test_saliency_op_passes_opcheck,
     "rational": test_compile_rational.test_ops_pass_opcheck,
     "rational_backward": test_compile_rational.test_ops_pass_opcheck,
+    **dict.fromkeys(
+        ("lorentz", "lorentz_backward", "spectral_sample", "spectral_scale_", "spectral_step_", "spectral_swap_"),
+        test_compile_spectral.test_ops_pass_opcheck,
+    ),
     "stream_": test_compile.test_stream_passes_opcheck,
 }
 # Of the ops that have a backward op.
-GRADIENT_TESTS: dict[str, Callable[..., None]] = {"rational": test_functional.test_gradcheck}
+GRADIENT_TESTS: dict[str, Callable[..., None]] = {
+    "lorentz": test_ops_spectral.test_lorentz_gradients_in_float64,
+    "rational": test_functional.test_gradcheck,
+}
 
 # Measured inside the steps that use it; and the op that measures the others.
 MEASURED_WITHIN = {"grad_norm": "lamb_step_"}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers import (
+    DECOMPOSE,
     LORENTZ,
     LORENTZ_BACKWARD,
     MODEL,
@@ -32,7 +33,7 @@ GATE_SHAPE = LayerShape(48, 37)
 GATE_MODEL = ((48, 32), (32, 80))
 # Allowed error of each element relative to the element plus the mean magnitude. Tests judge the last bits.
 GATE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}
-ADAMW = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+ADAMW: dict[str, Any] = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 FLOPS_UPDATE = 17  # of an element: AdamW's, and a row's norm and division
 
 Call = Callable[[], tuple[Tensor, ...]]
@@ -85,7 +86,7 @@ def model_data(layers: tuple[tuple[int, int], ...], dtype: torch.dtype, device: 
     return Data(lists).copied(dtype)
 
 
-def states_of(params: Sequence[Tensor]) -> tuple[list[Tensor], ...]:
+def states_of(params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Two moments and a count for each parameter."""
 
     def zeros() -> list[Tensor]:
@@ -104,7 +105,7 @@ def train(backend: str, data: Data) -> Call:
     layer.set_factors(u, s, v)
     optimizer = SST(layer, steps_per_iteration=1 << 30, backend=backend)
     parameters = layer.singular_values, layer.active_u, layer.active_v
-    return training_step(layer, parameters, optimizer, data)
+    return training_step(layer, parameters, optimizer.step, data)
 
 
 def train_eager(data: Data) -> Call:
@@ -122,33 +123,37 @@ def train_eager(data: Data) -> Call:
         p.detach().clone().requires_grad_() for p in (*layer.vectors()[:2], layer.singular_values)
     )
     parameters = values, active_u, active_v
-    states = states_of(parameters)
+    moments, squares, counts = states_of(parameters)
     lr = torch.tensor(1e-3)
 
     def call(x: Tensor) -> Tensor:
-        return linear(x, torch.cat((active_u, layer.frozen_u)), values, torch.cat((active_v, layer.frozen_v)))
+        active = linear(x, active_u, values[:rank], active_v)
+        return active + linear(x, layer.frozen_u, values[rank:], layer.frozen_v)
 
-    class Optimizer:
-        def step(self) -> None:
-            with torch.no_grad():
-                for p in (active_u, active_v):
-                    p.grad /= values[:rank, None]
-                step_(parameters, [p.grad for p in parameters], *states, lr, **ADAMW)
+    @torch.no_grad()
+    def step() -> None:
+        grad_s, *vectors = grads_of(parameters)
+        for grad in vectors:
+            grad /= values[:rank, None]
+        step_(parameters, [grad_s, *vectors], moments, squares, counts, lr, **ADAMW)
 
-    return training_step(call, parameters, Optimizer(), data)
+    return training_step(call, parameters, step, data)
 
 
 def train_full_rank(data: Data) -> Call:
     """A dense layer with AdamW."""
     from singlepass.optim import AdamW
 
-    u, s, v = data["factors"]
-    weight = torch.nn.Parameter((u * s[:, None]).mT @ v)
-    return training_step(lambda x: F.linear(x, weight), (weight,), AdamW([weight], lr=1e-3), data)
+    weight = torch.nn.Parameter(weight_of(data))
+    return training_step(lambda x: F.linear(x, weight), (weight,), AdamW([weight], lr=1e-3).step, data)
+
+
+def grads_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 def training_step(
-    layer: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...], optimizer: Any, data: Data
+    layer: Callable[[Tensor], Tensor], parameters: tuple[Tensor, ...], update: Callable[[], object], data: Data
 ) -> Call:
     """Returns the output and all gradients."""
     x = data["x"][0].requires_grad_()
@@ -158,8 +163,8 @@ def training_step(
             p.grad = None
         y = layer(x)
         y.backward(data["grad"][0])
-        optimizer.step()
-        return (y.detach(), *(p.grad for p in (x, *parameters)))  # type: ignore[misc]
+        update()
+        return (y.detach(), *grads_of((x, *parameters)))
 
     return call
 
@@ -220,6 +225,24 @@ def swap(backend: str, data: Data) -> Call:
     return call
 
 
+def decompose(backend: str, data: Data) -> Call:
+    """Singular values of a weight; its vectors are made beside them."""
+    from singlepass.spectral.decompose import decompose as run
+
+    weight = weight_of(data)
+    return lambda: (run(weight)[1],)
+
+
+def decompose_by_library(data: Data) -> Call:
+    weight = weight_of(data)
+    return lambda: (torch.linalg.svd(weight.float() if weight.dtype.itemsize < 4 else weight).S,)
+
+
+def weight_of(data: Data) -> Tensor:
+    u, s, v = data["factors"]
+    return (u * s[:, None]).mT @ v
+
+
 def lorentz(backend: str, data: Data) -> Call:
     run, log_scale = implementation(LORENTZ, backend), data["factors"][1][0]
     return lambda: (run(data["x"][0], log_scale, k=1.0, offset=1.1),)
@@ -243,6 +266,7 @@ OWN: dict[str, Callable[[str, Data], Call]] = {
     SCALE: scale,
     SAMPLE: sample,
     SWAP: swap,
+    DECOMPOSE: decompose,
     LORENTZ: lorentz,
     LORENTZ_BACKWARD: lorentz_backward,
 }
@@ -291,6 +315,11 @@ def providers(op: str, ops: tuple[str, ...], dtype: torch.dtype, held: int) -> I
             **options,
         )
 
+    if op == DECOMPOSE:
+        # Made of the library's own parts: one provider, on every device.
+        yield provider("native", "native", Tier.FUSED, partial(decompose, "native"), truth=decompose_by_library)
+        yield provider("torch.linalg.svd", "yardstick", Tier.EAGER, decompose_by_library, truth=decompose_by_library)
+        return
     for name in ("native", "triton"):
         why_not = partial(own_reason, ops, name, dtype)
         yield provider(name, name, Tier.FUSED, partial(OWN[op], name), why_not=why_not)
@@ -314,9 +343,9 @@ def passes(op: str, shape: LayerShape, dtype: torch.dtype) -> tuple[Pass, ...]:
             count = active + values
             return (Pass((count * size,), (count * size, count * 4, count * 4)),)
         return (Pass((values * size,), ()),) if op == SAMPLE else (Pass((), (active * size, active * size)),)
-    if op == LORENTZ_BACKWARD:
-        return (Pass((tokens,), (tokens,)),)
-    return (Pass((tokens,), (tokens,)),) if op == SCALE else (Pass((), (tokens,)),)
+    if op == DECOMPOSE:
+        return (Pass((3 * shape.width**2 * size,), ()),)
+    return (Pass((), (tokens,)),) if op == LORENTZ else (Pass((tokens,), (tokens,)),)
 
 
 def flops(op: str, shape: LayerShape) -> int:
@@ -330,7 +359,9 @@ def flops(op: str, shape: LayerShape) -> int:
     if op in OF_MODELS:
         active = sum(round(RANK * min(m, n)) * (m + n) for m, n in MODEL)
         return active * FLOPS_UPDATE if op == UPDATE else 0
-    return {SCALE: 3, LORENTZ: 3, LORENTZ_BACKWARD: 7}[op] * elements
+    # A decomposition takes some ten products of matrices, by whatever algorithm.
+    per_element = {SCALE: 3, LORENTZ: 3, LORENTZ_BACKWARD: 7, DECOMPOSE: 20 * shape.width**2 / shape.tokens}
+    return round(per_element[op] * elements)
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -347,7 +378,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def case(op: str, shape: LayerShape, dtype: torch.dtype) -> Case:
     of_model = op in OF_MODELS
-    ops = (SCALE, UPDATE, SAMPLE, SWAP) if op == TRAIN else (op,)
+    ops = (SCALE, UPDATE, SAMPLE, SWAP) if op == TRAIN else () if op == DECOMPOSE else (op,)
     elements = sum(m * n for m, n in MODEL) if of_model else shape.width**2
     held = (elements if of_model else 2 * elements + 2 * shape.tokens * shape.width) * 4
     return Case(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..layers import TITLES, TRAIN, UPDATE
+from ..layers import DECOMPOSE, TITLES, TRAIN, UPDATE
 from ..results import Row, Run
 from .bars import Check, fastest, ours, ratio, select, time_over
 
@@ -15,6 +15,7 @@ TIMES_EAGER = {TRAIN: 1.0, UPDATE: 5.0}
 # GPU: what the floating-point operations allow, and 5%.
 TIMES_FULL_RANK_GPU = {2048: 1.24, 4096: 1.42}
 SHARE_OF_COPY = 0.8
+TIMES_SVD_GPU = 5.0
 
 
 def case_of(row: Row) -> str:
@@ -37,6 +38,9 @@ def cuda(run: Run, rows: list[Row]) -> Iterator[Check]:
         dense = select(rows, "full-rank".__eq__)
         limit = TIMES_FULL_RANK_GPU[int(rows[0].size.split("x")[0])]
         yield time_over("time over full-rank AdamW", case_of(rows[0]), native, dense, limit)
+    if op == DECOMPOSE:
+        value = ratio(fastest(select(rows, "torch.linalg.svd".__eq__)), native.times_floor if native else None)
+        yield Check("times faster than torch.linalg.svd", case_of(rows[0]), value, TIMES_SVD_GPU, at_least=True)
     if op == UPDATE:
         share = native.gbps / run.copy_gbps if native and native.gbps else None
         yield Check("share of copy bandwidth", case_of(rows[0]), share, SHARE_OF_COPY, at_least=True)

@@ -16,10 +16,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 RATIONAL = ROOT / "docs" / "rational.md"
 KV = ROOT / "docs" / "kv.md"
+SPECTRAL = ROOT / "docs" / "spectral.md"
 OTHERS = ("timm", "transformers")  # packages whose snippets run where they are installed
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", RATIONAL, KV], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [ROOT / "README.md", RATIONAL, KV, SPECTRAL], ids=lambda path: path.name)
 def test_snippets_run(document: Path) -> None:
     """In the order of the page, in one namespace."""
     snippets = re.findall(r"^```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
