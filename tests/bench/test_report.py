@@ -162,7 +162,7 @@ def test_marked_blocks_are_rewritten(good_run: Run, tmp_path: Path) -> None:
 def test_unknown_marker(good_run: Run, tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text("<!-- bench:optin -->\n<!-- /bench -->\n")
-    with pytest.raises(ValueError, match=r"expected a marker machine, .* plot, optim, rational or kv; got 'optin'"):
+    with pytest.raises(ValueError, match=r"expected a marker machine, .* kv or spectral; got 'optin'"):
         tables.inject(document, lambda *_: good_run, lambda *_: "")
 
 
