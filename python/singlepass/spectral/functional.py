@@ -89,7 +89,7 @@ def sst_linear(
     contract = f"evaluation among {', '.join(EVALUATIONS)}"
     require(evaluation in EVALUATIONS, op, contract, repr(evaluation), "Choose one of them.")
     _check_factors(x, (active_u, frozen_u), (active_v, frozen_v), singular_values)
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != active_u.dtype:
         require(False, op, f"x of {active_u.dtype}, as the vectors", x.dtype, "Convert it, or use torch.autocast.")

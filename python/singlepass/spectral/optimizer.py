@@ -171,10 +171,13 @@ class SST(AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking it; layers for sparse spectral training come with the constructor."""
+        params = param_group["params"]
+        if not isinstance(params, (Tensor, set)):
+            param_group = param_group | {"params": list(params)}
         if self._layers:
-            params = param_group["params"]
             owners = layers_by_parameter()
-            late = any(id(p) in owners for p in ([params] if isinstance(params, Tensor) else list(params)))
+            given = [params] if isinstance(params, Tensor) else param_group["params"]
+            late = any(id(p) in owners for p in given)
             require(not late, "SST", "SSTLinear layers when it is made", "one later", "Make a new optimizer.")
         super().add_param_group(param_group)
 
@@ -250,7 +253,8 @@ class SST(AdamW):
             if not finite:
                 got = f"infinities or NaNs in the layer of parameters {index}"
                 raise RuntimeError(message("SST", "finite layers at the end of a round", got, "Lower lr."))
-            if drift(u.float(), v.float()) > self.tolerance:
+            wide = torch.promote_types(u.dtype, torch.float32)
+            if drift(u.to(wide), v.to(wide)) > self.tolerance:
                 drifted.append(layer)
         for layer in drifted:
             u, s, v = (t.double() for t in layer.factors())
