@@ -34,11 +34,12 @@ PATTERNS = (
 LEFT_OUT = ("docs/kv.md", "docs/examples.md", "tests/examples/")
 HELD_OUT = 10  # one file in so many
 
-LINE = 5  # bytes of a line, such as b"qkTW\n"
-ANSWER = slice(2, 4)  # where the value stands in a line
+LINE = 4  # bytes of a line, such as b"qTW\n"
+ANSWER = slice(1, 3)  # where the value stands in a line
+QUESTION = 3  # bytes of a question, such as b"?q\n"
+NAMES = b"abcdefghijklmnopqrstuvwxyz0123456789"  # keys
 
-KEYS = 10  # at most, of a list in training
-JUMPS = 0.5  # of the lines that are said again in training
+KEYS = 32  # at most, of a list in training
 
 
 @dataclass
@@ -73,65 +74,65 @@ def windows(text: Tensor, length: int, count: int, generator: torch.Generator) -
     return text[starts[:, None] + torch.arange(length)].long()
 
 
-def dictionary(keys: int, generator: torch.Generator) -> Tensor:
-    """Lines of a key, two letters, and a value, two capitals, no key twice: int64 (keys, bytes of a line)."""
-    lines = torch.tensor(list(b"....\n")).repeat(keys, 1)
-    chosen = torch.randperm(26 * 26, generator=generator)[:keys]
-    lines[:, 0], lines[:, 1] = ord("a") + chosen // 26, ord("a") + chosen % 26
-    lines[:, ANSWER] = ord("A") + torch.randint(26, (keys, 2), generator=generator)
+def dictionary(keys: int, generator: torch.Generator, capitals: int = 26) -> Tensor:
+    """Lines of a key and a value, two of the first capitals, no key twice: int64 (keys, bytes of a line)."""
+    lines = torch.tensor(list(b"...\n")).repeat(keys, 1)
+    lines[:, 0] = torch.tensor(list(NAMES))[torch.randperm(len(NAMES), generator=generator)[:keys]]
+    lines[:, ANSWER] = ord("A") + torch.randint(capitals, (keys, 2), generator=generator)
     return lines
 
 
+def questions(lines: Tensor) -> Tensor:
+    """Asks for lines (..., bytes of a line): int64 (..., bytes of a question)."""
+    asked = torch.tensor(list(b"?.\n")).repeat(*lines.shape[:-1], 1)
+    asked[..., 1] = lines[..., 0]
+    return asked
+
+
 def lookups(length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A sequence of lines to train on: a dictionary of 2 keys or more, then its lines again, from a random one on, with
-    jumps to others.
+    """A sequence to train on: a dictionary of 2 keys or more, then questions for lines of it, each answered by it.
 
     Returns:
-        bytes, int64 (length,), and which of them follow from what stands before, bool (length,): values said before,
-        and keys but those that are jumped to.
+        bytes, int64 (length,), and which of them answer, bool (length,): keys and values that were said before.
     """
-    count = -(-length // LINE)
-    keys = int(2 * (min(0.8 * count, KEYS) / 2) ** float(torch.rand((), generator=generator)))
-    jumps = torch.rand(count - keys, generator=generator) < JUMPS
-    jumps[:1] = True
-    steps = torch.where(jumps, torch.randint(keys, (count - keys,), generator=generator), 1)
-    order = torch.cat((torch.arange(keys), steps.cumsum(0) % keys))
-    known = torch.zeros(count, LINE, dtype=torch.bool)
-    known[keys:] = ~jumps[:, None]
-    known[keys:, ANSWER] = True
-    known[:, -1] = False  # the ends of lines teach nothing
-    return dictionary(keys, generator)[order].flatten()[:length], known.flatten()[:length]
+    keys = int(2 * (min(0.8 * length / LINE, KEYS) / 2) ** float(torch.rand((), generator=generator)))
+    lines = dictionary(keys, generator)
+    count = -(-(length - keys * LINE) // (QUESTION + LINE))
+    asked = lines[torch.randint(keys, (count,), generator=generator)]
+    talk = torch.cat((questions(asked), asked), 1)
+    known = torch.zeros(keys * LINE + talk.numel(), dtype=torch.bool)
+    known[keys * LINE :].view_as(talk)[:, QUESTION:-1] = True
+    return torch.cat((lines.flatten(), talk.flatten()))[:length], known[:length]
 
 
-def needles(prompts: int, keys: int, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Dictionaries, int64 (prompts, keys * bytes of a line), and a quotation from each, lines that follow one another
-    from a random one on, int64 (prompts, queries, bytes of a line)."""
-    lines = torch.stack([dictionary(keys, generator) for _ in range(prompts)])
-    first = torch.randint(keys - queries + 1, (prompts, 1), generator=generator)
-    asked = first + torch.arange(queries)
-    return lines.flatten(1), lines.gather(1, asked[..., None].expand(-1, -1, LINE))
+def needles(prompts: int, keys: int, capitals: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Dictionaries with a question for one of their lines, int64 (prompts, keys * bytes of a line + of a question), and
+    those lines, int64 (prompts, bytes of a line)."""
+    lines = torch.stack([dictionary(keys, generator, capitals) for _ in range(prompts)])
+    asked = lines[torch.arange(prompts), torch.randint(keys, (prompts,), generator=generator)]
+    return torch.cat((lines.flatten(1), questions(asked)), 1), asked
 
 
 @dataclass(frozen=True)
 class Training:
     """What is trained, and how long."""
 
-    steps: int = 1800
+    steps: int = 1600
     tokens: int = 1536  # of a step
     # Bytes of a sequence, the share of text beside the lists, and up to which share of the steps. Attention learns to
     # look things up first, and does so soonest in short lists, where there is little else to look at.
     stages: tuple[tuple[int, float, float], ...] = (
-        (48, 0.125, 0.5),
-        (128, 0.7, 0.65),
-        (256, 0.7, 0.85),
+        (48, 0.125, 0.45),
+        (128, 0.4, 0.65),
+        (256, 0.6, 0.85),
         (512, 0.7, 1.0),
     )
-    lr: float = 4e-3
+    lr: float = 2e-3
     hidden: int = 128
-    layers: int = 3
-    query_heads: int = 8
+    layers: int = 2
+    query_heads: int = 4
     heads: int = 2
-    head_dim: int = 32
+    head_dim: int = 64
     seed: int = 0
 
 

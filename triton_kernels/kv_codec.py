@@ -257,7 +257,7 @@ def codec_kernel(
     i_batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
     byte = tl.arange(0, BLOCK_W)[None, :]
     channel = tl.arange(0, 8 // BITS)[:, None] * BYTES + byte
-    m_channel = (byte < BYTES) & (channel < WIDTH)
+    m_channel = byte < BYTES  # [1, BLOCK_W]: of every plane
     o_tokens = i_batch * tokens_batch + i_head * tokens_head
     p_tokens = element_pointer(a_tokens, o_tokens, STORAGE, VECTOR * ELEMENT)
     token_stride = token_stride // VECTOR * VECTOR

@@ -175,7 +175,8 @@ def attend_blocks(
         q = q + (plane,)
         q_bias += tl.sum(plane, 1)
         acc = acc + (tl.zeros((ROWS, V_BLOCK_W), tl.float32),)
-    q_parts, q_factor = in_two_parts(q, BITS)
+    if GROUPS != 0:  # steps of blocks are multiplied in first
+        q_parts, q_factor = in_two_parts(q, BITS)
     most = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     each = integer(segment[9])

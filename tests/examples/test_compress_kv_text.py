@@ -33,8 +33,8 @@ def test_a_quick_run(example: ModuleType, tmp_path: Path, capsys: pytest.Capture
     rows = example.rows_of(result)
     assert [row.name for row in rows] == [scheme.name for scheme in example.schemes()]
     for row in rows:
-        assert len(row.losses) == len(row.accuracies) == len(row.value_losses) == 2
-        assert all(math.isfinite(x) for x in row.losses + row.value_losses)
+        assert len(row.losses) == len(row.found) == 2
+        assert all(math.isfinite(x) for x in row.losses)
         assert (row.bits is None) == (row.family == "quanto")
     bits = [row.bits for row in rows if row.family == "zipcache"]
     assert bits == sorted(bits, reverse=True)
@@ -67,28 +67,42 @@ def test_the_page_says_what_the_result_file_does(
 
 
 def test_noise_is_two_standard_errors(example: ModuleType) -> None:
-    assert example.noise((-0.2, 0.1)) == example.noise((0.1, 0.1)) == "within noise"
-    assert example.noise((0.21, 0.1)) == example.noise((-0.21, 0.1)) == "more than noise"
+    import _kv_rows as rows
+
+    assert rows.noise((-0.2, 0.1)) == rows.noise((0.1, 0.1)) == "within noise"
+    assert rows.noise((0.21, 0.1)) == rows.noise((-0.21, 0.1)) == "more than noise"
+
+
+@pytest.mark.parametrize(("paper", "word"), [(88, "holds"), (70, "fails"), (42, "fails")])
+def test_the_verdict(example: ModuleType, paper: int, word: str) -> None:
+    """Of 100 values 40 are found in 2 bits, and 90 in 4."""
+    import _kv_rows as rows
+
+    found = {rows.INT2: 40, rows.INT4: 90, rows.PAPER: paper}
+    made = [rows.Row(name, "", None, None, found=[1] * n + [0] * (100 - n)) for name, n in found.items()]
+    assert rows.verdict(made).endswith(word)
 
 
 def test_lists_can_be_looked_up(example: ModuleType) -> None:
-    """Every value that is asked for stands in the list; values that training counts were said before."""
+    """A question ends each prompt, and its answer stands in the list; what training counts was said before."""
     import _text as text
 
     generator = torch.Generator().manual_seed(0)
-    lists, asked = text.needles(3, 20, 4, generator)
-    for listed, lines in zip(lists, asked, strict=True):
-        whole = bytes(listed.tolist())
-        assert len({whole[i : i + 2] for i in range(0, len(whole), text.LINE)}) == 20
-        assert all(bytes(line.tolist()) in whole for line in lines)
+    prompts, asked = text.needles(3, 20, 4, generator)
+    for prompt, line in zip(prompts, asked, strict=True):
+        whole, answer = bytes(prompt.tolist()), bytes(line.tolist())
+        assert len({whole[i] for i in range(0, 20 * text.LINE, text.LINE)}) == 20
+        assert answer in whole
+        assert whole[20 * text.LINE :] == b"?" + answer[:1] + b"\n"
     for length in (65, 129):
         tokens, known = text.lookups(length, generator)
         assert tokens.shape == known.shape == (length,)
         assert 0.1 < known.float().mean() < 0.8
         whole = bytes(tokens.tolist())
+        listed = whole[: whole.index(b"?")]
         for i in known.nonzero().flatten().tolist():
-            line = i - i % text.LINE
-            assert whole[line : i + 1] in whole[:line]
+            line = whole.rindex(b"\n", 0, i) + 1
+            assert whole[line : i + 1] in listed
 
 
 def test_the_same_weights_twice(example: ModuleType) -> None:
