@@ -44,21 +44,25 @@ inline ScaleCall scale_call(const Tensor& q, const Tensor& t, const Tensor& s) {
   if (q.dim() != 2) fail(op, "q of two dimensions; got ", q.dim(), ". Flatten the tokens.");
   const int64_t tokens = q.size(0), values = q.size(1);
   if (s.dim() != 1 || s.size(0) != values) fail(op, "s of shape (", values, ",); got ", shape_of(s), ". Check k.");
-  ScaleCall call = {{}, as_floats(op, "s", s, q), new_sums(q, values),
-                    new_doubles(q, spectral::block_count(tokens) * values)};
+  ScaleCall call = {{}, as_floats(op, "s", s, q), new_sums(q, values), {}};
   call.problem = {matrix_of(op, "q", q, q),
                   matrix_of(op, "t", t, q),
                   static_cast<const float*>(call.s.const_data_ptr()),
                   static_cast<float*>(call.sums.data_ptr()),
-                  static_cast<double*>(call.partials.data_ptr()),
+                  nullptr,
                   tokens,
                   values};
   return call;
 }
 
+// How many partial sums there are is the engine's to say.
+inline void make_partials(ScaleCall& call, int64_t count) {
+  call.partials = new_doubles(call.s, count);
+  call.problem.partials = static_cast<double*>(call.partials.data_ptr());
+}
+
 struct SpectralStep {
   Step step;
-  std::vector<spectral::Constrained> tensors;
   spectral::StepOptions options;
 };
 
@@ -77,10 +81,20 @@ inline SpectralStep spectral_step(const Tensors& params, const Tensors& grads, c
   }
   const std::vector<int64_t> ids;
   SpectralStep call;
-  call.step = make_step({op, params, grads, {&exp_avg, &exp_avg_sq}, nullptr, steps, lr, maximize, std::nullopt, ids,
-                         grad_scale, found_inf});
+  call.step = make_step({op,
+                         params,
+                         grads,
+                         {&exp_avg, &exp_avg_sq},
+                         nullptr,
+                         steps,
+                         lr,
+                         maximize,
+                         std::nullopt,
+                         ids,
+                         grad_scale,
+                         found_inf});
   for (size_t i = 0; i < call.step.records.size(); ++i) {
-    call.tensors.push_back({call.step.records[i], params[i].dim() == 2 ? params[i].size(1) : 0});
+    call.step.records[i].columns = params[i].dim() == 2 ? params[i].size(1) : 0;
   }
   call.options = {call.step.options, project};
   return call;
@@ -175,8 +189,13 @@ inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor
   if (log_scale.numel() != 1) fail(op, "log_scale as one element; got ", shape_of(log_scale), ". Reshape it.");
   const int64_t rows = z.numel() / columns;
   const Tensor dense = torch::stable::contiguous(z);
-  LorentzCall call = {{}, dense, dense, as_floats(op, "log_scale", log_scale, z), torch::stable::empty_like(dense),
-                      new_doubles(z, spectral::lorentz_blocks(rows)), new_sums(z, 1)};
+  LorentzCall call = {{},
+                      dense,
+                      dense,
+                      as_floats(op, "log_scale", log_scale, z),
+                      torch::stable::empty_like(dense),
+                      new_doubles(z, spectral::lorentz_blocks(rows)),
+                      new_sums(z, 1)};
   if (grad != nullptr) {
     check_device(op, "grad", *grad, z);
     if (!same_shape(*grad, z) || dtype_of(op, "grad", *grad) != dtype_of(op, "z", z)) {
