@@ -32,20 +32,20 @@ struct Span {
 // One span after another, in float where it is stored so, else in buffers.
 class Spans {
  public:
-  Spans(const std::vector<Constrained>& tensors, const Rule::Hyper& hyper, const StepOptions& options)
+  Spans(const std::vector<TensorRecord>& tensors, const Rule::Hyper& hyper, const StepOptions& options)
       : tensors_(tensors), hyper_(hyper), options_(options) {}
 
   void update(const Span& span) {
-    const Constrained& t = tensors_[span.tensor];
+    const TensorRecord& t = tensors_[span.tensor];
     if (current_ != span.tensor) {
       current_ = span.tensor;
       const optim::Scalar& lr = options_.shared.lr;
-      c_ = optim::coefficients_of<Rule>(t.tensor, hyper_, lr.device == nullptr ? lr.value : *lr.device);
+      c_ = optim::coefficients_of<Rule>(t, hyper_, lr.device == nullptr ? lr.value : *lr.device);
     }
-    TensorRecord r = part(t.tensor, span);
+    TensorRecord r = part(t, span);
     void* const stored = r.param;
     const bool rows = t.columns > 0;
-    if (t.tensor.param_dtype != DType::kFloat32) widen_into(params_, r.param, r.param_dtype, span.count);
+    if (t.param_dtype != DType::kFloat32) widen_into(params_, r.param, r.param_dtype, span.count);
     float* p = static_cast<float*>(r.param);
     optim::StepOptions options = options_.shared;
     if (rows && options_.project) project(r, p, span.count, options);
@@ -57,7 +57,7 @@ class Spans {
     } else {
       clamp(p, span.count);
     }
-    if (p != stored) narrow(p, stored, t.tensor.param_dtype, span.count);
+    if (p != stored) narrow(p, stored, t.param_dtype, span.count);
   }
 
  private:
@@ -88,7 +88,7 @@ class Spans {
     options.grad_scale = nullptr;
   }
 
-  const std::vector<Constrained>& tensors_;
+  const std::vector<TensorRecord>& tensors_;
   const Rule::Hyper& hyper_;
   const StepOptions& options_;
   int32_t current_ = -1;
@@ -98,13 +98,13 @@ class Spans {
 
 }  // namespace
 
-void step_cpu(const std::vector<Constrained>& tensors, const Rule::Hyper& hyper, const StepOptions& options,
+void step_cpu(const std::vector<TensorRecord>& tensors, const Rule::Hyper& hyper, const StepOptions& options,
               const ParallelFor& parallel_for) {
   if (options.shared.found_inf != nullptr && *options.shared.found_inf != 0.0f) return;
   std::vector<Span> spans;
   int64_t elements = 0;
   for (size_t t = 0; t < tensors.size(); ++t) {
-    const int64_t numel = tensors[t].tensor.numel;
+    const int64_t numel = tensors[t].numel;
     const int64_t count = tensors[t].columns > 0 ? tensors[t].columns : optim::kCpuChunk;
     for (int64_t begin = 0; begin < numel; begin += count) {
       spans.push_back({static_cast<int32_t>(t), begin, std::min(count, numel - begin)});
@@ -115,7 +115,7 @@ void step_cpu(const std::vector<Constrained>& tensors, const Rule::Hyper& hyper,
     Spans worker(tensors, hyper, options);
     for (int64_t i = begin; i < end; ++i) worker.update(spans[i]);
   });
-  for (const Constrained& t : tensors) *t.tensor.step += 1.0f;
+  for (const TensorRecord& t : tensors) *t.step += 1.0f;
 }
 
 }  // namespace singlepass::spectral

@@ -18,10 +18,14 @@ struct PieceStart {
   int64_t first_tensor, first_chunk;
 };
 
+SINGLEPASS_HD int64_t chunks_of(const TensorRecord& t, const LaunchShape& shape) {
+  return chunk_count(t.numel, chunk_size(t, shape.chunk));
+}
+
 // One block per record: copies it, zeroes its ticket and lists its chunks.
 __global__ void expand_piece(const Piece piece, const PieceStart start, const DeviceTable table) {
   int64_t first = start.first_chunk;
-  for (unsigned i = 0; i < blockIdx.x; ++i) first += chunk_count(piece.records[i].numel, table.shape.chunk);
+  for (unsigned i = 0; i < blockIdx.x; ++i) first += chunks_of(piece.records[i], table.shape);
   const TensorRecord& record = piece.records[blockIdx.x];
   const int64_t tensor = start.first_tensor + blockIdx.x;
   if (threadIdx.x == 0) {
@@ -29,7 +33,7 @@ __global__ void expand_piece(const Piece piece, const PieceStart start, const De
     table.tickets[tensor] = 0;
     table.tickets[table.tensor_count] = 0;
   }
-  const int64_t count = chunk_count(record.numel, table.shape.chunk);
+  const int64_t count = chunks_of(record, table.shape);
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
     const_cast<Chunk*>(table.chunks)[first + i] = {static_cast<int32_t>(tensor), static_cast<int32_t>(i)};
   }
@@ -54,9 +58,10 @@ struct Layout {
 }  // namespace
 
 HostTable make_table(const std::vector<TensorRecord>& tensors, int state_count, LaunchShape shape) {
-  HostTable table = {tensors, 0, static_cast<int64_t>(tensors.size()), 0, shape, true};
+  HostTable table = {tensors, 0, static_cast<int64_t>(tensors.size()), 0, 0, shape, true};
   for (const TensorRecord& t : tensors) {
-    table.chunk_count += chunk_count(t.numel, shape.chunk);
+    table.chunk_count += chunks_of(t, shape);
+    table.longest_row = std::max(table.longest_row, t.columns);
     table.all_float32 = table.all_float32 && all_float32(t, state_count);
   }
   table.workspace_size = Layout(table.tensor_count, table.chunk_count).end * 8;
@@ -73,6 +78,7 @@ DeviceTable place_table(const HostTable& table, void* workspace) {
           reinterpret_cast<double*>(words + layout.partials),
           table.tensor_count,
           table.chunk_count,
+          table.longest_row,
           table.shape,
           table.all_float32};
 }
@@ -87,7 +93,7 @@ cudaError_t upload_table(const HostTable& table, void* workspace, cudaStream_t s
     const cudaError_t error =
         launch(&expand_piece, dim3(static_cast<unsigned>(count)), dim3(128), 0, stream, piece, start, device);
     if (error != cudaSuccess) return error;
-    for (int64_t i = 0; i < count; ++i) start.first_chunk += chunk_count(piece.records[i].numel, table.shape.chunk);
+    for (int64_t i = 0; i < count; ++i) start.first_chunk += chunks_of(piece.records[i], table.shape);
     start.first_tensor += count;
   }
   return cudaSuccess;

@@ -9,6 +9,7 @@
 #include "singlepass/common/dtype.h"
 #include "singlepass/common/math.h"
 #include "singlepass/common/philox.h"
+#include "spectral.h"
 #include "stepper.h"
 
 namespace singlepass::pybind {
@@ -95,4 +96,5 @@ PYBIND11_MODULE(singlepass_core, m, pybind11::mod_gil_not_used()) {
   singlepass::pybind::define_optim(m);
   singlepass::pybind::define_kv(m);
   singlepass::pybind::define_rational(m);
+  singlepass::pybind::define_spectral(m);
 }

@@ -44,21 +44,25 @@ inline ScaleCall scale_call(const Tensor& q, const Tensor& t, const Tensor& s) {
   if (q.dim() != 2) fail(op, "q of two dimensions; got ", q.dim(), ". Flatten the tokens.");
   const int64_t tokens = q.size(0), values = q.size(1);
   if (s.dim() != 1 || s.size(0) != values) fail(op, "s of shape (", values, ",); got ", shape_of(s), ". Check k.");
-  ScaleCall call = {
-      {}, as_floats(op, "s", s, q), new_sums(q, values), new_doubles(q, spectral::block_count(tokens) * values)};
+  ScaleCall call = {{}, as_floats(op, "s", s, q), new_sums(q, values), {}};
   call.problem = {matrix_of(op, "q", q, q),
                   matrix_of(op, "t", t, q),
                   static_cast<const float*>(call.s.const_data_ptr()),
                   static_cast<float*>(call.sums.data_ptr()),
-                  static_cast<double*>(call.partials.data_ptr()),
+                  nullptr,
                   tokens,
                   values};
   return call;
 }
 
+// How many partial sums there are is the engine's to say.
+inline void make_partials(ScaleCall& call, int64_t count) {
+  call.partials = new_doubles(call.s, count);
+  call.problem.partials = static_cast<double*>(call.partials.data_ptr());
+}
+
 struct SpectralStep {
   Step step;
-  std::vector<spectral::Constrained> tensors;
   spectral::StepOptions options;
 };
 
@@ -90,7 +94,7 @@ inline SpectralStep spectral_step(const Tensors& params, const Tensors& grads, c
                          grad_scale,
                          found_inf});
   for (size_t i = 0; i < call.step.records.size(); ++i) {
-    call.tensors.push_back({call.step.records[i], params[i].dim() == 2 ? params[i].size(1) : 0});
+    call.step.records[i].columns = params[i].dim() == 2 ? params[i].size(1) : 0;
   }
   call.options = {call.step.options, project};
   return call;

@@ -7,7 +7,8 @@ namespace singlepass::registration {
 namespace {
 
 Tensor scale(Tensor q, Tensor t, Tensor s) {
-  const ScaleCall call = scale_call(q, t, s);
+  ScaleCall call = scale_call(q, t, s);
+  make_partials(call, spectral::block_count(call.problem.tokens) * call.problem.values);
   spectral::scale_cpu(call.problem, parallel_for);
   return call.sums;
 }
@@ -17,8 +18,8 @@ void step(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Te
           std::optional<Tensor> found_inf) {
   const SpectralStep call =
       spectral_step(params, grads, exp_avg, exp_avg_sq, steps, lr, project, maximize, grad_scale, found_inf);
-  if (call.tensors.empty()) return;
-  spectral::step_cpu(call.tensors, {beta1, beta2, eps, weight_decay}, call.options, parallel_for);
+  if (call.step.records.empty()) return;
+  spectral::step_cpu(call.step.records, {beta1, beta2, eps, weight_decay}, call.options, parallel_for);
 }
 
 Tensors sample(Tensors s, std::vector<int64_t> ranks, std::vector<int64_t> ids, int64_t seed, int64_t draw,

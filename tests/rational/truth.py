@@ -42,7 +42,7 @@ class Truth:
 def philox(key: int, low: NDArray[np.uint64], high: int) -> list[NDArray[np.uint64]]:
     """Philox4x32-10 (Salmon et al., SC 2011): four words for each counter."""
     mask = np.uint64(0xFFFFFFFF)
-    c = [low & mask, low >> np.uint64(32), np.full_like(low, high), np.zeros_like(low)]
+    c = [low & mask, low >> np.uint64(32), np.full_like(low, high & 0xFFFFFFFF), np.full_like(low, high >> 32)]
     k = [key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF]
     for _ in range(10):
         p, q = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)

@@ -16,6 +16,16 @@ struct alignas(kWidth == kVector ? 16 : 4) Raw {
   uint32_t bits[kWidth];
 };
 
+// Word by word on the registers' side: to a compiler that knows types, bits written as a uint4 are none of Raw's.
+__device__ __forceinline__ void load_four(const char* address, uint32_t* bits) {
+  const uint4 four = *reinterpret_cast<const uint4*>(address);
+  bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
+}
+
+__device__ __forceinline__ void store_four(const uint32_t* bits, char* address) {
+  *reinterpret_cast<uint4*>(address) = {bits[0], bits[1], bits[2], bits[3]};
+}
+
 template <int kWidth>
 __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, Raw<kWidth>& raw) {
   const char* address = global_memory(static_cast<const char*>(base) + i * size_of(dtype));
@@ -23,10 +33,8 @@ __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, R
     raw.bits[0] = dtype == DType::kFloat32 ? *reinterpret_cast<const uint32_t*>(address)
                                            : *reinterpret_cast<const uint16_t*>(address);
   } else {
-    *reinterpret_cast<uint4*>(&raw.bits[0]) = *reinterpret_cast<const uint4*>(address);
-    if (dtype == DType::kFloat32) {
-      *reinterpret_cast<uint4*>(&raw.bits[4]) = *reinterpret_cast<const uint4*>(address + 16);
-    }
+    load_four(address, &raw.bits[0]);
+    if (dtype == DType::kFloat32) load_four(address + 16, &raw.bits[4]);
   }
 }
 
@@ -40,10 +48,8 @@ __device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void*
       *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(raw.bits[0]);
     }
   } else {
-    *reinterpret_cast<uint4*>(address) = *reinterpret_cast<const uint4*>(&raw.bits[0]);
-    if (dtype == DType::kFloat32) {
-      *reinterpret_cast<uint4*>(address + 16) = *reinterpret_cast<const uint4*>(&raw.bits[4]);
-    }
+    store_four(&raw.bits[0], address);
+    if (dtype == DType::kFloat32) store_four(&raw.bits[4], address + 16);
   }
 }
 

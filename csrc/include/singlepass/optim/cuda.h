@@ -23,7 +23,7 @@ struct DeviceTable {
   unsigned* tickets;  // one per tensor and one for all, zero between launches
   double* norms;      // kNorms per tensor
   double* partials;   // kNorms per chunk
-  int64_t tensor_count, chunk_count;
+  int64_t tensor_count, chunk_count, longest_row;
   LaunchShape shape;
   bool all_float32;
 };
@@ -32,7 +32,7 @@ struct DeviceTable {
 struct HostTable {
   std::vector<TensorRecord> records;
   int64_t workspace_size;
-  int64_t tensor_count, chunk_count;
+  int64_t tensor_count, chunk_count, longest_row;
   LaunchShape shape;
   bool all_float32;
 };

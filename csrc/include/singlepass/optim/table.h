@@ -16,7 +16,8 @@ struct TensorRecord {
   float* step;         // counts finished steps; null for rules that don't count them
   const float* scale;  // the rule's scalar of this tensor; null where Rule::kScaled is false
   int64_t numel;
-  uint32_t id;  // names the tensor's stream of random numbers
+  int64_t columns;  // of rows that a step may not cut; 0 where it may cut anywhere
+  uint32_t id;      // names the tensor's stream of random numbers
   DType param_dtype, grad_dtype, state_dtype[kMaxStates];
 };
 
@@ -44,6 +45,12 @@ struct Chunk {
 SINGLEPASS_HD int64_t chunk_count(int64_t numel, int64_t chunk_size) {
   // An empty tensor has one empty chunk, which counts its step.
   return numel == 0 ? 1 : (numel + chunk_size - 1) / chunk_size;
+}
+
+// Elements of the tensor's chunks: `chunk`, or the whole rows that have no more, one at least.
+SINGLEPASS_HD int64_t chunk_size(const TensorRecord& t, int64_t chunk) {
+  if (t.columns == 0) return chunk;
+  return t.columns < chunk ? chunk / t.columns * t.columns : t.columns;
 }
 
 // The chunks of tensors [first, last).

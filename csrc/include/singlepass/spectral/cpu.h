@@ -4,12 +4,13 @@
 #include <vector>
 
 #include "singlepass/common/parallel.h"
+#include "singlepass/spectral/problem.h"
 #include "singlepass/spectral/step.h"
 
 namespace singlepass::spectral {
 
 void scale_cpu(const Scale& p, const ParallelFor& parallel_for);
-void step_cpu(const std::vector<Constrained>& tensors, const Rule::Hyper& hyper, const StepOptions& options,
+void step_cpu(const std::vector<optim::TensorRecord>& tensors, const Rule::Hyper& hyper, const StepOptions& options,
               const ParallelFor& parallel_for);
 void sample_cpu(const std::vector<Draw>& layers, const DrawOptions& options, const ParallelFor& parallel_for);
 void swap_cpu(const std::vector<Swap>& pairs, const ParallelFor& parallel_for);

@@ -10,7 +10,8 @@
 // root = sqrt((time^2 - k) / |z_1..|^2), so that -time^2 + |x_1..|^2 = -k.
 namespace singlepass::spectral {
 
-inline constexpr int64_t kLorentzRows = 64;
+// Rows that share a partial sum: few, so that a GPU has work for all of itself.
+inline constexpr int64_t kLorentzRows = 16;
 
 SINGLEPASS_HD int64_t lorentz_blocks(int64_t rows) {
   return (rows + kLorentzRows - 1) / kLorentzRows;

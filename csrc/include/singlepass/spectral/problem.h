@@ -2,7 +2,6 @@
 #pragma once
 
 #include "singlepass/common/dtype.h"
-#include "singlepass/optim/table.h"
 
 // What the ops of sparse spectral training work on; python/singlepass/_ops/spectral.py says what they do.
 namespace singlepass::spectral {
@@ -18,7 +17,7 @@ struct Matrix {
 };
 
 // q *= s by columns, and the column sums of q * t: (tokens, values). Sums are made block by block of rows, then over
-// the blocks: `partials` has room for block_count(tokens) * values numbers.
+// the blocks: `partials` has room for `values` numbers of each, block_count(tokens) blocks on the CPU.
 struct Scale {
   Matrix q, t;
   const float* s;
@@ -39,13 +38,6 @@ SINGLEPASS_HD int64_t block_rows(int64_t tokens) {
 SINGLEPASS_HD int64_t block_count(int64_t tokens) {
   return tokens == 0 ? 0 : (tokens + block_rows(tokens) - 1) / block_rows(tokens);
 }
-
-// A parameter of AdamW that stays within a set: rows of unit length, or, with columns = 0, values that are not
-// negative.
-struct Constrained {
-  optim::TensorRecord tensor;
-  int64_t columns;
-};
 
 // Draws of one layer: `rank` of `count` places. `exchange` (rank,): the frozen row that comes to each place, or -1.
 struct Draw {

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "singlepass/optim/adamw.h"
-#include "singlepass/spectral/problem.h"
+#include "singlepass/optim/table.h"
 
 namespace singlepass::spectral {
 
-// The update within the constraint is AdamW's own.
+// The update is AdamW's own. Then records with rows have them made unit vectors, in others what is below zero is zero.
 using Rule = optim::AdamW<false>;
 
 struct StepOptions {
