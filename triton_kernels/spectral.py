@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches the kernels of sparse spectral training. Arguments and results are those of ``singlepass._ops.spectral``.
 
-A step over any number of layers is one launch for each combination of dtypes and each of three widths of rows, the draw
-for all layers is one, and so is the exchange of all their vectors. What is compiled depends on dtypes, on widths by
-classes, and on alignment. Nothing on the device is read here, so a CUDA graph can hold any of these calls.
+A step over any number of layers is one launch for each combination of dtypes and class of rows: three widths, longer
+rows, and those that are not aligned. The draw for all layers is one launch, and so is the exchange of all vectors. What
+is compiled depends on dtypes and on these classes. Nothing on the device is read here, so a CUDA graph can hold any of
+these calls.
 """
 
 from __future__ import annotations
