@@ -36,6 +36,22 @@ def load_scalar(address, default):
 
 
 @triton.jit
+def learning_rate(lr, a_lr):
+    """That at an address, or ``lr`` where the address is null; float64."""
+    rate = double(lr)
+    if a_lr != 0:
+        rate = load_scalar(a_lr.to(tl.int64), 0.0)
+    return rate
+
+
+@triton.jit
+def gradient_factor(direction, a_grad_scale):
+    """What gradients are multiplied by: ``direction``, which is -1 to maximize, over the loss scale."""
+    scale = load_scalar(a_grad_scale.to(tl.int64), 1.0).to(tl.float32)
+    return double(direction).to(tl.float32) * tl.div_rn(1.0, scale)
+
+
+@triton.jit
 def element_pointer(address, index, STORAGE: tl.constexpr, ALIGNMENT: tl.constexpr):
     """Pointers to elements of a tensor, known to be aligned to so many bytes.
 

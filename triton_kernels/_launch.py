@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
@@ -42,6 +43,25 @@ def require_scalar(op: str, name: str, value: Tensor | None, device: torch.devic
     got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
     require(holds, op, f"{name} as one float32 on {device}", got, f"Convert {name}.")
     return value.data_ptr()
+
+
+def require_lengths(op: str, params: Sequence[Tensor], lists: Iterable[Sequence[Any]]) -> None:
+    for values in lists:
+        contract = f"{len(params)} in each list, one per parameter"
+        require(len(values) == len(params), op, contract, len(values), "Pass lists of one length.")
+
+
+def address_of_lr(op: str, lr: Tensor, device: torch.device) -> int:
+    """0 for a learning rate that the host passes by value."""
+    if lr.device == device and lr.dtype == torch.float32:
+        return require_scalar(op, "lr", lr, device)
+    contract = f"lr on the CPU, or as a float32 on {device}"
+    require(lr.device.type == "cpu", op, contract, f"{lr.dtype} on {lr.device}", "Convert lr.")
+    return 0
+
+
+def log_of(beta: float) -> float:
+    return math.log(beta) if beta > 0.0 else -math.inf
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:

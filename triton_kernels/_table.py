@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device tables: where the tensors of one launch are, and which program owns which part of which tensor.
 
-A tensor is cut into chunks of CHUNK elements, and one program owns one chunk; an empty tensor has one empty chunk,
-whose program counts its step. A table depends on addresses, shapes and dtypes alone: callers keep it while these stay.
+A tensor is cut into chunks of CHUNK elements, or of as many as its record says, and one program owns one chunk; an
+empty tensor has one empty chunk, whose program counts its step. A table depends on addresses, shapes and dtypes alone:
+callers keep it while these stay.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._errors import require
 from ._common import LAUNCH_OPTIONS
 from ._launch import is_capturing
 
@@ -30,27 +32,32 @@ NUMEL = tl.constexpr(4 + MAX_STATES)
 ID = tl.constexpr(5 + MAX_STATES)
 IS_ALIGNED = tl.constexpr(6 + MAX_STATES)
 FIRST_CHUNK = tl.constexpr(7 + MAX_STATES)
-WIDTH = tl.constexpr(8 + MAX_STATES)
+CHUNK_SIZE = tl.constexpr(8 + MAX_STATES)
+WIDTH = tl.constexpr(9 + MAX_STATES)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One tensor's row. ``addresses`` are those of parameter, gradient and states that kernels access by vectors."""
+    """One tensor's row. ``addresses`` are those of parameter, gradient and states that kernels access by vectors.
+
+    ``chunk_size`` is 0 for chunks of CHUNK elements.
+    """
 
     addresses: tuple[int, ...]
     numel: int
     step: int = 0
     scale: int = 0
     id: int = 0
+    chunk_size: int = 0
 
     @property
     def chunk_count(self) -> int:
-        return max(1, -(-self.numel // CHUNK))
+        return max(1, -(-self.numel // (self.chunk_size or CHUNK)))
 
     def row(self, first_chunk: int) -> list[int]:
         unused = [0] * (2 + MAX_STATES - len(self.addresses))
         is_aligned = all(address % 16 == 0 for address in self.addresses)
-        tail = [self.step, self.scale, self.numel, self.id, int(is_aligned), first_chunk]
+        tail = [self.step, self.scale, self.numel, self.id, int(is_aligned), first_chunk, self.chunk_size or CHUNK]
         return [*self.addresses, *unused, *tail]
 
 
@@ -63,7 +70,7 @@ class Table:
     tickets: Tensor  # int32 [tensors], zero between launches
     norms: Tensor  # float64 [tensors, 2]
     partials: Tensor  # float64 [chunks, 2]
-    chunk: int  # elements in each but the last chunk of a tensor
+    chunk: int  # elements in each but the last chunk of a tensor whose record says nothing else
 
     @property
     def chunk_count(self) -> int:
@@ -71,11 +78,11 @@ class Table:
 
 
 @triton.jit(do_not_specialize=["p_records", "p_chunks"])
-def list_chunks_kernel(p_records, p_chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def list_chunks_kernel(p_records, p_chunks, BLOCK: tl.constexpr):
     """Each program lists the chunks of one tensor."""
     i_tensor = tl.program_id(0).to(tl.int64)
     p_record = p_records + i_tensor * WIDTH
-    count = tl.maximum(tl.cdiv(tl.load(p_record + NUMEL), CHUNK), 1)
+    count = tl.maximum(tl.cdiv(tl.load(p_record + NUMEL), tl.load(p_record + CHUNK_SIZE)), 1)
     p_first = p_chunks + tl.load(p_record + FIRST_CHUNK)
     for start in range(0, count, BLOCK):
         i_chunk = start + tl.arange(0, BLOCK)
@@ -97,7 +104,7 @@ def make_table(records: Sequence[Record], device: torch.device) -> Table:
         partials=torch.empty(chunk_count, 2, dtype=torch.float64, device=device),
         chunk=CHUNK,
     )
-    list_chunks_kernel[(len(records),)](table.records, table.chunks, CHUNK, BLOCK, **LAUNCH_OPTIONS)
+    list_chunks_kernel[(len(records),)](table.records, table.chunks, BLOCK, **LAUNCH_OPTIONS)
     return table
 
 
@@ -133,3 +140,10 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
         return False
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
     return a.numel() == 0 or all(size == 1 or x == y for size, x, y in strides)
+
+
+def laid_out_like(op: str, grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient, or a copy in its parameter's layout."""
+    got = f"{tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}"
+    require(grad.shape == param.shape, op, "gradients of their parameters' shapes", got, "Reshape the gradient.")
+    return grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)

@@ -9,12 +9,10 @@ a step. Make one step before a graph is captured, so that its kernels are compil
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +24,9 @@ from ._common import (
     STORAGE,
     bfloat16_bits_stochastic,
     double,
+    gradient_factor,
     is_last_program,
+    learning_rate,
     load,
     load_scalar,
     random_halves,
@@ -37,11 +37,14 @@ from ._common import (
 )
 from ._launch import (
     Cache,
+    address_of_lr,
     device_guard,
     identities,
     layouts,
+    log_of,
     require_device,
     require_dtypes,
+    require_lengths,
     require_scalar,
 )
 from ._table import (
@@ -56,6 +59,7 @@ from ._table import (
     Record,
     Table,
     is_dense,
+    laid_out_like,
     make_table,
     same_layout,
 )
@@ -183,15 +187,12 @@ def step_kernel(
         p_step = tl.load(p_record + STEP).to(tl.pointer_type(tl.float32))
         finished = tl.load(p_step).to(tl.float64)
     h = [tl.full((), x, tl.float64) for x in (h0, h1, h2, h3, h4, h5, h6, h7)][:HYPERS]
-    rate = double(lr)
-    if a_lr != 0:
-        rate = load_scalar(a_lr.to(tl.int64), 0.0)
+    rate = learning_rate(lr, a_lr)
     c = COEFFICIENTS(h, rate, finished + 1.0, load_scalar(tl.load(p_record + SCALE), 1.0), FLAGS)
     if APPLY_NORMS is not None and not IS_NORM_PASS:
         p_norm = p_norms + i_tensor * 2
         c = APPLY_NORMS(h, c, (tl.load(p_norm), tl.load(p_norm + 1)), FLAGS)
-    scale = load_scalar(a_grad_scale.to(tl.int64), 1.0).to(tl.float32)
-    factor = double(direction).to(tl.float32) * tl.div_rn(1.0, scale)
+    factor = gradient_factor(direction, a_grad_scale)
 
     low = tl.load(p_record + ID)
     high = finished.to(tl.int64)
@@ -271,25 +272,10 @@ def _make_buckets(
     return [Bucket(make_table(rows, device), storages) for storages, rows in records.items()]
 
 
-def _laid_out_like(op: str, grad: Tensor, param: Tensor) -> Tensor:
-    got = f"{tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}"
-    require(grad.shape == param.shape, op, "gradients of their parameters' shapes", got, "Reshape the gradient.")
-    return grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-
-
 def _touched(memory_pass: Pass, states: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
     """Which tensors of a record a pass reads, and which it writes."""
     kinds = "pg" + "s" * states
     return tuple(k in memory_pass.reads for k in kinds), tuple(k in memory_pass.writes for k in kinds)
-
-
-def _address_of_lr(op: str, lr: Tensor, device: torch.device) -> int:
-    """0 for a learning rate that the host passes by value."""
-    if lr.device == device and lr.dtype == torch.float32:
-        return require_scalar(op, "lr", lr, device)
-    contract = f"lr on the CPU, or as a float32 on {device}"
-    require(lr.device.type == "cpu", op, contract, f"{lr.dtype} on {lr.device}", "Convert lr.")
-    return 0
 
 
 def _make_step(name: str) -> Callable[..., None]:
@@ -318,18 +304,16 @@ def _make_step(name: str) -> Callable[..., None]:
         states = [s for s, key in zip(lists, op.states, strict=False) if s or not key.startswith("max_")]
         scales = lists[len(op.states)] if op.scale else []
         counters = [steps, ids] if seed is not None else [values for values in (steps, ids) if values]
-        for values in (grads, *states, *([scales] if op.scale else []), *counters):
-            contract = f"{len(params)} in each list, one per parameter"
-            require(len(values) == len(params), op.op_name, contract, len(values), "Pass lists of one length.")
+        require_lengths(op.op_name, params, (grads, *states, *([scales] if op.scale else []), *counters))
         device = params[0].device
-        a_lr = _address_of_lr(op.op_name, lr, device)
+        a_lr = address_of_lr(op.op_name, lr, device)
         a_grad_scale = require_scalar(op.op_name, "grad_scale", grad_scale, device)
         a_found_inf = require_scalar(op.op_name, "found_inf", found_inf, device)
 
         with device_guard(device):
             layout = layouts(params)
             if layouts(grads) != layout:
-                grads = [_laid_out_like(op.op_name, g, p) for g, p in zip(grads, params, strict=True)]
+                grads = [laid_out_like(op.op_name, g, p) for g, p in zip(grads, params, strict=True)]
             lists = [params, grads, *states, scales, steps]
             buckets = _buckets.get(
                 (name, *map(Tensor.data_ptr, grads)),
@@ -338,7 +322,7 @@ def _make_step(name: str) -> Callable[..., None]:
                 lambda: _make_buckets(op.op_name, params, grads, states, scales, steps, ids),
             )
             h = [hyper[key] for key in floats]
-            h += [math.log(hyper[key]) if hyper[key] > 0.0 else -math.inf for key in betas]
+            h += [log_of(hyper[key]) for key in betas]
             h += [0.0] * (HYPER_SLOTS - len(h))
             for bucket in buckets:
                 for memory_pass in passes:

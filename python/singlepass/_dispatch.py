@@ -56,6 +56,8 @@ _TRITON_MODULES = {
     **dict.fromkeys((*reference_optim.STEPS, "grad_norm"), "optim"),
     **dict.fromkeys(("rational", "rational_backward"), "rational"),
     **dict.fromkeys(("kv_decode", "kv_dequantize_", "kv_quantize_", "kv_saliency"), "kv"),
+    **dict.fromkeys(("spectral_sample", "spectral_scale_", "spectral_step_", "spectral_swap_"), "spectral"),
+    **dict.fromkeys(("lorentz", "lorentz_backward"), "spectral"),
 }
 _DEVICES = ("cpu", "cuda")
 _obstacles: dict[tuple[str, str, str], str | None] = {}  # found once, so that torch.compile traces a choice

@@ -21,7 +21,16 @@ from singlepass.kv import dequantize, probe_saliency, quantize
 from ..kv.inputs import attention
 from ..optim.steps import Mix, call, make_tensors, rule_of
 from ..simt.truth import CASES, Case
-from .test_launches import call_rational, record_kv, record_rational
+from .test_launches import (
+    call_exchange,
+    call_lorentz,
+    call_rational,
+    call_scale,
+    call_spectral_step,
+    record_kv,
+    record_rational,
+    record_spectral,
+)
 
 ARCHS = [80, 90, 100, 120]
 RULES = [case for case in CASES if case.id == case.rule]
@@ -167,3 +176,48 @@ def test_kv_saliency(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for launch in [*recorded["log_sums_kernel"], *recorded["column_sums_kernel"]]:
         ptx = check(launch, arch, tmp_path, rounded_otherwise=None)
         assert re.search(r"mma\S*tf32|wgmma|tcgen05", ptx), "tensor cores multiply"
+
+
+# In float32 all but exponentials; the logarithm of float64 starts from an approximation.
+SPECTRAL_ROUNDED_OTHERWISE = r"fma\.rn\.f32|(?:add|sub|mul|div|sqrt|rcp)\.\S*(?:ftz|approx|full)\S*\.f32"
+
+WIDTHS = [768, 4096, 16384, 0, 77, 9001]
+
+
+@each_arch
+@pytest.mark.parametrize("width", WIDTHS, ids=lambda width: f"width {width}")
+def test_spectral_step(width: int, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of short, middling and long rows, of misaligned ones, and of singular values (0)."""
+    recorded = record_spectral(monkeypatch)
+    turn = WIDTHS.index(width) + ARCHS.index(arch)
+    shape = (4, width) if width else (1000,)
+    call_spectral_step([shape], (DTYPES[turn % 3], DTYPES[turn // 2 % 3]), project=turn % 2 == 0)
+    for launch in recorded["step_kernel"] + recorded["list_chunks_kernel"]:
+        check(launch, arch, tmp_path)
+    ptx = check(recorded["step_kernel"][0], arch, tmp_path)
+    if width not in (77, 9001):
+        assert re.search(r"ld\.global\S*\.v[248]\.b32", ptx), "rows are loaded by vectors"
+        assert re.search(r"st\.global\S*\.v[248]\.b32", ptx), "rows are stored by vectors"
+
+
+@each_arch
+@pytest.mark.parametrize("columns", [32, 4096, 77], ids=lambda columns: f"{columns} columns")
+def test_spectral_rows(columns: int, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorded = record_spectral(monkeypatch)
+    dtype = DTYPES[(columns + ARCHS.index(arch)) % 3]
+    call_scale(4096, columns, dtype)
+    call_lorentz(4096, columns, dtype)
+    for name in ("scale_kernel", "sum_parts_kernel", "lorentz_kernel", "lorentz_backward_kernel", "sum_numbers_kernel"):
+        (launch,) = recorded[name]
+        ptx = check(launch, arch, tmp_path, SPECTRAL_ROUNDED_OTHERWISE)
+        if columns != 77 and not name.startswith("sum"):
+            assert re.search(r"ld\.global\S*\.v[248]\.b32", ptx), "tiles are loaded by vectors"
+            assert re.search(r"st\.global\S*\.v[248]\.b32", ptx), "tiles are stored by vectors"
+
+
+@each_arch
+def test_spectral_exchange(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorded = record_spectral(monkeypatch)
+    call_exchange(100, 10, 50)
+    for launch in recorded["draw_kernel"] + recorded["swap_kernel"]:
+        check(launch, arch, tmp_path, SPECTRAL_ROUNDED_OTHERWISE)

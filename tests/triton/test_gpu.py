@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from singlepass._dispatch import implementation
 from singlepass.reference import rational as reference_rational
-from singlepass.triton_kernels import grad_norm, optim, rational
+from singlepass.triton_kernels import grad_norm, optim, rational, spectral
 from singlepass.triton_kernels._table import CHUNK
 
 from ..optim.steps import Mix, Tensors, call, make_tensors, rule_of, set_grads
 from ..simt.truth import CASES, Case
 from ..tolerances import assert_same_bits
 from .interpreted import test_rational as interpreted_rational
+from .interpreted import test_spectral as interpreted_spectral
 
 pytestmark = pytest.mark.gpu
 
@@ -223,3 +225,56 @@ def test_rational_of_more_than_two_billion_elements() -> None:
     assert_same_bits(results[0][-2:], expected[0])
     for result, e in zip(results[1:4], expected[1:4], strict=True):
         torch.testing.assert_close(result, e, rtol=1e-4, atol=1e-3)
+
+
+def spectral_lists(dtype: torch.dtype) -> list[list[Tensor]]:
+    """Vectors of every width of tiles, aligned and not, and singular values."""
+    shapes = [(300, 768), (70, 4096), (9, 20000), (9, 9001), (33, 77), (5000,)]
+    lists = interpreted_spectral.make_lists(shapes, lambda t: t.to(dtype))
+    return [[t.cuda() for t in values] for values in lists]
+
+
+def clones(lists: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[t.clone() for t in values] for values in lists]
+
+
+def assert_same_lists(a: list[list[Tensor]], b: list[list[Tensor]]) -> None:
+    for x, y in zip(chain(*a), chain(*b), strict=True):
+        assert_same_bits(x, y)
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_a_captured_spectral_step_follows_its_inputs(dtype: torch.dtype, project: bool) -> None:
+    lists = spectral_lists(dtype)
+    lr, grad_scale, found_inf = (torch.ones((), device="cuda") * x for x in (0.05, 1.0, 0.0))
+    options = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf, "project": project}
+    interpreted_spectral.step(lists, **options)
+    expected = clones(lists)
+    graph = captured(lambda: interpreted_spectral.step(lists, **options))
+    assert_same_lists(lists, expected)
+
+    spectral._buckets._entries.clear()
+    torch.cuda.empty_cache()
+    poison = [torch.full((1 << 20,), -1, dtype=torch.int64, device="cuda") for _ in range(4)]
+    for t, skipped in ((2, False), (3, True), (4, False)):
+        for g, same in zip(lists[1], expected[1], strict=True):
+            same.copy_(g.normal_())
+        lr.fill_(0.05 / t)
+        grad_scale.fill_(t)
+        found_inf.fill_(skipped)
+        graph.replay()
+        interpreted_spectral.step(expected, **options)
+        assert_same_lists(lists, expected)
+    del poison
+
+
+def test_spectral_sums_have_the_same_bits_again() -> None:
+    torch.manual_seed(0)
+    q, t, s = torch.randn(10007, 1000, device="cuda"), torch.randn(10007, 1000, device="cuda"), torch.rand(1000).cuda()
+    scale, backward = implementation("spectral_scale_", "triton"), implementation("lorentz_backward", "triton")
+    sums, grads = scale(q.clone(), t, s), backward(q, t, s[:1], k=1.0, offset=1.1)
+    for _ in range(3):
+        assert_same_bits(scale(q.clone(), t, s), sums)
+        for again, grad in zip(backward(q, t, s[:1], k=1.0, offset=1.1), grads, strict=True):
+            assert_same_bits(again, grad)

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from singlepass import _dispatch
 from singlepass._dispatch import implementation
 from singlepass.kv import dequantize, probe_saliency, quantize
-from singlepass.triton_kernels import _launch, kv, rational
+from singlepass.triton_kernels import _launch, _table, kv, rational, spectral
 from singlepass.triton_kernels._table import CHUNK, IS_ALIGNED
 
 from ..kv.inputs import Part, attention
@@ -236,3 +236,106 @@ def test_kv_codec_and_saliency_are_not_compiled_again(monkeypatch: pytest.Monkey
             probe_saliency(x[:, :, :1].expand(-1, -1, probes, -1), x, torch.zeros(probes).long(), backend="triton")
     for name, variants in (("codec_kernel", 2), ("log_sums_kernel", 1), ("column_sums_kernel", 1)):
         assert len({launch.specialization(TARGET)[2] for launch in recorded[name]}) == variants, name
+
+
+SPECTRAL_KERNELS = (
+    *("step_kernel", "draw_kernel", "swap_kernel", "scale_kernel", "sum_parts_kernel"),
+    *("lorentz_kernel", "lorentz_backward_kernel", "sum_numbers_kernel"),
+)
+
+
+def record_spectral(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What the launchers of sparse spectral training would launch."""
+    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
+    monkeypatch.setattr(spectral, "_buckets", _launch.Cache())
+    recorders = {}
+    places = [(spectral, name) for name in SPECTRAL_KERNELS] + [(_table, "list_chunks_kernel")]
+    for module, name in places:
+        recorders[name] = Recorder(getattr(module, name))
+        monkeypatch.setattr(module, name, recorders[name])
+    return {name: recorder.launches for name, recorder in recorders.items()}
+
+
+def call_spectral_step(
+    shapes: list[tuple[int, ...]],
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    *,
+    lr: float = 0.1,
+    eps: float = 1e-8,
+    **options: Any,
+) -> None:
+    """Parameters and moments have the first dtype, gradients the second."""
+    params, exp_avg, exp_avg_sq = ([torch.empty(shape, dtype=dtypes[0]) for shape in shapes] for _ in range(3))
+    grads = [torch.empty(shape, dtype=dtypes[1]) for shape in shapes]
+    steps = [torch.zeros(()) for _ in shapes]
+    hyper = {"beta1": 0.9, "beta2": 0.999, "eps": eps, "weight_decay": eps}
+    tensors = params, grads, exp_avg, exp_avg_sq, steps
+    implementation("spectral_step_", "triton")(*tensors, torch.tensor(lr), **hyper, **options)
+
+
+def call_exchange(count: int, rank: int, columns: int, frozen: torch.dtype = torch.float32) -> None:
+    """The draw for a layer of so many singular values, and the swap of two pairs."""
+    draw = {"ranks": [rank], "ids": [count], "seed": rank, "draw": count, "uniform": 0.5}
+    (exchange,) = implementation("spectral_sample", "triton")([torch.empty(count, dtype=torch.bfloat16)], **draw)
+    active, rest = torch.empty(rank, columns), torch.empty(count - rank, columns, dtype=frozen)
+    scales = torch.empty(count - rank, -(-columns // 128))
+    values = torch.empty(count)
+    pairs = [active, values[:rank]], [rest, values[rank:]], [scales, scales], [exchange, exchange]
+    implementation("spectral_swap_", "triton")(*pairs)
+
+
+def call_scale(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
+    q = torch.empty(rows, columns, dtype=dtype)
+    implementation("spectral_scale_", "triton")(q, q, torch.empty(columns))
+
+
+def call_lorentz(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
+    z, log_scale = torch.empty(rows, columns, dtype=dtype), torch.empty(1)
+    implementation("lorentz", "triton")(z, log_scale, k=1.0, offset=1.1)
+    implementation("lorentz_backward", "triton")(z, z, log_scale, k=16.0, offset=4.5)
+
+
+def test_spectral_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_spectral(monkeypatch)
+    steps = recorded["step_kernel"]
+    call_spectral_step([(8, 768), (8, 1024), (3, 40)] * 20)
+    assert [launch.grid for launch in steps] == [(380,)], "a program for each row"
+    call_spectral_step([(8, 768), (8, 3072), (4, 8192), (2, 16384), (8, 4096)])
+    assert [launch.grid for launch in steps[1:]] == [(8,), (16,), (4,), (2,)]
+    call_spectral_step([(1024,), (2000,), (0,), (0, 8), (8, 0)])
+    # Aligned ones and that of odd length; whatever has no element counts its step.
+    assert sum(launch.grid[0] for launch in steps[5:]) == 1 + 2 + 1 + 1 + 1
+
+
+def test_spectral_ops_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_spectral(monkeypatch)
+    for rows in (1, 16, 1000):
+        for columns in (8, 16, 1000):
+            call_spectral_step([(rows, columns)] * rows, lr=rows, eps=columns, grad_scale=torch.ones(2)[1:])
+            call_spectral_step([(rows, columns)], found_inf=torch.ones(()), maximize=True)
+        for columns in (8, 80, 4096):
+            call_scale(rows, columns)
+        for columns in (132, 256, 512):
+            call_lorentz(rows, columns)
+        for columns in (1, 16, 1000):
+            call_exchange(columns + rows, rows, columns, torch.int8 if rows == 1 else torch.bfloat16)
+    for name, launches in recorded.items():
+        assert len({launch.specialization(TARGET)[2] for launch in launches}) == 1, name
+    for columns in (*range(2, 700, 3), 2047, 2048, 2049, 5000, 9000, 100000):
+        call_scale(3, columns)
+        call_lorentz(3, columns)
+        call_spectral_step([(3, columns)])
+    # Classes of widths, with that of rows that take several tiles; aligned or not.
+    most = {"scale_kernel": 1, "lorentz_kernel": 5, "lorentz_backward_kernel": 5, "step_kernel": 4}
+    for name, classes in most.items():
+        assert len({launch.specialization(TARGET)[2] for launch in recorded[name]}) <= 2 * classes, name
+
+
+def test_spectral_sums_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = record_spectral(monkeypatch)
+    for rows, columns in ((1 << 20, 32), (4096, 4096), (1 << 16, 1000), (100, 1 << 15)):
+        call_scale(rows, columns)
+        call_lorentz(rows, columns)
+        assert recorded["sum_parts_kernel"][-1].args[0].numel() <= (rows // 16 + 1) * columns
+        assert recorded["sum_numbers_kernel"][-1].args[0].numel() <= 2 * spectral.LORENTZ_PROGRAMS
+    assert recorded["sum_parts_kernel"][0].args[0].numel() <= (1 << 20) * 32 // 512
