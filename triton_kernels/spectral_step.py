@@ -125,6 +125,15 @@ def update_long_row(
         store_tile(addresses, start, end, p * inverse, s, STORAGES, ALIGNED, BLOCK)
 
 
+@triton.jit
+def count_step(p_record, p_ticket):
+    """Once all programs of a tensor have drawn their ticket. It reads again what need not stay in registers so long."""
+    numel = tl.load(p_record + NUMEL)
+    if is_last_program(p_ticket, tl.maximum(tl.cdiv(numel, tl.load(p_record + CHUNK_SIZE)), 1)):
+        p_step = tl.load(p_record + STEP).to(tl.pointer_type(tl.float32))
+        tl.store(p_step, tl.load(p_step) + 1.0)
+
+
 POINTERS = ["p_records", "p_chunks", "p_tickets"]
 HYPER = ["beta1", "beta2", "eps", "weight_decay", "log_beta1", "log_beta2"]
 SCALARS = ["lr", "direction", "a_lr", "a_grad_scale", "a_found_inf"]
@@ -169,8 +178,7 @@ def step_kernel(
     for k in tl.static_range(4):
         addresses = addresses + (tl.load(p_record + PARAM + k),)
 
-    p_step = tl.load(p_record + STEP).to(tl.pointer_type(tl.float32))
-    finished = tl.load(p_step).to(tl.float64)
+    finished = load_scalar(tl.load(p_record + STEP), 0.0)
     h = [tl.full((), x, tl.float64) for x in (beta1, beta2, eps, weight_decay, log_beta1, log_beta2)]
     c = adamw_coefficients(h, learning_rate(lr, a_lr), finished + 1.0, double(1.0), ())
     factor = gradient_factor(direction, a_grad_scale)
@@ -182,5 +190,4 @@ def step_kernel(
     else:
         update_short_row(addresses, begin, end, c, factor, ROWS, PROJECT, STORAGES, ALIGNED, BLOCK)
 
-    if is_last_program(p_tickets + i_tensor, tl.maximum(tl.cdiv(numel, size), 1)):
-        tl.store(p_step, (finished + 1.0).to(tl.float32))
+    count_step(p_records + i_tensor * WIDTH, p_tickets + i_tensor)
