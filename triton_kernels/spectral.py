@@ -209,7 +209,7 @@ def _swap_record(active: Tensor, frozen: Tensor, scales: Tensor, exchange: Tenso
     return [
         *(active.data_ptr(), STORAGES[STORAGE[active.dtype]]),
         *(frozen.data_ptr(), STORAGES["int8" if is_coded else STORAGE[frozen.dtype]]),
-        *(scales.data_ptr() if is_coded else 0, exchange.data_ptr(), active.shape[0], columns),
+        *(scales.data_ptr() if is_coded else 0, exchange.data_ptr(), active.shape[0], columns, frozen.shape[0]),
     ]
 
 

@@ -187,8 +187,10 @@ def swap_tile(
 
 
 # Of a record of swap_kernel. Vectors count as matrices of one column.
-ACTIVE, ACTIVE_STORAGE, FROZEN, FROZEN_STORAGE, FACTORS, CHANGE, SLOTS, COLUMNS = (tl.constexpr(i) for i in range(8))
-SWAP_WIDTH = tl.constexpr(8)
+ACTIVE, ACTIVE_STORAGE, FROZEN, FROZEN_STORAGE, FACTORS, CHANGE, SLOTS, COLUMNS, FROZEN_ROWS = (
+    tl.constexpr(i) for i in range(9)
+)
+SWAP_WIDTH = tl.constexpr(9)
 
 
 @triton.jit(do_not_specialize=["p_records"])
@@ -199,9 +201,10 @@ def swap_kernel(p_records, GROUPS: tl.constexpr):
     a_frozen, frozen_storage = tl.load(p_record + FROZEN), tl.load(p_record + FROZEN_STORAGE)
     p_change = tl.load(p_record + CHANGE).to(tl.pointer_type(tl.int64))
     a_factors, slots, columns = tl.load(p_record + FACTORS), tl.load(p_record + SLOTS), tl.load(p_record + COLUMNS)
+    frozen_rows = tl.load(p_record + FROZEN_ROWS)
     for slot in range(tl.program_id(1).to(tl.int64), slots, tl.num_programs(1)):
         row = tl.load(p_change + slot)
-        if row >= 0:
+        if (row >= 0) & (row < frozen_rows):
             for start in range(0, columns, GROUPS * SHARED):
                 # fmt: off
                 swap_tile(

@@ -98,7 +98,9 @@ def point(first, square, scale, k, offset):
     gate = tl.div_rn(one, 1.0 + tl.exp(-first))
     time = gate * scale + offset
     held = tl.where(square < 1e-8, 1e-8, square)  # NaN stays NaN
-    return gate, time, held, tl.sqrt_rn(tl.div_rn(time * time - k, held))
+    least = tl.sqrt_rn(one * k)
+    beyond = (time - least) * (time + least)
+    return gate, time, held, tl.sqrt_rn(tl.div_rn(tl.where(beyond < 0.0, 0.0, beyond), held))
 
 
 @triton.jit
@@ -211,7 +213,7 @@ def lorentz_backward_kernel(
         square, along = tl.sum(squares, 1), tl.sum(products, 1)
         gate, time, held, root = point(first, square, scale, k, offset)
         # d root / d time = time / (held root), d root / d z_i = -root z_i / held where the square is not clamped.
-        grad_time = grad_first + tl.div_rn(along * time, held * root)
+        grad_time = tl.where(root > 0.0, grad_first + tl.div_rn(along * time, held * root), grad_first)
         sums += tl.where(m_row, grad_time * gate * scale, 0.0).to(tl.float64)
         pull = tl.where(square > 1e-8, tl.div_rn(along * root, held), 0.0)[:, None]
         into_first = grad_time * scale * gate * (1.0 - gate)

@@ -42,7 +42,7 @@ void encode(const float* values, int8_t* codes, float* factors, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(n, begin + kBlock);
     float largest = 0.0f;
-    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(values[i]));
+    for (int64_t i = begin; i < end; ++i) largest = maximum(std::fabs(values[i]), largest);
     const float factor = factors[begin / kBlock] = factor_of(largest);
     const float inverse = inverse_of(factor);
     for (int64_t i = begin; i < end; ++i) codes[i] = code_of(values[i], inverse);
@@ -81,7 +81,7 @@ void swap_cpu(const std::vector<Swap>& pairs, const ParallelFor& parallel_for) {
     std::vector<float> coming, leaving;
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t place = 0; place < pairs[i].rank; ++place) {
-        if (pairs[i].exchange[place] >= 0) swap_row(pairs[i], place, coming, leaving);
+        if (pairs[i].changes(place)) swap_row(pairs[i], place, coming, leaving);
       }
     }
   });

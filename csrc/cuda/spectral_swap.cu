@@ -92,14 +92,13 @@ struct Columns {
   }
 };
 
-// The largest magnitude among the lanes of a block; NaN is none.
+// The largest magnitude among the lanes of a block; NaN where there is one.
 __device__ __forceinline__ float largest_of(const float* values) {
-  const auto larger = [](float a, float b) { return a < b ? b : a; };
   float largest = 0.0f;
 #pragma unroll
-  for (int k = 0; k < kVector; ++k) largest = larger(largest, absolute(values[k]));
+  for (int k = 0; k < kVector; ++k) largest = maximum(absolute(values[k]), largest);
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    largest = maximum(__shfl_xor_sync(0xffffffffu, largest, offset), largest);
   }
   return largest;
 }
@@ -139,8 +138,8 @@ __device__ __forceinline__ bool takes_vectors(const Swap& pair) {
 __global__ void __launch_bounds__(kThreads) swap_kernel(const __grid_constant__ Piece piece) {
   const Swap& pair = piece.pairs[blockIdx.y];
   const int64_t place = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  const int64_t row = place < pair.rank ? pair.exchange[place] : -1;
-  if (row < 0) return;
+  if (place >= pair.rank || !pair.changes(place)) return;
+  const int64_t row = pair.exchange[place];
   if (takes_vectors(pair)) {
     swap_row<true>(pair, place, row);
   } else {

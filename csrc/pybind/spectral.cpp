@@ -194,7 +194,7 @@ std::tuple<Arrays, Arrays, Arrays> spectral_swap(const Arrays& active, const Arr
     const bool coded = frozen[i].dtype().kind() == 'i';
     pairs.push_back({a.data(), f.data(), coded ? static_cast<float*>(factors.data()) : nullptr,
                      static_cast<const int64_t*>(arena.add(exchange[i]).data()), a.dtype(),
-                     coded ? DType::kFloat32 : f.dtype(), active[i].shape(0),
+                     coded ? DType::kFloat32 : f.dtype(), active[i].shape(0), frozen[i].shape(0),
                      active[i].ndim() == 2 ? active[i].shape(1) : 1});
     for (int k = 0; k < 3; ++k) written[k].push_back(k == 0 ? &a : k == 1 ? &f : &factors);
   }

@@ -39,9 +39,17 @@ inline spectral::Matrix matrix_of(const char* op, const char* role, const Tensor
   return {t.data_ptr(), dtype_of(op, role, t), t.stride(0)};
 }
 
+// Rows that are written must not lie over each other.
+inline void check_rows(const char* op, const Tensor& q) {
+  if (q.size(0) > 1 && q.stride(0) < q.size(1)) {
+    fail(op, "q in rows that don't overlap; got a stride of ", q.stride(0), ". Clone it.");
+  }
+}
+
 inline ScaleCall scale_call(const Tensor& q, const Tensor& t, const Tensor& s) {
   const char* op = "spectral_scale_";
   if (q.dim() != 2) fail(op, "q of two dimensions; got ", q.dim(), ". Flatten the tokens.");
+  check_rows(op, q);
   const int64_t tokens = q.size(0), values = q.size(1);
   if (s.dim() != 1 || s.size(0) != values) fail(op, "s of shape (", values, ",); got ", shape_of(s), ". Check k.");
   ScaleCall call = {{}, as_floats(op, "s", s, q), new_sums(q, values), {}};
@@ -158,6 +166,7 @@ inline spectral::Swap swap_pair(const Tensor& active, const Tensor& frozen, cons
           dtype_of(op, "active rows", active),
           coded ? DType::kFloat32 : dtype_of(op, "frozen rows", frozen),
           active.size(0),
+          frozen.size(0),
           columns};
 }
 

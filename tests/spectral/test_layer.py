@@ -39,7 +39,7 @@ def test_starts_as_the_linear_layer(size: str) -> None:
     orthonormal(v, 1e-6)
     # Factors are rounded once, and so are the sums over them.
     scale = (u.abs() * s[:, None]).mT.double() @ v.abs().double()
-    assert_within(layer.weight(), dense.weight.detach().double(), (len(s) + 4) * UNIT * scale, "W")
+    assert_within(layer.weight, dense.weight.detach().double(), (len(s) + 4) * UNIT * scale, "W")
     x = torch.randn(7, inputs)
     torch.testing.assert_close(layer(x), dense(x), rtol=1e-5, atol=1e-5)
 
@@ -94,7 +94,7 @@ def test_frozen_storage(frozen_dtype: torch.dtype | None) -> None:
     assert layer.frozen_u.dtype == layer.frozen_v.dtype == layer.frozen_dtype == (frozen_dtype or torch.float32)
     assert layer.scales_u.shape == ((140, 2) if frozen_dtype == torch.int8 else (0,))
     assert not layer.frozen_u.requires_grad
-    error = (layer.weight() - dense.weight).abs().max() / dense.weight.abs().max()
+    error = (layer.weight - dense.weight).abs().max() / dense.weight.abs().max()
     assert error < 16 / FROZEN[frozen_dtype], error
     assert ("frozen_dtype" in repr(layer)) == (frozen_dtype is not None)
 
@@ -149,7 +149,7 @@ def test_a_state_of_another_rank_loads() -> None:
     layer, other = layer_of("tall"), SSTLinear(24, 40, 9)
     other.load_state_dict(layer.state_dict())
     assert other.rank == 5
-    assert_same_bits(other.weight(), layer.weight())
+    assert_same_bits(other.weight, layer.weight)
     with pytest.raises(RuntimeError, match="size mismatch"):
         SSTLinear(24, 41, 5).load_state_dict(layer.state_dict())
 
@@ -157,13 +157,28 @@ def test_a_state_of_another_rank_loads() -> None:
 def test_copies_and_conversions() -> None:
     layer = layer_of("tall", frozen_dtype=torch.int8)
     twin = copy.deepcopy(layer)
-    assert_same_bits(twin.weight(), layer.weight())
+    assert_same_bits(twin.weight, layer.weight)
     twin.active_u.data.zero_()
     assert layer.active_u.abs().max() > 0
     half = copy.deepcopy(layer).to(torch.bfloat16)
     assert half.frozen_dtype == torch.int8
     assert half.scales_u.dtype == torch.float32
     assert half(torch.randn(2, 24).bfloat16()).dtype == torch.bfloat16
+
+
+def test_factors_of_codes_keep_their_bits() -> None:
+    layer = layer_of("tall", frozen_dtype=torch.int8)
+    before = layer.scales_u.clone()
+    assert_same_bits(layer.to(torch.bfloat16).float().scales_u, before)
+
+
+def test_a_failed_load_leaves_the_rank() -> None:
+    layer, other = layer_of("tall"), SSTLinear(24, 41, 7)
+    old = other.active_u
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict(layer.state_dict())
+    assert other.rank == 7
+    assert other.active_u is old
 
 
 def test_rank_can_change() -> None:
@@ -253,11 +268,41 @@ def test_layers_to_skip() -> None:
         assert spectral_names(convert(Model(), 2, skip=skip)) == left
 
 
+def test_what_is_not_trained_stays_linear() -> None:
+    model = Model()
+    model.shared.weight.requires_grad_(False)
+    model.blocks[0][1].bias.requires_grad_(False)
+    model.blocks[0][3] = torch.nn.utils.parametrizations.weight_norm(model.blocks[0][3])
+    convert(model, 2)
+    assert spectral_names(model) == {"blocks.0.1", "blocks.1.1"}
+    assert not model.blocks[0][1].bias.requires_grad
+
+
+def test_a_transformer_of_torch_runs_in_eval_mode() -> None:
+    """Its fast path reads the weights of its linear layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        want = layer(x)
+        torch.testing.assert_close(convert(layer, 4)(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_lorentz_layers_are_not_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), LorentzLinear(4, 5, 2))
+    merge(convert(model, 2))
+    assert [type(m) for m in model] == [nn.Linear, LorentzLinear]
+    with pytest.raises(NotImplementedError, match="LorentzLinear: expected"):
+        model[1].to_linear()
+
+
 def test_bad_conversions_leave_the_model_alone() -> None:
     for arguments, text in (
         ({"rank": 17}, "convert: .*: expected a rank from 1 to 16"),
         ({"rank": 2, "skip": ["*"]}, "convert: expected a model with linear layers"),
         ({"rank": 2, "gradient": "x"}, "gradient among"),
+        ({"rank": 2, "backend": "x"}, "backend among"),
+        ({"rank": 2, "skip": ["shared", "typo"]}, "names of modules to skip; got 'typo'"),
     ):
         model = Model()
         with pytest.raises(ValueError, match=text):
@@ -272,7 +317,7 @@ def test_bad_conversions_leave_the_model_alone() -> None:
         merge(model)
     model = convert(Model(), 2)
     model.blocks[0][3].singular_values.data[1] = float("nan")
-    with pytest.raises(ValueError, match=r"merge: blocks\.0\.3: expected finite singular values"):
+    with pytest.raises(ValueError, match=r"merge: blocks\.0\.3: expected a finite weight"):
         merge(model)
     assert len(spectral_names(model)) == 6
 
@@ -282,7 +327,7 @@ def test_lorentz_linear_is_hybonet_s() -> None:
     torch.manual_seed(0)
     layer = LorentzLinear(9, 17, rank=2, dropout=0.5, activation=torch.relu).eval()
     x = torch.randn(5, 9, requires_grad=True)
-    z = torch.nn.functional.linear(torch.relu(x), layer.weight(), layer.bias)
+    z = torch.nn.functional.linear(torch.relu(x), layer.weight, layer.bias)
     time = z[:, :1].sigmoid() * layer.log_scale.exp() + 1.1
     space = z[:, 1:]
     want = torch.cat(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_an_iteration_swaps_what_was_drawn_and_nothing_else() -> None:
     real = optimizer._begin_iteration
 
     def spied() -> None:
-        moments.update({id(m): (m.factors(), m.weight()) for m in layers_of(model)})
+        moments.update({id(m): (m.factors(), m.weight) for m in layers_of(model)})
         real()
 
     optimizer._begin_iteration = spied  # type: ignore[method-assign]
@@ -118,7 +119,7 @@ def test_an_iteration_swaps_what_was_drawn_and_nothing_else() -> None:
         assert order[: layer.rank] != list(range(layer.rank))
         for new, old in ((new_u, u), (new_s, s), (new_v, v)):
             assert_same_bits(new, old[order])
-        torch.testing.assert_close(layer.weight(), weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(layer.weight, weight, rtol=0, atol=1e-6)
 
 
 def test_moments_of_values_follow_and_those_of_vectors_are_forgotten() -> None:
@@ -155,7 +156,7 @@ def test_a_round_ends_with_orthonormal_vectors_and_the_same_weight() -> None:
 
     def spied() -> None:
         assert max(drift(*(m.factors()[i] for i in (0, 2))) for m in layers_of(model)) > 1e-3
-        weights.extend(m.weight() for m in layers_of(model))
+        weights.extend(m.weight for m in layers_of(model))
         real()
         for layer in layers_of(model):
             assert not optimizer.state[layer.singular_values]["exp_avg"].any()
@@ -166,19 +167,19 @@ def test_a_round_ends_with_orthonormal_vectors_and_the_same_weight() -> None:
     for layer, before in zip(layers_of(model), weights, strict=True):
         u, s, v = layer.factors()
         assert drift(u, v) < 1e-12
-        torch.testing.assert_close(layer.weight(), before, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(layer.weight, before, rtol=1e-12, atol=1e-13)
         assert torch.linalg.svdvals(before).sort().values.sub(s.sort().values).abs().max() < 1e-12
 
 
 def test_layers_that_have_not_drifted_are_left_alone() -> None:
     model = model_of()
     optimizer = SST(model, lr=1e-2, tolerance=1e9, **SCHEDULE)
-    weights = [m.weight() for m in layers_of(model)]
+    weights = [m.weight for m in layers_of(model)]
     for _ in range(12):
         optimizer.step()  # no gradients: nothing moves
     assert optimizer.progress.round == 1
     for layer, before in zip(layers_of(model), weights, strict=True):
-        torch.testing.assert_close(layer.weight(), before, rtol=0, atol=1e-6)
+        torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6, 12, 17])
@@ -202,6 +203,103 @@ def test_resumes_bit_for_bit(stop: int, frozen_dtype: torch.dtype | None) -> Non
     assert again.progress == optimizer.progress
     for a, b in zip(snapshot(other), snapshot(model), strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("load_first", [False, True])
+def test_resumes_with_another_rank(load_first: bool) -> None:
+    """A schedule has changed ranks since; loading gives the layers new parameters, which the optimizer takes over."""
+    options = SCHEDULE | {"lr": 1e-2, "rank_schedule": lambda draw: 2 + draw}
+    model = model_of()
+    optimizer = SST(model, **options)
+    run(model, optimizer, 9)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    run(model, optimizer, 9, 9)
+    other = model_of()
+    if load_first:
+        other.load_state_dict(saved[0])
+    again = SST(other, **options)
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    run(other, again, 9, 9)
+    for a, b in zip(snapshot(other), snapshot(model), strict=True):
+        assert_same_bits(a, b)
+
+
+def test_loading_in_the_wrong_order_is_noticed() -> None:
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+    run(model, optimizer, 6)
+    other = model_of()
+    other.load_state_dict(model.state_dict())
+    again = SST(other, lr=1e-2, **SCHEDULE)  # draws other vectors than the saved ones
+    with pytest.raises(ValueError, match="SST: expected a model with the same active vectors"):
+        again.load_state_dict(optimizer.state_dict())
+    assert again.progress.draws == 1
+
+
+def test_a_rank_changed_from_outside_is_trained_on() -> None:
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+    layer = layers_of(model)[0]
+    layer.set_rank(2)
+    before = layer.active_u.detach().clone()
+    run(model, optimizer, 2)
+    assert layer.active_u.shape == (2, 20)
+    assert (layer.active_u - before).abs().max() > 1e-4
+    assert_within(layer.active_u.double().norm(dim=1), torch.ones(2).double(), torch.full((2,), 8 * UNIT), "norms")
+
+
+def test_shorter_iterations_after_loading_still_end() -> None:
+    model = model_of()
+    optimizer = SST(model, steps_per_iteration=100)
+    run(model, optimizer, 30)
+    short = SST(model_of(), steps_per_iteration=20)
+    layers = zip(layers_of(model), [short._layers[0], short._layers[1]], strict=True)
+    for trained, fresh in layers:
+        fresh.load_state_dict(trained.state_dict())
+    short.load_state_dict(optimizer.state_dict())
+    short.step()
+    assert short.progress.iteration == 1
+
+
+def test_copies_are_whole_optimizers() -> None:
+    for copied in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+        model = model_of()
+        optimizer = SST(model, lr=1e-2, **SCHEDULE)
+        run(model, optimizer, 5)
+        twin, again = copied((model, optimizer))
+        for m, o in ((model, optimizer), (twin, again)):
+            run(m, o, 9, 5)
+        assert again.progress == optimizer.progress
+        for a, b in zip(snapshot(twin), snapshot(model), strict=True):
+            assert_same_bits(a, b)
+
+
+def test_step_hooks_run_once() -> None:
+    AdamW([nn.Parameter(torch.ones(2))])
+    optimizer, calls = SST(model_of(), **SCHEDULE), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    optimizer.step()
+    assert calls == ["pre", "post"]
+
+
+def test_gradients_of_vectors_that_were_swapped_are_gone() -> None:
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+    run(model, optimizer, 3)
+    assert layers_of(model)[0].active_u.grad is not None
+    run(model, optimizer, 1)
+    assert layers_of(model)[0].active_u.grad is None
+    assert layers_of(model)[0].singular_values.grad is not None
+
+
+def test_frozen_vectors_of_every_dtype_swap() -> None:
+    for frozen_dtype in (torch.float64, torch.bfloat16, torch.int8):
+        model = model_of(frozen_dtype=frozen_dtype)
+        optimizer = SST(model.parameters(), lr=1e-2, **SCHEDULE)
+        run(model, optimizer, 5)
+        assert layers_of(model)[0].frozen_u.dtype == frozen_dtype
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
@@ -349,10 +447,10 @@ def test_groups_and_parameters() -> None:
     model = model_of()
     slow = {"params": model[0].parameters(), "lr": 0.0}
     optimizer = SST([slow, {"params": [p for m in model[1:] for p in m.parameters()]}], lr=1e-2, **SCHEDULE)
-    first, second = (layer.weight() for layer in layers_of(model))
+    first, second = (layer.weight for layer in layers_of(model))
     run(model, optimizer, 3)
-    assert_same_bits(layers_of(model)[0].weight(), first)
-    assert (layers_of(model)[1].weight() - second).abs().max() > 1e-3
+    assert_same_bits(layers_of(model)[0].weight, first)
+    assert (layers_of(model)[1].weight - second).abs().max() > 1e-3
 
 
 def test_constructing_does_not_change_what_a_model_computes() -> None:
@@ -376,6 +474,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "flag": ({"project": 1}, "project True or False"),
     "tolerance": ({"tolerance": -1.0}, "tolerance >= 0"),
     "seed": ({"seed": -1}, "seed in"),
+    "schedule": ({"rank_schedule": 3}, "a callable rank_schedule"),
+    "scheduled rank": ({"rank_schedule": lambda draw: 13}, "a rank from 1 to 12"),
     "lr": ({"lr": -1.0}, r"lr in \[0, inf\)"),
     "betas": ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\)"),
 }
@@ -386,7 +486,7 @@ def test_bad_arguments_leave_the_model_alone(name: str) -> None:
     options, text = BAD[name]
     model = model_of()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=f"SST: expected {text}"):
+    with pytest.raises(ValueError, match=f"SST.*: expected {text}"):
         SST(model, **options)
     for a, b in zip(snapshot(model), before, strict=True):
         assert_same_bits(a, b)

@@ -4,7 +4,8 @@
 A layer with m outputs, n inputs and k = min(m, n) keeps singular vectors as rows, U (k, m) and V (k, n), in two
 segments: the first r rows of both are active and trained, the other k - r frozen; s (k,) has the active values first.
 
-* ``spectral_scale_``: ``q`` (N, k) and ``t`` (N, k), one dtype, rows of contiguous elements; ``s`` (k,), any dtype.
+* ``spectral_scale_``: ``q`` (N, k) and ``t`` (N, k), rows of contiguous elements, those of q apart from each other and
+  from t; ``s`` (k,), any dtype.
   Multiplies q's columns by s in place, and returns the column sums of q * t as they stood before: with q = g U^T and
   t = x V^T these are what dx = (q diag(s)) V is made of, and the gradient of s. float32 (eager in float64: float64).
 * ``spectral_step_``: AdamW on lists of tensors in place, as the optimizer steps define their arguments, and a
@@ -19,11 +20,11 @@ segments: the first r rows of both are active and trained, the other k - r froze
   and the r first are drawn, the lower place where two are equal. A negative or non-finite value counts as zero; where
   all are zero, all places are equally likely.
 * ``spectral_swap_``: exchanges rows between ``active[i]`` (r, c) and ``frozen[i]`` (f, c), or (r,) and (f,), both
-  contiguous, as ``exchange[i]`` says, converting between their dtypes. A frozen tensor may be int8: ``scales[i]`` (f,
-  ceil(c / 128)), float32, then has a factor for each 128 columns of a row, the largest magnitude divided by 127;
-  elsewhere ``scales[i]`` is empty. Codes are rounded to nearest even.
+  contiguous, as ``exchange[i]`` says, converting between their dtypes. Its rows are distinct; a row that is not there
+  stays. A frozen tensor may be int8: ``scales[i]`` (f, ceil(c / 128)), float32, then has a factor for each 128 columns
+  of a row, the largest magnitude divided by 127; elsewhere ``scales[i]`` is empty. Codes are rounded to nearest even.
 * ``lorentz``: HyboNet's map to the hyperboloid of curvature -1/K from rows z (..., c), c >= 2, and ``log_scale``, one
-  element: time = sigmoid(z_0) exp(log_scale) + offset; the rest z_i sqrt((time^2 - K) / max(|z_1..|^2, 1e-8)).
+  element: time = sigmoid(z_0) exp(log_scale) + offset; the rest z_i sqrt(max(time^2 - K, 0) / max(|z_1..|^2, 1e-8)).
   ``lorentz_backward`` returns the gradients of z and of log_scale.
 
 Tensors are float32, bfloat16 or float16 (eager: float64 too); arithmetic is float32.

@@ -193,7 +193,10 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_groups()
+        return loss
 
+    def _step_groups(self) -> None:
         buckets = [(group, self._gather(index, group)) for index, group in enumerate(self.param_groups)]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         max_norm, eps = self._clipping()
@@ -204,7 +207,6 @@ class FusedOptimizer(Optimizer):
             hyper, names = self._hyper(group), self._state_names(group)
             for bucket in members:
                 self._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
-        return loss
 
     def _step_bucket(
         self,

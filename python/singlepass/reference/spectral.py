@@ -115,7 +115,7 @@ def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
     padded = F.pad(rows.float(), (0, blocks * BLOCK - columns)).view(count, blocks, BLOCK)
     scales = padded.abs().amax(-1) / 127.0
     inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
-    codes = (padded * inverse.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    codes = (padded * inverse.unsqueeze(-1)).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
     return codes.view(count, blocks * BLOCK)[:, :columns].contiguous(), scales
 
 
@@ -130,7 +130,7 @@ def swap_(
 ) -> None:
     """Exchanges rows of two segments, each keeping its dtype."""
     for a, f, factors, change in zip(active, frozen, scales, exchange, strict=True):
-        slots = (change >= 0).nonzero().squeeze(-1)
+        slots = ((change >= 0) & (change < len(f))).nonzero().squeeze(-1)
         rows = change[slots]
         leaving = a[slots]
         if f.dtype == torch.int8:
@@ -146,7 +146,7 @@ def lorentz(z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> Tensor:
     work = _working(z)
     time = work[..., :1].sigmoid() * log_scale.to(work.dtype).exp() + offset
     space = work[..., 1:]
-    ratio = (time * time - k) / space.square().sum(-1, keepdim=True).clamp(min=1e-8)
+    ratio = ((time - k**0.5) * (time + k**0.5)).clamp(min=0.0) / space.square().sum(-1, keepdim=True).clamp(min=1e-8)
     return torch.cat((time, space * ratio.sqrt()), dim=-1).to(z.dtype)
 
 
@@ -158,10 +158,10 @@ def lorentz_backward(grad: Tensor, z: Tensor, log_scale: Tensor, *, k: float, of
     time = gate * scale + offset
     square = space.square().sum(-1, keepdim=True)
     held = square.clamp(min=1e-8)
-    root = ((time * time - k) / held).sqrt()
+    root = (((time - k**0.5) * (time + k**0.5)).clamp(min=0.0) / held).sqrt()
     along = (g[..., 1:] * space).sum(-1, keepdim=True)
     # d root / d time = time / (held root), d root / d space_i = -root space_i / held where the norm is not clamped.
-    grad_time = g[..., :1] + along * time / (held * root)
+    grad_time = g[..., :1] + torch.where(root > 0.0, along * time / (held * root), 0.0)
     grad_space = g[..., 1:] * root - torch.where(square > 1e-8, along * root / held, 0.0) * space
     grad_first = grad_time * scale * gate * (1.0 - gate)
     grad_scale = (grad_time * gate * scale).sum().reshape(log_scale.shape)

@@ -34,7 +34,8 @@ def convert(model: Model, rank: float, *, skip: Iterable[str] = HEADS, **options
     """Puts an :class:`SSTLinear` in the place of every linear layer of a model, in place.
 
     Left alone are embeddings, norms, whatever is not exactly a torch.nn.Linear (the output projection of
-    torch.nn.MultiheadAttention is not), linear layers that share their weight with another module, and names to skip.
+    torch.nn.MultiheadAttention and the Conv1D of GPT-2 are not), linear layers whose weight takes no gradient, is
+    shared with another module or made by a parametrisation, and names to skip. Hooks of converted layers are lost.
 
     Args:
         model: any module; its output stays the same up to rounding.
@@ -68,14 +69,17 @@ def convert(model: Model, rank: float, *, skip: Iterable[str] = HEADS, **options
     for module in model.modules():
         for p in module.parameters(recurse=False):
             uses[id(p)] = uses.get(id(p), 0) + 1
-    found = [
-        place
-        for place in _parents(model, nn.Linear)
-        if not any(_matches(place[0], pattern) for pattern in patterns) and uses[id(place[3].weight)] == 1
-    ]
-    require(
-        bool(found), where, "a model with linear layers to convert", "none", "Check skip; a layer alone: from_linear."
-    )
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for pattern in () if skip is HEADS else patterns:
+        known = any(_matches(name, pattern) for name in names)
+        require(known, where, "names of modules to skip", repr(pattern), "Check its spelling.")
+    found = []
+    for place in _parents(model, nn.Linear):
+        weight = place[3].weight
+        skipped = any(_matches(place[0], pattern) for pattern in patterns)
+        if not skipped and uses.get(id(weight)) == 1 and weight.requires_grad:
+            found.append(place)
+    require(bool(found), where, "a model with linear layers to convert", "none", "Check skip.")
     layers: dict[int, SSTLinear] = {}
     for name, _, _, linear in found:
         assert isinstance(linear, nn.Linear)
@@ -94,7 +98,8 @@ def convert(model: Model, rank: float, *, skip: Iterable[str] = HEADS, **options
 def merge(model: Model) -> Model:
     """Puts a torch.nn.Linear with the same weight in the place of every :class:`SSTLinear`, in place.
 
-    For inference and export: the model then is what it was before :func:`convert`, trained.
+    For inference and export: the model then is what it was before :func:`convert`, trained. A :class:`LorentzLinear`
+    is more than a linear layer and stays.
 
     Args:
         model: any module that has such layers.
@@ -103,14 +108,14 @@ def merge(model: Model) -> Model:
         Module: the model.
 
     Raises:
-        ValueError: none to merge, or singular values that are not finite; the model is unchanged.
+        ValueError: none to merge, or a weight that is not finite; the model is unchanged.
     """
     found = list(_parents(model, SSTLinear))
     require(bool(found), "merge", "a model with SSTLinear layers", "none", "A layer alone: to_linear.")
     for name, _, _, layer in found:
         assert isinstance(layer, SSTLinear)
-        finite = bool(layer.singular_values.isfinite().all())
-        require(finite, f"merge: {name}", "finite singular values", "infinities or NaNs", "Load a sound checkpoint.")
+        finite = bool(layer.weight.isfinite().all())
+        require(finite, f"merge: {name}", "a finite weight", "infinities or NaNs", "Load a sound checkpoint.")
     linears: dict[int, nn.Linear] = {}
     for _, parent, attribute, layer in found:
         if id(layer) not in linears:

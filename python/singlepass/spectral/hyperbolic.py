@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import require
+from .._errors import message, require
 from .functional import lorentz
 from .linear import SSTLinear
 
@@ -70,6 +70,15 @@ class LorentzLinear(SSTLinear):
         self.dropout = nn.Dropout(dropout)
         log_scale = torch.tensor(scale, device=options.get("device"), dtype=self.active_u.dtype).log()
         self.log_scale = nn.Parameter(log_scale, requires_grad=train_scale)
+
+    def to_linear(self) -> nn.Linear:
+        """Not what a linear layer can be.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        remedy = "Apply singlepass.spectral.lorentz after a torch.nn.Linear with this layer's weight and bias."
+        raise NotImplementedError(message("LorentzLinear", "a layer without the map to be wanted", "this one", remedy))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) to points (..., m) of the hyperboloid."""

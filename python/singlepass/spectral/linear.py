@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._dispatch import BACKENDS
 from .._errors import require
 from .decompose import decompose
 from .frozen import check_frozen_dtype, factors_shape, freeze, thaw
@@ -24,6 +25,11 @@ def layers_by_parameter() -> dict[int, SSTLinear]:
     return {id(p): layer for layer in list(_layers) for p in (layer.singular_values, layer.active_u, layer.active_v)}
 
 
+def frozen_parameters() -> set[int]:
+    """The ids of all vectors that no optimizer may touch."""
+    return {id(p) for layer in list(_layers) for p in (layer.frozen_u, layer.frozen_v)}
+
+
 def rank_of(where: str, rank: float, size: int) -> int:
     """A rank given as a number of vectors, or as a fraction of all ``size`` of them.
 
@@ -34,7 +40,7 @@ def rank_of(where: str, rank: float, size: int) -> int:
     if isinstance(rank, Real) and not isinstance(rank, Integral) and 0.0 < rank < 1.0:
         count = max(1, round(rank * size))
     fits = isinstance(count, Integral) and not isinstance(count, bool) and 1 <= count <= size
-    require(fits, where, f"a rank from 1 to {size}, or a fraction between 0 and 1", rank, "Choose a smaller one.")
+    require(fits, where, f"a rank from 1 to {size}, or a fraction between 0 and 1", repr(rank), "Choose one within.")
     return int(count)
 
 
@@ -112,6 +118,8 @@ class SSTLinear(nn.Module):
         check_frozen_dtype("SSTLinear", frozen_dtype)
         for name, value, known in (("gradient", gradient, GRADIENTS), ("evaluation", evaluation, EVALUATIONS)):
             require(value in known, "SSTLinear", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
+        fits = backend is None or backend in BACKENDS
+        require(fits, "SSTLinear", f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out.")
         self.gradient, self.evaluation, self.backend = gradient, evaluation, backend
         dtype = torch.get_default_dtype() if dtype is None else dtype
         stored = dtype if frozen_dtype is None else frozen_dtype
@@ -138,9 +146,12 @@ class SSTLinear(nn.Module):
         _layers.add(self)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SSTLinear:
+        factors = self.scales_u, self.scales_v
         super()._apply(fn, recurse)
-        # What converts the layer to another dtype must leave int8 codes their factors.
-        self.scales_u, self.scales_v = self.scales_u.float(), self.scales_v.float()
+        if self.scales_u.dtype != torch.float32:
+            # What converts the layer to another dtype leaves int8 codes their factors.
+            device = self.scales_u.device
+            self.scales_u, self.scales_v = (t.to(device) for t in factors)
         return self
 
     @property
@@ -196,9 +207,10 @@ class SSTLinear(nn.Module):
         rows = [torch.cat((a, f.to(dtype))) for a, f in ((self.active_u, u), (self.active_v, v))]
         return rows[0], self.singular_values.detach().clone(), rows[1]
 
+    @property
     @torch.no_grad()
     def weight(self) -> Tensor:
-        """W (m, n), of the parameters' dtype."""
+        """W (m, n), of the parameters' dtype, made anew at each access; it takes no gradient."""
         u, s, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.factors())
         return ((u * s.unsqueeze(-1)).mT @ v).to(self.active_u.dtype)
 
@@ -226,15 +238,19 @@ class SSTLinear(nn.Module):
         self.rank = rank
         for side, rows in (("u", u), ("v", v)):
             frozen, scales = freeze(rows[rank:], stored)
-            setattr(self, f"active_{side}", nn.Parameter(rows[:rank].clone()))
+            trained = getattr(self, f"active_{side}").requires_grad
+            setattr(self, f"active_{side}", nn.Parameter(rows[:rank].clone(), requires_grad=trained))
             setattr(self, f"frozen_{side}", nn.Parameter(frozen, requires_grad=False))
             setattr(self, f"scales_{side}", scales)
         return True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        active = state_dict.get(f"{prefix}active_u")
-        if active is not None and active.dim() == 2 and 1 <= len(active) <= len(self.singular_values):
-            self.set_rank(len(active))
+        active = [state_dict.get(f"{prefix}active_{side}") for side in "uv"]
+        if all(isinstance(t, Tensor) and t.dim() == 2 for t in active):
+            (rank, outputs), (_, inputs) = (t.shape for t in active)
+            known = outputs == self.out_features and inputs == self.in_features
+            if known and 1 <= rank <= len(self.singular_values):
+                self.set_rank(rank)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
@@ -266,12 +282,13 @@ class SSTLinear(nn.Module):
         if layer.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(linear.bias)
+            layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """A torch.nn.Linear with this weight and bias, of the same device and dtype."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight())
+        linear.weight = nn.Parameter(self.weight)
         linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.detach().clone()))
         return linear.train(self.training)
 

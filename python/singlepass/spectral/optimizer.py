@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -13,7 +14,7 @@ from .._errors import message, require
 from ..optim import AdamW
 from ..optim._base import Bucket, moved
 from .decompose import decompose, drift
-from .linear import SSTLinear, layers_by_parameter
+from .linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
 from .schedule import WARMUPS, Progress, warmup_factor
 
 SAMPLINGS = {"mixed": 0.5, "singular_values": 0.0, "uniform": 1.0}
@@ -21,6 +22,23 @@ SAMPLINGS = {"mixed": 0.5, "singular_values": 0.0, "uniform": 1.0}
 _VECTORS = ("active_u", "active_v")
 _TRAINED = ("singular_values", *_VECTORS)
 _STATES = ("exp_avg", "exp_avg_sq")
+# What a copy of the optimizer takes along beside what every optimizer does.
+_SETTINGS = (
+    "_layers",
+    "progress",
+    "steps_per_iteration",
+    "iterations_per_round",
+    "warmup_steps",
+    "warmup_shape",
+    "warmup_all",
+    "sampling",
+    "project",
+    "decay_vectors",
+    "reset_singular_values",
+    "rank_schedule",
+    "tolerance",
+    "seed",
+)
 
 
 class SST(AdamW):
@@ -126,11 +144,16 @@ class SST(AdamW):
         flags = {"warmup_all": warmup_all, "reset_singular_values": reset_singular_values}
         for name, flag in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
             require(isinstance(flag, bool), "SST", f"{name} True or False", repr(flag), "Pass one of them.")
+        got = repr(rank_schedule)
+        require(
+            rank_schedule is None or callable(rank_schedule), "SST", "a callable rank_schedule", got, "Pass a function."
+        )
         require(tolerance >= 0.0, "SST", "tolerance >= 0", tolerance, "Pass 0 to decompose after every round.")
         require(
             isinstance(seed, Integral) and 0 <= seed < 2**63, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int."
         )
         self._layers: list[SSTLinear] = []
+        self._held: list[dict[str, Tensor]] = []
         self._roles: dict[int, str] = {}
         self.progress = Progress()
         self.steps_per_iteration = steps_per_iteration
@@ -165,15 +188,39 @@ class SST(AdamW):
         return found
 
     def _note_roles(self) -> None:
-        self._roles = {id(layer.singular_values): "values" for layer in self._layers}
-        self._roles |= {id(getattr(layer, name)): "vectors" for layer in self._layers for name in _VECTORS}
+        self._held = [{name: getattr(layer, name) for name in _TRAINED} for layer in self._layers]
+        roles = {"singular_values": "values"} | dict.fromkeys(_VECTORS, "vectors")
+        self._roles = {id(p): roles[name] for held in self._held for name, p in held.items()}
         self._buckets.clear()
+
+    def _refresh(self) -> None:
+        """Layers whose rank changed have new parameters: they take the places of those that were."""
+        replaced = {}
+        for layer, held in zip(self._layers, self._held, strict=True):
+            for name, old in held.items():
+                if getattr(layer, name) is not old:
+                    replaced[id(old)] = getattr(layer, name)
+                    self.state.pop(old, None)
+        if replaced:
+            for group in self.param_groups:
+                group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+            self._note_roles()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in self.__dict__.items() if name in _SETTINGS}
+        return super().__getstate__() | kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_layers" in state:  # a copy, or what was pickled
+            self._note_roles()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking it; layers for sparse spectral training come with the constructor."""
         params = param_group["params"]
         if not isinstance(params, (Tensor, set)):
-            param_group = param_group | {"params": list(params)}
+            frozen = frozen_parameters()
+            param_group = param_group | {"params": [p for p in params if id(p) not in frozen]}
         if self._layers:
             owners = layers_by_parameter()
             given = [params] if isinstance(params, Tensor) else param_group["params"]
@@ -187,22 +234,12 @@ class SST(AdamW):
     def _op_name(self, role: str) -> str:
         return "spectral_step_" if role else super()._op_name(role)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient; then, where an iteration ends, begins the next.
-
-        Args:
-            closure: evaluates the model again and returns the loss.
-
-        Returns:
-            What ``closure`` returned, or None.
-
-        Raises:
-            RuntimeError: a sparse gradient, and nothing is changed; at the end of a round, layers that are not finite.
-        """
-        loss = super().step(closure)
+    def _step_groups(self) -> None:
+        """Updates every parameter that has a gradient; then, where an iteration ends, begins the next."""
+        self._refresh()
+        super()._step_groups()
         self.progress.step += 1
-        if self.progress.step == self.steps_per_iteration:
+        if self.progress.step >= self.steps_per_iteration:
             self.progress.step = 0
             self.progress.iteration += 1
             if self.progress.iteration >= self.iterations_per_round:
@@ -210,7 +247,6 @@ class SST(AdamW):
                 self.progress.round += 1
                 self._end_round()
             self._begin_iteration()
-        return loss
 
     def _step_bucket(
         self,
@@ -268,7 +304,10 @@ class SST(AdamW):
             self._set_rank(self.rank_schedule(self.progress.draws))
         for device in dict.fromkeys(layer.singular_values.device for layer in self._layers):
             self._exchange([i for i, layer in enumerate(self._layers) if layer.singular_values.device == device])
-        self._forget([getattr(layer, name) for layer in self._layers for name in _VECTORS])
+        vectors = [getattr(layer, name) for layer in self._layers for name in _VECTORS]
+        self._forget(vectors)
+        for p in vectors:
+            p.grad = None  # of vectors that are now others
         if self.reset_singular_values:
             self._forget([layer.singular_values for layer in self._layers])
         self.progress.draws += 1
@@ -277,7 +316,9 @@ class SST(AdamW):
         """Draws for layers of one device, and swaps their vectors, values, and the values' moments."""
         layers = [self._layers[i] for i in indices]
         device = layers[0].singular_values.device
-        dtypes = {p.dtype for layer in layers for p in (layer.singular_values, layer.active_u)}
+        moments = [t for layer in layers for t in self.state.get(layer.singular_values, {}).values()]
+        stored = [p for layer in layers for p in (layer.singular_values, *layer.vectors())]
+        dtypes = {t.dtype for t in (*stored, *moments)} - {torch.int8}
         sample, swap = (self._on(device, dtypes, op) for op in ("spectral_sample", "spectral_swap_"))
         exchange = sample(
             [layer.singular_values.detach() for layer in layers],
@@ -296,8 +337,7 @@ class SST(AdamW):
             for values in (layer.singular_values, *(state[name] for name in _STATES if name in state)):
                 pairs.append((values.detach()[:rank], values.detach()[rank:], none, change))
         swap(*(list(column) for column in zip(*pairs, strict=True)))
-        changed = [t for layer in layers for t in (layer.singular_values, *layer.vectors())]
-        torch.autograd.graph.increment_version(changed)
+        torch.autograd.graph.increment_version(stored)
 
     def _on(self, device: torch.device, dtypes: set[torch.dtype], op: str) -> Callable[..., Any]:
         wanted = _dispatch.requested(self.param_groups[0]["backend"])
@@ -310,31 +350,37 @@ class SST(AdamW):
             torch._foreach_zero_(zeros)
 
     def _set_rank(self, rank: float) -> None:
-        """Gives layers another rank: parameters of other shapes take the places of those that were."""
-        replaced: dict[int, Tensor] = {}
         for layer in self._layers:
-            old = layer.vectors()[:2]
-            if layer.set_rank(rank):
-                replaced |= {id(p): new for p, new in zip(old, layer.vectors()[:2], strict=True)}
-                for p in old:
-                    self.state.pop(p, None)
-        for group in self.param_groups:
-            group["params"] = [replaced.get(id(p), p) for p in group["params"]]
-        if replaced:
-            self._note_roles()
+            rank_of("SST: rank_schedule", rank, len(layer.singular_values))
+        for layer in self._layers:
+            layer.set_rank(rank)
+        self._refresh()
+
+    def _signature(self) -> list[float]:
+        """One number for each layer that tells which of its vectors are active."""
+        return [float(layer.singular_values.detach()[: layer.rank].double().sum()) for layer in self._layers]
 
     def state_dict(self) -> dict[str, Any]:
         """States and groups as of any optimizer, and ``"sst"``, where training stands."""
-        return super().state_dict() | {"sst": self.progress.as_dict()}
+        self._refresh()
+        return super().state_dict() | {"sst": self.progress.as_dict() | {"active": self._signature()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned; the model's state dict is to be loaded first.
+        """Loads what :meth:`state_dict` returned, after the model's state dict, and that after making the optimizer.
 
         Raises:
-            ValueError: a state dict of another optimizer or model; nothing is changed.
+            ValueError: a state dict of another optimizer, or a model with other active vectors; nothing is changed.
         """
-        progress = state_dict.get("sst", {})
-        fits = set(progress) == set(self.progress.as_dict())
+        progress = dict(state_dict.get("sst", {}))
+        active = progress.pop("active", None)
+        fits = active is not None and set(progress) == set(self.progress.as_dict())
         require(fits, "SST", "a state dict of SST", f"one with {', '.join(state_dict)}", "Load SST's own.")
+        self._refresh()
+        now = self._signature()
+        same = len(now) == len(active) and all(
+            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(now, active, strict=True)
+        )
+        remedy = "Make the optimizer, which draws vectors, then load the model's state dict, then this."
+        require(same, "SST", "a model with the same active vectors as the saved one", "others", remedy)
         super().load_state_dict(state_dict)
         self.progress = Progress(**progress)

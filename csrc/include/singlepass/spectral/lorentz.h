@@ -27,12 +27,13 @@ struct LorentzRow {
     time = gate * scale + p.offset;
     clamped = !(square > 1e-8);
     held = maximum(static_cast<float>(square), 1e-8f);
-    root = sqrtf((time * time - p.k) / held);
+    const float least = sqrtf(p.k);
+    root = sqrtf(maximum((time - least) * (time + least), 0.0f) / held);
   }
 
   // Gradients, from that of the time and `along`, the sum of grad_i z_i over the others.
   SINGLEPASS_HD float grad_time(float grad_first, double along) const {
-    return grad_first + static_cast<float>(along) * time / (held * root);
+    return root > 0.0f ? grad_first + static_cast<float>(along) * time / (held * root) : grad_first;
   }
   SINGLEPASS_HD float grad_first(float grad_time) const { return grad_time * scale * gate * (1.0f - gate); }
   SINGLEPASS_HD float grad_scale(float grad_time) const { return grad_time * gate * scale; }

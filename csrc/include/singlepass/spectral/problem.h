@@ -60,7 +60,10 @@ struct Swap {
   float* scales;
   const int64_t* exchange;
   DType active_dtype, frozen_dtype;
-  int64_t rank, columns;
+  int64_t rank, frozen_rows, columns;
+
+  // Whether the vector in a place is exchanged.
+  SINGLEPASS_HD bool changes(int64_t place) const { return exchange[place] >= 0 && exchange[place] < frozen_rows; }
 };
 
 // HyboNet's map of rows (rows, columns), contiguous. In the forward pass grad and grad_scale are null; in the backward
