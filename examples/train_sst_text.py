@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     console, data, start = Console(), read_data(), time.perf_counter()
     settings, most = Settings(steps=args.steps), 8
     if args.quick:
-        settings = replace(settings, steps=6, sequences=2, length=32, dim=32, depth=1, steps_per_iteration=1, restart=2)
+        settings = replace(settings, steps=8, sequences=2, length=32, dim=32, depth=1, steps_per_iteration=1, restart=2)
         data.validation, data.held_out, most = data.validation[:4096], data.held_out[:4096], 4
     if args.sweep:
         sweep = sweep_rates(settings, data, console, most)
