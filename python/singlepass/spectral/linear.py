@@ -245,8 +245,9 @@ class SSTLinear(nn.Module):
         return True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        active = [state_dict.get(f"{prefix}active_{side}") for side in "uv"]
-        if all(isinstance(t, Tensor) and t.dim() == 2 for t in active):
+        found = (state_dict.get(f"{prefix}active_{side}") for side in "uv")
+        active = [t for t in found if isinstance(t, Tensor) and t.dim() == 2]
+        if len(active) == 2:
             (rank, outputs), (_, inputs) = (t.shape for t in active)
             known = outputs == self.out_features and inputs == self.in_features
             if known and 1 <= rank <= len(self.singular_values):
