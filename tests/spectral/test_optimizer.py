@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer: rounds, iterations and steps, what it may change when, and resuming."""
+"""The optimizer: rounds, iterations and steps, and what it may change when."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from singlepass import spectral
 from singlepass.optim import AdamW
 from singlepass.spectral import SST, SSTLinear
 from singlepass.spectral.decompose import drift
@@ -20,36 +16,7 @@ from singlepass.spectral.schedule import warmup_factor
 
 from ..tolerances import assert_same_bits, assert_within, ulp
 from .backends import UNIT
-
-
-def model_of(dtype: torch.dtype = torch.float32, rank: int = 3, **options: Any) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 5))
-    return spectral.convert(model.to(dtype), rank, skip=["4"], **options)
-
-
-def layers_of(model: nn.Module) -> list[SSTLinear]:
-    return [m for m in model.modules() if isinstance(m, SSTLinear)]
-
-
-def give_gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
-
-
-def run(model: nn.Module, optimizer: SST, steps: int, start: int = 0) -> None:
-    for i in range(start, start + steps):
-        give_gradients(model, i)
-        optimizer.step()
-
-
-def snapshot(model: nn.Module) -> list[Tensor]:
-    return [t.clone() for t in model.state_dict().values()]
-
-
-SCHEDULE = {"steps_per_iteration": 4, "iterations_per_round": 3, "warmup_steps": 2}
+from .training import SCHEDULE, give_gradients, layers_of, model_of, run, snapshot
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -182,108 +149,6 @@ def test_layers_that_have_not_drifted_are_left_alone() -> None:
         torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 12, 17])
-@pytest.mark.parametrize("frozen_dtype", [None, torch.int8], ids=str)
-def test_resumes_bit_for_bit(stop: int, frozen_dtype: torch.dtype | None) -> None:
-    model = model_of(frozen_dtype=frozen_dtype)
-    optimizer = SST(model, lr=1e-2, weight_decay=0.1, **SCHEDULE)
-    run(model, optimizer, stop)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    run(model, optimizer, 20 - stop, stop)
-    torch.manual_seed(5)
-    other = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 5))
-    spectral.convert(other, 3, skip=["4"], frozen_dtype=frozen_dtype)
-    again = SST(other, lr=1e-2, weight_decay=0.1, **SCHEDULE)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    other.load_state_dict(saved["model"])
-    again.load_state_dict(saved["optimizer"])
-    run(other, again, 20 - stop, stop)
-    assert again.progress == optimizer.progress
-    for a, b in zip(snapshot(other), snapshot(model), strict=True):
-        assert_same_bits(a, b)
-
-
-@pytest.mark.parametrize("load_first", [False, True])
-def test_resumes_with_another_rank(load_first: bool) -> None:
-    """A schedule has changed ranks since; loading gives the layers new parameters, which the optimizer takes over."""
-    options = SCHEDULE | {"lr": 1e-2, "rank_schedule": lambda draw: 2 + draw}
-    model = model_of()
-    optimizer = SST(model, **options)
-    run(model, optimizer, 9)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    run(model, optimizer, 9, 9)
-    other = model_of()
-    if load_first:
-        other.load_state_dict(saved[0])
-    again = SST(other, **options)
-    other.load_state_dict(saved[0])
-    again.load_state_dict(saved[1])
-    run(other, again, 9, 9)
-    for a, b in zip(snapshot(other), snapshot(model), strict=True):
-        assert_same_bits(a, b)
-
-
-def test_loading_in_the_wrong_order_is_noticed() -> None:
-    model = model_of()
-    optimizer = SST(model, lr=1e-2, **SCHEDULE)
-    run(model, optimizer, 6)
-    other = model_of()
-    other.load_state_dict(model.state_dict())
-    again = SST(other, lr=1e-2, **SCHEDULE)  # draws other vectors than the saved ones
-    with pytest.raises(ValueError, match="SST: expected a model with the same active vectors"):
-        again.load_state_dict(optimizer.state_dict())
-    assert again.progress.draws == 1
-
-
-def test_a_rank_changed_from_outside_is_trained_on() -> None:
-    model = model_of()
-    optimizer = SST(model, lr=1e-2, **SCHEDULE)
-    layer = layers_of(model)[0]
-    layer.set_rank(2)
-    before = layer.active_u.detach().clone()
-    run(model, optimizer, 2)
-    assert layer.active_u.shape == (2, 20)
-    assert (layer.active_u - before).abs().max() > 1e-4
-    assert_within(layer.active_u.double().norm(dim=1), torch.ones(2).double(), torch.full((2,), 8 * UNIT), "norms")
-
-
-def test_shorter_iterations_after_loading_still_end() -> None:
-    model = model_of()
-    optimizer = SST(model, steps_per_iteration=100)
-    run(model, optimizer, 30)
-    short = SST(model_of(), steps_per_iteration=20)
-    layers = zip(layers_of(model), [short._layers[0], short._layers[1]], strict=True)
-    for trained, fresh in layers:
-        fresh.load_state_dict(trained.state_dict())
-    short.load_state_dict(optimizer.state_dict())
-    short.step()
-    assert short.progress.iteration == 1
-
-
-def test_copies_are_whole_optimizers() -> None:
-    for copied in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
-        model = model_of()
-        optimizer = SST(model, lr=1e-2, **SCHEDULE)
-        run(model, optimizer, 5)
-        twin, again = copied((model, optimizer))
-        for m, o in ((model, optimizer), (twin, again)):
-            run(m, o, 9, 5)
-        assert again.progress == optimizer.progress
-        for a, b in zip(snapshot(twin), snapshot(model), strict=True):
-            assert_same_bits(a, b)
-
-
-def test_step_hooks_run_once() -> None:
-    AdamW([nn.Parameter(torch.ones(2))])
-    optimizer, calls = SST(model_of(), **SCHEDULE), []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    optimizer.step()
-    assert calls == ["pre", "post"]
-
-
 def test_gradients_of_vectors_that_were_swapped_are_gone() -> None:
     model = model_of()
     optimizer = SST(model, lr=1e-2, **SCHEDULE)
@@ -292,14 +157,6 @@ def test_gradients_of_vectors_that_were_swapped_are_gone() -> None:
     run(model, optimizer, 1)
     assert layers_of(model)[0].active_u.grad is None
     assert layers_of(model)[0].singular_values.grad is not None
-
-
-def test_frozen_vectors_of_every_dtype_swap() -> None:
-    for frozen_dtype in (torch.float64, torch.bfloat16, torch.int8):
-        model = model_of(frozen_dtype=frozen_dtype)
-        optimizer = SST(model.parameters(), lr=1e-2, **SCHEDULE)
-        run(model, optimizer, 5)
-        assert layers_of(model)[0].frozen_u.dtype == frozen_dtype
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
@@ -439,20 +296,6 @@ def test_other_parameters_are_trained_by_adamw() -> None:
         assert_same_bits(a.detach(), b.detach())
 
 
-def test_groups_and_parameters() -> None:
-    """Given as parameters, in groups, or as a model; each group's own learning rate holds."""
-    model = model_of()
-    optimizer = SST(model.parameters(), lr=1e-2, **SCHEDULE)
-    assert len(optimizer._layers) == 2
-    model = model_of()
-    slow = {"params": model[0].parameters(), "lr": 0.0}
-    optimizer = SST([slow, {"params": [p for m in model[1:] for p in m.parameters()]}], lr=1e-2, **SCHEDULE)
-    first, second = (layer.weight for layer in layers_of(model))
-    run(model, optimizer, 3)
-    assert_same_bits(layers_of(model)[0].weight, first)
-    assert (layers_of(model)[1].weight - second).abs().max() > 1e-3
-
-
 def test_constructing_does_not_change_what_a_model_computes() -> None:
     model, x = model_of(), torch.randn(9, 12)
     before = model(x)
@@ -463,58 +306,3 @@ def test_constructing_does_not_change_what_a_model_computes() -> None:
 def test_the_default_round_may_see_every_vector() -> None:
     layer = SSTLinear(32, 48, 5)
     assert SST(layer).iterations_per_round == 7
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "T3": ({"steps_per_iteration": 0}, "steps_per_iteration of at least 1"),
-    "T2": ({"iterations_per_round": 0.5}, "iterations_per_round of at least 1"),
-    "warmup": ({"warmup_steps": -1}, "warmup_steps of at least 0"),
-    "shape": ({"warmup_shape": "steps"}, "warmup_shape among"),
-    "sampling": ({"sampling": "top"}, "sampling among"),
-    "flag": ({"project": 1}, "project True or False"),
-    "tolerance": ({"tolerance": -1.0}, "tolerance >= 0"),
-    "seed": ({"seed": -1}, "seed in"),
-    "schedule": ({"rank_schedule": 3}, "a callable rank_schedule"),
-    "scheduled rank": ({"rank_schedule": lambda draw: 13}, "a rank from 1 to 12"),
-    "lr": ({"lr": -1.0}, r"lr in \[0, inf\)"),
-    "betas": ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\)"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_leave_the_model_alone(name: str) -> None:
-    options, text = BAD[name]
-    model = model_of()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"SST.*: expected {text}"):
-        SST(model, **options)
-    for a, b in zip(snapshot(model), before, strict=True):
-        assert_same_bits(a, b)
-
-
-def test_bad_parameters_are_refused() -> None:
-    model = model_of()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="SST: expected parameters of SSTLinear layers"):
-        SST(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="one without active_u"):
-        SST([p for p in model.parameters() if p is not model[0].active_u])
-    optimizer = SST(model_of(), **SCHEDULE)
-    with pytest.raises(ValueError, match="expected SSTLinear layers when it is made"):
-        optimizer.add_param_group({"params": list(model[0].parameters())})
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.1})
-    with pytest.raises(ValueError, match="expected a state dict of SST"):
-        optimizer.load_state_dict(AdamW(model_of().parameters()).state_dict())
-    with pytest.raises(RuntimeError, match="kernels take float32"):
-        SST(model_of(torch.float64), backend="native")
-    for a, b in zip(snapshot(model), before, strict=True):
-        assert_same_bits(a, b)
-
-
-def test_layers_that_are_not_finite_stop_a_round() -> None:
-    model = model_of()
-    optimizer = SST(model, lr=1e-2, **SCHEDULE)
-    run(model, optimizer, 11)
-    give_gradients(model, 11, scale=float("nan"))
-    with pytest.raises(RuntimeError, match="SST: expected finite layers at the end of a round"):
-        optimizer.step()

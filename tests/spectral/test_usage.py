@@ -17,7 +17,7 @@ from singlepass import spectral
 from singlepass.spectral import SST
 
 from ..tolerances import assert_same_bits
-from .test_optimizer import SCHEDULE, layers_of, model_of, snapshot
+from .training import SCHEDULE, layers_of, model_of, snapshot
 
 
 def loss_of(model: nn.Module, step: int, tokens: int = 8) -> torch.Tensor:
