@@ -135,23 +135,19 @@ class SST(AdamW):
         counts = {"steps_per_iteration": steps_per_iteration, "iterations_per_round": iterations_per_round}
         for name, count in (*counts.items(), ("warmup_steps", warmup_steps)):
             least = 0 if name == "warmup_steps" else 1
-            fits = (count is None and name == "iterations_per_round") or (
-                isinstance(count, Integral) and count >= least
-            )
+            optional = count is None and name == "iterations_per_round"
+            fits = optional or (isinstance(count, Integral) and count >= least)
             require(fits, "SST", f"{name} of at least {least}", repr(count), "Pass an int.")
         for name, value, known in (("sampling", sampling, SAMPLINGS), ("warmup_shape", warmup_shape, WARMUPS)):
             require(value in known, "SST", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
         flags = {"warmup_all": warmup_all, "reset_singular_values": reset_singular_values}
         for name, flag in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
             require(isinstance(flag, bool), "SST", f"{name} True or False", repr(flag), "Pass one of them.")
-        got = repr(rank_schedule)
-        require(
-            rank_schedule is None or callable(rank_schedule), "SST", "a callable rank_schedule", got, "Pass a function."
-        )
+        fits = rank_schedule is None or callable(rank_schedule)
+        require(fits, "SST", "a callable rank_schedule", repr(rank_schedule), "Pass a function.")
         require(tolerance >= 0.0, "SST", "tolerance >= 0", tolerance, "Pass 0 to decompose after every round.")
-        require(
-            isinstance(seed, Integral) and 0 <= seed < 2**63, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int."
-        )
+        fits = isinstance(seed, Integral) and 0 <= seed < 2**63
+        require(fits, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int.")
         self._layers: list[SSTLinear] = []
         self._held: list[dict[str, Tensor]] = []
         self._roles: dict[int, str] = {}
@@ -175,10 +171,8 @@ class SST(AdamW):
     def _find_layers(self) -> list[SSTLinear]:
         """The layers of all parameters, in their order."""
         owners = layers_by_parameter()
-        given = {id(p) for group in self.param_groups for p in group["params"]}
-        layers = {id(owners[key]): owners[key] for key in given if key in owners}
-        order = [id(owners[id(p)]) for group in self.param_groups for p in group["params"] if id(p) in owners]
-        found = [layers[key] for key in dict.fromkeys(order)]
+        given = [id(p) for group in self.param_groups for p in group["params"]]
+        found = list(dict.fromkeys(owners[key] for key in given if key in owners))
         remedy = "Call singlepass.spectral.convert(model, rank) first."
         require(bool(found), "SST", "parameters of SSTLinear layers", "none", remedy)
         for layer in found:
