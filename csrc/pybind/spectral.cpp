@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <deque>
 #include <limits>
 #include <optional>
@@ -224,7 +225,7 @@ std::tuple<py::array, float> lorentz(const std::optional<py::array>& grad, const
                          grad_scale->get(),
                          scale->get(),
                          device_z.dtype(),
-                         k,
+                         std::sqrt(k),
                          offset,
                          rows,
                          z.shape(1)};

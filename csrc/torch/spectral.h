@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cmath>
 #include <tuple>
 
 #include "optim.h"
@@ -219,7 +220,7 @@ inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor
                   static_cast<float*>(call.grad_scale.data_ptr()),
                   static_cast<const float*>(call.log_scale.const_data_ptr()),
                   dtype_of(op, "z", z),
-                  static_cast<float>(k),
+                  static_cast<float>(std::sqrt(k)),
                   static_cast<float>(offset),
                   rows,
                   columns};

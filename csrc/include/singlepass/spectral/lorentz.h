@@ -27,8 +27,7 @@ struct LorentzRow {
     time = gate * scale + p.offset;
     clamped = !(square > 1e-8);
     held = maximum(static_cast<float>(square), 1e-8f);
-    const float least = sqrtf(p.k);
-    root = sqrtf(maximum((time - least) * (time + least), 0.0f) / held);
+    root = sqrtf(maximum((time - p.least) * (time + p.least), 0.0f) / held);
   }
 
   // Gradients, from that of the time and `along`, the sum of grad_i z_i over the others.

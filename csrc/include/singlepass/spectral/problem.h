@@ -76,7 +76,7 @@ struct Lorentz {
   float* grad_scale;
   const float* log_scale;
   DType dtype;
-  float k, offset;
+  float least, offset;  // times: sqrt(k), and what is added to every one
   int64_t rows, columns;
 };
 
