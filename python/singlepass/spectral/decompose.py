@@ -14,8 +14,8 @@ _CONDITION = 3e-5
 def decompose(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (k, m) and V (k, n) as rows, and s (k,), descending, of a finite weight (m, n); in float64.
 
-    From the eigenvectors of the smaller Gram matrix, in a fraction of the time of torch.linalg.svd, which is what runs
-    where the condition number does not allow that.
+    From the eigenvectors of the smaller Gram matrix, or, where the condition number does not allow that, by
+    torch.linalg.svd.
     """
     weight = weight.double()
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.mT
