@@ -218,9 +218,24 @@ class FusedOptimizer(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         states = [self._state_of(p, group, names) for p in bucket.params]
-        grad_scale, found_inf = moved(grad_scale, bucket.device), moved(found_inf, bucket.device)
+        grad_scale, found_inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
         if not self._before_step(bucket, group, grad_scale, found_inf):
             return
+        scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
+        self._run(bucket, group, names, states, hyper | {"maximize": group["maximize"]} | scaling)
+        if not torch.compiler.is_compiling():
+            # Kernels write behind autograd's back: a graph that still needs the old values must notice.
+            torch.autograd.graph.increment_version(bucket.params)
+
+    def _run(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        names: tuple[str, ...],
+        states: list[dict[str, Any]],
+        options: dict[str, Any],
+    ) -> None:
+        """Calls the op of the bucket's role."""
         lists = [[s[name] for s in states] if name in names else [] for name in self._rule.states]
         if self._rule.scale is not None:
             lists.append([s[self._rule.scale] for s in states])
@@ -231,16 +246,10 @@ class FusedOptimizer(Optimizer):
             *lists,
             [s["step"] for s in states] if self.counts_steps or stochastic else [],
             self._lr(group, bucket.device),
-            **hyper,
-            maximize=group["maximize"],
             seed=group["seed"] if stochastic else None,
             ids=bucket.ids if stochastic else [],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            **options,
         )
-        if not torch.compiler.is_compiling():
-            # Kernels write behind autograd's back: a graph that still needs the old values must notice.
-            torch.autograd.graph.increment_version(bucket.params)
 
     def _gather(self, index: int, group: dict[str, Any]) -> list[Bucket]:
         """The group's parameters with gradients, by device and by what their dtypes and layouts allow."""
@@ -327,7 +336,7 @@ class FusedOptimizer(Optimizer):
         for device, present in grads.items():
             backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
             measure = implementation("grad_norm", backend)
-            stats.append(measure(present, max_norm=max_norm, eps=eps, grad_scale=moved(grad_scale, device)))
+            stats.append(measure(present, max_norm=max_norm, eps=eps, grad_scale=_to(grad_scale, device)))
         if not stats:
             return grad_scale, found_inf
         _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
@@ -376,7 +385,7 @@ def _is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)
 
 
-def moved(value: Tensor | None, device: torch.device) -> Tensor | None:
+def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device, non_blocking=True)
 
 

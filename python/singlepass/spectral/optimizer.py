@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import _dispatch
 from .._errors import message, require
 from ..optim import AdamW
-from ..optim._base import Bucket, moved
+from ..optim._base import Bucket
 from .decompose import decompose, drift
 from .linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
 from .schedule import WARMUPS, Progress, warmup_factor
@@ -254,25 +254,24 @@ class SST(AdamW):
         if bucket.role == "vectors" or self.warmup_all:
             factor = warmup_factor(self.progress.step, self.warmup_steps, self.warmup_shape)
             group = group | {"lr": group["lr"] * factor}
-        if not bucket.role:
-            super()._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
-            return
-        states = [self._state_of(p, group, names) for p in bucket.params]
         if bucket.role == "vectors" and not self.decay_vectors:
             hyper = hyper | {"weight_decay": 0.0}
-        _dispatch.implementation("spectral_step_", bucket.backend)(
-            bucket.params,
-            bucket.grads,
-            *([state[name] for state in states] for name in (*names, "step")),
-            self._lr(group, bucket.device),
-            **hyper,
-            project=self.project,
-            maximize=group["maximize"],
-            grad_scale=moved(grad_scale, bucket.device),
-            found_inf=moved(found_inf, bucket.device),
-        )
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(bucket.params)
+        super()._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
+
+    def _run(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        names: tuple[str, ...],
+        states: list[dict[str, Any]],
+        options: dict[str, Any],
+    ) -> None:
+        if not bucket.role:
+            super()._run(bucket, group, names, states, options)
+            return
+        lists = ([state[name] for state in states] for name in (*names, "step"))
+        step = _dispatch.implementation(self._op_name(bucket.role), bucket.backend)
+        step(bucket.params, bucket.grads, *lists, self._lr(group, bucket.device), project=self.project, **options)
 
     def _end_round(self) -> None:
         """Decomposes again what has drifted."""
