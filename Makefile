@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make test` and `make bench` set up what they need in .venv and do again only what has changed since.
 .DELETE_ON_ERROR:
-.PHONY: bench clean core format help lint setup test wheel
+.PHONY: bench clean core format gpu-bundle gpu-proof help lint setup test wheel
 
 PYTHON ?= python3
 # The torch of the development environment. Every pip install below names it, so that none replaces it.
 TORCH ?= torch==2.13.0
 JOBS ?= $(shell nproc)
+# Of a proof on a GPU: where it runs, and the only folder that it writes to.
+ON ?= cuda
+RESULTS ?= bench/results
 
 VENV := .venv
 export PATH := $(abspath $(VENV)/bin):$(PATH)
@@ -21,6 +24,8 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 help:
 	@echo 'make test    check the style, build, and run every test that this machine can run (PYTEST="-k lion" chooses)'
 	@echo 'make bench   measure against eager PyTorch on this machine, in under five minutes (FULL=1 for everything)'
+	@echo 'make gpu-proof   prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (ON=cpu rehearses)'
+	@echo 'make gpu-bundle  pack what has to travel to a machine with a GPU'
 	@echo 'make core    the part without torch, and its C++ tests'
 	@echo 'make lint    ruff, mypy and clang-format, without changing a file; make format mends what they can mend'
 	@echo 'make wheel   a wheel, in dist/'
@@ -55,6 +60,14 @@ core: $(NATIVE)
 
 bench: $(NATIVE)
 	@singlepass bench run $(if $(FULL),--full)
+
+# No environment of its own: the machine's torch and Triton are what is put to the proof, and there may be no network.
+gpu-proof:
+	@$(PYTHON) -m proof run --device $(ON) --results $(RESULTS)
+
+# Needs nvcc and a torch with CUDA, such as: make gpu-bundle VENV=.venv-cuda TORCH=torch==2.14.1
+gpu-bundle: $(NATIVE)
+	@python -m proof bundle $(if $(PEERS),--peers $(PEERS))
 
 # mypy does not know how an editable installation maps folders to packages: links show it the package as installed.
 lint: $(NATIVE)

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Callable
 
 import torch
 
 from .registry import Pass, Step
+from .timing import clock
 
 FLOAT_BYTES = 4
 COPY_BYTES = 256 << 20
@@ -78,17 +79,17 @@ def copy_bandwidth(device: torch.device, repetitions: int = 10) -> float:
     if device.type == "cuda":
         n *= 4  # a copy of the CPU's size would last only a few hundred microseconds
     source, target = torch.zeros(n, device=device), torch.ones(n, device=device)
-    taken = []
-    for _ in range(repetitions):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            target.copy_(source)
-            end.record()
-            torch.cuda.synchronize(device)
-            taken.append(start.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            target.copy_(source)
-            taken.append(time.perf_counter() - begin)
-    return 2 * FLOAT_BYTES * n / statistics.median(taken) / 1e9
+    return 2 * FLOAT_BYTES * n / _median_seconds(lambda: target.copy_(source), device, repetitions) / 1e9
+
+
+def matrix_rate(device: torch.device, repetitions: int = 10) -> float:
+    """TFLOP/s of a product of two random matrices: bfloat16 on a GPU, float32 on a CPU; the median of several."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = torch.randn(2, n, n, dtype=dtype, device=device)
+    out = a @ b
+    return 2 * n**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device, repetitions) / 1e12
+
+
+def _median_seconds(run: Callable[[], object], device: torch.device, repetitions: int) -> float:
+    taken = clock(device, COPY_BYTES)
+    return statistics.median(taken.time(run) for _ in range(repetitions))

@@ -96,6 +96,7 @@ class Run:
     versions: dict[str, str | None]
     copy_gbps: float
     budget_s: float | None
+    matrix_tflops: float | None = None
     seconds: float = 0.0
     rows: list[Row] = field(default_factory=list)
 
@@ -135,11 +136,17 @@ def newest(kind: str, folder: Path = RESULTS, family: str | None = None) -> Run 
     return max(runs, key=lambda run: run.date, default=None)
 
 
-def start(device: torch.device, copy_gbps: float, budget_s: float | None) -> Run:
+def newest_proof(folder: Path = RESULTS) -> dict[str, Any] | None:
+    """The latest proof on a GPU, as `python -m proof run` has written it, or None."""
+    proofs = [json.loads(path.read_text()) for path in folder.glob("*/proof/*.json")]
+    return max((p for p in proofs if p["machine"]["kind"] == "cuda"), key=lambda p: p["date"], default=None)
+
+
+def start(device: torch.device, copy_gbps: float, matrix_tflops: float, budget_s: float | None) -> Run:
     """An empty run, with the facts of this machine."""
     commit, dirty = git_state()
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Run(now, commit, dirty, machine(device), versions(), copy_gbps, budget_s)
+    return Run(now, commit, dirty, machine(device), versions(), copy_gbps, budget_s, matrix_tflops)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -196,8 +203,14 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state() -> tuple[str | None, bool]:
-    """Short commit of the source tree and whether tracked files differ from it; (None, False) outside of one."""
+    """Short commit of the source tree and whether tracked files differ from it; (None, False) outside of one.
+
+    A tree without history may say in a file what it was taken from, a plus for what differs.
+    """
     for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / "COMMIT").exists():
+            said = (root / "COMMIT").read_text().strip()
+            return said.removesuffix("+"), said.endswith("+")
         if (root / "csrc" / "sources.json").exists() and (root / ".git").exists():
             try:
                 commit = _git(root, "rev-parse", "--short", "HEAD")

@@ -15,7 +15,7 @@ import torch
 from . import activations, caches, layers
 from .checks import Check, check
 from .registry import FAMILIES, dtype_name
-from .results import Row, Run
+from .results import Row, Run, newest_proof
 
 NOT_MEASURED = "not measured"
 
@@ -30,9 +30,10 @@ class Grid:
     head: list[str]
     lines: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    numbers: bool = True  # in all columns but the first
 
     def markdown(self) -> str:
-        align = [":--"] + ["--:"] * (len(self.head) - 1)
+        align = [":--"] + ["--:" if self.numbers else ":--"] * (len(self.head) - 1)
         rows = [self.head, align, *self.lines]
         text = [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
         return "\n".join(text + ([""] + [f"{note}  " for note in self.notes] if self.notes else [])) + "\n"
@@ -266,7 +267,8 @@ def training_grid(width: int = 2048, rank: int = 128) -> Grid:
 
 def machine_line(run: Run) -> str:
     commit = f"commit {run.commit}{' with local changes' if run.dirty else ''}" if run.commit else "no commit"
-    return f"{run.device_line}; copy bandwidth {run.copy_gbps:.0f} GB/s; {commit}."
+    rate = f", matrix products {number(run.matrix_tflops)} TFLOP/s" if run.matrix_tflops else ""
+    return f"{run.device_line}; copy bandwidth {run.copy_gbps:.0f} GB/s{rate}; {commit}."
 
 
 def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[Run, dict[str, str]], str]) -> str:
@@ -278,6 +280,11 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
         return cache_grid().markdown()
     if name == "training-memory":
         return training_grid().markdown()
+    if name in ("proof", "support"):
+        from . import proofs
+
+        grid = proofs.proof_grid if name == "proof" else proofs.support_grid
+        return grid(newest_proof()).markdown()
     if run is None:
         return f"{NOT_MEASURED}\n"
     if name == "machine":
@@ -290,7 +297,7 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
         picked = grids(run, **{key: value for key, value in options.items() if key in ("family", "size", "dtype")})
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
-        "bench table: expected a marker machine, checks, traffic, caches, training-memory, plot, "
+        "bench table: expected a marker machine, checks, traffic, caches, training-memory, proof, support, plot, "
         f"{', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
     )
 

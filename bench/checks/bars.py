@@ -35,6 +35,13 @@ class Check:
         return None if clears and self.partial else clears
 
     @property
+    def missed_by(self) -> float:
+        """How many times further from its limit than allowed; at most 1 where the bar holds, 0 where not measured."""
+        if not self.value:
+            return 0.0
+        return self.limit / self.value if self.at_least else self.value / self.limit
+
+    @property
     def verdict(self) -> str:
         return {True: "holds", False: "FAILS", None: "not measured"}[self.holds]
 

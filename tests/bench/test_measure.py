@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
-from singlepass.bench import memory, timing
+from singlepass.bench import floor, memory, timing
 from singlepass.bench.floor import StreamPool, floor_step, sweeps
 from singlepass.bench.registry import Pass, Step
 from singlepass.bench.timing import Effort, Samples
@@ -117,5 +120,19 @@ def test_extra_memory_sees_a_temporary() -> None:
 
 def test_extra_memory_of_a_step_in_place() -> None:
     t = torch.zeros(4 << 20)
+    t.add_(1.0)  # the first call also maps pages of code
     extra = memory.peak_extra_bytes(Step(lambda: t.add_(1.0)), CPU)
     assert extra is None or extra < 1 << 20
+
+
+def test_the_rate_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two operations for each product of elements, over the median of the times."""
+    times = iter([1e-3, 5e-3, 2e-3])
+
+    class Clock:
+        def time(self, run: Callable[[], object]) -> float:
+            run()
+            return next(times)
+
+    monkeypatch.setattr(floor, "clock", lambda device, working_set: Clock())
+    assert floor.matrix_rate(torch.device("cpu"), repetitions=3) == pytest.approx(2 * 1024**3 / 2e-3 / 1e12)

@@ -210,7 +210,7 @@ def test_other_schema_is_refused(tmp_path: Path) -> None:
 def test_facts_of_this_machine() -> None:
     import torch
 
-    run = results.start(torch.device("cpu"), 1.0, None)
+    run = results.start(torch.device("cpu"), 1.0, 2.0, None)
     assert run.machine["device"]
     assert run.machine["threads"] == torch.get_num_threads()
     assert run.versions["torch"]

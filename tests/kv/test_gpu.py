@@ -94,6 +94,18 @@ def test_another_stream(backend: str) -> None:
 
 
 @each_kernel
+def test_attention_compiles_into_one_graph(backend: str) -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = decode_attention(2.0 * q, parts, k, v, ends, backend=backend)
+        return out + 1.0, lse
+
+    torch._dynamo.reset()
+    parts, inputs = segments(500, backend), (random(2, 32, 1, 128), *window())
+    for a, b in zip(torch.compile(step, fullgraph=True)(*inputs), step(*inputs), strict=True):
+        assert_same_bits(a, b)
+
+
+@each_kernel
 def test_codes_are_those_of_the_cpu(backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = random(2, 4, 3000, 128, dtype=dtype)

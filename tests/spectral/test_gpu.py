@@ -96,6 +96,19 @@ def test_on_another_stream(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("evaluation", ["factored", "materialized"])
+def test_compiles_into_one_graph(evaluation: str, backend: str) -> None:
+    torch._dynamo.reset()
+    layer = layer_on_gpu(backend, evaluation)
+    x, grad = torch.randn(300, 192, device="cuda", requires_grad=True), torch.randn(300, 256, device="cuda")
+    leaves = [x, layer.singular_values, layer.active_u, layer.active_v]
+    expected = torch.autograd.grad(layer(x), leaves, grad)
+    compiled = torch.compile(layer, fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x), leaves, grad), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@each_backend
 def test_training_follows_the_cpu(backend: str) -> None:
     """The same draws and, up to the order of sums, the same numbers."""
     models = []
