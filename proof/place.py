@@ -45,6 +45,7 @@ class Place:
             "PYTHONPATH": os.pathsep.join(map(str, folders)),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else the machine has for pytest
             "MPLCONFIGDIR": str(self.scratch / "matplotlib"),
             "TMPDIR": str(self.scratch / "tmp"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),
