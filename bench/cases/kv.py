@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -32,6 +33,7 @@ from ..registry import Case, Gate, Pass, Provider, Step, Tier, dtype_name
 from .peers import missing
 
 GATE_SHAPE = CacheShape(2, 300)
+KIVI_GROUP, KIVI_WINDOW = 32, 128
 # Allowed error of each element relative to the element plus the mean magnitude. Tests judge the last bits.
 GATE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 PROBE_FLOPS = 4  # of a multiplication and an addition, in both passes over the keys
@@ -169,6 +171,27 @@ def quantized_cache(data: Inputs) -> Call:
     return call
 
 
+def kivi(data: Inputs) -> Call:
+    """Attention by KIVI's own kernels: tokens in 2 bits, in groups of 32, and the newest 128 as they are."""
+    pack = importlib.import_module("quant.new_pack").triton_quantize_and_pack_along_last_dim
+    product = partial(importlib.import_module("quant.matmul").cuda_bmm_fA_qB_outer, KIVI_GROUP)
+    q, k, v = (t.half() for t in (data.q, data.k, data.v))
+    compressed = (k.shape[2] - KIVI_WINDOW) // KIVI_GROUP * KIVI_GROUP
+    keys = pack(k[:, :, :compressed].mT.contiguous(), KIVI_GROUP, 2)
+    values = pack(v[:, :, :compressed].contiguous(), KIVI_GROUP, 2)
+    newest_k, newest_v = (x[:, :, compressed:].contiguous() for x in (k, v))
+    rows = q.view(len(q), HEADS, QUERY_HEADS // HEADS, WIDTH)
+
+    def call() -> Tensor:
+        newest = (rows @ newest_k.mT).view(len(q), QUERY_HEADS, 1, -1)
+        logits = torch.cat((product(q, *keys, 2), newest), -1) * WIDTH**-0.5
+        weights = logits.softmax(-1, dtype=torch.float32).half()
+        grouped_weights = weights[..., compressed:].reshape(len(q), HEADS, QUERY_HEADS // HEADS, -1)
+        return product(weights[..., :compressed], *values, 2) + (grouped_weights @ newest_v).view(q.shape)
+
+    return call
+
+
 def dense_truth(data: Inputs) -> Tensor:
     return sdpa(torch.float64, data)()
 
@@ -192,6 +215,12 @@ def own_reason(op: str, backend: str, dtype: torch.dtype, device: torch.device) 
     from singlepass._dispatch import rejection
 
     return rejection(op, backend, device.type, (dtype,))
+
+
+def kivi_reason(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "its kernels run on cuda"
+    return missing("quant", device) or missing("kivi_gemv", device)
 
 
 def quanto_reason(device: torch.device) -> str | None:
@@ -253,6 +282,8 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype) -> Iterator[Provid
             yield provider(label, "yardstick", Tier.FUSED, dense, dense_truth, dtype, **options)
     differs = "tokens in 4 bits, in groups of 64 numbers along the tokens"
     options = {"differs": differs, "why_not": quanto_reason, "footprint": 3 * bytes_of_floats}
+    options = {"differs": "tokens in 2 bits, in groups of 32", "why_not": kivi_reason, "footprint": bytes_of_floats}
+    yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
     yield provider("transformers-quanto", "peer", Tier.PEER, quantized_cache, dense_truth, dtype, **options)
 
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -128,3 +130,31 @@ def test_grid_of_bytes() -> None:
     assert len(sizes) == len(tables.CACHES)
     assert sizes["ZipCache's codec, all in 2 bits"] < sizes["ZipCache, 40 %"] < sizes["ZipCache, 80 %"]
     assert sizes["8 bits for each token and head"] == pytest.approx(256 + 8 + 0.25, abs=0.1)
+
+
+def test_kivi_is_called_as_its_kernels_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for its kernels, which are not here, take and give what those do, and keep numbers as they are."""
+
+    def pack(x: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert x.is_contiguous()
+        assert x.shape[-1] % group == 0
+        return x, x[..., ::group], x[..., ::group]
+
+    def product(group: int, a: Tensor, b: Tensor, scales: Tensor, minima: Tensor, bits: int) -> Tensor:
+        assert a.dtype == torch.float16
+        assert scales.shape == minima.shape == (*b.shape[:-1], b.shape[-1] // group)
+        rows = a.reshape(len(b), b.shape[1], -1, a.shape[-1])
+        return (rows @ b).view(*a.shape[:-1], b.shape[-1])
+
+    modules = {
+        "new_pack": {"triton_quantize_and_pack_along_last_dim": pack},
+        "matmul": {"cuda_bmm_fA_qB_outer": product},
+    }
+    monkeypatch.setitem(sys.modules, "quant", ModuleType("quant"))
+    for name, functions in modules.items():
+        module = ModuleType(f"quant.{name}")
+        module.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, f"quant.{name}", module)
+    data = kv.make_inputs(kv.GATE_SHAPE, torch.float32, CPU)
+    torch.testing.assert_close(kv.kivi(data)().float(), kv.dense_truth(data).float(), rtol=1e-2, atol=2e-3)
+    assert kv.kivi_reason(CPU) == "its kernels run on cuda"
