@@ -64,13 +64,13 @@ def collect() -> dict[str, Any]:
 
 
 def check() -> dict[str, str]:
-    """Runs every optimizer, a rational activation, forward and backward, and a compressed KV cache on every device, on
-    the backend of the automatic choice, against float64.
+    """Runs every optimizer, a rational activation and a layer for sparse spectral training, both forward and backward,
+    and a compressed KV cache on every device, on the backend of the automatic choice, against float64.
 
     Returns:
         For each of them and each device, "ok" or what went wrong.
     """
-    from . import kv, nn, optim
+    from . import kv, nn, optim, spectral
 
     def cache(dtype: torch.dtype, device: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -88,6 +88,17 @@ def check() -> dict[str, str]:
         parts = (y.detach(), x.grad, act.numerator.grad, act.denominator.grad)
         return torch.cat([part.double().cpu().flatten() for part in parts if part is not None])
 
+    def layer(dtype: torch.dtype, device: str) -> torch.Tensor:
+        weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+        dense = torch.nn.Linear(16, 24, device=device, dtype=dtype)
+        dense.load_state_dict({"weight": weight, "bias": weight[:, 0]})
+        made = spectral.SSTLinear.from_linear(dense, 4)
+        x = torch.linspace(-2.0, 2.0, 320).view(20, 16).to(device, dtype).requires_grad_()
+        y = made(x)
+        y.square().mean().backward()
+        parts = (y.detach(), x.grad, made.singular_values.grad)
+        return torch.cat([part.double().cpu().flatten() for part in parts if part is not None])
+
     def run(cls: type, dtype: torch.dtype, device: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         values, grads = torch.randn(2, 1000, generator=generator)
@@ -99,7 +110,7 @@ def check() -> dict[str, str]:
         return p.detach().double().cpu()
 
     checks = {name: partial(run, getattr(optim, name)) for name in optim.__all__} | {"GroupRational": activation}
-    checks |= {"ZipCacheLayer": cache}
+    checks |= {"ZipCacheLayer": cache, "SSTLinear": layer}
     results = {}
     for name, outcome in checks.items():
         for device in _devices():
