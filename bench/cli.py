@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -37,18 +38,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand. Returns the exit status: 0 for success, others as `singlepass bench COMMAND --help` says."""
     arguments = parser().parse_args(argv)
     try:
-        import matplotlib  # noqa: F401
-        import rich  # noqa: F401
-    except ImportError as error:
-        raise SystemExit(
-            f"singlepass bench: expected the packages rich and matplotlib; got {error}. "
-            "Install them with pip install 'singlepass[bench]'"
-        ) from None
-    try:
+        need("rich")
         status: int = arguments.command(arguments)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
     return status
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def need(package: str) -> None:
+    if not installed(package):
+        raise ValueError(
+            f"bench: expected the package {package}; got none. Install it: pip install 'singlepass[bench]'"
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -251,7 +256,12 @@ def first_measured(out: results.Run, family: str, **want: str) -> results.Row | 
 
 
 def save_plots(out: results.Run, path: Path) -> Iterator[Path]:
-    """Draw the first input that was measured, for each family; the name of a family goes into all names but one."""
+    """Draw the first input that was measured, for each family; the name of a family goes into all names but one.
+
+    Without matplotlib nothing is drawn: what was measured is kept, and drawn elsewhere.
+    """
+    if not installed("matplotlib"):
+        return
     from .plot import draw
 
     for family in FAMILIES:
@@ -306,6 +316,7 @@ def need_run(path: Path | None, family: str | None = None) -> results.Run:
 
 
 def plot(arguments: argparse.Namespace) -> int:
+    need("matplotlib")
     from .plot import draw
 
     family, dtype = arguments.family, arguments.dtype
@@ -324,6 +335,7 @@ def default_size(out: results.Run, family: str, dtype: str) -> str:
 
 def draw_beside(document: Path, out: results.Run, options: dict[str, str]) -> str:
     """Draw the plot that a document's marker asks for and return the Markdown that shows it."""
+    need("matplotlib")
     from .plot import TITLES, WORDS, draw
 
     family, dtype = options["family"], options.get("dtype", "float32")

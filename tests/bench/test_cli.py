@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import builtins
 import json
 from collections.abc import Callable
 from functools import partial
@@ -118,22 +117,24 @@ def test_table_fills_documents(
     assert Path("images/p.svg").exists()
 
 
-def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without_rich(name: str, *arguments: object, **options: object) -> object:
-        if name == "rich":
-            raise ImportError("No module named 'rich'")
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without_rich)
-    with pytest.raises(SystemExit, match=r"got No module named 'rich'.*pip install 'singlepass\[bench\]'"):
-        cli.main(["list"])
-
-
 def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for option in ("family", "op", "size", "dtype", "provider"):
         assert f"--{option} {option.upper()} choose by {option}: patterns such as 'a*', with commas" in shown
+
+
+@pytest.mark.parametrize(("package", "arguments"), [("rich", ["list"]), ("matplotlib", ["plot"])])
+def test_a_package_that_is_missing_is_named(
+    package: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "installed", lambda name: name != package)
+    with pytest.raises(SystemExit, match=rf"expected the package {package}; got none\. Install it"):
+        cli.main(arguments)
+
+
+def test_without_matplotlib_results_are_kept(few_cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "installed", lambda name: name != "matplotlib")
+    assert cli.main(["run", "--device=cpu", "--seconds=0.01", "--provider=native", f"--results={tmp_path}"]) == 0
+    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".json"]

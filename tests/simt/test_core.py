@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,16 @@ def test_python_tests_under_sanitizers() -> None:
     # Without the project's settings and fixtures: PyTorch stays out of this process. Without capture: what a sanitizer
     # reports must outlive the process that it ends.
     settings = ("-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "--import-mode=importlib")
-    _run(
-        *(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *settings, "--ignore", __file__, HERE),
-        LD_PRELOAD=" ".join(preload),
-        ASAN_OPTIONS="detect_leaks=0",  # Python leaks by design
-        UBSAN_OPTIONS="print_stacktrace=1",
-        **{MODULE_FOLDER: str(folder)},
-    )
+    environment = {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python leaks by design
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        MODULE_FOLDER: str(folder),
+    }
+
+    def check(file: Path) -> None:
+        _run(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *settings, file, **environment)
+
+    files = [path for path in HERE.glob("test_*.py") if path != Path(__file__)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process for each file: what runs is one thread in each
+        list(pool.map(check, sorted(files, key=lambda path: path.stat().st_size, reverse=True)))
