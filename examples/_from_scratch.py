@@ -41,8 +41,8 @@ class Settings:
     heads: int = 4
     betas: tuple[float, float] = (0.9, 0.98)
     rank: int = 4
-    steps_per_iteration: int = 10
-    warmup_steps: int = 2
+    steps_per_iteration: int = 40  # chosen among 5 to 80 on the text that also chooses learning rates
+    warmup_steps: int = 4
     lora_rank: int = 5  # the lowest that trains no fewer numbers than SST, which trains all singular values
     lora_scale: float = 2.0  # alpha / rank
     restart: int = 100  # steps between restarts of ReLoRA

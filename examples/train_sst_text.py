@@ -10,8 +10,9 @@ some singular vectors, LoRA a product beside a frozen weight, ReLoRA such produc
 picture show the losses on held-out text.
 
 Learning rates are those that did best in a sweep, the same for all, on text that is neither trained on nor held out:
---sweep makes it anew. With --docs, docs/spectral.md and docs/images/sst-text.svg are filled from the result file;
-examples/results/ keeps it.
+--sweep makes it anew. What has to come of it was fixed before: of the gap that LoRA leaves to full rank, in the means
+over seeds, SST closes at least half. With --docs, docs/spectral.md and docs/images/sst-text.svg are filled from the
+result file; examples/results/ keeps it.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ def sweep_rates(settings: Settings, data: Data, console: Console, most: int = 8)
     return sweep
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def rows_of(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """By method, one for each seed."""
     return {method: [row for row in result["rows"] if row["method"] == method] for method in METHODS}
@@ -95,8 +100,14 @@ def mean_loss(rows: list[dict[str, Any]]) -> float:
     return statistics.fmean(row["loss"] for row in rows)
 
 
+def gap_closed(result: dict[str, Any], method: str) -> float:
+    """Of the gap between the mean losses of LoRA and full rank, what a method closes."""
+    lora, own, full = (mean_loss(rows_of(result)[name]) for name in ("LoRA", method, "full rank"))
+    return (lora - own) / (lora - full)
+
+
 def shares(result: dict[str, Any], method: str) -> list[float]:
-    """Of the gap between LoRA and full rank, what a method closes: for each seed."""
+    """The same for each seed by itself."""
     rows = rows_of(result)
     triples = zip(rows["LoRA"], rows[method], rows["full rank"], strict=True)
     return [(lora["loss"] - own["loss"]) / (lora["loss"] - full["loss"]) for lora, own, full in triples]
@@ -110,7 +121,7 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     for method, rows in rows_of(result).items():
         line = [method, f"{rows[0]['trained']:,}", f"{rows[0]['lr']:g}", f"{mean_loss(rows):.4f}"]
         line.append(", ".join(f"{row['loss']:.4f}" for row in rows))
-        line.append(f"{statistics.fmean(shares(result, method)):.0%}".replace("%", " %"))
+        line.append(percent(gap_closed(result, method)))
         lines.append(line)
     return lines
 
@@ -131,6 +142,7 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"{settings['steps']:,} steps of {settings['sequences']} x {settings['length']} bytes, {settings['depth']} "
         f"layers of width {settings['dim']}. SST: rank {settings['rank']}, {settings['steps_per_iteration']} steps an "
         f"iteration; LoRA: rank {settings['lora_rank']}, ReLoRA's restarted every {settings['restart']} steps.",
+        "Of each seed's own gap SST closes " + ", ".join(map(percent, shares(result, "SST"))) + ".",
         f"Drift of singular vectors one step before rounds end, over layers: {spread(result)}.",
         "Median time of a step, other programs running beside it: "
         + ", ".join(f"{method} {times[method]:.0f} ms" for method in times)
