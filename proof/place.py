@@ -18,8 +18,8 @@ TREE = ("bench", "csrc", "proof", "python", "tests", "triton_kernels")
 FILES = ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
 # Packages without compiled code that a bare machine may lack: they travel as wheels.
 TOOLS = (
-    *("attrs", "hypothesis", "iniconfig", "markdown-it-py", "mdurl", "packaging"),
-    *("pluggy", "pygments", "pytest", "rich", "sortedcontainers"),
+    *("attrs", "exceptiongroup", "hypothesis", "iniconfig", "markdown-it-py", "mdurl", "packaging"),
+    *("pluggy", "pygments", "pytest", "rich", "sortedcontainers", "tomli"),
 )
 COMMIT = "COMMIT"  # file that says what a tree without history was taken from
 LIBRARIES = "python/singlepass/_C_*.so"

@@ -68,6 +68,8 @@ def info_read(place: Place, status: int | None, text: str) -> Outcome:
 def tests_command(place: Place) -> list[str]:
     folders = [f"tests/{name}" for name in (*FAMILIES, "triton")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not large"]
+    # Test modules alone are collected, and one that cannot be does not keep the others from running.
+    command += ["-o", "addopts=-ra --import-mode=importlib --strict-markers", "--continue-on-collection-errors"]
     command += [f"--junitxml={place.scratch / 'tests.xml'}", f"--basetemp={place.scratch / 'pytest'}", *folders]
     if place.device == "cuda":
         command.append("--require-gpu")

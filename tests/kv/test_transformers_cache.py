@@ -9,7 +9,7 @@ import io
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.23")
 
 from transformers import MistralConfig
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5.23")
 
 import transformers
 from transformers import LlamaConfig, T5Config

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from numpy.polynomial import hermite_e
 from numpy.polynomial.polynomial import polyval
+
+pytest.importorskip("scipy", reason="the fit extra is not installed")
+
 from scipy import integrate, special
 from scipy.optimize import least_squares
 
