@@ -27,7 +27,7 @@ class Codec:
     value_group: int | None = None
     channel_separable: bool = True
     block: int | None = 128
-    regular_block: int | None = 32
+    regular_block: int | None = 16
     rotate: bool = False
 
     def __post_init__(self) -> None:
@@ -42,8 +42,8 @@ class Codec:
     @classmethod
     def zipcache(cls, block: int | None = 128) -> Codec:
         """Keys by channels, values channel-separable by tokens; regular tokens, whose few bits need closer steps, in
-        blocks of 32 at most. block=None is the paper's: one set of channel parameters for a whole prompt."""
-        return cls(block=block, regular_block=block and min(block, 32))
+        blocks of 16 at most. block=None is the paper's: one set of channel parameters for a whole prompt."""
+        return cls(block=block, regular_block=block and min(block, 16))
 
     @classmethod
     def kivi(cls, group: int = 32) -> Codec:
@@ -80,7 +80,7 @@ def cache_nbytes(
     Example:
         >>> from singlepass.kv import cache_nbytes
         >>> round(cache_nbytes(32768) / 32768, 1)  # of 512 in 16 bits, keys and values of one head
-        120.0
+        129.7
     """
     where, codec = "cache_nbytes", Codec() if codec is None else codec
     require(tokens >= 0, where, "0 tokens or more", tokens, "Pass the length of the prompt.")
