@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings, exam = Training(steps=args.steps), Exam()
     if args.quick:
         settings = Training(steps=4, tokens=256, hidden=64, layers=2)
-        exam = Exam(texts=2, prompt=64, follow=16, lists=2, keys=14, window=8, batch=2)
+        exam = Exam(texts=2, prompt=80, follow=16, lists=2, keys=14, window=8, batch=2)
     model, training = learn(settings, checkpoint, args.reuse, console)
     commit, dirty = git_state()
     result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "dirty": dirty}
