@@ -213,33 +213,31 @@ def traffic_grid() -> Grid:
     return grid
 
 
-# What a table of bytes compares: name, then the arguments of cache_nbytes.
-CACHES: tuple[tuple[str, float, int, int, str, int | None], ...] = (
-    ("ZipCache, 60 % in 4 bits, the rest in 2", 0.6, 4, 2, "zipcache", 128),
-    ("ZipCache, 60 %, one block for the prompt", 0.6, 4, 2, "zipcache", None),
-    ("ZipCache, 40 %", 0.4, 4, 2, "zipcache", 128),
-    ("ZipCache, 80 %", 0.8, 4, 2, "zipcache", 128),
-    ("8 bits for each token and head", 1.0, 8, 8, "per_token_head", None),
-    ("4 bits for each token and head", 1.0, 4, 4, "per_token_head", None),
-    ("ZipCache's codec, all in 4 bits", 1.0, 4, 4, "zipcache", 128),
-    ("ZipCache's codec, all in 2 bits", 0.0, 4, 2, "zipcache", 128),
-    ("KIVI, 4 bits, groups of 32", 1.0, 4, 4, "kivi", 32),
-    ("KIVI, 2 bits, groups of 32", 0.0, 2, 2, "kivi", 32),
-)
-
-
 def cache_grid(tokens: int = 32768, width: int = 128) -> Grid:
     """Bytes of a token's key and value in one head, counted by the cache itself."""
     from singlepass.kv import Codec, cache_nbytes
 
+    own, kivi, flat = Codec.zipcache(), Codec.kivi(), Codec.per_token_head()
+    caches = (
+        ("ZipCache, 60 % in 4 bits, the rest in 2", 0.6, 4, 2, own),
+        ("ZipCache, 60 %, regular blocks of 32", 0.6, 4, 2, Codec(regular_block=32)),
+        ("ZipCache, 60 %, blocks of 128", 0.6, 4, 2, Codec(regular_block=128)),
+        ("ZipCache, 60 %, one block for the prompt", 0.6, 4, 2, Codec.zipcache(None)),
+        ("ZipCache, 40 %", 0.4, 4, 2, own),
+        ("ZipCache, 80 %", 0.8, 4, 2, own),
+        ("8 bits for each token and head", 1.0, 8, 8, flat),
+        ("4 bits for each token and head", 1.0, 4, 4, flat),
+        ("ZipCache's codec, all in 4 bits", 1.0, 4, 4, own),
+        ("ZipCache's codec, all in 2 bits", 0.0, 4, 2, own),
+        ("KIVI, 4 bits, groups of 32", 1.0, 4, 4, kivi),
+        ("KIVI, 2 bits, groups of 32", 0.0, 2, 2, kivi),
+    )
     head = ["cache", "bytes per token and head", "bits per number", "times smaller than 16 bits"]
     grid = Grid(f"A prompt of {tokens:,} tokens, head_dim {width}", head)
     grid.lines.append(["16 bits", str(4 * width), "16.00", "1.00"])
-    for name, ratio, salient, regular, codec, block in CACHES:
-        make = getattr(Codec, codec)
+    for name, ratio, salient, regular, codec in caches:
         options: dict[str, Any] = {"salient_ratio": ratio, "salient_bits": salient, "regular_bits": regular}
-        made = make() if codec == "per_token_head" else make(block)
-        per_token = cache_nbytes(tokens, head_dim=width, codec=made, **options) / tokens
+        per_token = cache_nbytes(tokens, head_dim=width, codec=codec, **options) / tokens
         numbers = (per_token, 8 * per_token / (2 * width), 4 * width / per_token)
         grid.lines.append([name, *(f"{n:.{digits}f}" for n, digits in zip(numbers, (1, 2, 2), strict=True))])
     return grid

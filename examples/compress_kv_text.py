@@ -11,7 +11,9 @@ how often a value is found, are told for each kind of cache beside the memory th
 Values are asked for as in the line retrieval of ZipCache's paper: the question ends the prompt, which is compressed as
 a whole, and the answer is read from the codes. What has to come of it was fixed before any compressed cache had been
 put to it: ZipCache with 60 % in 4 bits finds more than uniform 2 bits, by more than two standard errors of the
-difference, list by list, and differs from uniform 4 bits by two of them at most.
+difference, list by list, and differs from uniform 4 bits by two of them at most. With blocks of 128 tokens for both
+kinds it failed on the lists of seed 1; regular blocks of 16 were chosen on lists of other seeds, and the seed of these,
+which no compressed cache had seen, was fixed with that choice.
 
 With --docs, docs/kv.md and docs/images/kv-quality.svg are filled from the result file; examples/results/ keeps it.
 """
@@ -84,7 +86,7 @@ class Exam:
     capitals: int = 4  # in values: each is in many lines, so that only the key tells which value it begins
     window: int = 64
     batch: int = 32
-    seed: int = 1
+    seed: int = 2
 
 
 def schemes() -> list[Scheme]:
@@ -111,7 +113,8 @@ def schemes() -> list[Scheme]:
     found.append(compressed("ZipCache's codec, all in 4 bits", "zipcache", own, 1.0))
     found += [compressed(f"ZipCache, {ratio} %", "zipcache", own, ratio / 100) for ratio in (80, 60, 40, 20)]
     found.append(compressed("ZipCache's codec, all in 2 bits", "zipcache", own, 0.0))
-    found += [compressed(f"{PAPER}, blocks of {size}", "blocks", Codec.zipcache(size), 0.6) for size in (64, 32)]
+    found.append(compressed(f"{PAPER}, regular blocks of 32", "blocks", Codec(regular_block=32), 0.6))
+    found.append(compressed(f"{PAPER}, blocks of 128", "blocks", Codec(regular_block=128), 0.6))
     found += [compressed(f"KIVI, {bits} bits, groups of 32", "kivi", kivi, 1.0, bits) for bits in (4, 2)]
     if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.quanto"):
         found += [quanto(bits) for bits in (4, 2)]
@@ -261,7 +264,8 @@ def draw_panel(axes: Axes, rows: list[Row], value: Callable[[Row], tuple[float, 
         if row.family == "quanto":
             axes.axhline(value(row)[0], color="#8c8c8c", linestyle="--" if "4" in row.name else ":", label=row.name)
         elif row.family == "blocks":
-            axes.plot(row.bits, value(row)[0], color="#56b4e9", marker="v" if "64" in row.name else "x", label=row.name)
+            marker = "v" if "128" in row.name else "x"
+            axes.plot(row.bits, value(row)[0], color="#56b4e9", marker=marker, label=row.name)
     paper = next(row for row in rows if row.name == PAPER)
     axes.annotate("60 %", (paper.bits, value(paper)[0]), (0, 8), textcoords="offset points", ha="center", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -340,7 +344,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings, exam = Training(steps=args.steps), Exam()
     if args.quick:
         settings = Training(steps=4, tokens=256, hidden=64, layers=2)
-        exam = Exam(texts=2, prompt=64, follow=16, lists=2, keys=14, window=8, batch=2)
+        exam = Exam(texts=2, prompt=80, follow=16, lists=2, keys=14, window=8, batch=2)
     model, training = learn(settings, checkpoint, args.reuse, console)
     commit, dirty = git_state()
     result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "dirty": dirty}

@@ -21,6 +21,7 @@ from ..caches import (
     PROBES,
     QUANTIZE,
     QUERY_HEADS,
+    REGULAR_BLOCK,
     SALIENCY,
     SALIENT_RATIO,
     SHAPES,
@@ -80,10 +81,10 @@ def quantized(data: Inputs, backend: str | None) -> Segments:
 
     salient, compressed = split(data)
     segments = []
-    for bits, part in ((4, slice(0, salient)), (2, slice(salient, compressed))):
-        keys = quantize(data.k[:, :, part], bits, axis="channel", block=BLOCK, backend=backend)
-        options: dict[str, Any] = {"axis": "token", "block": BLOCK, "channel_separable": True, "backend": backend}
-        segments.append((keys, quantize(data.v[:, :, part], bits, **options)))
+    for bits, block, part in ((4, BLOCK, slice(0, salient)), (2, REGULAR_BLOCK, slice(salient, compressed))):
+        options: dict[str, Any] = {"block": block, "backend": backend}
+        keys = quantize(data.k[:, :, part], bits, axis="channel", **options)
+        segments.append((keys, quantize(data.v[:, :, part], bits, axis="token", channel_separable=True, **options)))
     return segments
 
 
@@ -292,8 +293,8 @@ def packed_bytes(shape: CacheShape) -> int:
     values' channel factors for each block."""
     salient = round(SALIENT_RATIO * (shape.length - WINDOW))
     total = 0
-    for bits, tokens in ((4, salient), (2, shape.length - WINDOW - salient)):
-        blocks = -(-tokens // BLOCK)
+    for bits, block, tokens in ((4, BLOCK, salient), (2, REGULAR_BLOCK, shape.length - WINDOW - salient)):
+        blocks = -(-tokens // block)
         total += tokens * (2 * WIDTH * bits // 8 + 4) + blocks * 6 * WIDTH
     return shape.batch * HEADS * total
 

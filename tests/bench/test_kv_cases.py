@@ -70,7 +70,9 @@ def test_floor_counts_what_the_cache_takes() -> None:
     """Less the few bytes that say where blocks and tokens stand."""
     shape = CacheShape(1, 4096)
     tokens = shape.length - caches.WINDOW
-    counted = cache_nbytes(tokens, heads=caches.HEADS, head_dim=caches.WIDTH, codec=Codec.zipcache(caches.BLOCK))
+    codec = Codec(block=caches.BLOCK, regular_block=caches.REGULAR_BLOCK)
+    assert codec == Codec(), "the default is what is measured"
+    counted = cache_nbytes(tokens, heads=caches.HEADS, head_dim=caches.WIDTH, codec=codec)
     assert 0.99 * counted < kv.packed_bytes(shape) + caches.HEADS * tokens / 4 <= counted
     case = kv.case(DECODE, shape, torch.float32)
     assert case.bytes == kv.packed_bytes(shape) + caches.HEADS * caches.WINDOW * caches.WIDTH * 2 * 4
@@ -127,7 +129,10 @@ def test_grid_of_bytes() -> None:
     grid = tables.cache_grid()
     assert grid.lines[0][1:] == ["512", "16.00", "1.00"]
     sizes = {line[0]: float(line[1]) for line in grid.lines[1:]}
-    assert len(sizes) == len(tables.CACHES)
+    assert len(sizes) == len(grid.lines) - 1
+    settings = (", one block for the prompt", ", blocks of 128", ", regular blocks of 32", " in 4 bits, the rest in 2")
+    own = [sizes[f"ZipCache, 60 %{setting}"] for setting in settings]
+    assert own == sorted(own)
     assert sizes["ZipCache's codec, all in 2 bits"] < sizes["ZipCache, 40 %"] < sizes["ZipCache, 80 %"]
     assert sizes["8 bits for each token and head"] == pytest.approx(256 + 8 + 0.25, abs=0.1)
 

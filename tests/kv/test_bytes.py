@@ -15,6 +15,8 @@ from .test_layer import CODECS
 
 NAMED = {
     "zipcache": Codec.zipcache(),
+    "one size of blocks": Codec(block=64, regular_block=64),
+    "regular blocks alone": Codec(block=None, regular_block=8),
     "one block": Codec.zipcache(None),
     "kivi": Codec.kivi(16),
     "per token and head": Codec.per_token_head(),
@@ -35,10 +37,10 @@ def test_a_prompt_takes_what_the_table_says(tokens: int, name: str, ratio: float
 def hand_count(codec: Codec, heads: int, width: int, salient: int, regular: int, window: int, bits: int = 16) -> int:
     """Bytes of one sequence: codes, float16 steps and minima, factors, starts and counts, kinds, and the window."""
     total = heads * -(-(salient + regular) // 4) + heads * window * 2 * width * bits // 8
-    for tokens, code in ((salient, 4), (regular, 2)):
+    for tokens, code, block in ((salient, 4, codec.block), (regular, 2, codec.regular_block)):
         if not tokens:
             continue
-        blocks = -(-tokens // codec.block) if codec.block else 1
+        blocks = -(-tokens // block) if block else 1
         per_head = tokens * 2 * width * code // 8
         per_head += 4 * (
             blocks * width if codec.key_axis == "channel" else tokens * width // (codec.key_group or width)
@@ -60,10 +62,13 @@ def test_bytes(codec: str, ratio: float) -> None:
     assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, 9)
 
 
-@pytest.mark.parametrize(("codec", "least", "most"), [(Codec.zipcache(None), 106.4, 107.5), (Codec(), 112.4, 113.5)])
+@pytest.mark.parametrize(
+    ("codec", "least", "most"),
+    [(Codec.zipcache(None), 106.4, 107.5), (Codec(regular_block=128), 112.4, 113.5), (Codec(), 129.2, 130.2)],
+)
 def test_bytes_of_a_long_prompt(codec: Codec, least: float, most: float) -> None:
     """A token and head of 128 channels: 102.4 in codes at 60% of 4 bits, 4 of the value's step, 1/4 of what it is; of
-    a block of 128, 512 of keys' steps and 256 of factors."""
+    a block of 128 or 16, 512 of keys' steps and 256 of factors."""
     q, k, v = drawn(2560, batch=1, heads=1, group=1, width=128, dtype=torch.bfloat16)
     layer = ZipCacheLayer(codec=codec, max_probes=8)
     layer.prefill(q, k, v)

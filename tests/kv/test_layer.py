@@ -21,6 +21,7 @@ from .layers import assert_same, check_attend, dense, drawn, kinds, part, stream
 
 CODECS: dict[str, Callable[[], Codec]] = {
     "zipcache": lambda: Codec.zipcache(16),
+    "finer regular blocks": lambda: Codec(block=16, regular_block=6),
     "paper": lambda: Codec.zipcache(None),
     "kivi": lambda: Codec.kivi(16),
     "token and head": Codec.per_token_head,
@@ -193,6 +194,32 @@ def test_counts_of_salient_tokens(length: int, ratio: float) -> None:
             segment = layer._compressed.segments[kind]
             assert (segment.slots, segment.bits) == (count, 4 if kind == SALIENT else 2)
             assert int(segment.keys.counts[0].sum()) == count
+
+
+def test_each_kind_has_blocks_of_its_own() -> None:
+    q, k, v = drawn(100)
+    layer = ZipCacheLayer(0.5, codec=Codec(block=32, regular_block=8), window=40)
+    layer.prefill(*part((q, k, v), 0, 60))
+    stream(layer, *part((q, k, v), 60, 100))
+    layer.append(*part((k, v), 0, 1))
+    starts = {kind: segment.keys.starts.tolist() for kind, segment in layer._compressed.segments.items()}
+    assert starts == {SALIENT: [0, 30, 50], REGULAR: [0, 8, 16, 24, 30, 38, 46, 50]}
+
+
+def test_finer_regular_blocks_bring_regular_tokens_closer() -> None:
+    """Keys that drift as tokens go by, as position embeddings have them; salient tokens' bits stay what they were."""
+    q, k, v = drawn(400)
+    k = k * 0.1 + torch.linspace(-3.0, 3.0, 400)[:, None]
+    layers = [ZipCacheLayer(codec=Codec(regular_block=size)) for size in (128, 32)]
+    off = []
+    for layer in layers:
+        layer.prefill(q, k, v)
+        regular = kinds(layer) == REGULAR
+        errors = [(found - x).square()[regular] for found, x in zip(layer.dequantize(), (k, v), strict=True)]
+        off.append([error.mean() for error in errors])
+    assert off[1][0] < 0.3 * off[0][0]
+    assert off[1][1] < off[0][1]
+    assert_same(*(layer._compressed.segments[SALIENT].state() for layer in layers))
 
 
 def test_tokens_without_queries_are_salient() -> None:

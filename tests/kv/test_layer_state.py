@@ -100,6 +100,8 @@ CORRUPTIONS: list[tuple[tuple[Any, ...], Change]] = [
     (("options", "window"), lambda _: 17),
     (("options", "salient_bits"), lambda _: 8),
     (("options", "codec", "block"), lambda _: 32),
+    (("options", "codec", "regular_block"), lambda _: 8),
+    (("options", "codec"), lambda codec: {name: value for name, value in codec.items() if name != "regular_block"}),
     (("options",), lambda t: t | {"more": 1}),
     (("segments",), lambda t: t | {2: t[0]}),
     (("segments",), lambda t: {0: t[0]}),
@@ -321,11 +323,30 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"key_axis": "head"}, {"block": 0}, {"value_group": -1}, {"key_group": 16}, {"block": 1.5}], ids=str
+    "options",
+    [
+        {"key_axis": "head"},
+        {"block": 0},
+        {"block": 1.5},
+        {"regular_block": 0},
+        {"regular_block": 2.0},
+        {"value_group": -1},
+        {"key_group": 16},
+    ],
+    ids=str,
 )
 def test_codecs_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^Codec: expected .*; got .*\. [A-Z].*\.$"):
         Codec(**options)
+
+
+def test_codecs_by_name() -> None:
+    assert Codec.zipcache() == Codec()
+    assert Codec.zipcache(128) == Codec(block=128, regular_block=16)
+    blocks = {block: Codec.zipcache(block).regular_block for block in (64, 8, None)}
+    assert blocks == {64: 16, 8: 8, None: None}, "never coarser than salient ones"
+    for codec in (Codec.kivi(16), Codec.per_token_head()):
+        assert codec.regular_block == codec.block
 
 
 def test_groups_that_do_not_divide_the_channels() -> None:

@@ -17,7 +17,8 @@ class Codec:
         key_group: channels that share a key's step where it belongs to tokens; None: all of a head.
         value_group: channels that share a value's step; None: all of a head.
         channel_separable: divide a value's channels first by the square roots of their largest magnitudes.
-        block: tokens that share what belongs to channels; None: all that are compressed at a time.
+        block: salient tokens that share what belongs to channels; None: all that are compressed at a time.
+        regular_block: regular tokens that do; None likewise.
         rotate: multiply keys and values by an orthonormal Hadamard matrix first, which spreads outliers.
     """
 
@@ -26,11 +27,12 @@ class Codec:
     value_group: int | None = None
     channel_separable: bool = True
     block: int | None = 128
+    regular_block: int | None = 16
     rotate: bool = False
 
     def __post_init__(self) -> None:
         require(self.key_axis in ("channel", "token"), "Codec", '"channel" or "token"', self.key_axis, "Choose one.")
-        for field in ("key_group", "value_group", "block"):
+        for field in ("key_group", "value_group", "block", "regular_block"):
             size = getattr(self, field)
             fits = size is None or (isinstance(size, int) and size > 0)
             require(fits, "Codec", f"a positive {field} or None", size, "None takes everything.")
@@ -39,20 +41,20 @@ class Codec:
 
     @classmethod
     def zipcache(cls, block: int | None = 128) -> Codec:
-        """Keys by channels, values channel-separable by tokens. block=None is the paper's: one set of channel
-        parameters for a whole prompt."""
-        return cls(block=block)
+        """Keys by channels, values channel-separable by tokens; regular tokens, whose few bits need closer steps, in
+        blocks of 16 at most. block=None is the paper's: one set of channel parameters for a whole prompt."""
+        return cls(block=block, regular_block=block and min(block, 16))
 
     @classmethod
     def kivi(cls, group: int = 32) -> Codec:
         """Keys by channels in blocks of ``group`` tokens, values by tokens in groups of ``group`` channels (arXiv
         2402.02750)."""
-        return cls(value_group=group, channel_separable=False, block=group)
+        return cls(value_group=group, channel_separable=False, block=group, regular_block=group)
 
     @classmethod
     def per_token_head(cls, rotate: bool = False) -> Codec:
         """One step for each token and head, of keys and of values."""
-        return cls(key_axis="token", channel_separable=False, block=None, rotate=rotate)
+        return cls(key_axis="token", channel_separable=False, block=None, regular_block=None, rotate=rotate)
 
     def check_width(self, where: str, width: int) -> None:
         for field in ("key_group", "value_group"):
@@ -78,7 +80,7 @@ def cache_nbytes(
     Example:
         >>> from singlepass.kv import cache_nbytes
         >>> round(cache_nbytes(32768) / 32768, 1)  # of 512 in 16 bits, keys and values of one head
-        112.7
+        129.7
     """
     where, codec = "cache_nbytes", Codec() if codec is None else codec
     require(tokens >= 0, where, "0 tokens or more", tokens, "Pass the length of the prompt.")
@@ -90,10 +92,11 @@ def cache_nbytes(
     key_groups, value_groups = (head_dim // (group or head_dim) for group in (codec.key_group, codec.value_group))
     salient = int(tokens * salient_ratio + 0.5)
     of_heads, of_sequences, shared = -(-tokens // 4), 0, 0
-    for bits, n in ((salient_bits, salient), (regular_bits, tokens - salient)):
+    kinds = ((salient_bits, codec.block, salient), (regular_bits, codec.regular_block, tokens - salient))
+    for bits, block, n in kinds:
         if n == 0:
             continue
-        blocks = -(-n // (codec.block or n))
+        blocks = -(-n // (block or n))
         of_heads += n * (2 * head_dim * bits // 8 + 4 * value_groups)
         of_heads += 4 * (blocks * head_dim if codec.key_axis == "channel" else n * key_groups)
         of_heads += 2 * blocks * head_dim * codec.channel_separable

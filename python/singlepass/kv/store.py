@@ -30,12 +30,12 @@ def grown(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
 class Segment:
     """Keys and values of one number of bits, compressed block by block. What is stored never changes again."""
 
-    def __init__(self, bits: int, codec: Codec, k: Tensor, v: Tensor):
+    def __init__(self, bits: int, block: int | None, codec: Codec, k: Tensor, v: Tensor):
         groups = (k.shape[3] // (codec.key_group or k.shape[3]), v.shape[3] // (codec.value_group or v.shape[3]))
         keys = empty(k, 0, 0, bits, codec.key_axis, groups[0], separable=False)
         values = empty(v, 0, 0, bits, "token", groups[1], separable=codec.channel_separable)
         self.bits, self.slots, self.blocks = bits, 0, 0
-        self._codec = codec
+        self._block, self._codec = block, codec
         self._tensors = {
             "key_codes": keys.codes,
             "key_scales": keys.scales,
@@ -66,7 +66,7 @@ class Segment:
         """Compresses tokens ``index`` (batch, heads, slots) of k and v, of which sequence b has ``lengths[b]``."""
         if slots == 0:
             return
-        starts = block_starts(slots, self._codec.block or slots, k.device)
+        starts = block_starts(slots, self._block or slots, k.device)
         begin, end, first, last = self.slots, self.slots + slots, self.blocks, self.blocks + len(starts) - 1
         for name, tensor in self._tensors.items():
             dim, unit, extra = self._extent(name)
@@ -227,7 +227,8 @@ class Compressed:
 
     def new_segment(self, kind: int) -> Segment:
         """One without tokens."""
-        return Segment(self._bits[kind], self._codec, *self._like)
+        block = self._codec.block if kind == SALIENT else self._codec.regular_block
+        return Segment(self._bits[kind], block, self._codec, *self._like)
 
     def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]]) -> None:
         """Takes over what :meth:`state` gave, of which everything was checked."""
