@@ -52,7 +52,7 @@ class Place:
             "TRITON_CACHE_DIR": str(self.triton_cache),
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SINGLEPASS_")}
-        return kept | own | ({"TRITON_INTERPRET": "1"} if self.device == "cpu" else {})
+        return kept | own
 
     @property
     def triton_cache(self) -> Path:

@@ -130,7 +130,9 @@ def failed_tests(path: Path) -> list[str]:
 def sanitizer_command(tool: str, place: Place) -> list[str] | str:
     program = [sys.executable, "-m", "proof.small", place.device]
     if place.device == "cpu":
-        return program if tool == SANITIZERS[0] else "a rehearsal on the CPU runs the program once, without a sanitizer"
+        if tool != SANITIZERS[0]:
+            return "a rehearsal on the CPU runs the program once, without a sanitizer"
+        return ["env", "TRITON_INTERPRET=1", *program]
     found = kernels.tool("compute-sanitizer")
     if found is None:
         return "no compute-sanitizer here"
