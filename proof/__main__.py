@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -47,6 +48,8 @@ def prove(arguments: argparse.Namespace) -> int:
     unknown = set((arguments.stage or known[0]).split(",")) - set(known)
     if unknown:
         raise SystemExit(f"proof: expected stages among {', '.join(known)}; got {', '.join(unknown)}. Correct --stage.")
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit(f"proof: expected a Python with torch; got {sys.executable}. Name another: make PYTHON=...")
     import torch
 
     if arguments.device == "cuda" and not torch.cuda.is_available():

@@ -55,6 +55,13 @@ def test_without_a_gpu_nothing_begins(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_without_torch_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"expected a Python with torch; got .*\. Name another"):
+        main(["run", "--results", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_stages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"expected stages among build, import, .*; got bnech"):
         main(["run", "--device", "cpu", "--stage", "bnech", "--results", str(tmp_path / "out")])
