@@ -5,7 +5,8 @@
 namespace singlepass::kv {
 namespace {
 
-constexpr int kDecodeBlocks = 3;  // of a multiprocessor, as many as registers are limited for
+constexpr size_t kMostShared = 48 << 10;  // that a launch has without asking
+constexpr int kDecodeBlocks = 3;          // of a multiprocessor, as many as registers are limited for
 
 // Whether what belongs to a head begins at a multiple of `alignment` bytes.
 template <class T>
@@ -27,6 +28,12 @@ bool is_folded(const Segment& s) {
          is_aligned(s.values.codes, 4) && is_aligned(s.values.scales, 4);
 }
 
+// Whether blocks of tokens are so small that a warp had better take one by itself, and shared memory holds what each
+// needs.
+bool is_apart(const Decode& p, const Segment& s) {
+  return s.slots <= kChunk * s.blocks.number && CodesShared::bytes(p, kDecodeWarps) <= kMostShared;
+}
+
 DeviceDecode on_device(const Decode& p, void* workspace, const DecodeCut& cut) {
   DeviceDecode d = {};
   static_cast<DecodeArguments&>(d) = p;
@@ -39,6 +46,7 @@ DeviceDecode on_device(const Decode& p, void* workspace, const DecodeCut& cut) {
     d.segments[i] = p.segments[static_cast<size_t>(i)];
     d.vectors = d.vectors && is_vector(d.segments[i].keys, kUnit) && is_vector(d.segments[i].values, kSlab);
     d.folded[i] = is_folded(d.segments[i]);
+    d.apart[i] = d.folded[i] && is_apart(p, d.segments[i]);
     slots += d.segments[i].slots;
   }
   const int64_t spans = std::max<int64_t>(1, cut.spans / std::max<int64_t>(1, d.tiles));
@@ -112,7 +120,8 @@ cudaError_t launch_decode(const Decode& p, void* workspace, cudaStream_t stream,
   if (p.segments.size() > kMaxSegments) return cudaErrorInvalidValue;
   if (p.batch * p.heads * p.rows() == 0) return cudaSuccess;
   const DeviceDecode d = on_device(p, workspace, cut);
-  const size_t bytes = std::max(CodesShared::bytes(p), RestoredShared::bytes(p));
+  const bool apart = std::any_of(d.apart, d.apart + d.number, [](bool is) { return is; });
+  const size_t bytes = std::max(CodesShared::bytes(p, apart ? kDecodeWarps : 1), RestoredShared::bytes(p));
   const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.spans * d.slabs));
   const cudaError_t error = launch(&decode_kernel, blocks, dim3(kDecodeThreads), bytes, stream, d);
   if (error != cudaSuccess) return error;

@@ -40,6 +40,7 @@ RAGGED = Part(4, (0, 16, 32, 48, 50), ((16, 16, 16, 2), (16, 3, 0, 1)))
 MIXES = {
     "8, 4 and 2": (Part(8, (0, 20)), Part(4, (0, 16, 32)), Part(2, (0, 33, 34))),
     "ragged": (RAGGED, Part(2, (0, 40), ((0,), (39,)))),
+    "large and small": (Part(4, (0, 130, 200)), Part(2, tuple(range(0, 100, 7)))),
     "a token for each": (Part(4, (0, 1), ((1,), (0,))), Part(2, (0, 1), ((0,), (1,)))),
     "no slots": (Part(4, (0,)), Part(2, (0, 3))),
     "no tokens": (Part(2, (0, 8, 10), ((0, 0), (0, 0))),),

@@ -24,6 +24,7 @@ struct DeviceDecode : DecodeArguments {
   Segment segments[kMaxSegments];
   int number;                 // of segments
   bool folded[kMaxSegments];  // whether steps are rows', and codes stand in aligned words: tensor cores take them
+  bool apart[kMaxSegments];   // whether each warp of those takes blocks of its own
   bool vectors;               // whether all folded codes can be loaded as vectors
   int64_t span, window_span;  // slots
   int64_t segment_spans[kMaxSegments];  // spans of each
@@ -122,11 +123,13 @@ __device__ __forceinline__ int first_block(const Blocks& blocks, int begin, int&
   return shared;
 }
 
-// Calls body(block, begin, end) for the tokens of each block that are within a span; all threads alike.
+// Calls body(block, begin, end) for the tokens of blocks that are within a span: every one, or every `step`-th from
+// number `at` on.
 template <class Body>
-__device__ __forceinline__ void for_each_block(const Segment& s, const Work& work, int& shared, const Body& body) {
+__device__ __forceinline__ void for_each_block(const Segment& s, const Work& work, int& shared, const Body& body,
+                                               int at = 0, int step = 1) {
   if (work.begin >= work.end) return;
-  for (int i = first_block(s.blocks, work.begin, shared); i < s.blocks.number; ++i) {
+  for (int i = first_block(s.blocks, work.begin, shared) + at; i < s.blocks.number; i += step) {
     const int start = s.blocks.starts[i];
     if (start >= work.end) break;
     const int begin = start > work.begin ? start : work.begin;

@@ -10,6 +10,9 @@
 // sum_t p_t v^_t = c (sum_t (p_t s_t) n_t + sum_t p_t m_t). What codes are multiplied by is scaled by a power of two
 // for each row and represented by two float16, so that results are as exact as float32's.
 //
+// Steps of keys' channels and factors of values' channels meet the rows once for each block of tokens. All warps share
+// a large block, of which each takes chunks of tokens; of small ones each warp takes its own.
+//
 // Codes are the matrix of 16 rows, queries that of 8 columns: logits are (tokens, rows), results (channels, rows), and
 // the lane (g, t) = (lane / 4, lane % 4) of a warp has rows 2 t and 2 t + 1 of both.
 namespace singlepass::kv {
@@ -19,22 +22,36 @@ inline constexpr int kUnit = 64;        // channels of keys whose codes four lan
 inline constexpr int kTilesOfSlab = 8;  // of 16 channels
 
 // What the threads of a block share. Dynamic memory begins with it; queries (kRowTile, width) in float32 follow, then
-// their fragments. At the end the warps' sums are added up where these stood.
+// fragments of what the codes are multiplied by and the values' channel factors, of a block of tokens or of each
+// warp's. At the end the warps' sums are added up where these stood.
 struct CodesShared {
   const uint8_t *key_codes, *value_codes;  // of the head
   const uint16_t* value_scales;
   int block;
-  float down[kRowTile], bias[kRowTile];
-  float most[kDecodeWarps][kRowTile], sum[kDecodeWarps][kRowTile];
-  alignas(16) float channels[512];
+  float down[kDecodeWarps][kRowTile], bias[kDecodeWarps][kRowTile];
+  alignas(16) float most[kDecodeWarps][kRowTile], sum[kDecodeWarps][kRowTile];
 
   __device__ __forceinline__ float* queries() { return reinterpret_cast<float*>(this + 1); }
-  __device__ __forceinline__ uint4* fragments(const DeviceDecode& p) {
-    return reinterpret_cast<uint4*>(queries() + kRowTile * p.width);
+  // A block's fragments, then its factors.
+  __device__ __forceinline__ uint4* fragments(const DeviceDecode& p, int team) {
+    return reinterpret_cast<uint4*>(queries() + kRowTile * p.width) + team * (team_bytes(p) / 16);
   }
-  static size_t bytes(const Decode& p) {
-    const int64_t fragments = (p.width + kUnit - 1) / kUnit * (kUnit / 16) * kWarp * 16, sums = 4 * kRowTile * kSlab;
-    return sizeof(CodesShared) + std::max(4 * kRowTile * p.width + fragments, sums);
+  __device__ __forceinline__ float* channels(const DeviceDecode& p, int team) {
+    return reinterpret_cast<float*>(fragments(p, team) + fragments_of(p));
+  }
+  SINGLEPASS_HD static int64_t fragments_of(const DecodeArguments& p) {
+    return (p.width + kUnit - 1) / kUnit * (kUnit / 16) * kWarp;
+  }
+  // Of whole slabs: lanes also look at channels that are not there.
+  SINGLEPASS_HD static int64_t channels_of(const DecodeArguments& p) {
+    return (p.value_width + kSlab - 1) / kSlab * kSlab;
+  }
+  SINGLEPASS_HD static int64_t team_bytes(const DecodeArguments& p) {
+    return 16 * fragments_of(p) + 4 * channels_of(p);
+  }
+  static size_t bytes(const DecodeArguments& p, int64_t teams) {
+    return sizeof(CodesShared) +
+           std::max(4 * kRowTile * p.width + teams * team_bytes(p), int64_t{4 * kRowTile * kSlab});
   }
 };
 
@@ -49,8 +66,10 @@ class CodesAttention {
         key_bytes_(static_cast<int>(s_.keys.bytes())),
         value_bytes_(static_cast<int>(s_.values.bytes())),
         units_(static_cast<int>(p.width + kUnit - 1) / kUnit),
+        apart_(p.apart[work.segment]),
         lane_(threadIdx.x % kWarp),
         warp_(threadIdx.x / kWarp),
+        team_(apart_ ? warp_ : 0),
         g_(lane_ / 4),
         t_(lane_ % 4) {}
 
@@ -59,7 +78,8 @@ class CodesAttention {
       const int width = static_cast<int>(p_.width);
       shared_.queries()[i] = query(p_, work_, i / width, i % width);
     }
-    for (int d = threadIdx.x; d < p_.value_width; d += kDecodeThreads) shared_.channels[d] = 1.0f;
+    float* const channels = shared_.channels(p_, team_);
+    for (int d = rank(); d < CodesShared::channels_of(p_); d += size()) channels[d] = 1.0f;
     if (threadIdx.x == 0) {
       shared_.key_codes = s_.keys.codes.at(work_.b, work_.h);
       shared_.value_codes = s_.values.codes.at(work_.b, work_.h);
@@ -68,17 +88,15 @@ class CodesAttention {
     const bool by_channels = s_.keys.axis == Axis::kChannel;
     __syncthreads();
     if (!by_channels) fold(nullptr);
-    for_each_block(s_, work_, shared_.block, [&](int block, int begin, int end) {
-      __syncthreads();
+    const auto attend_block = [&](int block, int begin, int end) {
+      sync();
       if (by_channels) fold(s_.keys.scales_at(work_.b, work_.h, 0, block));
       if (s_.values.channels.data != nullptr) {
         const uint16_t* from = s_.values.channels_at(work_.b, work_.h, block);
-        for (int d = threadIdx.x; d < p_.value_width; d += kDecodeThreads) {
-          shared_.channels[d] = float16_to_float(from[d]);
-        }
+        for (int d = rank(); d < p_.value_width; d += size()) channels[d] = float16_to_float(from[d]);
       }
-      __syncthreads();
-      for (int first = begin + warp_ * kChunk; first < end; first += kDecodeWarps * kChunk) {
+      sync();
+      for (int first = begin + rank() / kWarp * kChunk; first < end; first += size()) {
         const Chunk chunk = {first, end - first < kChunk ? end - first : kChunk};
         if (p_.vectors) {
           attend<true>(chunk);
@@ -86,17 +104,33 @@ class CodesAttention {
           attend<false>(chunk);
         }
       }
-    });
+    };
+    for_each_block(s_, work_, shared_.block, attend_block, team_, apart_ ? kDecodeWarps : 1);
     merge();
   }
 
  private:
+  // Of the threads that work on a block together: their number, the number of this one, and a barrier.
+  __device__ __forceinline__ int size() const { return apart_ ? kWarp : kDecodeThreads; }
+  __device__ __forceinline__ int rank() const { return apart_ ? lane_ : static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ void sync() const {
+    if (apart_) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  }
+
   // Fragments of q s, and the sums q . m; s = m = 1 where steps belong to tokens. Sixteen threads take a row. Products
   // stand where their fragments will, until their scaling is known.
   __device__ __forceinline__ void fold(const uint16_t* scales) {
-    const int row = static_cast<int>(threadIdx.x) / 16, i = static_cast<int>(threadIdx.x) % 16;
+#pragma unroll 1
+    for (int row = rank() / 16; row < kRowTile; row += size() / 16) fold(scales, row, lane_ % 16);
+  }
+
+  __device__ __forceinline__ void fold(const uint16_t* scales, int row, int i) {
     const int planes = 8 / s_.keys.bits, number = 4 / planes, v = i / 4 / planes, plane = i / 4 % planes;
-    uint4* const fragments = shared_.fragments(p_) + i / 4 * kWarp + row * 4 + i % 4;
+    uint4* const fragments = shared_.fragments(p_, team_) + i / 4 * kWarp + row * 4 + i % 4;
     float bias = 0.0f, most = 0.0f;
 #pragma unroll 1
     for (int unit = 0; unit < units_; ++unit) {
@@ -112,7 +146,7 @@ class CodesAttention {
       most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
     }
     const Scaling scale = scaling(most);
-    if (i == 0) shared_.down[row] = scale.down, shared_.bias[row] = bias;
+    if (i == 0) shared_.down[team_][row] = scale.down, shared_.bias[team_][row] = bias;
 #pragma unroll 1
     for (int unit = 0; unit < units_; ++unit) {
       const uint4 x = fragments[unit * 4 * kWarp];
@@ -187,7 +221,7 @@ class CodesAttention {
     const uint8_t* rows[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) rows[j] = from + chunk.row(8 * j + g_) * static_cast<unsigned>(key_bytes_);
-    const uint4* fragment = shared_.fragments(p_) + lane_;
+    const uint4* fragment = shared_.fragments(p_, team_) + lane_;
     float sums[2][4] = {};
 #pragma unroll 1
     for (int unit = 0; unit < units_; ++unit) {
@@ -218,8 +252,8 @@ class CodesAttention {
       const float2 own = by_tokens ? steps_of_token(scales, chunk.row(8 * j + g_)) : float2{1.0f, 1.0f};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float dot = sums[j / 2][j % 2 * 2 + r] * shared_.down[2 * t_ + r] * own.x;
-        to[j][r] = multiply_add(shared_.bias[2 * t_ + r], own.y, dot);
+        const float dot = sums[j / 2][j % 2 * 2 + r] * shared_.down[team_][2 * t_ + r] * own.x;
+        to[j][r] = multiply_add(shared_.bias[team_][2 * t_ + r], own.y, dot);
       }
     }
     if (p_.softcap > 0.0f) {
@@ -288,6 +322,7 @@ class CodesAttention {
   __device__ __forceinline__ void weigh(const uint32_t (&codes)[2][4][Code::number], const uint32_t (&high)[4],
                                         const uint32_t (&low)[4], const float (&shifts)[2], const float (&minima)[2],
                                         const float (&down)[2]) {
+    const float* const channels = shared_.channels(p_, team_);
 #pragma unroll
     for (int v = 0; v < Code::number; ++v) {
       const int word = word_index(Code::number, work_.slab, 8, g_, v, Code::vectors);
@@ -308,7 +343,7 @@ class CodesAttention {
 #pragma unroll
         for (int plane = 0; plane < Code::planes; ++plane) {
           const int channel = plane * value_bytes_ + 4 * word + 2 * half;
-          add(out_[(v * 2 + half) * Code::planes + plane], channel, sums[plane], shifts, minima, down);
+          add(out_[(v * 2 + half) * Code::planes + plane], channels + channel, sums[plane], shifts, minima, down);
         }
       }
     }
@@ -320,9 +355,9 @@ class CodesAttention {
   }
 
   // out = out * shift + c (sum + minima), for two channels.
-  __device__ __forceinline__ void add(float (&out)[4], int channel, const float (&sums)[4], const float (&shifts)[2],
-                                      const float (&minima)[2], const float (&down)[2]) {
-    const float2 c = *reinterpret_cast<const float2*>(&shared_.channels[channel]);
+  __device__ __forceinline__ void add(float (&out)[4], const float* channels, const float (&sums)[4],
+                                      const float (&shifts)[2], const float (&minima)[2], const float (&down)[2]) {
+    const float2 c = *reinterpret_cast<const float2*>(channels);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float value = multiply_add(sums[k], down[k % 2], minima[k % 2]);
@@ -383,7 +418,8 @@ class CodesAttention {
   const Segment& s_;
   CodesShared& shared_;
   const int key_bytes_, value_bytes_, units_;
-  const int lane_, warp_, g_, t_;
+  const bool apart_;
+  const int lane_, warp_, team_, g_, t_;
   float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};
   float out_[kTilesOfSlab][4] = {};
 };
