@@ -219,8 +219,6 @@ def own_reason(op: str, backend: str, dtype: torch.dtype, device: torch.device) 
 
 
 def kivi_reason(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "its kernels run on cuda"
     return missing("quant", device) or missing("kivi_gemv", device)
 
 
@@ -256,7 +254,7 @@ def eager_truth(op: str, data: Inputs) -> Tensor:
     return OWN[op]("eager", data)()
 
 
-def providers(op: str, shape: CacheShape, dtype: torch.dtype) -> Iterator[Provider]:
+def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> Iterator[Provider]:
     truth = decode_truth if op == DECODE else partial(eager_truth, op)
     bytes_of_floats = shape.elements * 4
     for name, tier, footprint in (
@@ -284,7 +282,8 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype) -> Iterator[Provid
     differs = "tokens in 4 bits, in groups of 64 numbers along the tokens"
     options = {"differs": differs, "why_not": quanto_reason, "footprint": 3 * bytes_of_floats}
     options = {"differs": "tokens in 2 bits, in groups of 32", "why_not": kivi_reason, "footprint": bytes_of_floats}
-    yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
+    if on_gpu:
+        yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
     yield provider("transformers-quanto", "peer", Tier.PEER, quantized_cache, dense_truth, dtype, **options)
 
 
@@ -326,10 +325,10 @@ def cases(device: torch.device) -> Iterator[Case]:
         for shape in SHAPES["cuda" if device.type == "cuda" else "cpu"]:
             for op in TITLES:
                 if op == DECODE or (shape.batch == 1 and shape.length <= (32768 if op != SALIENCY else 8192)):
-                    yield case(op, shape, dtype)
+                    yield case(op, shape, dtype, device.type == "cuda")
 
 
-def case(op: str, shape: CacheShape, dtype: torch.dtype) -> Case:
+def case(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> Case:
     return Case(
         family="kv",
         op=op,
@@ -342,6 +341,6 @@ def case(op: str, shape: CacheShape, dtype: torch.dtype) -> Case:
         input_bytes=shape.elements * dtype.itemsize,
         tensors=2,
         inputs=partial(inputs, shape, dtype),
-        providers=tuple(providers(op, shape, dtype)),
+        providers=tuple(providers(op, shape, dtype, on_gpu)),
         rank=int(dtype != torch.float32),
     )

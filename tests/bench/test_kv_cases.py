@@ -74,7 +74,7 @@ def test_floor_counts_what_the_cache_takes() -> None:
     assert codec == Codec(), "the default is what is measured"
     counted = cache_nbytes(tokens, heads=caches.HEADS, head_dim=caches.WIDTH, codec=codec)
     assert 0.99 * counted < kv.packed_bytes(shape) + caches.HEADS * tokens / 4 <= counted
-    case = kv.case(DECODE, shape, torch.float32)
+    case = kv.case(DECODE, shape, torch.float32, on_gpu=False)
     assert case.bytes == kv.packed_bytes(shape) + caches.HEADS * caches.WINDOW * caches.WIDTH * 2 * 4
 
 
@@ -162,4 +162,5 @@ def test_kivi_is_called_as_its_kernels_ask(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(sys.modules, f"quant.{name}", module)
     data = kv.make_inputs(kv.GATE_SHAPE, torch.float32, CPU)
     torch.testing.assert_close(kv.kivi(data)().float(), kv.dense_truth(data).float(), rtol=1e-2, atol=2e-3)
-    assert kv.kivi_reason(CPU) == "its kernels run on cuda"
+    peers = [{p.name for case in family(device) for p in case.providers} for device in (CPU, CUDA)]
+    assert ["kivi" in names for names in peers] == [False, True]
