@@ -281,10 +281,11 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
             yield provider(label, "yardstick", Tier.FUSED, dense, dense_truth, dtype, **options)
     differs = "tokens in 4 bits, in groups of 64 numbers along the tokens"
     options = {"differs": differs, "why_not": quanto_reason, "footprint": 3 * bytes_of_floats}
-    options = {"differs": "tokens in 2 bits, in groups of 32", "why_not": kivi_reason, "footprint": bytes_of_floats}
-    if on_gpu:
-        yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
     yield provider("transformers-quanto", "peer", Tier.PEER, quantized_cache, dense_truth, dtype, **options)
+    if on_gpu:
+        differs = "tokens in 2 bits, in groups of 32"
+        options = {"differs": differs, "why_not": kivi_reason, "footprint": bytes_of_floats}
+        yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
 
 
 def packed_bytes(shape: CacheShape) -> int:

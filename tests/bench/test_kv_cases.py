@@ -162,5 +162,9 @@ def test_kivi_is_called_as_its_kernels_ask(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setitem(sys.modules, f"quant.{name}", module)
     data = kv.make_inputs(kv.GATE_SHAPE, torch.float32, CPU)
     torch.testing.assert_close(kv.kivi(data)().float(), kv.dense_truth(data).float(), rtol=1e-2, atol=2e-3)
-    peers = [{p.name for case in family(device) for p in case.providers} for device in (CPU, CUDA)]
-    assert ["kivi" in names for names in peers] == [False, True]
+    peers = [
+        {p.name: p.differs for case in family(d) for p in case.providers if p.column == "peer"} for d in (CPU, CUDA)
+    ]
+    assert [sorted(names) for names in peers] == [["transformers-quanto"], ["kivi", "transformers-quanto"]]
+    assert "4 bits" in str(peers[1]["transformers-quanto"])
+    assert "2 bits" in str(peers[1]["kivi"])
