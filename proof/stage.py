@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -88,6 +90,18 @@ def call(command: list[str], place: Place, limit: float, output: Path) -> tuple[
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return status, output.read_text(errors="replace")
+
+
+def first_object(text: str) -> Any:
+    """What a program printed as JSON, in lines of its own among others.
+
+    Raises:
+        ValueError: there is none.
+    """
+    start = re.search(r"^\{", text, re.M)
+    if start is None:
+        raise ValueError("no object")
+    return json.JSONDecoder().raw_decode(text, start.start())[0]
 
 
 def last_line(text: str) -> str:

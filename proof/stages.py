@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +14,7 @@ from typing import Any
 
 from . import kernels
 from .place import LIBRARIES, Place
-from .stage import NOT_MEASURED, PROVED, REFUTED, Outcome, Stage, last_line
+from .stage import NOT_MEASURED, PROVED, REFUTED, Outcome, Stage, first_object, last_line
 
 FAMILIES = ("optim", "rational", "kv", "spectral")
 # What the names of tests say that they show; the rest is numerics.
@@ -54,7 +53,7 @@ def info_command(place: Place) -> list[str]:
 
 def info_read(place: Place, status: int | None, text: str) -> Outcome:
     try:
-        facts = json.loads(text[text.index("{") :])
+        facts = first_object(text)
     except ValueError:
         return Outcome(REFUTED, f"singlepass does not import: {last_line(text)}")
     library = facts["libraries"][place.device]
@@ -210,7 +209,7 @@ def profile_command(place: Place) -> list[str] | str:
 
 def profile_read(place: Place, status: int | None, text: str) -> Outcome:
     try:
-        cases = json.loads(text[text.index("{") :])
+        cases = first_object(text)
     except ValueError:
         return Outcome(NOT_MEASURED, "out of time" if status is None else last_line(text))
     missing = [entry["missing"] for entry in cases.values() if "missing" in entry]

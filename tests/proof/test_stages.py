@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from proof import kernels, place, profile, small, stages
-from proof.stage import NOT_MEASURED, PROVED, REFUTED, Outcome, Stage, call, run
+from proof.stage import NOT_MEASURED, PROVED, REFUTED, Outcome, Stage, call, first_object, run
 from singlepass import _dispatch
 from singlepass.bench import results
 
@@ -90,6 +90,14 @@ def test_what_runs_out_of_time_is_stopped_with_its_children(here: place.Place, t
     assert text.strip() == "begun"
     time.sleep(3)
     assert not late.exists()
+
+
+def test_an_object_is_found_among_warnings() -> None:
+    printed = 'a warning {of: braces}\n{\n "a": {"b": 1}\n}\nanother one\n'
+    assert first_object(printed) == {"a": {"b": 1}}
+    assert first_object("{}\n") == {}
+    with pytest.raises(ValueError, match="no object"):
+        first_object("Traceback")
 
 
 def test_tests_are_counted_by_what_they_show(here: place.Place, tmp_path: Path) -> None:
