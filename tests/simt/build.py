@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # Set in the process that runs under sanitizers: its module is built already, and needs their run time loaded first.
 MODULE_FOLDER = "SINGLEPASS_TEST_CORE_FOLDER"
+EVERY = "SINGLEPASS_TEST_EVERY"  # and runs one case in so many of each test
 
 
 def _run(*command: str | Path) -> None:
