@@ -20,7 +20,7 @@ _FUNCTION = re.compile(
 )
 OF_CUBINS = "triton"
 _ARCHITECTURE = re.compile(r"^arch = (sm_\w+)$", re.M)
-# A program that runs nothing but one call of a benchmark case between the profiler's start and stop.
+# What ncu is asked for, and what is kept of its numbers.
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
 WANTED = {
     "Duration": "time",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -171,13 +172,13 @@ def triton_kernels() -> set[str]:
 
 def bench_command(place: Place) -> list[str]:
     command = [sys.executable, "-m", "singlepass", "bench", "run", "--device", place.device, "--check"]
-    command += ["--budget", str(BENCH_SECONDS[place.device]), "--results", str(place.results)]
+    command += ["--budget", str(BENCH_SECONDS[place.device]), "--results", str(place.scratch / "bench")]
     return command
 
 
 def bench_result(place: Place) -> Path | None:
-    """The file that a proof's own bench wrote: the newest."""
-    return max(place.results.glob("*/*.json"), key=lambda path: path.stat().st_mtime, default=None)
+    """The file that this proof's own bench wrote; other runs' files may lie among the results."""
+    return next((place.scratch / "bench").glob("*/*.json"), None)
 
 
 def bench_read(place: Place, status: int | None, text: str) -> Outcome:
@@ -186,6 +187,7 @@ def bench_read(place: Place, status: int | None, text: str) -> Outcome:
         return Outcome(REFUTED, "out of time" if status is None else last_line(text))
     from singlepass.bench import checks, results
 
+    shutil.copytree(place.scratch / "bench", place.results, dirs_exist_ok=True)
     run = results.load(path)
     verdicts = checks.check(run)
     counts = Counter(verdict.verdict for verdict in verdicts)

@@ -244,8 +244,8 @@ def test_calls_below_a_bar_are_profiled(monkeypatch: pytest.MonkeyPatch, capsys:
 def measured(here: place.Place) -> Callable[[str], Outcome]:
     """The bench's outcome with the newest result in the tree."""
     path = max((ROOT / "bench" / "results").glob("*/*.json"))
-    folder = here.results / "device"
-    folder.mkdir()
+    folder = here.scratch / "bench" / "device"
+    folder.mkdir(parents=True)
     data = json.loads(path.read_text()) | {"matrix_tflops": 1.0}
 
     def read(device: str, **changes: str) -> Outcome:
@@ -256,8 +256,19 @@ def measured(here: place.Place) -> Callable[[str], Outcome]:
     return read
 
 
-def test_a_measured_run_tells_ceilings_and_bars(measured: Callable[..., Outcome]) -> None:
+def test_a_bench_that_broke_is_not_judged_by_an_older_file(here: place.Place) -> None:
+    """An exception's exit status is that of bars that fail."""
+    older = max((ROOT / "bench" / "results").glob("*/*.json"))
+    (here.results / "device").mkdir()
+    (here.results / "device" / older.name).write_text(older.read_text())
+    outcome = stages.bench_read(here, 1, "Traceback\nRuntimeError: CUDA error")
+    assert (outcome.status, outcome.said) == (REFUTED, "RuntimeError: CUDA error")
+    assert stages.profile_command(here) == "nothing was measured"
+
+
+def test_a_measured_run_tells_ceilings_and_bars(here: place.Place, measured: Callable[..., Outcome]) -> None:
     outcome = measured("cpu")
     assert outcome.status == NOT_MEASURED, "a rehearsal on the CPU"
     assert "TFLOP/s" in outcome.said
+    assert len(list(here.results.glob("device/*.json"))) == 1, "the file is kept"
     assert measured("cuda", status="wrong").status == REFUTED
