@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "singlepass/common/convert.h"
 #include "singlepass/common/vector.h"
 #include "singlepass/kv/blocks.h"
 #include "singlepass/kv/codec.h"
@@ -37,6 +38,10 @@ SINGLEPASS_HD float to_float(Bits<dtype> bits) {
   }
 }
 
+// Of the largest magnitude that float16 can hold: what does not exceed it is not clamped.
+template <DType dtype>
+constexpr Bits<dtype> kTameBits = dtype == DType::kFloat32 ? 0x477fe000 : dtype == DType::kBFloat16 ? 0x477f : 0x7bff;
+
 // Integers in the order of the numbers, and the way back. NaNs come out beyond the infinities, so that extremes tell
 // whether everything is finite.
 template <class Integer>
@@ -55,39 +60,52 @@ SINGLEPASS_TARGET_CLONES void extend(const TokenRows<dtype>& rows, int64_t n, Bi
   }
 }
 
+// Whether nothing from `low` to `high` is NaN or has to be clamped.
+template <DType dtype>
+SINGLEPASS_TARGET_CLONES bool is_tame(const Bits<dtype>* low, const Bits<dtype>* high, int64_t n) {
+  Bits<dtype> least = 0, most = 0;
+#pragma GCC ivdep
+  for (int64_t d = 0; d < n; ++d) {
+    least = std::min(least, low[d]);
+    most = std::max(most, high[d]);
+  }
+  return least >= ~kTameBits<dtype> && most <= kTameBits<dtype>;
+}
+
 template <DType dtype>
 SINGLEPASS_TARGET_CLONES void to_floats(const Bits<dtype>* in_order, int64_t n, float* to) {
 #pragma GCC ivdep
   for (int64_t d = 0; d < n; ++d) to[d] = to_float<dtype>(ordered(in_order[d]));
 }
 
-// Zero where it is not finite.
-template <DType dtype>
+// Zero where it is not finite, if that is possible.
+template <DType dtype, bool tame>
 SINGLEPASS_HD Bits<dtype> magnitude(Bits<dtype> bits) {
   constexpr Bits<dtype> kInfiniteBits = dtype == DType::kFloat32    ? 0x7f800000
                                         : dtype == DType::kBFloat16 ? 0x7f80
                                                                     : 0x7c00;
   const Bits<dtype> unsigned_bits = bits & std::numeric_limits<Bits<dtype>>::max();
-  return unsigned_bits < kInfiniteBits ? unsigned_bits : 0;
+  return tame || unsigned_bits < kInfiniteBits ? unsigned_bits : 0;
 }
 
-template <DType dtype>
+template <DType dtype, bool tame>
 SINGLEPASS_TARGET_CLONES void extend_magnitudes(const TokenRows<dtype>& rows, int64_t n, Bits<dtype>* most) {
   const Bits<dtype>*x0 = rows[0], *x1 = rows[1], *x2 = rows[2], *x3 = rows[3];
 #pragma GCC ivdep
   for (int64_t d = 0; d < n; ++d) {
-    const Bits<dtype> a = std::max(magnitude<dtype>(x0[d]), magnitude<dtype>(x1[d]));
-    const Bits<dtype> b = std::max(magnitude<dtype>(x2[d]), magnitude<dtype>(x3[d]));
+    const Bits<dtype> a = std::max(magnitude<dtype, tame>(x0[d]), magnitude<dtype, tame>(x1[d]));
+    const Bits<dtype> b = std::max(magnitude<dtype, tame>(x2[d]), magnitude<dtype, tame>(x3[d]));
     most[d] = std::max(most[d], std::max(a, b));
   }
 }
 
+// Of channels whose largest magnitudes are `most`: by what they are divided, and by what that is multiplying.
 template <DType dtype>
-SINGLEPASS_TARGET_CLONES void find_factors(const Bits<dtype>* most, int64_t n, uint16_t* channels, float* factors) {
+SINGLEPASS_TARGET_CLONES void find_factors(const Bits<dtype>* most, int64_t n, float* divisors, float* factors) {
 #pragma GCC ivdep
   for (int64_t d = 0; d < n; ++d) {
-    channels[d] = channel_factor(clamped(to_float<dtype>(most[d])));
-    factors[d] = 1.0f / float16_to_float(channels[d]);
+    divisors[d] = channel_factor(clamped(to_float<dtype>(most[d])));
+    factors[d] = 1.0f / divisors[d];
   }
 }
 
@@ -113,8 +131,9 @@ SINGLEPASS_HD Vector load_floats(const Bits<dtype>* from) {
   return load_vector(lanes);
 }
 
-// y = x * factors for one token, and each group's extremes: low is NaN where something is not finite.
-template <DType dtype>
+// y = x * factors for one token, and each group's extremes. If x need not be tame, it is clamped, and `low` is NaN where
+// something is not finite.
+template <DType dtype, bool tame>
 SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* factors, int64_t groups, int64_t size,
                                         Bits<DType::kFloat32>* y, float* low, float* high) {
   const Vector most = Vector{} + kLargest;
@@ -122,15 +141,18 @@ SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* facto
     Vector least = Vector{} + kInfinity, greatest = -least, zeros = {};
     int64_t d = 0;
     for (; d + kLanes <= size; d += kLanes) {
-      const Vector v = load_floats<dtype>(x + d);
-      zeros += v * 0.0f;
-      Vector scaled = v > -most ? v : -most;
-      scaled = (scaled < most ? scaled : most) * load_vector(factors + d);
-      least = scaled < least ? scaled : least;
-      greatest = scaled > greatest ? scaled : greatest;
-      memcpy(y + d, &scaled, sizeof(scaled));
+      Vector v = load_floats<dtype>(x + d);
+      if constexpr (!tame) {
+        zeros += v * 0.0f;
+        v = v > -most ? v : -most;
+        v = v < most ? v : most;
+      }
+      v *= load_vector(factors + d);
+      least = v < least ? v : least;
+      greatest = v > greatest ? v : greatest;
+      memcpy(y + d, &v, sizeof(v));
     }
-    float zero = lane_sum(zeros);
+    float zero = tame ? 0.0f : lane_sum(zeros);
     low[g] = lowest(least);
     high[g] = -lowest(-greatest);
     for (; d < size; ++d) {
@@ -145,23 +167,22 @@ SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* facto
 }
 
 // Of groups between `low` and `high`.
-SINGLEPASS_TARGET_CLONES void find_steps(const float* low, const float* high, int64_t n, int bits, uint16_t* step,
-                                         uint16_t* minimum, float* minima, float* inverses) {
+SINGLEPASS_TARGET_CLONES void find_steps(const float* low, const float* high, int64_t n, int bits, float* step,
+                                         float* minimum, float* inverses) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const bool finite = is_finite(low[i]) & is_finite(high[i]);
     const Steps s = steps(clamped(low[i]), clamped(high[i]), finite, bits);
     step[i] = s.step;
     minimum[i] = s.minimum;
-    minima[i] = float16_to_float(s.minimum);
     inverses[i] = inverse(s.step);
   }
 }
 
-// A token's codes in planes. Minima and inverses of steps are those of its channels, or `shared` by all. What is beyond
-// 65504 need not be clamped: codes are. (Were `levels` a constant, compilers would make branches of that.)
+// A token's codes in planes. Minima and inverses of steps are those of its channels, or `shared` by all. x stays within
+// its groups; those that were not finite have the minimum NaN.
 template <DType dtype, int bits, bool shared>
-SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* minima, const float* inverses, float levels,
+SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* minima, const float* inverses,
                                          int64_t width, uint8_t* to) {
   constexpr int kPlanes = 8 / bits;
   const int64_t places = width / kPlanes;
@@ -171,7 +192,7 @@ SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* mini
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; ++p) {
       const int64_t d = p * places + w, at = shared ? 0 : d;
-      byte |= encode(to_float<dtype>(x[d]), minima[at], inverses[at], levels) << (p * bits);
+      byte |= nearest_in_low_bits((to_float<dtype>(x[d]) - minima[at]) * inverses[at]) << (p * bits);
     }
     to[w] = static_cast<uint8_t>(byte);
   }
@@ -184,13 +205,14 @@ class Quantizer {
       : p_(p),
         width_(p.packed.width),
         groups_(p.packed.groups),
-        levels_(static_cast<float>((1 << p.packed.bits) - 1)),
         most_(width_),
         least_(width_),
         y_(kTile * width_),
         factors_(width_, 1.0f),
+        divisors_(width_),
         low_(std::max(width_, kTile * groups_)),
         high_(low_.size()),
+        steps_(low_.size()),
         minima_(low_.size()),
         inverses_(low_.size()),
         row_minima_(width_),
@@ -239,11 +261,11 @@ class Quantizer {
   void encode_as(const Bits<of>* x, const float* minima, const float* inverses, uint8_t* to) const {
     switch (p_.packed.bits) {
       case 2:
-        return encode_row<of, 2, shared>(x, minima, inverses, levels_, width_, to);
+        return encode_row<of, 2, shared>(x, minima, inverses, width_, to);
       case 4:
-        return encode_row<of, 4, shared>(x, minima, inverses, levels_, width_, to);
+        return encode_row<of, 4, shared>(x, minima, inverses, width_, to);
       default:
-        return encode_row<of, 8, shared>(x, minima, inverses, levels_, width_, to);
+        return encode_row<of, 8, shared>(x, minima, inverses, width_, to);
     }
   }
 
@@ -257,34 +279,62 @@ class Quantizer {
     std::fill(most_.begin(), most_.end(), std::numeric_limits<Bits<dtype>>::min());
     for_each_rows(place,
                   [&](const TokenRows<dtype>& rows) { extend<dtype>(rows, width_, least_.data(), most_.data()); });
+    const bool tame = is_tame<dtype>(least_.data(), most_.data(), width_);
     to_floats<dtype>(least_.data(), width_, low_.data());
     to_floats<dtype>(most_.data(), width_, high_.data());
-    find_steps(low_.data(), high_.data(), width_, p_.packed.bits, scales, scales + width_, minima_.data(),
-               inverses_.data());
+    find_steps(low_.data(), high_.data(), width_, p_.packed.bits, steps_.data(), minima_.data(), inverses_.data());
+    narrow(steps_.data(), scales, DType::kFloat16, width_);
+    narrow(minima_.data(), scales + width_, DType::kFloat16, width_);
     for (int64_t slot = place.begin; slot < place.begin + place.count; ++slot) {
-      encode_as<dtype, false>(token_at(place, slot), minima_.data(), inverses_.data(), codes_at(place, slot));
+      const Bits<dtype>* x = token_at(place, slot);
+      uint8_t* codes = codes_at(place, slot);
+      if (tame) {
+        encode_as<dtype, false>(x, minima_.data(), inverses_.data(), codes);
+      } else {
+        scale_row<dtype, false>(x, factors_.data(), 1, width_, y_.data(), low_.data(), high_.data());
+        encode_as<DType::kFloat32, false>(y_.data(), minima_.data(), inverses_.data(), codes);
+      }
     }
   }
 
   void by_tokens(const Place& place) {
+    bool tame = false;
     if (p_.packed.channels.data != nullptr) {
-      std::fill(most_.begin(), most_.end(), Bits<dtype>{0});
-      for_each_rows(place, [&](const TokenRows<dtype>& rows) { extend_magnitudes<dtype>(rows, width_, most_.data()); });
-      uint16_t* channels = p_.packed.channels_at(place.b, place.h, place.block);
-      find_factors<dtype>(most_.data(), width_, channels, factors_.data());
+      find_magnitudes<true>(place);
+      tame = is_tame<dtype>(most_.data(), most_.data(), width_);
+      if (!tame) find_magnitudes<false>(place);
+      find_factors<dtype>(most_.data(), width_, divisors_.data(), factors_.data());
+      narrow(divisors_.data(), p_.packed.channels_at(place.b, place.h, place.block), DType::kFloat16, width_);
     }
     const int64_t end = place.begin + place.count;
-    for (int64_t slot = place.begin; slot < end; slot += kTile) tile(place, slot, std::min(kTile, end - slot));
+    for (int64_t slot = place.begin; slot < end; slot += kTile) {
+      const int64_t n = std::min(kTile, end - slot);
+      if (tame) {
+        tile<true>(place, slot, n);
+      } else {
+        tile<false>(place, slot, n);
+      }
+    }
+  }
+
+  template <bool tame>
+  void find_magnitudes(const Place& place) {
+    std::fill(most_.begin(), most_.end(), Bits<dtype>{0});
+    for_each_rows(place,
+                  [&](const TokenRows<dtype>& rows) { extend_magnitudes<dtype, tame>(rows, width_, most_.data()); });
   }
 
   // n tokens, whose groups' steps are found together.
+  template <bool tame>
   void tile(const Place& place, int64_t first, int64_t n) {
     for (int64_t t = 0; t < n; ++t) {
-      scale_row<dtype>(token_at(place, first + t), factors_.data(), groups_, width_ / groups_, &y_[t * width_],
+      scale_row<dtype, tame>(token_at(place, first + t), factors_.data(), groups_, width_ / groups_, &y_[t * width_],
                        &low_[t * groups_], &high_[t * groups_]);
     }
-    find_steps(low_.data(), high_.data(), n * groups_, p_.packed.bits, tile_steps_.data(), tile_minima_.data(),
-               minima_.data(), inverses_.data());
+    const int64_t groups = n * groups_;
+    find_steps(low_.data(), high_.data(), groups, p_.packed.bits, steps_.data(), minima_.data(), inverses_.data());
+    narrow(steps_.data(), tile_steps_.data(), DType::kFloat16, groups);
+    narrow(minima_.data(), tile_minima_.data(), DType::kFloat16, groups);
     for (int64_t t = 0; t < n; ++t) {
       uint16_t* scales = p_.packed.scales_at(place.b, place.h, first + t, 0);
       std::copy_n(&tile_steps_[t * groups_], groups_, scales);
@@ -308,10 +358,9 @@ class Quantizer {
 
   const Codec& p_;
   const int64_t width_, groups_;
-  const float levels_;
   std::vector<Bits<dtype>> most_, least_;
   std::vector<Bits<DType::kFloat32>> y_;  // a tile's tokens, scaled
-  std::vector<float> factors_, low_, high_, minima_, inverses_, row_minima_, row_inverses_;
+  std::vector<float> factors_, divisors_, low_, high_, steps_, minima_, inverses_, row_minima_, row_inverses_;
   std::vector<uint16_t> tile_steps_, tile_minima_;
 };
 

@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(kCodecThreads)
     const bool empty = place.count == 0;
     const Steps s =
         steps(empty ? 0.0f : clamped(lowest), empty ? 0.0f : clamped(highest), empty || lowest == lowest, kBits);
-    scales[d] = s.step;
-    scales[p.packed.width + d] = s.minimum;
-    lows.value[0][d] = float16_to_float(s.minimum);
+    scales[d] = float_to_float16(s.step);
+    scales[p.packed.width + d] = float_to_float16(s.minimum);
+    lows.value[0][d] = s.minimum;
     highs.value[0][d] = inverse(s.step);
   }
   __syncthreads();
@@ -146,9 +146,9 @@ __device__ __forceinline__ void find_factors(const Codec& p, const Cut& cut, con
   __syncthreads();
   uint16_t* channels = p.packed.channels_at(place.b, place.h, place.block);
   for (int64_t d = threadIdx.x; d < p.packed.width; d += kCodecThreads) {
-    const uint16_t c = channel_factor(merge_warps(shared, d, most));
-    channels[d] = c;
-    shared.value[0][d] = 1.0f / float16_to_float(c);
+    const float c = channel_factor(merge_warps(shared, d, most));
+    channels[d] = float_to_float16(c);
+    shared.value[0][d] = 1.0f / c;
   }
   __syncthreads();
   read_channels<kBits>(p, place, shared, factors);
@@ -168,12 +168,12 @@ __device__ __forceinline__ void encode_token(const Cut& cut, const Place& place,
     high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, offset));
   }
   const Steps s = steps(low, high, low == low, kBits);
-  const float minimum = float16_to_float(s.minimum), factor = inverse(s.step);
+  const float factor = inverse(s.step);
 #pragma unroll
   for (int k = 0; k < kPiece; ++k) {
-    words.bits[words.word(k)] += encode(y[k], minimum, factor, levels(kBits)) << words.shift(k);
+    words.bits[words.word(k)] += encode(y[k], s.minimum, factor, levels(kBits)) << words.shift(k);
   }
-  if (stored && place.column == 0) scales[0] = s.step, scales[1] = s.minimum;
+  if (stored && place.column == 0) scales[0] = float_to_float16(s.step), scales[1] = float_to_float16(s.minimum);
 }
 
 // Codes of a token in several groups: a thread takes whole groups from `row`, which it leaves there as their codes.
@@ -186,10 +186,10 @@ __device__ __forceinline__ void encode_groups(const Codec& p, const Cut& cut, co
     float low = kInfinity, high = -kInfinity;
     for (int k = 0; k < size; ++k) low = least(low, group[k]), high = fmaxf(high, group[k]);
     const Steps s = steps(low, high, low == low, kBits);
-    const float minimum = float16_to_float(s.minimum), factor = inverse(s.step);
-    for (int k = 0; k < size; ++k) group[k] = bit_cast<float>(encode(group[k], minimum, factor, levels(kBits)));
-    scales[g] = s.step;
-    scales[groups + g] = s.minimum;
+    const float factor = inverse(s.step);
+    for (int k = 0; k < size; ++k) group[k] = bit_cast<float>(encode(group[k], s.minimum, factor, levels(kBits)));
+    scales[g] = float_to_float16(s.step);
+    scales[groups + g] = float_to_float16(s.minimum);
   }
 }
 

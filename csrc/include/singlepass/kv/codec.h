@@ -15,52 +15,62 @@ SINGLEPASS_HD float clamped(float x) {
   return x < -kLargest ? -kLargest : (x > kLargest ? kLargest : x);
 }
 
-// The largest float16 that is not above x, for |x| <= 65504. Zeros are positive.
-SINGLEPASS_HD uint16_t half_at_most(float x) {
-  const uint16_t nearest = float_to_float16(x);
-  const bool above = float16_to_float(nearest) > x, zero = (nearest & 0x7fffu) == 0;
-  if (zero) return above ? 0x8001u : 0;
-  if (!above) return nearest;
-  return static_cast<uint16_t>(nearest & 0x8000u ? nearest + 1 : nearest - 1);
+// The distance from one float16 to the next at x, for |x| <= 65504.
+SINGLEPASS_HD float half_spacing(float x) {
+  const uint32_t exponent = bit_cast<uint32_t>(x) & 0x7f800000u, least = 0x38800000u;
+  return bit_cast<float>((exponent > least ? exponent : least) - 0x05000000u);
 }
 
-SINGLEPASS_HD uint16_t half_at_least(float x) {
-  const uint16_t opposite = half_at_most(-x);
-  return opposite == 0 ? 0 : opposite ^ 0x8000u;
+// x to a multiple of a power of two, ties to even: the sum with 1.5 * 2^23 times it has no digits below it.
+SINGLEPASS_HD float round_to(float x, float spacing) {
+  const float rounder = spacing * 12582912.0f;
+  return (x + rounder) - rounder;
+}
+
+// The largest float16 that is not above x, and the smallest that is not below it. Zeros are positive. Bits come in when
+// results are stored: compilers take many floats at a time, but not well beside integers of another size.
+SINGLEPASS_HD float half_at_most(float x) {
+  const float spacing = half_spacing(x), nearest = round_to(x, spacing);
+  return nearest - (nearest > x ? spacing : 0.0f);
+}
+
+SINGLEPASS_HD float half_at_least(float x) {
+  return 0.0f - half_at_most(-x);
 }
 
 struct Steps {
-  uint16_t step, minimum;  // float16
+  float step, minimum;  // exact in float16
 };
-
-inline constexpr uint16_t kNaN = 0x7e00u;
 
 // For a group within [low, high]; `finite` is false if something in it is not.
 SINGLEPASS_HD Steps steps(float low, float high, bool finite, int bits) {
-  if (!finite) return {kNaN, kNaN};
-  const uint16_t minimum = half_at_most(low);
-  const float levels = static_cast<float>((1 << bits) - 1);
-  return {half_at_least((high - float16_to_float(minimum)) / levels), minimum};
+  const float minimum = half_at_most(low), levels = static_cast<float>((1 << bits) - 1);
+  const float step = half_at_least((high - minimum) / levels);
+  return {finite ? step : NAN, finite ? minimum : NAN};
 }
 
 // What (x - minimum) is multiplied by to give a code; 0 for a group of equal or of invalid numbers.
-SINGLEPASS_HD float inverse(uint16_t step) {
-  const float s = float16_to_float(step);
-  return s > 0.0f ? 1.0f / s : 0.0f;
+SINGLEPASS_HD float inverse(float step) {
+  return 1.0f / (step > 0.0f ? step : INFINITY);
 }
 
-// The nearest code, ties to even; 0 for NaN. Adding 1.5 * 2^23 leaves the integer in the low bits.
+// The integer nearest to n stands in the low bits, ties to even, for |n| < 2^22; zeros do for NAN.
+SINGLEPASS_HD uint32_t nearest_in_low_bits(float n) {
+  return bit_cast<uint32_t>(n + 12582912.0f);
+}
+
+// The nearest code of any x; 0 for NaN.
 SINGLEPASS_HD uint32_t encode(float x, float minimum, float inverse, float levels) {
   float n = (x - minimum) * inverse;
   n = n > 0.0f ? n : 0.0f;
   n = n < levels ? n : levels;
-  return bit_cast<uint32_t>(n + 12582912.0f) - 0x4b400000u;
+  return nearest_in_low_bits(n) - 0x4b400000u;
 }
 
-// By what a channel is divided: the square root of its largest magnitude, 1 if that is 0.
-SINGLEPASS_HD uint16_t channel_factor(float largest) {
-  const uint16_t c = float_to_float16(sqrtf(largest));
-  return c == 0 ? 0x3c00u : c;
+// By what a channel is divided: the square root of its largest magnitude, 1 if that is 0; exact in float16.
+SINGLEPASS_HD float channel_factor(float largest) {
+  const float root = sqrtf(largest), c = round_to(root, half_spacing(root));
+  return c > 0.0f ? c : 1.0f;
 }
 
 }  // namespace singlepass::kv
