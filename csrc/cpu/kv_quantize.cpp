@@ -40,7 +40,9 @@ SINGLEPASS_HD float to_float(Bits<dtype> bits) {
 
 // Of the largest magnitude that float16 can hold: what does not exceed it is not clamped.
 template <DType dtype>
-constexpr Bits<dtype> kTameBits = dtype == DType::kFloat32 ? 0x477fe000 : dtype == DType::kBFloat16 ? 0x477f : 0x7bff;
+constexpr Bits<dtype> kTameBits = dtype == DType::kFloat32    ? 0x477fe000
+                                  : dtype == DType::kBFloat16 ? 0x477f
+                                                              : 0x7bff;
 
 // Integers in the order of the numbers, and the way back. NaNs come out beyond the infinities, so that extremes tell
 // whether everything is finite.
@@ -131,8 +133,8 @@ SINGLEPASS_HD Vector load_floats(const Bits<dtype>* from) {
   return load_vector(lanes);
 }
 
-// y = x * factors for one token, and each group's extremes. If x need not be tame, it is clamped, and `low` is NaN where
-// something is not finite.
+// y = x * factors for one token, and each group's extremes. If x need not be tame, it is clamped, and `low` is NaN
+// where something is not finite.
 template <DType dtype, bool tame>
 SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* factors, int64_t groups, int64_t size,
                                         Bits<DType::kFloat32>* y, float* low, float* high) {
@@ -329,7 +331,7 @@ class Quantizer {
   void tile(const Place& place, int64_t first, int64_t n) {
     for (int64_t t = 0; t < n; ++t) {
       scale_row<dtype, tame>(token_at(place, first + t), factors_.data(), groups_, width_ / groups_, &y_[t * width_],
-                       &low_[t * groups_], &high_[t * groups_]);
+                             &low_[t * groups_], &high_[t * groups_]);
     }
     const int64_t groups = n * groups_;
     find_steps(low_.data(), high_.data(), groups, p_.packed.bits, steps_.data(), minima_.data(), inverses_.data());
