@@ -38,7 +38,7 @@ class CacheShape:
 # One layer of Llama-3-8B.
 QUERY_HEADS, HEADS, WIDTH = 32, 8, 128
 # ZipCache's default: 60% of the tokens in 4 bits, the others in 2 and smaller blocks; half of the window is in use.
-SALIENT_RATIO, BLOCK, REGULAR_BLOCK, WINDOW = 0.6, 128, 16, 64
+SALIENT_RATIO, BLOCK, REGULAR_BLOCK, WINDOW = 0.6, 128, 32, 64
 PROBES = 512
 
 SHAPES = {

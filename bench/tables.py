@@ -220,7 +220,7 @@ def cache_grid(tokens: int = 32768, width: int = 128) -> Grid:
     own, kivi, flat = Codec.zipcache(), Codec.kivi(), Codec.per_token_head()
     caches = (
         ("ZipCache, 60 % in 4 bits, the rest in 2", 0.6, 4, 2, own),
-        ("ZipCache, 60 %, regular blocks of 32", 0.6, 4, 2, Codec(regular_block=32)),
+        ("ZipCache, 60 %, regular blocks of 16", 0.6, 4, 2, Codec(regular_block=16)),
         ("ZipCache, 60 %, blocks of 128", 0.6, 4, 2, Codec(regular_block=128)),
         ("ZipCache, 60 %, one block for the prompt", 0.6, 4, 2, Codec.zipcache(None)),
         ("ZipCache, 40 %", 0.4, 4, 2, own),

@@ -4,10 +4,10 @@
     pip install ".[examples]"
     python examples/train_sst_text.py
 
-A byte-level transformer learns this repository's text in four ways, for each seed from the same weights and on the same
-batches. All train embedding, norms and head; of the linear layers they train everything, or few numbers at a time: SST
-some singular vectors, LoRA a product beside a frozen weight, ReLoRA such products one after another. A table and a
-picture show the losses on held-out text.
+A byte-level transformer learns text, PyTorch's own sources, in four ways, for each seed from the same weights and on
+the same batches. All train embedding, norms and head; of the linear layers they train everything, or few numbers at a
+time: SST some singular vectors, LoRA a product beside a frozen weight, ReLoRA such products one after another. A table
+and a picture show the losses on held-out text.
 
 Learning rates are those that did best in a sweep, the same for all, on text that is neither trained on nor held out:
 --sweep makes it anew. What has to come of it was fixed before: of the gap that LoRA leaves to full rank, in the means

@@ -130,7 +130,7 @@ def test_grid_of_bytes() -> None:
     assert grid.lines[0][1:] == ["512", "16.00", "1.00"]
     sizes = {line[0]: float(line[1]) for line in grid.lines[1:]}
     assert len(sizes) == len(grid.lines) - 1
-    settings = (", one block for the prompt", ", blocks of 128", ", regular blocks of 32", " in 4 bits, the rest in 2")
+    settings = (", one block for the prompt", ", blocks of 128", " in 4 bits, the rest in 2", ", regular blocks of 16")
     own = [sizes[f"ZipCache, 60 %{setting}"] for setting in settings]
     assert own == sorted(own)
     assert sizes["ZipCache's codec, all in 2 bits"] < sizes["ZipCache, 40 %"] < sizes["ZipCache, 80 %"]

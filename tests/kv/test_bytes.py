@@ -64,7 +64,12 @@ def test_bytes(codec: str, ratio: float) -> None:
 
 @pytest.mark.parametrize(
     ("codec", "least", "most"),
-    [(Codec.zipcache(None), 106.4, 107.5), (Codec(regular_block=128), 112.4, 113.5), (Codec(), 129.2, 130.2)],
+    [
+        (Codec.zipcache(None), 106.4, 107.5),
+        (Codec(regular_block=128), 112.4, 113.5),
+        (Codec(), 119.5, 120.5),
+        (Codec(regular_block=16), 129.2, 130.2),
+    ],
 )
 def test_bytes_of_a_long_prompt(codec: Codec, least: float, most: float) -> None:
     """A token and head of 128 channels: 102.4 in codes at 60% of 4 bits, 4 of the value's step, 1/4 of what it is; of

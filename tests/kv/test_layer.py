@@ -210,7 +210,7 @@ def test_finer_regular_blocks_bring_regular_tokens_closer() -> None:
     """Keys that drift as tokens go by, as position embeddings have them; salient tokens' bits stay what they were."""
     q, k, v = drawn(400)
     k = k * 0.1 + torch.linspace(-3.0, 3.0, 400)[:, None]
-    layers = [ZipCacheLayer(codec=Codec(regular_block=size)) for size in (128, 32)]
+    layers = [ZipCacheLayer(codec=Codec(regular_block=size)) for size in (128, 16)]
     off = []
     for layer in layers:
         layer.prefill(q, k, v)

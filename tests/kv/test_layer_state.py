@@ -342,9 +342,9 @@ def test_codecs_out_of_range(options: dict[str, Any]) -> None:
 
 def test_codecs_by_name() -> None:
     assert Codec.zipcache() == Codec()
-    assert Codec.zipcache(128) == Codec(block=128, regular_block=16)
+    assert Codec.zipcache(128) == Codec(block=128, regular_block=32)
     blocks = {block: Codec.zipcache(block).regular_block for block in (64, 8, None)}
-    assert blocks == {64: 16, 8: 8, None: None}, "never coarser than salient ones"
+    assert blocks == {64: 32, 8: 8, None: None}, "never coarser than salient ones"
     for codec in (Codec.kivi(16), Codec.per_token_head()):
         assert codec.regular_block == codec.block
 

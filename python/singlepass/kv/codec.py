@@ -27,7 +27,7 @@ class Codec:
     value_group: int | None = None
     channel_separable: bool = True
     block: int | None = 128
-    regular_block: int | None = 16
+    regular_block: int | None = 32
     rotate: bool = False
 
     def __post_init__(self) -> None:
@@ -42,8 +42,8 @@ class Codec:
     @classmethod
     def zipcache(cls, block: int | None = 128) -> Codec:
         """Keys by channels, values channel-separable by tokens; regular tokens, whose few bits need closer steps, in
-        blocks of 16 at most. block=None is the paper's: one set of channel parameters for a whole prompt."""
-        return cls(block=block, regular_block=block and min(block, 16))
+        blocks of 32 at most. block=None is the paper's: one set of channel parameters for a whole prompt."""
+        return cls(block=block, regular_block=block and min(block, 32))
 
     @classmethod
     def kivi(cls, group: int = 32) -> Codec:
