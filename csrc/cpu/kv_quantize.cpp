@@ -38,7 +38,7 @@ SINGLEPASS_HD float to_float(Bits<dtype> bits) {
   }
 }
 
-// Of the largest magnitude that float16 can hold: what does not exceed it is not clamped.
+// Of 65504, in bfloat16 of 65280, the next below: what does not exceed it is not clamped.
 template <DType dtype>
 constexpr Bits<dtype> kTameBits = dtype == DType::kFloat32    ? 0x477fe000
                                   : dtype == DType::kBFloat16 ? 0x477f
@@ -133,8 +133,8 @@ SINGLEPASS_HD Vector load_floats(const Bits<dtype>* from) {
   return load_vector(lanes);
 }
 
-// y = x * factors for one token, and each group's extremes. If x need not be tame, it is clamped, and `low` is NaN
-// where something is not finite.
+// y = x * factors for one token, and each group's extremes. Where x need not be tame, it is clamped, NaN too, so that y
+// is finite, and `low` is NaN where x is not.
 template <DType dtype, bool tame>
 SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* factors, int64_t groups, int64_t size,
                                         Bits<DType::kFloat32>* y, float* low, float* high) {
@@ -158,7 +158,8 @@ SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* facto
     low[g] = lowest(least);
     high[g] = -lowest(-greatest);
     for (; d < size; ++d) {
-      const float v = to_float<dtype>(x[d]), scaled = clamped(v) * factors[d];
+      const float v = to_float<dtype>(x[d]), above = v > -kLargest ? v : -kLargest;
+      const float scaled = (above < kLargest ? above : kLargest) * factors[d];
       zero += v * 0.0f;
       low[g] = scaled < low[g] ? scaled : low[g];
       high[g] = scaled > high[g] ? scaled : high[g];
@@ -188,16 +189,19 @@ SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* mini
                                          int64_t width, uint8_t* to) {
   constexpr int kPlanes = 8 / bits;
   const int64_t places = width / kPlanes;
+  uint32_t bytes[kMaxWidth / kPlanes];
 #pragma GCC ivdep
   for (int64_t w = 0; w < places; ++w) {
-    uint32_t byte = 0;
+    bytes[w] = 0;
 #pragma GCC unroll 4
     for (int p = 0; p < kPlanes; ++p) {
       const int64_t d = p * places + w, at = shared ? 0 : d;
-      byte |= nearest_in_low_bits((to_float<dtype>(x[d]) - minima[at]) * inverses[at]) << (p * bits);
+      bytes[w] |= nearest_in_low_bits((to_float<dtype>(x[d]) - minima[at]) * inverses[at]) << (p * bits);
     }
-    to[w] = static_cast<uint8_t>(byte);
   }
+  // In a loop of its own: else compilers narrow each plane.
+#pragma GCC ivdep
+  for (int64_t w = 0; w < places; ++w) to[w] = static_cast<uint8_t>(bytes[w]);
 }
 
 template <DType dtype>

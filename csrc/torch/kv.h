@@ -12,10 +12,9 @@ namespace singlepass::registration {
 
 using kv::Axis;
 using kv::Blocks;
+using kv::kMaxWidth;
 using kv::Packed;
 using kv::PerHead;
-
-inline constexpr int64_t kMaxWidth = 512;
 
 inline kv::Tokens tokens_of(const char* op, const char* role, const Tensor& t) {
   if (t.dim() != 4 || (t.numel() > 0 && t.stride(3) != 1)) {

@@ -263,6 +263,22 @@ def test_poison_stays_in_its_group(backend: str, bits: int, codec: str, dtype: t
     assert torch.equal(dequantize(q)[others], expected[others]), "the other groups know nothing of it"
 
 
+@each_backend
+@each_bits
+@pytest.mark.parametrize("group", [16, 4, 1])
+def test_no_bit_of_a_nan_gets_into_codes(backend: str, bits: int, group: int) -> None:
+    """A NaN's lower bits may be anything; those that CUDA and x86 make by themselves are all ones and all zeros."""
+    for bad in (0x7FFFFFFF, -1, 0x7F800001, -0x400000):
+        x = tokens((1, 1, 5, 16), torch.float32)
+        x[0, 0, 2, 3] = torch.tensor(bad, dtype=torch.int32).view(torch.float32)
+        marked = x.clone()
+        marked[0, 0, 2, 3] = NAN
+        by_token = (quantize(t, bits, axis="token", group=group, backend=backend).codes for t in (x, marked))
+        by_channel = (quantize(t, bits, axis="channel", backend=backend).codes for t in (x, marked))
+        for pair in (by_token, by_channel):
+            assert_same_bits(*pair)
+
+
 def _without_nan(bound: truth.Bounded) -> truth.Bounded:
     good = ~np.isnan(bound.value)
     return truth.Bounded(np.where(good, bound.value, 0.0), np.where(good, bound.error, 0.0))

@@ -80,7 +80,7 @@ def cache_nbytes(
     Example:
         >>> from singlepass.kv import cache_nbytes
         >>> round(cache_nbytes(32768) / 32768, 1)  # of 512 in 16 bits, keys and values of one head
-        129.7
+        120.0
     """
     where, codec = "cache_nbytes", Codec() if codec is None else codec
     require(tokens >= 0, where, "0 tokens or more", tokens, "Pass the length of the prompt.")

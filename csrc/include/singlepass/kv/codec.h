@@ -54,7 +54,8 @@ SINGLEPASS_HD float inverse(float step) {
   return 1.0f / (step > 0.0f ? step : INFINITY);
 }
 
-// The integer nearest to n stands in the low bits, ties to even, for |n| < 2^22; zeros do for NAN.
+// The integer nearest to n stands in the low bits, ties to even, for |n| < 2^22; those of a NaN do if n is one, of NAN
+// zeros.
 SINGLEPASS_HD uint32_t nearest_in_low_bits(float n) {
   return bit_cast<uint32_t>(n + 12582912.0f);
 }

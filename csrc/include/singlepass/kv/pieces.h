@@ -12,7 +12,6 @@
 namespace singlepass::kv {
 
 inline constexpr int kPiece = 16;
-inline constexpr int kMaxWidth = 512;
 inline constexpr int kCodecThreads = 256;
 inline constexpr int kCodecWarps = kCodecThreads / kWarp;
 inline constexpr unsigned kAllLanes = 0xffffffffu;

@@ -9,6 +9,8 @@
 // The ops' arguments as raw pointers. python/singlepass/_ops/kv.py says what they mean.
 namespace singlepass::kv {
 
+inline constexpr int kMaxWidth = 512;  // channels of a head
+
 // Tokens (batch, heads, tokens, channels) whose channels are neighbours.
 struct Tokens {
   void* data;
