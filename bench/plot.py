@@ -23,7 +23,10 @@ STYLES = {
     "optim": _OURS | {"torch.optim": ("torch.optim", "#e69f00")} | _REST,
     "rational": _OURS | {"yardstick": ("gelu of torch", "#e69f00")} | _REST,
     "kv": _OURS | {"yardstick": ("uncompressed, or a copy", "#e69f00")} | _REST,
-    "spectral": _OURS | {"yardstick": ("full rank, AdamW", "#e69f00")} | _REST,
+    "spectral": _OURS
+    | {"yardstick": ("full rank, AdamW", "#e69f00")}
+    | _REST
+    | {"peer": ("its matrix products alone", "#c9b3d9")},
 }
 TITLES = {m.name: m.title for m in (models.GPT2_SMALL, models.VIT_B16, models.MANY_SMALL, models.TENSORS_300)}
 TITLES |= {a.name: a.title for some in activations.ACTIVATIONS.values() for a in some}

@@ -127,19 +127,19 @@ def optimizer_grid(run: Run, size: str, dtype: str) -> Grid:
 @dataclass(frozen=True)
 class Calls:
     """How the table of a family of functions reads: the first column's head, what an op is called, what the yardstick
-    is and whether it is one of several, and whether there are peers on a CPU."""
+    is and whether it is one of several, and what peers are, if there are some on a CPU."""
 
     first: str
     titles: dict[str, str]
     yardstick: str
     several: bool = False
-    cpu_peers: bool = False
+    cpu_peers: str | None = None
 
 
 CALLS = {
     "rational": Calls("x, pass", activations.TITLES, "gelu"),
-    "kv": Calls("batch x tokens, op", caches.TITLES, "uncompressed", several=True, cpu_peers=True),
-    "spectral": Calls("width x tokens, op", layers.TITLES, "full rank"),
+    "kv": Calls("batch x tokens, op", caches.TITLES, "uncompressed", several=True, cpu_peers="best peer"),
+    "spectral": Calls("width x tokens, op", layers.TITLES, "full rank", cpu_peers="products alone"),
 }
 
 
@@ -151,7 +151,7 @@ def call_grid(run: Run, family: str, dtype: str, **want: str) -> Grid:
     if on_gpu:
         columns = {"triton": "Triton"} | columns
     if on_gpu or words.cpu_peers:
-        columns |= {"peer": "best peer"}
+        columns |= {"peer": words.cpu_peers or "best peer"}
     columns = {name: title for name, title in columns.items() if any(row.column == name for row in rows)}
     head = [words.first, "floor", "**singlepass**", "x floor", "GB/s", words.yardstick, f"ours / {words.yardstick}"]
     head += [*columns.values(), "eager / ours", "extra memory", f"{words.yardstick}'s", "eager's"]

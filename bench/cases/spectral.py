@@ -148,6 +148,18 @@ def train_full_rank(data: Data) -> Call:
     return training_step(lambda x: F.linear(x, weight), (weight,), AdamW([weight], lr=1e-3).step, data)
 
 
+def products(data: Data) -> Call:
+    """The matrix products of a factored step, active and frozen vectors together, and nothing else."""
+    (u, _, v), (x,), (grad,) = data["factors"], data["x"], data["grad"]
+    rank = max(1, round(RANK * len(u)))
+
+    def call() -> tuple[Tensor, ...]:
+        t, q = x @ v.mT, grad @ u.mT
+        return t @ u, q @ v, t[:, :rank].mT @ grad, q[:, :rank].mT @ x
+
+    return call
+
+
 def grads_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
@@ -324,6 +336,9 @@ def providers(op: str, ops: tuple[str, ...], dtype: torch.dtype, held: int) -> I
     if op in (TRAIN, UPDATE):
         dense = train_full_rank if op == TRAIN else update_full_rank
         yield provider("full-rank", "yardstick", Tier.FUSED, dense, truth=dense, differs="all of W is trained")
+    if op == TRAIN:
+        differs = "what the products take of a training step"
+        yield provider("products", "peer", Tier.FUSED, products, truth=products, differs=differs)
     # Steps that matrix products fill differ by little more than those drift: timed in turn, the eager one too.
     yield provider("eager", "eager", Tier.FUSED if op == TRAIN else Tier.EAGER, eager)
 
