@@ -29,17 +29,35 @@ _THEIR_NAMES = {
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters of a model that are marked by ``_no_weight_decay = True``, as rational coefficients are.
+    """Names of the parameters of a model that should not decay: the coefficients of its rational activations.
 
-    Decay pulls an activation towards zero, not towards a simpler one. timm's optimizers ask a model for such names:
-    hand them ``model.no_weight_decay() | singlepass.nn.no_weight_decay(model)``.
+    Decay pulls an activation towards zero, not towards a simpler one. Activations are found by walking the modules, so
+    that parameters may have been replaced: by FSDP2 or tensor parallelism, a parametrisation, pruning or hand. The
+    parameters of other modules are included if they are marked ``_no_weight_decay = True``, as Mamba's are.
+
+    timm's optimizers ask a model for such names: pass them
+    ``model.no_weight_decay() | singlepass.nn.no_weight_decay(model)``.
+
+    Args:
+        model: any module, wrapped or not; names are those of ``model.named_parameters()``.
+
+    Raises:
+        ValueError: an activation without parameters of its own, as FSDP1 leaves it with ``use_orig_params=False``.
 
     Example:
         >>> import singlepass
         >>> sorted(singlepass.nn.no_weight_decay(singlepass.nn.GRKAN(16, 4)))
         ['act.denominator', 'act.numerator']
     """
-    return {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    coefficients: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, GroupRational):
+            own = [*module.parameters()]
+            contract = "rational activations with parameters of their own"
+            remedy = "Pass use_orig_params=True to FullyShardedDataParallel, or ask before the model is flattened."
+            require(bool(own or [*module.buffers()]), "no_weight_decay", contract, f"none in {name!r}", remedy)
+            coefficients.update(id(p) for p in own)
+    return {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", id(p) in coefficients)}
 
 
 def require_counts(where: str, **counts: int) -> None:
@@ -56,7 +74,8 @@ class GroupRational(nn.Module):
     opposite; its author calls that a typo (github.com/Adamdad/kat/issues/15).
 
     Parameters are ``numerator`` (``numerator_groups``, m + 1) and ``denominator`` (``denominator_groups``, n; form C:
-    n + 1), float32 unless ``dtype`` says otherwise, whatever x is. They are marked ``_no_weight_decay = True``.
+    n + 1), float32 unless ``dtype`` says otherwise, whatever x is. :func:`no_weight_decay` names them; they are marked
+    ``_no_weight_decay = True`` as well, for training scripts that read that mark.
 
     State dicts of KAT (``weight_numerator``, ``weight_denominator``) and FlashKAT (``numerator_v``, ``denominator_v``)
     load, in form A and degrees (5, 4): that is what their kernels compute, also from the tables that KAT fitted for B.
@@ -191,7 +210,8 @@ class GroupRational(nn.Module):
         for p in self.parameters(recurse=False):
             p._no_weight_decay = True  # type: ignore[attr-defined]
 
-    # Copies, conversions and loading with assign=True put new parameters in place of the marked ones.
+    # Copies, conversions and loading with assign=True put new parameters in place of the marked ones. Others who do so
+    # lose the marks, which is why no_weight_decay() does not depend on them.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
