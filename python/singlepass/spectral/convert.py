@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._errors import require
+from ._watch import warn
 from .linear import SSTLinear, rank_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -99,7 +100,8 @@ def merge(model: Model) -> Model:
     """Puts a torch.nn.Linear with the same weight in the place of every :class:`SSTLinear`, in place.
 
     For inference and export: the model then is what it was before :func:`convert`, trained. A :class:`LorentzLinear`
-    is more than a linear layer and stays.
+    is more than a linear layer and stays. Warns if singular vectors are not of unit length: what is merged computes the
+    same as the model, but was trained by another optimizer than :class:`SST`.
 
     Args:
         model: any module that has such layers.
@@ -116,9 +118,13 @@ def merge(model: Model) -> Model:
         assert isinstance(layer, SSTLinear)
         finite = bool(layer.weight.isfinite().all())
         require(finite, f"merge: {name}", "a finite weight", "infinities or NaNs", "Load a sound checkpoint.")
+    off = {name: lengths for name, _, _, layer in found if (lengths := layer._off_unit()) is not None}  # type: ignore[operator]
+    if off:
+        name, (least, greatest) = max(off.items(), key=lambda item: item[1][1] - item[1][0])
+        warn("merge", f"lengths from {least:.3g} to {greatest:.3g} in {name}, and {len(off)} such layers of {len(found)}")
     linears: dict[int, nn.Linear] = {}
     for _, parent, attribute, layer in found:
         if id(layer) not in linears:
-            linears[id(layer)] = layer.to_linear()  # type: ignore[operator]
+            linears[id(layer)] = layer._as_linear()  # type: ignore[operator]
         setattr(parent, attribute, linears[id(layer)])
     return model

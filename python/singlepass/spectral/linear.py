@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._dispatch import BACKENDS
 from .._errors import require
+from ._watch import Watch, off_unit, warn
 from .decompose import decompose
 from .frozen import check_frozen_dtype, factors_shape, freeze, thaw
 from .functional import EVALUATIONS, GRADIENTS, sst_linear
@@ -110,6 +111,7 @@ class SSTLinear(nn.Module):
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self._watch = Watch()
         sizes = (in_features, out_features)
         fits = all(isinstance(size, Integral) and size >= 1 for size in sizes)
         require(fits, "SSTLinear", "in_features and out_features of at least 1", sizes, "Pass positive ints.")
@@ -139,6 +141,7 @@ class SSTLinear(nn.Module):
         else:
             self.set_weight(weight)
             self._reset_bias()
+        self.trust_vectors()
         _layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -218,6 +221,13 @@ class SSTLinear(nn.Module):
         """The parameters that have singular vectors: active u and v, frozen u and v."""
         return self.active_u, self.active_v, self.frozen_u, self.frozen_v
 
+    def trust_vectors(self) -> None:
+        """Takes the active vectors to be of unit length until somebody writes to them. SST calls this after its steps.
+
+        In training, a layer whose vectors others have moved from unit length warns, once in a process.
+        """
+        self._watch.trust(self.active_u, self.active_v)
+
     @torch.no_grad()
     def set_rank(self, rank: float) -> bool:
         """Trains another number of vectors at a time, the first ones in the present order.
@@ -287,7 +297,22 @@ class SSTLinear(nn.Module):
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """A torch.nn.Linear with this weight and bias, of the same device and dtype."""
+        """A torch.nn.Linear with this weight and bias, of the same device and dtype.
+
+        Warns if singular vectors are not of unit length: the weight is right, but was not trained by :class:`SST`.
+        """
+        lengths = self._off_unit()
+        if lengths is not None:
+            warn("SSTLinear.to_linear", f"lengths from {lengths[0]:.3g} to {lengths[1]:.3g}")
+        return self._as_linear()
+
+    def _off_unit(self) -> tuple[float, float] | None:
+        """The least and the greatest length of singular vectors, if one of them is not of unit length."""
+        u, _, v = self.factors()
+        return off_unit(u, v)
+
+    def _as_linear(self) -> nn.Linear:
+        """What :meth:`to_linear` returns, without its warning."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight)
         linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.detach().clone()))
@@ -295,6 +320,8 @@ class SSTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) to (..., m)."""
+        if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled():
+            self._watch.look("SSTLinear", self.active_u, self.active_v)
         return sst_linear(
             x,
             self.active_u,

@@ -241,6 +241,8 @@ class SST(AdamW):
                 self.progress.round += 1
                 self._end_round()
             self._begin_iteration()
+        for layer in self._layers:
+            layer.trust_vectors()
 
     def _step_bucket(
         self,
