@@ -40,12 +40,12 @@ class Watch:
 
     def trust(self, u: Tensor, v: Tensor) -> None:
         """Takes the vectors, as they are now, to be of unit length."""
-        self._version = u._version + v._version
+        self._version = _version(u, v)
 
     def look(self, where: str, u: nn.Parameter, v: nn.Parameter) -> None:
         """Warns, once in a process, if vectors have left unit length since they were last trusted or looked at."""
         global _warned
-        version = u._version + v._version
+        version = _version(u, v)
         if version == self._version or _warned or not _readable(u):
             return
         self._version = version
@@ -58,6 +58,11 @@ class Watch:
             warn(where, f"lengths from {lengths[0]:.3g} to {lengths[1]:.3g} after a step or another change in place")
 
 
+def _version(u: Tensor, v: Tensor) -> int:
+    """Changes with every write in place, but to tensors that were made in inference mode."""
+    return 0 if u.is_inference() or v.is_inference() else u._version + v._version
+
+
 def _readable(p: nn.Parameter) -> bool:
-    """Whether values may be read here: not those of fake, sharded or traced tensors, nor during a CUDA graph capture."""
+    """Whether values may be read here: not of fake or sharded tensors, nor while a CUDA graph is captured."""
     return type(p) is nn.Parameter and not p.is_meta and not (p.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -320,12 +320,13 @@ class SSTLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) to (..., m)."""
+        u, v = self.active_u, self.active_v
         if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled():
-            self._watch.look("SSTLinear", self.active_u, self.active_v)
+            self._watch.look("SSTLinear", u, v)
         return sst_linear(
             x,
-            self.active_u,
-            self.active_v,
+            u,
+            v,
             self.singular_values,
             self.frozen_u,
             self.frozen_v,
