@@ -2,7 +2,8 @@
 """Loads the native libraries and remembers, for each one that could not be loaded, why.
 
 `_C_cpu.so` and `_C_cuda.so` register C++ and CUDA implementations of ops whose schemas are written in Python. They are
-plain shared libraries on the libtorch stable ABI: without them every op still exists, and runs on another backend.
+plain shared libraries on the libtorch stable ABI: without them every op still exists, and runs on another backend, on
+CPUs many times slower. An installation that should have a library and cannot load it warns; one without is silent.
 """
 
 from __future__ import annotations
@@ -10,32 +11,50 @@ from __future__ import annotations
 import functools
 import json
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ._errors import message
 from ._ops import NAMESPACE
 
+_FLOOR = "2.10"  # of torch, as in pyproject.toml
 _PACKAGE = Path(__file__).parent
+_BUILD_INFO = "build_info.json"
 _statuses: dict[str, LibraryStatus] = {}
 
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """One native library: whether it is loaded, where it is or should be, and if not loaded why, in one line."""
+    """One native library: whether it is loaded, where it is or should be, and if not loaded why, in one line.
+
+    ``remedy`` says what to do where the installation should have the library and the machine could use it; else it is
+    empty.
+    """
 
     loaded: bool
     path: Path
     reason: str = ""
+    remedy: str = ""
 
 
 def load() -> None:
-    """Loads what can be loaded, once. A library that is missing, broken or built for another torch raises nothing."""
-    for device in ("cpu", "cuda"):
-        if device not in _statuses:
-            _statuses[device] = _load(device)
+    """Loads what can be loaded, once. A library that is missing, broken or built for another torch raises nothing.
+
+    Warns:
+        RuntimeWarning: once for each library that should be there but does not load.
+    """
+    new = [device for device in ("cpu", "cuda") if device not in _statuses]
+    _statuses.update({device: _load(device) for device in new})
+    for device in new:
+        status = _statuses[device]
+        if status.remedy:
+            contract = f"the native library for {device}, without which its ops run on slower backends"
+            text = message("singlepass", contract, status.reason, status.remedy)
+            warnings.warn(text, RuntimeWarning, stacklevel=3)  # at the import of singlepass
 
 
 def status(device: str) -> LibraryStatus:
@@ -53,16 +72,16 @@ def has_kernel(name: str, device: str) -> bool:
 def build_info() -> dict[str, Any]:
     """What the build wrote down: versions, flags, CUDA architectures, why there is no CUDA library. Empty before it."""
     try:
-        info: dict[str, Any] = json.loads((_PACKAGE / "build_info.json").read_text())
-        return info
+        info = json.loads((_PACKAGE / _BUILD_INFO).read_text())
     except (OSError, ValueError):
         return {}
+    return info if isinstance(info, dict) else {}
 
 
 def _load(device: str) -> LibraryStatus:
     path = _PACKAGE / f"_C_{device}.so"
     try:
-        reason = _obstacle(device, path)
+        reason, remedy = _obstacle(device, path)
         if not reason:
             torch.ops.load_library(path)
             return LibraryStatus(True, path)
@@ -70,22 +89,27 @@ def _load(device: str) -> LibraryStatus:
         built_with = build_info().get("torch", "unknown")
         cause = error.__cause__ or error  # torch wraps the loader's own message
         reason = f"{path.name} (built with torch {built_with}) does not load under torch {torch.__version__}: {cause}"
-    return LibraryStatus(False, path, " ".join(reason.split()))
+        old = torch.__version__ < _FLOOR
+        remedy = f"Install torch {_FLOOR} or newer." if old else "Build singlepass on this machine."
+    if device == "cuda" and remedy and not torch.cuda.is_available():  # asked last, since it starts the driver
+        remedy = ""
+    return LibraryStatus(False, path, " ".join(reason.split()), remedy)
 
 
-def _obstacle(device: str, path: Path) -> str:
-    """The reason not even to try, or an empty string."""
-    info = build_info()
+def _obstacle(device: str, path: Path) -> tuple[str, str]:
+    """The reason not even to try, and a remedy if the installation should have the library. Both may be empty."""
+    info, again = build_info(), "Install or build singlepass again."
     if device == "cuda" and torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
+        return f"torch {torch.__version__} is built without CUDA", ""
+    built_cuda, torch_cuda = info.get("cuda"), torch.version.cuda
     if not path.is_file():
-        return info.get(f"{device}_reason") or f"{path.name} is not in {path.parent}: not built"
-    built_cuda = info.get("cuda")
-    if device == "cuda" and built_cuda and built_cuda.split(".")[0] != str(torch.version.cuda).split(".")[0]:
-        return f"{path.name} is built for CUDA {built_cuda}, torch {torch.__version__} for CUDA {torch.version.cuda}"
-    if _is_truncated(path):
-        return f"{path} is truncated: install or build it again"
-    return ""
+        if (_PACKAGE / _BUILD_INFO).is_file() and (device == "cpu" or built_cuda):
+            return f"{path.name} is missing from {path.parent}", again
+        return info.get(f"{device}_reason") or f"{path.name} is not in {path.parent}: not built", ""
+    if device == "cuda" and built_cuda and built_cuda.split(".")[0] != str(torch_cuda).split(".")[0]:
+        reason = f"{path.name} is built for CUDA {built_cuda}, torch {torch.__version__} for CUDA {torch_cuda}"
+        return reason, f"Install or build singlepass for CUDA {str(torch_cuda).split('.')[0]}."
+    return (f"{path} is truncated", again) if _is_truncated(path) else ("", "")
 
 
 def _is_truncated(path: Path) -> bool:

@@ -51,7 +51,7 @@ def test_console_script_is_installed(clean_python: Run) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (Path.unlink, "_C_cpu.so is not in"),
+        (Path.unlink, "_C_cpu.so is missing from"),
         (lambda path: path.write_text("not a library " * 100), "invalid ELF header"),
         (lambda path: path.write_bytes(b""), "file too short"),
         (truncate, "is truncated"),
