@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +43,8 @@ def collect() -> dict[str, Any]:
     libraries = {}
     for device in ("cpu", "cuda"):
         status = _native.status(device)
-        libraries[device] = {"loaded": status.loaded, "path": str(status.path), "reason": status.reason}
+        libraries[device] = {"loaded": status.loaded, "path": str(status.path)}
+        libraries[device] |= {"reason": status.reason, "remedy": status.remedy}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "singlepass": __version__,
@@ -63,62 +63,21 @@ def collect() -> dict[str, Any]:
     }
 
 
-def check() -> dict[str, str]:
-    """Runs every optimizer, a rational activation and a layer for sparse spectral training, both forward and backward,
-    and a compressed KV cache on every device, on the backend of the automatic choice, against float64.
+def check() -> list[dict[str, str]]:
+    """Runs every class once on every device, on the backend that is chosen for it, against eager PyTorch in float64.
 
     Returns:
-        For each of them and each device, "ok" or what went wrong.
+        For each class and device a dict: ``name``, ``device``, ``backend``, and as ``outcome`` "ok" or what is wrong. A
+        native library that should be there but is not loaded comes last, under the name "native library".
     """
-    from . import kv, nn, optim, spectral
+    from . import _check
 
-    def cache(dtype: torch.dtype, device: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        q, k, v = torch.randn(3, 1, 2, 100, 32, generator=generator).to(device, dtype)
-        layer = kv.ZipCacheLayer(salient_ratio=0.5)
-        layer.prefill(q[:, :, :99], k[:, :, :99], v[:, :, :99])
-        layer.append(k[:, :, 99:], v[:, :, 99:])
-        return layer.attend(q[:, :, 99:]).double().cpu()
-
-    def activation(dtype: torch.dtype, device: str) -> torch.Tensor:
-        x = torch.linspace(-2.0, 2.0, 1600).view(100, 16).to(device, dtype).requires_grad_()
-        act = nn.GroupRational(16, groups=2).to(device, dtype)
-        y = act(x)
-        y.square().mean().backward()
-        parts = (y.detach(), x.grad, act.numerator.grad, act.denominator.grad)
-        return torch.cat([part.double().cpu().flatten() for part in parts if part is not None])
-
-    def layer(dtype: torch.dtype, device: str) -> torch.Tensor:
-        weight = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
-        dense = torch.nn.Linear(16, 24, device=device, dtype=dtype)
-        dense.load_state_dict({"weight": weight, "bias": weight[:, 0]})
-        made = spectral.SSTLinear.from_linear(dense, 4)
-        x = torch.linspace(-2.0, 2.0, 320).view(20, 16).to(device, dtype).requires_grad_()
-        y = made(x)
-        y.square().mean().backward()
-        parts = (y.detach(), x.grad, made.singular_values.grad)
-        return torch.cat([part.double().cpu().flatten() for part in parts if part is not None])
-
-    def run(cls: type, dtype: torch.dtype, device: str) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        values, grads = torch.randn(2, 1000, generator=generator)
-        p = torch.nn.Parameter(values.to(device, dtype))
-        optimizer = cls([p], weight_decay=0.1)
-        for _ in range(3):
-            p.grad = grads.to(device, dtype)
-            optimizer.step()
-        return p.detach().double().cpu()
-
-    checks = {name: partial(run, getattr(optim, name)) for name in optim.__all__} | {"GroupRational": activation}
-    checks |= {"ZipCacheLayer": cache, "SSTLinear": layer}
-    results = {}
-    for name, outcome in checks.items():
-        for device in _devices():
-            try:
-                error = (outcome(torch.float32, device) - outcome(torch.float64, device)).abs().max().item()
-                results[f"{name} on {device}"] = "ok" if error < 1e-5 else f"differs from float64 by {error:.1e}"
-            except Exception as error:  # the report names every op, also after one that fails
-                results[f"{name} on {device}"] = f"{type(error).__name__}: {error}"
+    results = [_check.run(name, device) for name in _check.CASES for device in _devices()]
+    for device in ("cpu", "cuda"):
+        status = _native.status(device)
+        if status.remedy:
+            outcome = f"not loaded: {status.reason}. {status.remedy}"
+            results.append({"name": "native library", "device": device, "backend": "none", "outcome": outcome})
     return results
 
 
@@ -130,7 +89,8 @@ def _print_text(data: dict[str, Any]) -> None:
     print(f"python {data['python']}, {data['platform']}, {data['cpu_capability']}, {data['threads']} threads")
     print("gpus: " + (", ".join(data["gpus"]) or "none"))
     for device, library in data["libraries"].items():
-        print(f"native {device}: " + (library["path"] if library["loaded"] else f"not loaded: {library['reason']}"))
+        missing = f"not loaded: {library['reason']}" + f". {library['remedy']}" * bool(library["remedy"])
+        print(f"native {device}: " + (library["path"] if library["loaded"] else missing))
     for key, value in data["environment"].items():
         print(f"{key}={value}")
     reasons: dict[str, set[str]] = {}
@@ -148,11 +108,27 @@ def _print_text(data: dict[str, Any]) -> None:
         print(f"  {reason} ({ops})")
 
 
+def _print_check(results: list[dict[str, str]]) -> None:
+    print("\ncheck: each class on the backend in parentheses, against eager PyTorch in float64")
+    for result in results:
+        what = f"{result['name']} on {result['device']} ({result['backend']})"
+        print(f"  {what:40} {result['outcome']}")
+    eager = {r["device"] for r in results} - {r["device"] for r in results if r["backend"] not in ("eager", "none")}
+    if eager and not os.environ.get(_dispatch.ENV):
+        places = " and ".join(sorted(eager))
+        print(f"  On {places} there are no kernels: everything ran in eager PyTorch, which is many times slower.")
+
+
 def main(argv: list[str]) -> int:
-    """Prints the report. Returns 1 if ``--check`` found an op that does not work."""
+    """Prints the report. Returns 1 if ``--check`` found a class that does not work, or kernels that do not run."""
     parser = argparse.ArgumentParser(prog="singlepass info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--check", action="store_true", help="run each class once against float64")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="run each class once against float64; exit status 1 if one is wrong, or if kernels that this installation"
+        " should have do not run. Without any native library eager PyTorch is checked, and the status is 0",
+    )
     options = parser.parse_args(argv)
     try:
         data = collect()
@@ -167,7 +143,5 @@ def main(argv: list[str]) -> int:
     else:
         _print_text(data)
         if options.check:
-            print("\ncheck")
-            for name, outcome in data["check"].items():
-                print(f"  {name:20} {outcome}")
-    return int(any(outcome != "ok" for outcome in data.get("check", {}).values()))
+            _print_check(data["check"])
+    return int(any(result["outcome"] != "ok" for result in data.get("check", [])))

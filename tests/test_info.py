@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `singlepass info --check` fails for whatever does not run as this installation should run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from singlepass import _check, _dispatch, _native, cli, info, kv, nn, optim, spectral
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _cpu_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(info, "_devices", lambda: ["cpu"])
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch, remedy: str) -> None:
+    """As if the CPU library had not been loaded, and, with a remedy, should have been."""
+    status = _native.LibraryStatus(False, Path("_C_cpu.so"), "_C_cpu.so is missing from here", remedy)
+    monkeypatch.setitem(_native._statuses, "cpu", status)
+    for op in _dispatch.ops():
+        monkeypatch.setitem(_dispatch._obstacles, (op, "native", "cpu"), status.reason)
+
+
+def checked(output: Output, *options: str) -> tuple[int, dict[str, str], list[str]]:
+    """Exit status, the outcome of each line, and the lines below."""
+    status = cli.main(["info", "--check", *options])
+    lines = output.readouterr().out.partition("\ncheck: ")[2].splitlines()[1:]
+    results = {line[2:42].strip(): line[43:] for line in lines if " on cpu (" in line}
+    return status, results, lines[len(results) :]
+
+
+def test_kernels_are_checked_and_named(capsys: Output) -> None:
+    status, results, rest = checked(capsys)
+    assert status == 0
+    assert results == {f"{name} on cpu (native)": "ok" for name in _check.CASES}
+    assert not rest
+
+
+@pytest.mark.gpu
+def test_kernels_are_checked_on_a_gpu() -> None:
+    results = info.check()
+    assert {(r["name"], r["device"]) for r in results} == {(n, d) for n in _check.CASES for d in ("cpu", "cuda")}
+    assert {r["outcome"] for r in results} == {"ok"}
+    assert "eager" not in {r["backend"] for r in results}
+
+
+def test_the_check_runs_every_op_and_class() -> None:
+    with _check.recorded() as ran:
+        for case in _check.CASES.values():
+            case(torch.float32, "cpu")
+    assert ran == {(op, "native") for op in _dispatch.ops() if op != "stream_"}  # of the bench alone
+    public = {*optim.__all__, "GroupRational", "quantize, dequantize", "probe_saliency", "ZipCacheLayer"}
+    assert set(_check.CASES) == public | {"SSTLinear", "LorentzLinear", "SST"}
+    assert all(any(hasattr(m, name.split(",")[0]) for m in (optim, nn, kv, spectral)) for name in _check.CASES)
+
+
+def test_a_library_that_should_be_there_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    without_library(monkeypatch, "Install or build singlepass again.")
+    status, results, rest = checked(capsys)
+    assert status == 1
+    assert results.pop("native library on cpu (none)") == (
+        "not loaded: _C_cpu.so is missing from here. Install or build singlepass again."
+    )
+    assert results == {f"{name} on cpu (eager)": "ok" for name in _check.CASES}
+    assert rest == ["  On cpu there are no kernels: everything ran in eager PyTorch, which is many times slower."]
+    assert cli.main(["info"]) == 0
+    assert "native cpu: not loaded: _C_cpu.so is missing from here. Install or build" in capsys.readouterr().out
+
+
+def test_without_a_library_eager_is_checked_and_named(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    without_library(monkeypatch, "")
+    status, results, rest = checked(capsys)
+    assert status == 0
+    assert results == {f"{name} on cpu (eager)": "ok" for name in _check.CASES}
+    assert rest == ["  On cpu there are no kernels: everything ran in eager PyTorch, which is many times slower."]
+
+
+def test_a_kernel_that_the_library_lacks_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.setitem(_dispatch._obstacles, ("grad_norm", "native", "cpu"), "no kernel for this op")
+    status, results, _ = checked(capsys)
+    assert status == 1
+    assert results.pop("LAMB on cpu (native, eager)") == "grad_norm ran on eager: no kernel for this op"
+    assert set(results.values()) == {"ok"}
+
+
+def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.setitem(_dispatch._implementations, ("lion_step_", "native"), lambda *_, **__: None)
+    monkeypatch.setitem(_dispatch._implementations, ("rational", "native"), lambda *_, **__: 1 / 0)
+    status, results, _ = checked(capsys)
+    assert status == 1
+    assert results["Lion on cpu (native)"].startswith("differs from float64 by ")
+    assert results["GroupRational on cpu (native)"] == "ZeroDivisionError: division by zero"
+    assert results["Adan on cpu (native)"] == "ok"
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_the_backend_asked_for_is_checked(monkeypatch: pytest.MonkeyPatch, capsys: Output, backend: str) -> None:
+    monkeypatch.setenv("SINGLEPASS_BACKEND", backend)
+    status, results, rest = checked(capsys)
+    assert (status, rest) == (0, [])
+    assert results == {f"{name} on cpu ({backend})": "ok" for name in _check.CASES}
+    assert os.environ["SINGLEPASS_BACKEND"] == backend
+
+
+def test_a_backend_that_cannot_run_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.setenv("SINGLEPASS_BACKEND", "triton")
+    status, results, _ = checked(capsys)
+    assert status == 1
+    assert results["AdamW on cpu (none)"].startswith(
+        "RuntimeError: adamw_step_: expected backend 'triton' to be usable"
+    )
+    monkeypatch.setenv("SINGLEPASS_BACKEND", "fpga")
+    assert cli.main(["info", "--check"]) == 2
+    assert capsys.readouterr().err.startswith("SINGLEPASS_BACKEND: expected native, triton, eager; got 'fpga'. ")
+
+
+def test_json_has_the_same(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    without_library(monkeypatch, "Build singlepass on this machine.")
+    assert cli.main(["info", "--check", "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["libraries"]["cpu"]["remedy"] == "Build singlepass on this machine."
+    assert data["check"] == info.check()
+    assert data["check"][0] == {"name": "LAMB", "device": "cpu", "backend": "eager", "outcome": "ok"}
+    assert data["check"][-1]["name"] == "native library"
+
+
+def test_a_reader_that_stops_reading_ends_the_command() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "singlepass", "info"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + 13, "")
+
+
+def test_unknown_commands_are_named(capsys: Output) -> None:
+    assert cli.main(["bnech"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "singlepass: expected a command among info, bench; got 'bnech'. See singlepass --help.\n"
+
+
+@pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["-h"], 0), ([], 2)])
+def test_usage(capsys: Output, argv: list[str], status: int) -> None:
+    assert cli.main(argv) == status
+    assert "info     which backend runs each op here" in capsys.readouterr().out
