@@ -5,8 +5,6 @@ Both are plain shared libraries on the libtorch stable ABI, without Python symbo
 every torch at or above the floor. `docs/building.md` explains the build, `ENVS.md` lists the variables that steer it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -17,9 +15,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build import build
+try:
+    from setuptools import __version__ as setuptools_version
+except ImportError:
+    setuptools_version = "0 (none)"
+
+
+def require(condition: object, expected: str, got: object, remedy: str) -> None:
+    """Ends with one line, not a traceback, unless ``condition`` holds."""
+    if not condition:
+        raise SystemExit(f"singlepass: expected {expected}; got {got}. {remedy}")
+
+
+# What is needed to read the rest of this file and pyproject.toml.
+require(sys.version_info >= (3, 10), "Python 3.10 or newer", platform.python_version(), "Use a newer Python.")
+recent = int(re.match(r"\d+", setuptools_version)[0]) >= 77
+require(recent, "setuptools 77 or newer", setuptools_version, 'Run: pip install -U "setuptools>=77"')
+
+from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
 
 PACKAGES = {  # everything is installed under one top-level name; setuptools wants relative paths
     "singlepass": "python/singlepass",
@@ -27,7 +42,8 @@ PACKAGES = {  # everything is installed under one top-level name; setuptools wan
     "singlepass.bench": "bench",
 }
 CSRC = Path("csrc")
-TORCH_TARGET = "0x020a000000000000"  # torch 2.10, the floor in pyproject.toml
+TORCH_FLOOR = "2.10"  # as in pyproject.toml
+TORCH_TARGET = "0x020a000000000000"  # the same as the headers want it
 CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 BUILD_TYPES = {  # name -> what is added to the flags of the C++ compiler and of nvcc
@@ -37,7 +53,7 @@ BUILD_TYPES = {  # name -> what is added to the flags of the C++ compiler and of
 
 
 class NoCudaError(Exception):
-    """The reason why the CUDA library is not built, in one line."""
+    """The reason why the CUDA library is not built, and a remedy, each in one line."""
 
 
 def setting(name: str, choices: list[str], default: str) -> str:
@@ -47,8 +63,26 @@ def setting(name: str, choices: list[str], default: str) -> str:
     return value
 
 
-def output_of(*command: str | Path) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+def output_of(*command: str | Path, given: str = "") -> str:
+    """What a command prints, errors included; if it cannot be started, why."""
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, input=given).stdout
+    except OSError as error:
+        return str(error.strerror)
+
+
+def compiler() -> str:
+    """The first line of what the C++ compiler says of itself. Ends where it is none, or too old."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    macros = output_of(*command, "-std=c++20", "-E", "-dM", "-x", "c++", "-", given="#include <version>\n")
+    found = {name: int(value) for name, value in re.findall(r"^#define (__\w+) (\d+)L?$", macros, re.M)}
+    remedy = "Install g++ 11 or newer, or set CXX to one."
+    got = f"{shlex.join(command)}: {macros.strip().partition(os.linesep)[0] or 'no answer'}"
+    require("__cplusplus" in found, "a C++20 compiler", got, remedy)
+    enough = found["__cplusplus"] >= 202002 if "__clang__" in found else found.get("__GNUC__", 0) >= 11
+    name = output_of(*command, "--version").partition("\n")[0]
+    require(enough, "a C++20 compiler (g++ 11 or newer)", name, remedy)
+    return name
 
 
 def find_cuda_toolkit() -> tuple[Path, str]:
@@ -57,28 +91,31 @@ def find_cuda_toolkit() -> tuple[Path, str]:
     places = [Path(home, "bin", "nvcc")] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     nvcc = next((place for place in places if place and Path(place).is_file()), None)
     if nvcc is None:
-        raise NoCudaError(f"no nvcc ({f'CUDA_HOME={home}' if home else 'PATH and /usr/local/cuda'} searched)")
+        searched = f"CUDA_HOME={home}" if home else "PATH and /usr/local/cuda"
+        raise NoCudaError(f"no nvcc ({searched} searched)", "Install the CUDA toolkit, or set CUDA_HOME to it")
     # nvcc on PATH may be a link or a wrapper elsewhere: only nvcc itself knows where its toolkit is.
     top = re.search(r"^#\$ TOP=(.*)$", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.M)
     release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
     if top is None or release is None:
-        raise NoCudaError(f"{nvcc} does not run")
+        raise NoCudaError(f"{nvcc} does not run", "Install the CUDA toolkit again")
     root = Path(top[1].strip()).resolve()
     for needed in ("include/cuda_runtime.h", "lib*/libcudart.so"):
         if not any(root.glob(needed)):
-            raise NoCudaError(f"the CUDA toolkit at {root} has no {needed}")
+            remedy = "Install the toolkit's headers and runtime, too"
+            raise NoCudaError(f"the CUDA toolkit at {root} has no {needed}", remedy)
     return root, release[1]
 
 
 def cuda_toolkit(wish: str, torch_version: str, torch_cuda: str | None) -> tuple[Path, str]:
     """The toolkit to build with. Whether a GPU is present plays no part: builders often have none."""
     if wish == "0":
-        raise NoCudaError("SINGLEPASS_WITH_CUDA=0")
+        raise NoCudaError("SINGLEPASS_WITH_CUDA=0", "")
     root, version = find_cuda_toolkit()
     if torch_cuda is None:
-        raise NoCudaError(f"torch {torch_version} is built without CUDA")
+        raise NoCudaError(f"torch {torch_version} is built without CUDA", "Install a CUDA build of torch")
     if torch_cuda.split(".")[0] != version.split(".")[0]:
-        raise NoCudaError(f"nvcc is of CUDA {version}, torch {torch_version} of CUDA {torch_cuda}")
+        reason = f"nvcc is of CUDA {version}, torch {torch_version} of CUDA {torch_cuda}"
+        raise NoCudaError(reason, "Make the major versions agree")
     return root, version
 
 
@@ -88,9 +125,23 @@ def default_archs(toolkit: Path) -> str:
     return ";".join(arch for arch in CUDA_ARCHS if "compute_" + arch.replace(".", "") in known) + "+PTX"
 
 
+def require_torch() -> None:
+    """Not at the top: source distributions and metadata need no torch."""
+    remedy = f'Run: pip install "torch>={TORCH_FLOOR}", or leave out --no-build-isolation.'
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        require(False, f"torch {TORCH_FLOOR} or newer", str(error).partition("\n")[0], remedy)
+    numbers = [tuple(map(int, version.split(".")[:2])) for version in (torch.__version__, TORCH_FLOOR)]
+    require(numbers[0] >= numbers[1], f"torch {TORCH_FLOOR} or newer", torch.__version__, remedy)
+
+
 def libraries() -> tuple[list[Extension], dict[str, object]]:
     """The libraries to build, and what `build_info.json` is to say about them."""
-    import torch  # not at the top: source distributions and metadata need no torch
+    require(sys.platform == "linux", "Linux", sys.platform, "Build in a Linux machine or container.")
+    cxx = compiler()
+    require_torch()
+    import torch
 
     build_type = setting("SINGLEPASS_BUILD_TYPE", list(BUILD_TYPES), "Release")
     wish = setting("SINGLEPASS_WITH_CUDA", ["0", "1", "auto"], "auto")
@@ -105,9 +156,10 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
         os.environ["TORCH_CUDA_ARCH_LIST"] = archs  # unset, torch would ask the GPU, and fail where there is none
         print(f"singlepass: building the CPU library, and the CUDA library with CUDA {cuda} for {archs}")
     except NoCudaError as error:
-        obstacle = str(error)
+        obstacle, remedy = error.args
         if wish == "1":
-            raise SystemExit(f"SINGLEPASS_WITH_CUDA: expected 1 to be possible; got: {obstacle}. Unset it.") from None
+            text = f"SINGLEPASS_WITH_CUDA: expected 1 to be possible; got: {obstacle}. {remedy}, or unset it."
+            raise SystemExit(text) from None
         print(f"singlepass: building the CPU library only: {obstacle}")
 
     from torch.utils.cpp_extension import include_paths, library_paths  # reads CUDA_HOME when it is imported
@@ -130,9 +182,8 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
     built = [library("cpu", ["TORCH_STABLE_ONLY"], [])]
     if toolkit is not None:
         built.append(library("cuda", ["TORCH_STABLE_ONLY", "USE_CUDA"], ["torch_cuda", "cudart"]))
-    compiler = output_of(*shlex.split(os.environ.get("CXX") or "c++"), "--version").partition("\n")[0]
     info = {"version": version(), "torch": torch.__version__, "torch_target": TORCH_TARGET, "build_type": build_type}
-    info |= {"machine": platform.machine(), "compiler": compiler, "cxx_flags": cxx_flags}
+    info |= {"machine": platform.machine(), "compiler": cxx, "cxx_flags": cxx_flags}
     info |= {"cuda": cuda, "cuda_reason": obstacle, "cuda_archs": archs, "nvcc_flags": nvcc_flags if cuda else []}
     return built, info
 
