@@ -77,8 +77,8 @@ def compiler() -> str:
     macros = output_of(*command, "-std=c++20", "-E", "-dM", "-x", "c++", "-", given="#include <version>\n")
     found = {name: int(value) for name, value in re.findall(r"^#define (__\w+) (\d+)L?$", macros, re.M)}
     remedy = "Install g++ 11 or newer, or set CXX to one."
-    got = f"{shlex.join(command)}: {macros.strip().partition(os.linesep)[0] or 'no answer'}"
-    require("__cplusplus" in found, "a C++20 compiler", got, remedy)
+    said = macros.strip().partition("\n")[0] or "no answer"
+    require("__cplusplus" in found, "a C++20 compiler", f"{shlex.join(command)}: {said}", remedy)
     enough = found["__cplusplus"] >= 202002 if "__clang__" in found else found.get("__GNUC__", 0) >= 11
     name = output_of(*command, "--version").partition("\n")[0]
     require(enough, "a C++20 compiler (g++ 11 or newer)", name, remedy)

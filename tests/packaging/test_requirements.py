@@ -121,7 +121,8 @@ def test_a_stale_setuptools(refused: Setup, argument: str, code: str, got: str) 
 
 
 def test_other_systems(refused: Setup) -> None:
-    line = refused(modules={"sitecustomize": "import setuptools, sys; sys.platform = 'darwin'"})
+    imports_first = "import setuptools.command.bdist_wheel, setuptools.command.build, sys"
+    line = refused(modules={"sitecustomize": f"{imports_first}; sys.platform = 'darwin'"})
     assert line == "singlepass: expected Linux; got darwin. Build in a Linux machine or container."
 
 
