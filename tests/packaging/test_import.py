@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 
 REPORT = """
-import dataclasses, json, pathlib
-import singlepass
+import dataclasses, json, pathlib, warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import singlepass
 from singlepass import _native
 folder = pathlib.Path(singlepass.__file__).parent
 print(json.dumps({"folder": str(folder), "cpu": dataclasses.asdict(_native.status("cpu")),
-                  "cuda": dataclasses.asdict(_native.status("cuda"))}, default=str))
+                  "cuda": dataclasses.asdict(_native.status("cuda")),
+                  "warned": [str(warning.message) for warning in caught]}, default=str))
 """
 Run = Callable[[str], str]
 
@@ -39,7 +43,9 @@ def truncate(path: Path) -> None:
 def test_imports_away_from_the_repository(clean_python: Run, root: Path) -> None:
     report = json.loads(clean_python(REPORT))  # which also shows that importing prints nothing
     assert not Path(report["folder"]).is_relative_to(root)
-    assert report["cpu"] == {"loaded": True, "path": f"{report['folder']}/_C_cpu.so", "reason": ""}
+    path = f"{report['folder']}/_C_cpu.so"
+    assert report["cpu"] == {"loaded": True, "path": path, "reason": "", "remedy": ""}
+    assert report["warned"] == []
     assert report["cuda"]["loaded"] or report["cuda"]["reason"]
 
 
@@ -62,10 +68,14 @@ def test_a_broken_library_does_not_break_the_import(
     clean_python: Run, installed: Path, damage: Callable[[Path], object], reason: str
 ) -> None:
     damage(installed / "_C_cpu.so")
-    status = json.loads(clean_python(REPORT))["cpu"]
+    report = json.loads(clean_python(REPORT))
+    status = report["cpu"]
     assert not status["loaded"]
     assert reason in status["reason"]
     assert "\n" not in status["reason"]
+    (warned,) = report["warned"]
+    assert status["reason"] in warned
+    assert status["remedy"] in warned
 
 
 def test_a_library_of_another_cuda_major_is_not_loaded(clean_python: Run, installed: Path) -> None:
