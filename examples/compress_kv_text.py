@@ -131,11 +131,11 @@ def read_on(model: Any, scheme: Scheme, prompt: Tensor, follow: Tensor, window: 
     native = scheme.family not in ("plain", "quanto")
     model.set_attn_implementation("singlepass" if native else "sdpa")
     cache = scheme.make(model.config, window)
-    model(prompt, past_key_values=cache, logits_to_keep=1)
+    model(prompt, cache=cache, logits_to_keep=1)
     nbytes = cache.nbytes if native else None
     if scheme.family == "plain":
         nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    logits = [model(follow[:, i : i + 1], past_key_values=cache).logits for i in range(follow.shape[1] - 1)]
+    logits = [model(follow[:, i : i + 1], cache=cache).logits for i in range(follow.shape[1] - 1)]
     return torch.cat(logits, 1), nbytes
 
 

@@ -74,6 +74,10 @@ def assert_same(a: Any, b: Any, path: str = "") -> None:
         assert list(a) == list(b), path
         for key in a:
             assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}.{i}")
     else:
         assert a == b, path
 

@@ -59,7 +59,7 @@ def run(model: PreTrainedModel, ids: Tensor, cuts: list[int], cache: Any, mask: 
     for begin, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
         seen = None if mask is None else mask[:, :end]
         positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)[:, begin:end]
-        options = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache}
+        options = {"attention_mask": seen, "position_ids": positions, "cache": cache}
         out.append(model(ids[:, begin:end], **options).logits)
     return torch.cat(out, 1)
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +14,7 @@ from torch import Tensor
 from singlepass.kv import Codec, ZipCacheLayer, cache_nbytes, store
 
 from ..tolerances import assert_same_bits
-from .layers import drawn, part
+from .layers import drawn, part, stream
 from .test_layer import CODECS
 
 NAMED = {
@@ -32,6 +36,27 @@ def test_a_prompt_takes_what_the_table_says(tokens: int, name: str, ratio: float
     layer = ZipCacheLayer(**options)
     layer.prefill(q, k, v)
     assert cache_nbytes(tokens, batch=2, heads=3, head_dim=k.shape[3], **options) == layer.nbytes
+
+
+def tensors_in(x: Any, seen: set[int]) -> Iterator[Tensor]:
+    """All tensors that can be reached from an object, whatever its classes are."""
+    if id(x) in seen or isinstance(x, type):
+        return
+    seen.add(id(x))
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, dict):
+        yield from (t for part in x.values() for t in tensors_in(part, seen))
+    elif isinstance(x, (list, tuple, set, deque)):
+        yield from (t for part in x for t in tensors_in(part, seen))
+    elif hasattr(x, "__dict__") and not isinstance(x, torch.Generator):
+        yield from tensors_in(vars(x), seen)
+
+
+def behind(x: Any) -> int:
+    """Bytes of all memory behind those tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(x, set())}
+    return sum(storages.values())
 
 
 def hand_count(codec: Codec, heads: int, width: int, salient: int, regular: int, window: int, bits: int = 16) -> int:
@@ -59,7 +84,10 @@ def test_bytes(codec: str, ratio: float) -> None:
     layer.prefill(*part((q, k, v), 0, 71))
     layer.append(*part((k, v), 71, 80))
     salient = int(71 * ratio + 0.5)
-    assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, 9)
+    assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, 9) == behind(layer)
+    layer.append(*part((k, v), 0, 1))  # room for as much as a quarter more is made
+    most = int(9 * store.GROWTH) + 1
+    assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, most) == behind(layer)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +126,58 @@ def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
         layer.append(k, v)
         at[layer.length] = copied, layer.nbytes
     assert layer.length == 131072
-    for length, (bytes_, held) in at.items():
-        assert bytes_ <= held * store.GROWTH / (store.GROWTH - 1.0), f"{length} tokens"
+    for length, (bytes_, held) in at.items():  # held is GROWTH times what is stored at most
+        assert bytes_ <= held / (store.GROWTH - 1.0), f"{length} tokens"
     other = ZipCacheLayer(salient_bits=2)
     other.append(k, v)
     for a, b in zip(layer.dequantize(), other.dequantize(), strict=True):
         assert_same_bits(a[:, :, -2048:-1024], a[:, :, 1024:2048])
         assert_same_bits(a[:, :, -1024:], torch.cat((a[:, :, :896], b[:, :, -128:]), 2))
+
+
+@pytest.mark.parametrize("ratio", [0.6, 1.0])
+@pytest.mark.parametrize("codec", CODECS)
+def test_bytes_told_are_bytes_held(codec: str, ratio: float) -> None:
+    """At every token, and whatever is done to a layer."""
+    q, k, v = drawn(90, heads=2)
+    layer = ZipCacheLayer(ratio, codec=CODECS[codec](), window=16)
+    assert layer.nbytes == behind(layer) == 0
+    for i in range(45):
+        layer.append(*part((k, v), i, i + 1))
+        layer.attend(q[:, :, i : i + 1])
+        assert layer.nbytes == behind(layer)
+        if i < 16:
+            most = max(int(i * store.GROWTH) + 1, i + 1)
+            queries = min(i + 1, 16) * 2 * 4 * (32 + 1) * 4 if ratio < 1.0 else 0  # of all tokens, at most
+            assert layer.nbytes <= 2 * 2 * most * 2 * 32 * 4 + queries
+    calls = [
+        lambda: layer.prefill(*part((q, k, v), 45, 60)),
+        lambda: layer.append(*part((k, v), 60, 90)),
+        lambda: layer.attend(q[:, :, 86:]),
+        lambda: layer.drop_newest(3),
+        lambda: layer.repeat_sequences(3),
+        lambda: layer.select_sequences([5, 0, 3]),
+        lambda: layer.load_state_dict(layer.state_dict()),
+        lambda: layer.dequantize(),
+    ]
+    for call in calls:
+        call()
+        assert layer.nbytes == behind(layer) > 0
+    layer.reset()
+    assert layer.nbytes == behind(layer) == 0
+
+
+def test_room_made_ahead_is_not_repeated() -> None:
+    """Beams copy what is in use: a window that was full once has as many places, a sequence chosen from it none."""
+    q, k, v = drawn(90)
+    layer = ZipCacheLayer(1.0, window=64)
+    stream(layer, *part((q, k, v), 0, 70))
+    assert layer._window[0].shape[2] == 64
+    layer.repeat_sequences(3)
+    assert layer._window[0].shape[2] == layer.window_length == 6
+    fresh = ZipCacheLayer(1.0, window=64)
+    fresh.load_state_dict(layer.state_dict())
+    assert layer.nbytes == fresh.nbytes
+    before = layer.nbytes
+    layer.select_sequences([0, 1])
+    assert layer.nbytes < 0.4 * before

@@ -276,18 +276,20 @@ def test_saliency_of_a_window(backend: str) -> None:
     q, k, v = drawn(80)
     layer = ZipCacheLayer(window=24, recent_probes=0.2, random_probes=0.3, backend=backend)
     layer.prefill(*part((q, k, v), 0, 56))
-    due = sorted(layer._probes.due)
-    assert len(due) == 5 + 7
+    assert len(layer._probes.due) == 7
+    assert max(layer._probes.due) < 19, "the 5 newest are probes anyway"
+    due = sorted(layer._probes.due | set(range(19, 24)))
     stream(layer, *part((q, k, v), 56, 80))
-    assert layer._probes.places == due
     keys = layer.dequantize()[0].double()
     logits = (q[:, :, 56:].unflatten(1, (2, 2)).double() @ keys[:, :, None].mT) * 32**-0.5
     shown = torch.arange(80) <= torch.arange(56, 80)[:, None]
     weights = logits.masked_fill(~shown, -torch.inf).softmax(-1)[:, :, :, due, 56:]
-    assert layer._probes.scores is not None
-    torch.testing.assert_close(layer._probes.scores.double(), weights.mean(2).sum(2), rtol=1e-4, atol=1e-6)
     nnz = torch.tensor([sum(p >= j for p in due) for j in range(24)])
     saliency = weights.mean(2).sum(2) / nnz
+    found, unseen = layer._probes.saliency(k[:, :, 56:], 5, "probe_nnz", **layer._logits)
+    assert [place for queries in layer._probes.queries for place in queries.places] == due
+    torch.testing.assert_close(found.double(), saliency, rtol=1e-4, atol=1e-6)
+    assert unseen == 0
     layer.append(*part((k, v), 0, 1))
     best = saliency.topk(int(24 * 0.6 + 0.5), 2).indices.sort(2).values
     salient = (kinds(layer)[:, :, 56:] == SALIENT).nonzero()[:, 2].view(best.shape)
@@ -362,7 +364,7 @@ def test_long_prompts_with_padding_and_after_others(tokens: int, softcap: float)
     padded, alone = (ZipCacheLayer(salient_ratio=1.0, softcap=softcap) for _ in range(2))
     out = padded.prefill(*part((q, k, v), 0, tokens), mask)
     unpadded = alone.prefill(*part((q[1:], k[1:], v[1:]), 5, tokens))
-    torch.testing.assert_close(out[1:, :, 5:], unpadded, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out[1:, :, 5:], unpadded, rtol=0.0, atol=1e-5)  # hundreds of roundings around one
     again = padded.prefill(*part((q, k, v), 0, tokens), mask)
     assert again.shape == out.shape
     assert padded.length == 2 * tokens

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from singlepass.kv import Codec, ZipCacheLayer
+from singlepass.kv.store import REGULAR
 
 from ..tolerances import assert_same_bits
 from .inputs import each_dtype
-from .layers import assert_same, drawn, part, stream
+from .layers import assert_same, drawn, kinds, part, stream
 from .test_layer import CODECS, each_codec
 
 TENSORS = drawn(90)
@@ -51,7 +52,7 @@ def test_state_dict_round_trip(codec: str, dtype: torch.dtype) -> None:
     other.append(*drawn(3, batch=1)[1:])  # is replaced
     other.load_state_dict(saved)
     assert_same(other.state_dict(), layer.state_dict())
-    assert other.nbytes == layer.nbytes
+    assert other.nbytes <= layer.nbytes, "room made ahead is not saved"
     for a, b in zip(go_on(layer), go_on(other), strict=True):
         assert_same_bits(a, b)
     assert_same(other.state_dict(), layer.state_dict())
@@ -79,9 +80,9 @@ CORRUPTIONS: list[tuple[tuple[Any, ...], Change]] = [
         ((key,), lambda _: None)
         for key in ("options", "length", "due", "generator", "window_k", "window_v", "segments")
     ),
-    *(((key,), lambda _: "x") for key in ("options", "length", "window_length", "due", "probed", "scores", "kinds")),
-    *(((key,), lambda t: t[..., :-1]) for key in ("generator", "window_k", "window_v", "kinds", "scores")),
-    *(((key,), lambda t: t[:, :-1]) for key in ("window_k", "kinds", "scores")),
+    *(((key,), lambda _: "x") for key in ("options", "length", "window_length", "due", "queries", "kinds")),
+    *(((key,), lambda t: t[..., :-1]) for key in ("generator", "window_k", "window_v", "kinds")),
+    *(((key,), lambda t: t[:, :-1]) for key in ("window_k", "kinds")),
     *((("length",), lambda n, by=by: n + by) for by in (-60, -1, 1, 4)),
     *((("window_length",), lambda n, by=by: n + by) for by in (-60, -1, 1, 16)),
     (("length",), float),
@@ -90,9 +91,14 @@ CORRUPTIONS: list[tuple[tuple[Any, ...], Change]] = [
     (("window_k",), lambda t: t[:, :, :-1]),
     (("due",), lambda _: [16]),
     (("due",), lambda _: ["a"]),
-    (("probed",), lambda _: [-1]),
-    (("probed",), lambda _: [9]),
-    (("scores",), lambda _: None),
+    (("due",), lambda _: [3, 2]),
+    (("queries",), lambda t: [*t, t[0]]),
+    (("queries",), lambda t: [t[0][:2], *t[1:]]),
+    *((("queries",), lambda t, i=i: [([i], *t[0][1:]), *t[1:]]) for i in (-1, 9, 8.0)),
+    *((("queries",), lambda t, x=x: [(t[0][0], x, t[0][2]), *t[1:]]) for x in (None, torch.zeros(2, 3, 1, 32))),
+    (("queries",), lambda t: [(t[0][0], t[0][1][:, :, :0], t[0][2]), *t[1:]]),
+    (("queries",), lambda t: [(*t[0][:2], t[0][2].double()), *t[1:]]),
+    (("queries",), lambda t: [(*t[0][:2], t[0][2][:1]), *t[1:]]),
     (("generator",), lambda t: t * 0),
     (("kinds",), lambda t: t * 0),
     (("kinds",), lambda t: torch.cat((t, t), 2)),
@@ -151,9 +157,9 @@ def test_beams(codec: str) -> None:
     chosen.select_sequences(index)
     repeated.repeat_sequences(2)
     outs, chosen_outs, repeated_outs = go_on(layer), go_on(chosen, (1, 1, 0)), go_on(repeated, (0, 0, 1, 1))
-    for a, b, c in zip(outs, chosen_outs, repeated_outs, strict=True):
-        torch.testing.assert_close(b, a[index], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(c, a.repeat_interleave(2, 0), rtol=1e-5, atol=1e-6)
+    for a, b, c in zip(outs, chosen_outs, repeated_outs, strict=True):  # some hundred roundings of numbers around one
+        torch.testing.assert_close(b, a[index], rtol=0.0, atol=1e-5)
+        torch.testing.assert_close(c, a.repeat_interleave(2, 0), rtol=0.0, atol=1e-5)
     for a, b, c in zip(outs[-2:], chosen_outs[-2:], repeated_outs[-2:], strict=True):
         assert_same_bits(b, a[index])
         assert_same_bits(c, a.repeat_interleave(2, 0))
@@ -196,21 +202,28 @@ def test_dropping_the_newest() -> None:
     assert layer.length == 90
 
 
-def test_saliency_after_dropping_is_a_mean_of_attention() -> None:
-    """Whatever probes came and went: each that is counted gave a token at most all of its attention."""
-    q, k, v = drawn(60, batch=1)
-    q = 1.0 + 0.1 * q
-    k[:, :, 21] = 2.0  # gets nearly all attention
-    layer = ZipCacheLayer(window=20, recent_probes=1.0)
-    layer.prefill(*part((q, k, v), 0, 20))
-    for _ in range(4):
-        stream(layer, *part((q, k, v), 20, 28))
-        layer.drop_newest(5)
-    assert layer._probes.scores is not None
-    n = layer.window_length
-    seen = torch.tensor([sum(p >= j for p in layer._probes.places) for j in range(n)])
-    assert bool((layer._probes.scores[:, :, :n] <= seen).all())
-    assert not bool(layer._probes.scores[:, :, n:].any())
+@pytest.mark.parametrize("recent", [0.05, 0.3, 1.0])
+def test_dropped_tokens_leave_no_trace(recent: float) -> None:
+    """Neither in what probes say, nor later; whether they were tried one by one or together."""
+    q, k, v = drawn(60)
+    layer, tried = (ZipCacheLayer(window=20, recent_probes=recent, random_probes=0.3) for _ in range(2))
+    for each in (layer, tried):
+        each.prefill(*part((q, k, v), 0, 20))
+    at = 20
+    for i in range(6):
+        drafts = part((q, k, v), 40 + i, 45 + i)
+        if i % 2 and layer.window_length + 5 <= 20:
+            tried.append(*drafts[1:])
+            tried.attend(drafts[0])
+            tried.drop_newest(5)
+        for each in (layer, tried):
+            stream(each, *part((q, k, v), at, at + 3))
+        at += 3
+    assert layer.window_length == 18
+    for each in (layer, tried):
+        each.prefill(*part((q, k, v), at, 60))
+    assert bool((kinds(layer)[:, :, 20:38] == REGULAR).any())
+    assert_same(tried.state_dict(), layer.state_dict())
 
 
 @pytest.mark.parametrize("tokens", [-1, 10, 56])

@@ -39,26 +39,31 @@ def expected(
     softcap: float = 0.0,
     normalization: str = "probe_nnz",
 ) -> Bounded:
-    """Sums over how many queries see a token, a probe's query heads each counting; divided in float32."""
+    """Sums over how many queries see a token, a probe's query heads each counting; divided in float32. Infinity where
+    none does, 0 for padding."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     optional = [None if t is None else exact(t) for t in (mask, lse)]
     arrays = (exact(q).astype(np.float64), exact(k).astype(np.float64), exact(positions), *optional)
     sums = truth.saliency(*arrays, scale, softcap)
     length, places = k.shape[2], np.arange(k.shape[2])
     valid = np.ones((len(q), length), bool) if mask is None else exact(mask)
-    if normalization == "causal_nnz":
-        seen = np.broadcast_to(length - places, valid.shape)
-    else:
-        seen = (valid[:, positions.numpy()][:, :, None] & (places <= positions.numpy()[:, None])).sum(1)
+    probes = (valid[:, positions.numpy()][:, :, None] & (places <= positions.numpy()[:, None])).sum(1)
+    tokens = (valid[:, :, None] & (places <= places[:, None])).sum(1)
+    seen = tokens if normalization == "causal_nnz" else probes
     divisor = q.shape[1] // k.shape[1] * np.maximum(seen, 1)[:, None]
-    return Bounded(sums.value / divisor, sums.error / divisor + 2.0 * HALF_ULP * sums.value / divisor)
+    unknown = np.broadcast_to((valid & (probes == 0))[:, None], sums.value.shape)
+    value = np.where(unknown, np.inf, sums.value / divisor)
+    return Bounded(value, np.where(unknown, 0.0, sums.error / divisor + 2.0 * HALF_ULP * sums.value / divisor))
 
 
 def check(backend: str, q: Tensor, k: Tensor, positions: Tensor, **options: Any) -> Tensor:
     found = probe_saliency(q, k, positions, backend=backend, **options)
     assert found.dtype == torch.float32
     assert found.shape == k.shape[:3]
-    check_bounds(found, expected(q, k, positions, **options), f"{backend} {list(options)}")
+    want = expected(q, k, positions, **options)
+    known = np.isfinite(want.value)
+    assert bool((found.cpu()[torch.from_numpy(~known)] == torch.inf).all())
+    check_bounds(found[torch.from_numpy(known).to(found.device)], want[known], f"{backend} {list(options)}")
     return found
 
 
@@ -122,6 +127,7 @@ def test_padding(backend: str) -> None:
     mask[0, :5], mask[1, [9, 17, 36]], mask[2] = False, False, False
     clean = check(backend, q, k, positions, mask=mask)
     assert not bool(clean[~mask[:, None].expand(-1, 2, -1)].any())
+    check(backend, q, k, positions, mask=mask, normalization="causal_nnz")
     k = torch.where(mask[:, None, :, None], k, NAN)
     q = torch.where(mask[:, positions][:, None, :, None], q, NAN)
     assert_same_bits(probe_saliency(q, k, positions, mask=mask, backend=backend), clean)
@@ -156,7 +162,7 @@ def test_one_token_and_none(backend: str) -> None:
     q, k, _ = inputs()
     assert bool((check(backend, q[:, :, :1], k[:, :, :1], torch.zeros(1, dtype=torch.int64)) == 1.0).all())
     none = torch.zeros(0, dtype=torch.int64)
-    assert not bool(probe_saliency(q[:, :, :0], k, none, backend=backend).any())
+    assert bool((probe_saliency(q[:, :, :0], k, none, backend=backend) == torch.inf).all())
     assert probe_saliency(q[:, :, :0], k[:, :, :0], none, backend=backend).shape == (2, 2, 0)
 
 
@@ -165,7 +171,9 @@ def test_probes_do_not_see_what_comes_after_them(backend: str) -> None:
     q, k, positions = inputs()
     early = positions.clamp(max=20)
     found = check(backend, q, k, early)
-    assert not bool(found[:, :, 21:].any())
+    assert bool((found[:, :, 21:] == torch.inf).all())
+    by_tokens = check(backend, q, k, early, normalization="causal_nnz")
+    assert bool((by_tokens[:, :, 21:] == torch.inf).all()), "no evidence is not zero evidence"
     k = k.clone()
     k[:, :, 21:] = NAN
     assert_same_bits(probe_saliency(q, k, early, backend=backend), found)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.24")
 
 import transformers
 from transformers import DynamicCache
@@ -17,6 +17,8 @@ from transformers import DynamicCache
 from singlepass.kv import Codec, ZipCache
 
 from .models import BYTES, MODELS, build, decided, error, greedy, prompt, run, steps
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # what transformers will remove
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -38,8 +40,8 @@ def test_generate_says_the_same(implementation: str) -> None:
     model, ids = decided()
     want = greedy(model, ids)
     model.set_attn_implementation(implementation)
-    cache = ZipCache(model.config, window=16, **BYTES)
-    got = greedy(model, ids, past_key_values=cache)
+    cache = ZipCache(model.config, window=8, **BYTES)
+    got = greedy(model, ids, cache=cache)
     assert torch.equal(got, want)
     assert len(want[0, 50:].unique()) > 3  # no model that says one word only
     assert cache.nbytes < 0.5 * 2 * 3 * 2 * 2 * 65 * 64 * 4
@@ -49,7 +51,7 @@ def test_three_lines_turn_it_on() -> None:
     model, ids = build(head_dim=64), prompt(1, 90)
     model.set_attn_implementation("singlepass")
     cache = ZipCache(model.config, salient_ratio=0.6)
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    out = model.generate(ids, cache=cache, max_new_tokens=5, do_sample=False)
     assert out.shape == (1, 95)
     layer = cache.layers[0].inner
     assert (layer.length, layer.window_length) == (94, 4)
@@ -72,10 +74,10 @@ def test_attention_is_over_what_the_cache_holds(implementation: str, codec: Code
     exact = DynamicCache(config=model.config)
     run(model, ids[:, :70], [], exact)
     with torch.no_grad():
-        got = model(ids[:, 70:], past_key_values=cache).logits
+        got = model(ids[:, 70:], cache=cache).logits
         model.set_attn_implementation("sdpa")
-        want = model(ids[:, 70:], past_key_values=plain).logits
-        uncompressed = model(ids[:, 70:], past_key_values=exact).logits
+        want = model(ids[:, 70:], cache=plain).logits
+        uncompressed = model(ids[:, 70:], cache=exact).logits
     assert error(got, want) < 1e-5
     assert error(got, uncompressed) > 1e-3  # it was compressed
 
@@ -97,7 +99,7 @@ def test_prompts_in_chunks() -> None:
     want = greedy(model, ids)
     model.set_attn_implementation("singlepass")
     cache = ZipCache(model.config, window=8, **BYTES)
-    assert torch.equal(greedy(model, ids, past_key_values=cache, prefill_chunk_size=20), want)
+    assert torch.equal(greedy(model, ids, cache=cache, prefill_chunk_size=20), want)
 
 
 def test_models_with_a_text_model_inside() -> None:
@@ -134,11 +136,9 @@ def test_padding_does_not_matter() -> None:
         alone = run(model, row, steps(length, length + 20), cache)
         assert error(together[i, -row.shape[1] :], alone[0]) < 0.01
         assert int(batched.layers[0].inner._token_mask()[i].sum()) == length + 20
-    tokens = greedy(
-        model, ids[:, :total], attention_mask=mask[:, :total], past_key_values=ZipCache(model.config, **BYTES)
-    )
+    tokens = greedy(model, ids[:, :total], attention_mask=mask[:, :total], cache=ZipCache(model.config, **BYTES))
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-        alone = greedy(model, row[:, :length], past_key_values=ZipCache(model.config, **BYTES))
+        alone = greedy(model, row[:, :length], cache=ZipCache(model.config, **BYTES))
         assert torch.equal(tokens[i, total:], alone[0, length:])
 
 
@@ -156,9 +156,9 @@ def test_conversations() -> None:
         assert error(got[mask.bool()], want[mask.bool()]) < 0.02
     model.set_attn_implementation("singlepass")
     cache = ZipCache(model.config, window=16)
-    first = greedy(model, ids[:, :30], 10, past_key_values=cache)
+    first = greedy(model, ids[:, :30], 10, cache=cache)
     second = torch.cat((first, prompt(2, 5, seed=3)), 1)
-    assert greedy(model, second, 10, past_key_values=cache).shape == (2, 55)
+    assert greedy(model, second, 10, cache=cache).shape == (2, 55)
     assert cache.get_seq_length() == 54
 
 
@@ -201,4 +201,4 @@ def test_dropout() -> None:
     first, second = (model(ids).logits.detach() for _ in range(2))
     assert error(first, second) > 0.01
     with pytest.raises(ValueError, match="no dropout with a cache"):
-        model(ids, past_key_values=ZipCache(model.config))
+        model(ids, cache=ZipCache(model.config))

@@ -8,15 +8,19 @@ import io
 
 import pytest
 import torch
+from torch import Tensor
 
-pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.24")
 
 from transformers import MistralConfig
 
-from singlepass.kv import ZipCache, ZipCacheLayer
-from singlepass.kv.functional import seen_by
+from singlepass.kv import ZipCache
 
+from .layers import assert_same
 from .models import BYTES, MODELS, VOCABULARY, build, decided, error, greedy, prompt, run, steps
+from .test_bytes import behind
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # what transformers will remove
 
 
 def test_beam_search() -> None:
@@ -25,10 +29,15 @@ def test_beam_search() -> None:
     want = greedy(model, ids, 10, **options)
     model.set_attn_implementation("singlepass")
     cache = ZipCache(model.config, window=8, **BYTES)
-    got = greedy(model, ids, 10, past_key_values=cache, **options)
+    got = greedy(model, ids, 10, cache=cache, **options)
     assert torch.equal(got.sequences, want.sequences)
     torch.testing.assert_close(got.sequences_scores, want.sequences_scores, atol=0.01, rtol=0)
     assert cache.batch_size == 6
+
+
+def restored(cache: ZipCache, rows: list[int], tokens: int | None = None) -> list[Tensor]:
+    """Keys and values that all layers hold of some sequences, of the first tokens."""
+    return [x[rows, :, :tokens] for layer in cache.layers for x in layer.inner.dequantize()]
 
 
 def test_changes_of_the_batch() -> None:
@@ -39,18 +48,28 @@ def test_changes_of_the_batch() -> None:
     assert cache.batch_size == -1
     cache.batch_select_indices(torch.tensor([0]))  # of an empty cache
     run(model, ids[:, :40], [32], cache)
-    again = copy.deepcopy(cache)
-    want = run(model, ids[:, 40:], steps(1, 5), copy.deepcopy(cache))
+    before, again = copy.deepcopy(cache), copy.deepcopy(cache)
     cache.batch_repeat_interleave(2)
+    assert_same(restored(cache, [0, 1, 2, 3]), restored(before, [0, 0, 1, 1]))
+    rows = [1, 0, 0, 1]
     cache.reorder_cache(torch.tensor([2, 0, 1, 3]))
-    got = run(model, ids[[1, 0, 0, 1], 40:], steps(1, 5), cache)
-    torch.testing.assert_close(got, want[[1, 0, 0, 1]])
+    assert_same(restored(cache, [0, 1, 2, 3]), restored(before, rows))
+    want = run(model, ids[:, 40:], steps(1, 5), before)
+    got = run(model, ids[rows, 40:], steps(1, 5), cache)
+    # Products of another batch are summed in another order, and codes may flip: far less than what codes change.
+    codes = error(want, run(model, ids, [], None)[:, 40:])
+    assert error(got, want[rows]) < 0.05 * codes
+    assert_same(restored(cache, [0, 1, 2, 3], 40), restored(before, rows, 40))
     cache.batch_select_indices(torch.tensor([False, True, False, False]))
     assert cache.batch_size == 1
     again.batch_select_indices(torch.tensor([0]))
     run(model, ids[:1, 40:], steps(1, 5), again)
-    for got_layer, want_layer in zip(cache.layers, again.layers, strict=True):
-        torch.testing.assert_close(got_layer.inner.dequantize(), want_layer.inner.dequantize())
+    assert_same(restored(cache, [0], 40), restored(again, [0], 40))
+    for found, wanted in zip(restored(cache, [0]), restored(again, [0]), strict=True):
+        off = (found - wanted).abs()
+        step = float(wanted.max() - wanted.min()) / 3.0  # of two bits
+        assert float(off.max()) <= 1.1 * step, "codes flip by one"
+        assert float((off > 0.01 * step).float().mean()) < 0.02, "and seldom"
     # A copy asks the model's own config which attention runs.
     model.set_attn_implementation("sdpa")
     assert again.layers[0].update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))[0].shape[2] == 51
@@ -67,7 +86,7 @@ def test_crop() -> None:
     cache.crop(-2)
     cache.crop(0)
     assert cache.get_seq_length() == 50
-    torch.testing.assert_close(run(model, ids[:, 50:], [], cache), want)
+    assert torch.equal(run(model, ids[:, 50:], [], cache), want)
     before = cache.get_seq_length()
     with pytest.raises(ValueError, match=r"^ZipCache\.crop: expected .* to 0.*; got -11\. Compressed"):
         cache.crop(-11)
@@ -100,18 +119,6 @@ def test_short_continuations_stay_removable() -> None:
     assert cache.get_seq_length() == 54
 
 
-def test_removed_tokens_were_probes() -> None:
-    """Their queries count where their attention does, so that no mean attention is above 1."""
-    layer, zeros = ZipCacheLayer(window=8, recent_probes=1.0), torch.zeros(1, 1, 3, 16)
-    layer.append(zeros, zeros)
-    layer.attend(zeros)
-    layer.drop_newest(2)
-    assert layer._probes.scores is not None
-    mean = layer._probes.scores[0, 0] / seen_by(torch.tensor(layer._probes.places), 8, None, "probe_nnz")[0]
-    torch.testing.assert_close(mean[0], torch.tensor((1 + 1 / 2 + 1 / 3) / 3))
-    assert float(mean[1:].abs().max()) == 0.0
-
-
 def test_speculative_decoding() -> None:
     (model, ids), assistant = decided(), build(seed=5)
     ids = ids[:1]
@@ -119,7 +126,41 @@ def test_speculative_decoding() -> None:
     model.set_attn_implementation("singlepass")
     for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 4}):
         cache = ZipCache(model.config, window=16, **BYTES)
-        assert torch.equal(greedy(model, ids, past_key_values=cache, **options), want)
+        assert torch.equal(greedy(model, ids, cache=cache, **options), want)
+
+
+@pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
+@pytest.mark.parametrize("name", ["llama-16", "qwen2-sliding"])
+def test_bytes_told_are_bytes_held(name: str, implementation: str) -> None:
+    model = build(**MODELS[name])
+    model.set_attn_implementation(implementation)
+    ids = prompt(2, 60)
+    cache = ZipCache(model.config, window=16)
+    assert cache.nbytes == behind(cache)
+    uncompressed = 10 * 2 * 2 * 2 * 16 * 4 * len(cache)
+    run(model, ids[:, :10], [], cache)
+    assert cache.nbytes == behind(cache)
+    if name == "llama-16" and implementation == "singlepass":
+        assert cache.nbytes < uncompressed
+    cache.reset()
+    run(model, ids[:, :10], steps(1, 10), cache)
+    queries = 10 * 2 * 4 * (16 + 1) * 4 * len(cache)
+    assert cache.nbytes == behind(cache) <= 1.25 * uncompressed + queries + 8 * len(cache) + 2 * uncompressed / 10
+    run(model, ids[:, 10:40], [20], cache)
+    assert cache.nbytes == behind(cache)
+    cache.activate_past_recording()
+    run(model, ids[:, 40:45], [], cache)
+    cache.crop(-3)
+    assert cache.nbytes == behind(cache)
+    cache.batch_repeat_interleave(2)
+    assert cache.nbytes == behind(cache)
+    cache.reorder_cache(torch.tensor([3, 0, 0, 1]))
+    assert cache.nbytes == behind(cache)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.nbytes == behind(cache)
+    cache.reset()
+    assert all(layer.inner.nbytes == 0 for layer in cache.layers if hasattr(layer, "inner"))
+    assert cache.nbytes == behind(cache)
 
 
 def test_sliding_layers_stay_uncompressed() -> None:
@@ -127,10 +168,12 @@ def test_sliding_layers_stay_uncompressed() -> None:
     model.set_attn_implementation("singlepass")
     cache = ZipCache(model.config)
     assert cache.is_sliding == [False, True, True]
-    greedy(model, prompt(1, 40), past_key_values=cache)
+    greedy(model, prompt(1, 40), cache=cache)
     assert cache.layers[1].keys.shape[2] == 19
     assert cache.layers[1].keys.dtype == torch.float32
-    sliding = sum(t.nbytes for layer in cache.layers[1:] for t in (layer.keys, layer.values))
+    memory = [t.untyped_storage() for layer in cache.layers[1:] for t in (layer.keys, layer.values)]
+    sliding = sum(storage.nbytes() for storage in memory)
+    assert sliding > 2 * 2 * 2 * 19 * 16 * 4, "they are parts of larger tensors"
     rest = sum(layer._sliding_window_tensor.nbytes for layer in cache.layers[1:])
     assert cache.nbytes == cache.layers[0].inner.nbytes + sliding + rest
     with pytest.raises(ValueError, match="a full-attention layer"):

@@ -11,14 +11,17 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("transformers", minversion="5.23")
+pytest.importorskip("transformers", minversion="5.24")
 
 import transformers
 from transformers import LlamaConfig, T5Config
 
 from singlepass.kv import ZipCache
 
-from .models import BYTES, build, decided, greedy, prompt, run, steps
+from .layers import assert_same
+from .models import BYTES, MODELS, build, decided, error, greedy, prompt, run, steps
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # what transformers will remove
 
 
 @pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
@@ -27,8 +30,8 @@ def test_gradients_through_the_cache_are_refused(implementation: str) -> None:
     model.set_attn_implementation(implementation)
     ids = prompt(1, 30)
     cache = ZipCache(model.config)
-    model(ids, past_key_values=cache)
-    out = model(ids[:, :1], past_key_values=cache).logits  # without no_grad, which is no reason to fail
+    model(ids, cache=cache)
+    out = model(ids[:, :1], cache=cache).logits  # without no_grad, which is no reason to fail
     assert out.requires_grad
     assert not cache.layers[0].inner._window[0].requires_grad
     with pytest.raises(ValueError, match="no gradient through compressed tokens; got a backward pass"):
@@ -53,30 +56,55 @@ def test_wrong_configs() -> None:
         run(odd, prompt(1, 4), [], ZipCache(odd.config))
 
 
-def test_wrong_masks() -> None:
-    model = build()
+@pytest.mark.parametrize("name", ["llama-16", "gemma2"])
+def test_masks_that_are_refused_change_nothing(name: str) -> None:
+    """Neither the layer that sees it, nor others, nor the sliding ones before it."""
+    model = build(**MODELS[name])
     model.set_attn_implementation("singlepass")
-    ids = prompt(1, 20)
-    cache = ZipCache(model.config)
-    both_ways = torch.ones(1, 1, 20, 20, dtype=torch.bool)
-    for mask in (both_ways, both_ways.tril().float(), both_ways[:, :, :, :19]):
-        with pytest.raises(ValueError, match=r"expected a (causal )?mask"):
-            model(ids, attention_mask=mask, past_key_values=cache)
-        cache.reset()
-    lowest = torch.finfo(torch.float32).min
-    causal = torch.zeros(1, 1, 20, 20).masked_fill(~both_ways.tril(), lowest)
+    ids, padding = prompt(2, 30), torch.ones(2, 31, dtype=torch.long)
+    padding[0, 3:5] = 0
+    causal = torch.ones(2, 1, 1, 31, dtype=torch.bool)
+    hidden = causal & padding[:, None, None].bool()
+    wrong = {
+        "shows padding": (causal, "a mask that hides padding, which the cache does not hold; got one that shows some"),
+        "none": (None, "a mask that hides padding, which the cache does not hold; got no mask"),
+        "integers": (hidden.long(), "a bool or floating-point mask; got torch.int64"),
+        "too short": (hidden[..., :30], r"a mask of shape \(2, 1, 1, 31\)"),
+        "too many heads": (hidden.expand(-1, 3, -1, -1), r"a mask of shape \(2, 1, 1, 31\)"),
+        "too many queries": (hidden.expand(-1, -1, 2, -1), r"a mask of shape \(2, 1, 1, 31\)"),
+        "a batch of 3": (hidden[[0, 1, 1]], r"a mask of shape \(2, 1, 1, 31\)"),
+        "2 dimensions": (hidden[:, 0, 0], r"a mask of shape \(2, 1, 1, 31\)"),
+    }
+    cache, other = ZipCache(model.config, window=8), ZipCache(model.config, window=8)
+    run(model, ids, [25, 26], cache, padding[:, :30])
+    other.load_state_dict(cache.state_dict())
+    sliding = torch.ones(2, 1, 1, min(31, 20), dtype=torch.bool)
+    for label, (mask, text) in wrong.items():
+        before = cache.state_dict()
+        masks = mask if name == "llama-16" else {"full_attention": mask, "sliding_attention": sliding}
+        if label == "2 dimensions":
+            masks = padding.clone().fill_(1) if name == "llama-16" else masks  # transformers reads those itself
+            text = text if name != "llama-16" else wrong["shows padding"][1].replace("one that shows some", "no mask")
+        with pytest.raises(ValueError, match=rf"^ZipCache: expected {text}"), torch.no_grad():
+            model(ids[:, :1], attention_mask=masks, cache=cache)
+        assert_same(cache.state_dict(), before)
+    masks = hidden if name == "llama-16" else {"full_attention": hidden, "sliding_attention": sliding}
+    with torch.no_grad():
+        got, want = (model(ids[:, :1], attention_mask=masks, cache=x).logits for x in (cache, other))
+    assert torch.equal(got, want), "and the cache goes on"
+
+
+def test_a_mask_is_not_taken_for_what_it_was() -> None:
+    model, ids = build(), prompt(1, 20)
+    model.set_attn_implementation("singlepass")
+    cache, lowest = ZipCache(model.config), torch.finfo(torch.float32).min
+    mask = torch.full((1, 1, 20, 20), lowest).triu(1)
     want = run(model, ids, [], None)
     with torch.no_grad():
-        got = model(ids, attention_mask=causal, past_key_values=cache).logits
-    torch.testing.assert_close(got, want)
-    held = copy.deepcopy(cache)
-    cache.reset()
-    with pytest.raises(ValueError, match="a causal mask, but for padding"):  # a mask is not taken for what it was
-        model(ids, attention_mask=causal.zero_(), past_key_values=cache)
-    mask = torch.ones(1, 21, dtype=torch.long)
-    mask[0, 3] = 0
-    with pytest.raises(ValueError, match="shows all tokens in the cache; got one that hides some"):
-        model(ids[:, :1], attention_mask=mask, past_key_values=held)
+        assert torch.equal(model(ids, attention_mask=mask, cache=cache).logits, want)
+        cache.reset()
+        both_ways = model(ids, attention_mask=mask.zero_(), cache=cache).logits
+    assert error(both_ways, want) > 0.1
 
 
 def test_wrong_attention() -> None:
@@ -117,7 +145,7 @@ def test_transformers_is_imported_late() -> None:
         "except ImportError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.startswith("singlepass.kv.ZipCache: expected transformers 5.23 or newer; got ")
+    assert done.stdout.startswith("singlepass.kv.ZipCache: expected transformers 5.24 or newer; got ")
     assert "pip install" in done.stdout
 
 
@@ -144,11 +172,12 @@ def test_more_candidates_than_the_window_holds(implementation: str) -> None:
     repeated = ids[:1, :10].repeat(1, 4)
     want = greedy(model, repeated)
     options = {"prompt_lookup_num_tokens": 10}
-    with pytest.raises(ValueError, match=r"^ZipCache\.crop: .* give ZipCache a window .* the attention \"singlepass\""):
-        greedy(model, repeated, past_key_values=ZipCache(model.config, window=4, **BYTES), **options)
-    model.set_attn_implementation("singlepass")
+    refused = ZipCache(model.config, window=4, **BYTES)
+    with pytest.raises(ValueError, match=r"^ZipCache\.crop: .* give ZipCache a window of as many tokens as there are"):
+        greedy(model, repeated, cache=refused, **options)
+    assert [layer.inner.length for layer in refused.layers] == [refused.get_seq_length()] * 3, "no layer was cropped"
     cache = ZipCache(model.config, window=10, **BYTES)
-    assert torch.equal(greedy(model, repeated, past_key_values=cache, **options), want)
+    assert torch.equal(greedy(model, repeated, cache=cache, **options), want)
 
 
 def test_an_unknown_backend_is_refused_at_once() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compressed KV caches whose attention reads the packed codes.
 
-* :class:`ZipCache`: the cache of a transformers model (``pip install "transformers>=5.23"``).
+* :class:`ZipCache`: the cache of a transformers model (``pip install "transformers>=5.24"``).
 * :class:`ZipCacheLayer`: one attention layer's cache, without any framework.
 * :func:`quantize`, :func:`dequantize`, :func:`probe_saliency`, :func:`decode_attention`: its parts.
 * :func:`cache_nbytes`: what a cache takes.
@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .codec import Codec, cache_nbytes
-from .functional import Quantized, decode_attention, dequantize, probe_saliency, quantize
+from .functional import Quantized, decode_attention, dequantize, quantize
 from .layer import ZipCacheLayer
+from .saliency import probe_saliency
 
 if TYPE_CHECKING:
     from .hf import ZipCache

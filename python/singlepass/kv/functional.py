@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a compressed cache, each usable alone: quantise and pack, unpack, saliency, attention over codes."""
+"""The parts of a compressed cache, each usable alone: quantise and pack, unpack, attention over codes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from .. import _dispatch
 from .._errors import message, require
 from .._ops.kv import AXES
 
-__all__ = ["Quantized", "decode_attention", "dequantize", "probe_saliency", "quantize"]
+__all__ = ["Quantized", "decode_attention", "dequantize", "quantize"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BITS = (2, 4, 8)
-NORMALIZATIONS = ("probe_nnz", "causal_nnz")
 MAX_CHANNELS = 512
 
 
@@ -191,69 +190,6 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, backend: str
     return out
 
 
-def probe_saliency(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    *,
-    mask: Tensor | None = None,
-    lse: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    normalization: str = "probe_nnz",
-    backend: str | None = None,
-) -> Tensor:
-    """Normalised attention score of tokens, by a few probe queries: the mean attention that a token gets from those
-    that see it. No matrix of probabilities is stored.
-
-    Args:
-        q: (batch, query heads, probes, channels), the probes' queries.
-        k: (batch, heads, tokens, channels); heads divides query heads.
-        positions: int64 (probes,), where in k each probe's own token stands; it sees the tokens up to there.
-        mask: bool (batch, tokens), false for padding, or None.
-        lse: float32 (batch, query heads, probes), the logarithm of the sum of exp(logit) over everything that a probe
-            sees, where that is more than k; None: it sees k alone.
-        scale: of q @ k^T; None: channels^-0.5.
-        softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
-        normalization: "probe_nnz" divides by how many probes see a token (eq. 8 of the paper over the probes),
-            "causal_nnz" by how many tokens of the whole sequence would see it (as the paper's code does).
-        backend: "native", "triton" or "eager"; None chooses.
-
-    Returns:
-        Tensor: float32 (batch, heads, tokens), the mean over a head's query heads.
-
-    Source: He et al., "ZipCache", arXiv 2405.14256, eq. 8 and section 4.3.
-    """
-    op = "probe_saliency"
-    check_tokens(op, "k", k)
-    check_queries(op, q, k)
-    _check_exact(op, "positions", positions, torch.int64, (q.shape[2],), k)
-    require(
-        normalization in NORMALIZATIONS, op, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them."
-    )
-    batch, heads, length, width = k.shape
-    if mask is not None:
-        fits = mask.shape == (batch, length) and mask.dtype == torch.bool
-        require(fits, op, f"a bool mask of shape ({batch}, {length})", tuple(mask.shape), "True marks tokens.")
-    _check_exact(op, "lse", lse, torch.float32, tuple(q.shape[:3]), k)
-    check_softcap(op, softcap)
-    scale = width**-0.5 if scale is None else scale
-    run = _dispatch.implementation("kv_saliency", backend_for("kv_saliency", k, {q.dtype, k.dtype}, backend))
-    sums = run(last_dense(q), last_dense(k), positions, mask, lse, scale=scale, softcap=float(softcap))
-    return sums / (q.shape[1] // heads * seen_by(positions, length, mask, normalization)[:, None])
-
-
-def seen_by(positions: Tensor, length: int, mask: Tensor | None, normalization: str) -> Tensor:
-    """How many probes see each token (1 or batch, tokens), at least 1; or how many tokens would."""
-    device = positions.device
-    if normalization == "causal_nnz":
-        return torch.arange(length, 0, -1, device=device)[None]
-    probes = torch.zeros(1 if mask is None else len(mask), length, dtype=torch.int64, device=device)
-    valid = torch.ones_like(probes) if mask is None else mask.long()
-    probes.index_add_(1, positions, valid[:, positions])
-    return probes.flip(1).cumsum(1).flip(1).clamp_(min=1)
-
-
 def check_queries(op: str, q: Tensor, k: Tensor) -> None:
     """Raises unless queries q go with keys k."""
     check_tokens(op, "q", q)
@@ -276,9 +212,7 @@ def check_softcap(op: str, softcap: float) -> None:
     require(math.isfinite(softcap) and softcap >= 0, op, "softcap >= 0", softcap, "0 leaves logits as they are.")
 
 
-def _check_exact(
-    op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor
-) -> None:
+def check_exact(op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
     """Raises unless t is None or a tensor of that dtype and shape where ``like`` is."""
     if t is not None and not isinstance(t, Tensor):
         raise ValueError(message(op, f"a tensor {name}", type(t).__name__, "Convert it."))
@@ -354,9 +288,9 @@ def decode_attention(
     fits = window_v.shape[:3] == window_k.shape[:3] and window_v.dtype == window_k.dtype
     contract = f"window_v {tuple(window_k.shape[:3])} of {window_k.dtype}, as window_k"
     require(fits, op, contract, f"{tuple(window_v.shape)} of {window_v.dtype}", "Only channels may differ.")
-    _check_exact(op, "window", window, torch.int32, (batch, 2), window_k)
-    _check_exact(op, "first", first, torch.int32, (len(segments), batch, heads), window_k)
-    _check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), window_k)
+    check_exact(op, "window", window, torch.int32, (batch, 2), window_k)
+    check_exact(op, "first", first, torch.int32, (len(segments), batch, heads), window_k)
+    check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), window_k)
     pairs = all(isinstance(segment, tuple) and len(segment) == 2 for segment in segments)
     require(pairs, op, "segments as a list of pairs", type(segments).__name__, "Pass [(keys, values), ...].")
     for keys, values in segments:

@@ -5,55 +5,45 @@ Importing this module, as ``from singlepass.kv import ZipCache`` does, registers
 "singlepass". A model that runs it hands queries to the cache, which finds salient tokens by them and reads its codes as
 they stand. Under any other implementation a :class:`ZipCache` works too, but restores all its tokens at every step.
 
-Tested with transformers 5.23.0; older versions lack some of the interfaces used here, and are refused.
+Tested with transformers 5.24.0; older versions lack some of the interfaces used here, and are refused.
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .._errors import message, require
-from .layer import ZipCacheLayer
 from .options import check_backend
-from .prompt import padding_in
+from .store import held_nbytes
 
 try:
+    import transformers
+
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        raise ImportError(f"version {transformers.__version__}")
     from transformers.cache_utils import (
         DYNAMIC_LAYER_TYPE_MAPPING,
         Cache,
-        CacheLayerMixin,
         DynamicSlidingWindowLayer,
         get_layer_types_and_kwargs,
     )
     from transformers.configuration_utils import PreTrainedConfig
 
-    from .hf_attention import NAME, cut
+    from .hf_layer import CompressedLayer, Config, Undo
 except ImportError as error:
-    _contract, _remedy = "transformers 5.23 or newer", 'Run: pip install --upgrade "transformers>=5.23".'
+    _contract, _remedy = "transformers 5.24 or newer", 'Run: pip install --upgrade "transformers>=5.24".'
     raise ImportError(message("singlepass.kv.ZipCache", _contract, error, _remedy)) from error
 
 __all__ = ["ZipCache"]
-
-logger = logging.getLogger("singlepass")
 
 _OP = "ZipCache"
 # Layers that hold no keys and values token by token, or those of a few tokens only: they stay what transformers makes
 # of them. Kinds that are in neither this nor "full_attention" would not be compressed, and are refused.
 _UNCHANGED = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "dummy"}
 _FOREIGN = "Pass what state_dict() of a cache for the same model gave."
-_CROP = (
-    "Compressed tokens can't be removed: for prompt lookup and assisted decoding give ZipCache a window of as many "
-    f'tokens as there are candidates, and the model the attention "{NAME}".'
-)
-_SLOW = (
-    "%s: the model runs its attention %r, for which every step restores all tokens, and all count as salient. "
-    'Call model.set_attn_implementation("%s") to have the codes read as they stand.'
-)
 _SLIDING = ("keys", "values", "cumulative_length")  # what is saved of sliding layers
 
 
@@ -67,7 +57,9 @@ class ZipCache(Cache):
     other implementations ("sdpa", "eager", ...) the cache sees no queries: all tokens count as salient, and every step
     restores them.
 
-    Batches may be padded anywhere: padding, by the attention mask that the model gets, is not stored.
+    Batches may be padded anywhere: padding, by the attention mask that the model gets, is not stored. Masks that say
+    more, bool or added to logits, of trees of drafts, packed documents or single heads, are followed too: such a step
+    restores all tokens, and those that it adds count as salient until probes see them.
 
     Args:
         config: the model's, ``model.config`` itself, for the cache asks it which attention runs.
@@ -80,11 +72,11 @@ class ZipCache(Cache):
 
     Raises:
         ValueError: options out of range, or models whose cache this can't be: encoder-decoders, layers that share
-            keys and values, kinds of layers that are unknown here. Later, when the model runs: masks that are not
-            causal masks with padding, or that hide tokens which the cache holds; attention with a position bias;
-            :meth:`crop` of more tokens than are uncompressed; gradients through the cache. What raises in the middle of
-            a forward pass leaves the cache to be reset.
-        ImportError: on import, without transformers 5.23 or newer. Tested with 5.23.0.
+            keys and values, kinds of layers that are unknown here. Later, when the model runs: masks of another shape,
+            or that show padding, which is not stored, and then the cache is unchanged, but for layers that are not
+            attention; attention with a position bias; :meth:`crop` of more tokens than are uncompressed; gradients
+            through the cache. What else raises in the middle of a forward pass leaves the cache to be reset.
+        ImportError: on import, without transformers 5.24 or newer. Tested with 5.24.0.
 
     Source: He et al., "ZipCache", arXiv 2405.14256; see :class:`ZipCacheLayer`.
 
@@ -97,7 +89,7 @@ class ZipCache(Cache):
         >>> model = LlamaForCausalLM(config)
         >>> model.set_attn_implementation("singlepass")
         >>> cache = ZipCache(model.config, salient_ratio=0.6)
-        >>> tokens = model.generate(torch.arange(30)[None], past_key_values=cache, max_new_tokens=5, do_sample=False,
+        >>> tokens = model.generate(torch.arange(30)[None], cache=cache, max_new_tokens=5, do_sample=False,
         ...                         eos_token_id=None, pad_token_id=0)
         >>> tokens.shape, cache.get_seq_length()
         (torch.Size([1, 35]), 34)
@@ -119,33 +111,44 @@ class ZipCache(Cache):
         unknown = sorted(set(types) - _UNCHANGED - {"full_attention"})
         require(not unknown, _OP, f"layers among full_attention, {', '.join(sorted(_UNCHANGED))}", unknown, remedy)
         require("full_attention" in types, _OP, "a full-attention layer", f"only {sorted(set(types))}", remedy)
-        shared = _Config(decoder)
+        shared = Config(decoder)
+        self._undo = Undo(types.index("full_attention"))
         layers: list[Any] = []
         for i, (kind, its_arguments) in enumerate(zip(types, arguments, strict=True)):
             if kind == "full_attention":
-                layers.append(CompressedLayer(i, shared, {"salient_ratio": salient_ratio, **options}))
+                layers.append(CompressedLayer(i, shared, self._undo, {"salient_ratio": salient_ratio, **options}))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**its_arguments))
         super().__init__(layers=layers)
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._undo.note(layer_idx, self.layers[layer_idx])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored, of layers that are not compressed too."""
-        parts = tree_leaves([x.inner if isinstance(x, CompressedLayer) else vars(x) for x in self.layers])
-        return sum(x.nbytes for x in parts if isinstance(x, (ZipCacheLayer, Tensor)))
+        """Bytes of all memory that is held, of layers that are not compressed too, and the room made ahead for more
+        tokens."""
+        parts = [[x.inner.tensors(), x.pending] if isinstance(x, CompressedLayer) else vars(x) for x in self.layers]
+        return held_nbytes(x for x in tree_leaves(parts) if isinstance(x, Tensor))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest tokens, as many as the negative number says, which must be in the windows still.
 
         Raises:
-            ValueError: a positive number, or more tokens than that; the cache is unchanged.
+            ValueError: a positive number, or more tokens than that, or sliding layers that have dropped what would be
+                needed again; the cache is unchanged.
         """
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
                 layer.check_crop(tokens_to_remove)
-        ordered: list[Any] = sorted(self.layers, key=lambda x: isinstance(x, CompressedLayer))
-        for layer in ordered:  # those that were asked come last, for others may refuse
-            layer.crop(tokens_to_remove)
+            elif not getattr(layer, "record_past", True):
+                short = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() < layer.sliding_window
+                remedy = "Call activate_past_recording() before those tokens come."
+                require(short, f"{_OP}.crop", "layers that record their past", type(layer).__name__, remedy)
+        super().crop(tokens_to_remove)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything cached, as copies, for ``torch.save``; layers are full, sliding or chunked attention.
@@ -169,160 +172,6 @@ class ZipCache(Cache):
         self.layers = [_loaded(layer, its) for layer, its in zip(self.layers, layers, strict=True)]
 
 
-class _Config:
-    """A model's config, which copies of a cache share: it says which attention the model runs at the moment."""
-
-    def __init__(self, config: PreTrainedConfig):
-        self.config = config
-        self._warned = False
-
-    def runs_ours(self) -> bool:
-        """Whether that is "singlepass"; the first time that it is not, a warning is logged."""
-        running = self.config._attn_implementation
-        if running != NAME and not self._warned and not torch.compiler.is_compiling():
-            self._warned = True
-            logger.warning(_SLOW, _OP, running, NAME)
-        return running == NAME
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Config:
-        return self
-
-
-class CompressedLayer(CacheLayerMixin):
-    """A full-attention layer of a :class:`ZipCache`, as transformers wants layers to be.
-
-    Models call :meth:`update`, then the attention function. Only the latter has the queries, by which tokens are
-    compressed: ``update`` lays tokens aside, and marks the keys with this layer for the attention function to find.
-    """
-
-    is_sliding = False
-    # is_croppable stays False: it promises that removed tokens leave no trace, but what they compressed stays so.
-
-    def __init__(self, index: int, shared: _Config, options: dict[str, Any]):
-        super().__init__()
-        self.index = index
-        self.inner = ZipCacheLayer(**options)
-        self.record_past = False
-        self._shared = shared
-        self._options = options
-        self._pending: tuple[Tensor, Tensor] | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.require_settled()
-        self.lazy_initialization(key_states, value_states)
-        if self._shared.runs_ours():
-            keys = key_states.view_as(key_states)  # the caller's own tensor stays unmarked
-            keys.singlepass_layer = self  # type: ignore[attr-defined]
-            self._pending = keys, value_states
-            return keys, value_states
-        before = self.inner.length
-        with torch.no_grad():
-            old = self.inner.dequantize() if before else ()
-            self.inner.append(key_states, value_states)
-        # New tokens are returned as they are: a prompt's attention need not suffer from its compression.
-        new = key_states, value_states
-        whole = [torch.cat(parts, 2) for parts in zip(old, new, strict=True)] if before else new
-        return (cut(whole[0], *new), cut(whole[1], *new)) if before else (whole[0], whole[1])
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """What the last update laid aside."""
-        remedy = "Layers that share keys and values can't share a ZipCache."
-        require(self._pending is not None, _OP, "one attention call for each update", "another call", remedy)
-        assert self._pending is not None
-        pending, self._pending = self._pending, None
-        return pending
-
-    def require_settled(self) -> None:
-        contract = f'a call of the attention "{NAME}" with the very keys that update returned'
-        remedy = "Call reset() after an error; else choose another attention for this model."
-        require(self._pending is None, _OP, contract, f"none by layer {self.index}", remedy)
-
-    def extend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, sinks: Tensor | None) -> Tensor:
-        """Attention of new tokens' queries, and the tokens cached: compressed at once if they are a prompt, else at
-        first as they are."""
-        inner, tokens = self.inner, k.shape[2]
-        kept = tokens if inner.length and padding is None and tokens <= inner.window else 0
-        if self.record_past and not kept:
-            # Speculative decoding sends a prompt with its first candidates, which must be removable.
-            newest = min(tokens, inner.window)
-            kept = newest if padding is None or bool(padding[:, tokens - newest :].all()) else 0
-        head = tokens - kept
-        outs = []
-        if head:
-            mask = None if padding is None else padding[:, :head]
-            outs.append(inner.prefill(q[:, :, :head], k[:, :, :head], v[:, :, :head], mask, sinks=sinks))
-        if kept:
-            if inner.window_length + kept > inner.window:
-                inner._flush()  # all of the new tokens, and so their queries, must find room in one window
-            inner.append(k[:, :, head:], v[:, :, head:])
-            outs.append(inner.attend(q[:, :, head:], sinks=sinks))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-
-    def read_mask(self, mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
-        """Which of the new tokens are none, (batch, tokens), false for padding; None if all are tokens."""
-        if mask is None:
-            return None
-        before = self.inner.length
-        # All layers of a model get the same mask: what the first found out holds for the others.
-        found = getattr(mask, "singlepass_padding", None)
-        if found is not None and found[0] < self.index and found[1] == before:
-            return found[2]
-        held = self.inner._token_mask() if before else None
-        padding = padding_in(mask, before, batch, tokens, held, _OP)
-        mask.singlepass_padding = self.index, before, padding  # type: ignore[attr-defined]
-        return padding
-
-    @property
-    def batch_size(self) -> int:
-        if self.inner._window is None:
-            raise AttributeError("batch_size")  # by which transformers tells layers that are empty
-        return self.inner._window[0].shape[0]
-
-    def get_seq_length(self) -> int:
-        return self.inner.length + (0 if self._pending is None else self._pending[0].shape[2])
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
-
-    def reset(self) -> None:
-        self.inner.reset()
-        self._pending = None
-        self.is_initialized = False
-
-    def check_crop(self, tokens_to_remove: int) -> None:
-        self.require_settled()
-        where, fits = f"{_OP}.crop", -self.inner.window_length <= tokens_to_remove <= 0
-        contract = f"{-self.inner.window_length} to 0, minus the tokens to remove, which are not compressed yet"
-        require(fits, where, contract, tokens_to_remove, _CROP)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.check_crop(tokens_to_remove)
-        self.inner.drop_newest(-tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.require_settled()
-        self.inner.select_sequences(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.require_settled()
-        self.inner.repeat_sequences(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.require_settled()
-        if self.inner.length:  # indices may be a mask too
-            self.inner.select_sequences(torch.arange(self.batch_size, device=indices.device)[indices])
-
-
 def _save(layer: Any) -> dict[str, Any]:
     if isinstance(layer, CompressedLayer):
         layer.require_settled()
@@ -339,7 +188,7 @@ def _copied(x: Any) -> Any:
 def _loaded(layer: Any, saved: Any) -> Any:
     """A layer like that one, with what was saved."""
     if isinstance(layer, CompressedLayer):
-        compressed = CompressedLayer(layer.index, layer._shared, layer._options)
+        compressed = layer.like()
         options = saved.get("options") if isinstance(saved, dict) else None
         if isinstance(options, dict):  # these came from the model, and will again
             compressed.inner.scale, compressed.inner.softcap = options.get("scale"), options.get("softcap", 0.0)

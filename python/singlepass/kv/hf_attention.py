@@ -15,7 +15,7 @@ from .._errors import message, require
 from .prompt import explicit_attention
 
 if TYPE_CHECKING:
-    from .hf import CompressedLayer
+    from .hf_layer import CompressedLayer
 
 NAME = "singlepass"
 
@@ -54,8 +54,7 @@ def attention(
     require(known, where, "causal attention with a cache", "attention in both directions", remedy)
     layer.inner.scale, layer.inner.softcap = scaling, softcap or 0.0
     with torch.no_grad():
-        padding = layer.read_mask(attention_mask, k.shape[0], k.shape[2])
-        out = layer.extend(query, k, v, padding, None if sinks is None else sinks.flatten().float())
+        out = layer.extend(query, k, v, attention_mask, None if sinks is None else sinks.flatten().float())
     return cut(out, query, k, v).transpose(1, 2).contiguous(), None
 
 

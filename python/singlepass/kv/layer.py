@@ -13,19 +13,13 @@ from torch.nn import functional as F
 from .._errors import require
 from . import state
 from .codec import Codec
-from .functional import (
-    backend_for,
-    check_needs_no_gradient,
-    check_queries,
-    check_tokens,
-    decode_attention,
-    probe_saliency,
-)
-from .options import check_options
+from .functional import check_needs_no_gradient, check_queries, decode_attention
+from .options import check_new_tokens, check_options
 from .probes import WindowProbes
 from .prompt import causal_attention, rotate
-from .selection import REGULAR, SALIENT, all_of_kind, classify, probe_positions
-from .store import Compressed
+from .saliency import prompt_saliency
+from .selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
+from .store import Compressed, grown, held_nbytes
 
 _OP = "ZipCacheLayer"
 
@@ -113,17 +107,15 @@ class ZipCacheLayer:
         """Forgets all tokens."""
         self.length = 0
         self.window_length = 0
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._draw = ProbeDraw((self.recent_probes, self.random_probes, self.max_probes), self.seed)
         self._compressed: Compressed | None = None
         self._window: tuple[Tensor, Tensor] | None = None  # made with it
         self._start_window()
 
     def _start_window(self) -> None:
         self.window_length = 0
-        self._probes = WindowProbes(self._draw_probes(self.window).tolist())
-
-    def _draw_probes(self, length: int) -> Tensor:
-        return probe_positions(length, self.recent_probes, self.random_probes, self.max_probes, self._generator)
+        newest = self._draw.newest(self.window)
+        self._probes = WindowProbes(self._draw([self.window])[self.window][:-newest].tolist(), newest)
 
     @property
     def mixed(self) -> bool:
@@ -132,10 +124,20 @@ class ZipCacheLayer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything stored, parameters and positions included; the window counts as it is used."""
+        """Bytes of all memory that is held: codes, parameters, positions, the window, what probes need, and the room
+        that was made ahead for more tokens."""
+        return held_nbytes(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
         if self._window is None or self._compressed is None:
-            return 0
-        return self._compressed.nbytes + sum(t[:, :, : self.window_length].nbytes for t in self._window)
+            return []
+        return [*self._window, *self._compressed.tensors(), *self._probes.tensors()]
+
+    @property
+    def holds_padding(self) -> bool:
+        """Whether some of the tokens were padding, which takes no room but has a place among the tokens."""
+        return self._compressed is not None and self._compressed.has_padding()
 
     def __repr__(self) -> str:
         parts = [f"salient_ratio={self.salient_ratio}", f"bits=({self.salient_bits}, {self.regular_bits})"]
@@ -160,12 +162,13 @@ class ZipCacheLayer:
             sinks: (query heads,), a logit of nothing for each head, or None. Saliency does without it.
 
         Returns:
-            Tensor: (batch, query heads, tokens, value channels); zeros for padding.
+            Tensor: (batch, query heads, tokens, value channels); padding's own queries see the tokens before them, and
+            where there are none the result is zeros.
 
         Raises:
             ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
         """
-        self._check(k, v)
+        check_new_tokens(k, v, self._window, self.codec, self.backend)
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
         require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
@@ -180,20 +183,17 @@ class ZipCacheLayer:
         if before:
             old_k, old_v = self._restore(k.dtype)
             keys, values = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-            if mask is not None or not bool(self._token_mask().all()):
+            if mask is not None or self.holds_padding:
                 now = torch.ones(k.shape[0], tokens, dtype=torch.bool, device=k.device) if mask is None else mask
                 seen = torch.cat((self._token_mask(), now), 1)
         out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks)
         saliency = None
         if self.mixed and tokens:
-            positions = self._draw_probes(tokens).to(k.device)
-            options: dict[str, Any] = {"mask": seen, "scale": self.scale, "softcap": self.softcap}
-            options |= {"normalization": self.normalization, "backend": self.backend}
-            scores = probe_saliency(q[:, :, positions], keys, positions + before, **options)
-            saliency = scores[:, :, before:]
+            options = {"normalization": self.normalization, **self._logits}
+            saliency = prompt_saliency(q, keys, mask, seen, self._draw, **options)
         self._flush()
         if tokens:
-            self._ensure_room(k, v)
+            self._ensure_window(k, v)
             self._compress(k, v, saliency, mask)
             self.length += tokens
         return rotate(out) if self.codec.rotate else out
@@ -205,50 +205,41 @@ class ZipCacheLayer:
         Raises:
             ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
         """
-        self._check(k, v)
+        check_new_tokens(k, v, self._window, self.codec, self.backend)
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
-        self._ensure_room(k, v)
-        assert self._window is not None
+        self._ensure_window(k, v)
         tokens = k.shape[2]
         done = 0
         while done < tokens:
             if self.window_length == self.window:
                 self._flush()
             n = min(tokens - done, self.window - self.window_length)
-            place = slice(self.window_length, self.window_length + n)
-            for held, new in zip(self._window, (k, v), strict=True):
-                held[:, :, place] = new[:, :, done : done + n]
-            self.window_length += n
+            self._put(k[:, :, done : done + n], v[:, :, done : done + n])
             done += n
         self.length += tokens
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
-        check_tokens(_OP, "k", k)
-        check_tokens(_OP, "v", v)
-        check_needs_no_gradient(_OP, k=k, v=v)
-        fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
-        got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
-        require(fits, _OP, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
-        for x in (k, v):
-            self.codec.check_width(_OP, x.shape[3])
-        backend_for("kv_quantize_", k, {k.dtype}, self.backend)  # raises if there is none, before anything is changed
-        if self._window is None:
-            return
-        for name, held, new in zip("kv", self._window, (k, v), strict=True):
-            batch, heads, _, width = held.shape
-            fits = (batch, heads, width) == (new.shape[0], new.shape[1], new.shape[3])
-            fits = fits and held.dtype == new.dtype and held.device == new.device
-            contract = f"{name} of shape ({batch}, {heads}, tokens, {width}), {held.dtype} on {held.device}, as cached"
-            got = f"{tuple(new.shape)}, {new.dtype} on {new.device}"
-            require(fits, _OP, contract, got, "Call reset() for other sequences.")
+    def make_room(self, tokens: int) -> None:
+        """Compresses the window unless it has room for so many tokens, or is empty: new ones are to stay in one
+        window, from which they can be removed."""
+        if self.window_length + tokens > self.window:
+            self._flush()
 
-    def _ensure_room(self, k: Tensor, v: Tensor) -> None:
+    def _ensure_window(self, k: Tensor, v: Tensor) -> None:
+        """One for tokens like these, without room at first."""
         if self._window is None:
-            first, second = (x.new_zeros((*x.shape[:2], self.window, x.shape[3])) for x in (k, v))
+            first, second = (x.new_zeros((*x.shape[:2], 0, x.shape[3])) for x in (k, v))
             self._window = first, second
             bits = {SALIENT: self.salient_bits, REGULAR: self.regular_bits}
             self._compressed = Compressed(bits, self.codec, k, v, self.backend)
+
+    def _put(self, k: Tensor, v: Tensor) -> None:
+        """Writes tokens behind those in the window, which has as many places left or more."""
+        assert self._window is not None
+        begin, end = self.window_length, self.window_length + k.shape[2]
+        held_k, held_v = (grown(held, 2, begin, end, self.window) for held in self._window)
+        held_k[:, :, begin:end], held_v[:, :, begin:end] = k, v
+        self._window, self.window_length = (held_k, held_v), end
 
     def _flush(self) -> None:
         """Compresses the window."""
@@ -257,20 +248,30 @@ class ZipCacheLayer:
         assert self._window is not None
         n = self.window_length
         k, v = (held[:, :, :n] for held in self._window)
-        self._compress(k, v, self._probes.saliency(n, self.normalization), None)
+        saliency, unseen = None, 0
+        if self.mixed:
+            saliency, unseen = self._probes.saliency(k, self._draw.newest(n), self.normalization, **self._logits)
+        self._compress(k, v, saliency, None, unseen)
         self._start_window()
 
-    def _compress(self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None) -> None:
+    @property
+    def _logits(self) -> dict[str, Any]:
+        """Options of :func:`attention_sums`."""
+        return {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
+
+    def _compress(self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None, unseen: int = 0) -> None:
+        """Compresses tokens of that saliency, of which the last ``unseen`` were seen by no probe."""
         batch, _, tokens, _ = k.shape
         total = torch.full((batch,), tokens, device=k.device) if mask is None else mask.sum(1)
         if self.mixed and saliency is not None:
-            ratio = self.salient_ratio
-            kinds, salient = classify(saliency, mask, ratio)
+            most = max(int(tokens * self.salient_ratio + 0.5), unseen)
+            kinds, salient = classify(saliency, mask, self.salient_ratio, unseen)
         else:  # all in the same bits, or of unknown saliency
-            ratio = float(self.salient_ratio > 0.0)
-            kinds, salient = all_of_kind(SALIENT if ratio else REGULAR, k, mask), total * int(ratio)
+            some = self.salient_ratio > 0.0
+            most = tokens if some else 0
+            kinds, salient = all_of_kind(SALIENT if some else REGULAR, k, mask), total * int(some)
         assert self._compressed is not None
-        self._compressed.append(k, v, kinds, int(tokens * ratio + 0.5), salient, total, padded=mask is not None)
+        self._compressed.append(k, v, kinds, most, salient, total, padded=mask is not None)
 
     # Using them
 
@@ -320,9 +321,8 @@ class ZipCacheLayer:
             softcap=self.softcap,
             backend=self.backend,
         )
-        if self.mixed:
-            options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
-            self._probes.add(q, self._window[0], lse, self.window_length - queries, **options)
+        if self.mixed and lowest == 0:  # a query that sees not all of the window tells nothing of the rest
+            self._probes.add(q, lse, self.window_length - queries)
         return rotate(out) if self.codec.rotate else out
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
@@ -352,7 +352,8 @@ class ZipCacheLayer:
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self._window is not None and self._compressed is not None:
-            self._window = (function(self._window[0]), function(self._window[1]))
+            k, v = (held[:, :, : self.window_length] for held in self._window)
+            self._window = function(k), function(v)
             self._compressed.map_batch(function)
         self._probes.map_batch(function)
 

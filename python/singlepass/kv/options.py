@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a layer's cache: what they may be, and how a saved cache tells them."""
+"""What may go into a layer's cache: options, and how a saved cache tells them, and tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import asdict
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .._dispatch import BACKENDS
 from .._errors import require
 from .codec import Codec
-from .functional import NORMALIZATIONS, check_bits
+from .functional import backend_for, check_bits, check_needs_no_gradient, check_tokens
+from .saliency import NORMALIZATIONS
 
 if TYPE_CHECKING:
     from .layer import ZipCacheLayer
@@ -57,3 +60,27 @@ def check_options(layer: ZipCacheLayer) -> None:
 def saved_options(layer: ZipCacheLayer) -> dict[str, Any]:
     """The options that decide on what is stored, as plain data."""
     return {name: getattr(layer, name) for name in _SAVED} | {"codec": asdict(layer.codec)}
+
+
+def check_new_tokens(
+    k: Tensor, v: Tensor, window: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None
+) -> None:
+    """Raises unless keys and values are tokens that a cache can take, behind those of its window if there is one."""
+    check_tokens(_OP, "k", k)
+    check_tokens(_OP, "v", v)
+    check_needs_no_gradient(_OP, k=k, v=v)
+    fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
+    got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
+    require(fits, _OP, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
+    for x in (k, v):
+        codec.check_width(_OP, x.shape[3])
+    backend_for("kv_quantize_", k, {k.dtype}, backend)  # raises if there is none, before anything is changed
+    if window is None:
+        return
+    for name, held, new in zip("kv", window, (k, v), strict=True):
+        batch, heads, _, width = held.shape
+        fits = (batch, heads, width) == (new.shape[0], new.shape[1], new.shape[3])
+        fits = fits and held.dtype == new.dtype and held.device == new.device
+        contract = f"{name} of shape ({batch}, {heads}, tokens, {width}), {held.dtype} on {held.device}, as cached"
+        got = f"{tuple(new.shape)}, {new.dtype} on {new.device}"
+        require(fits, _OP, contract, got, "Call reset() for other sequences.")

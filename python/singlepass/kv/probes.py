@@ -4,62 +4,94 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .functional import probe_saliency, seen_by
+from .saliency import attention_sums, mean_attention
+
+
+@dataclass
+class Queries:
+    """Queries of tokens in a window.
+
+    Attributes:
+        places: where in the window those tokens stand, ascending.
+        q: (batch, query heads, queries, channels).
+        lse: float32 (batch, query heads, queries), of everything that they see.
+    """
+
+    places: list[int]
+    q: Tensor
+    lse: Tensor
+
+    def only(self, wanted: Callable[[int], bool]) -> Queries:
+        """Those at wanted places, in memory of their own: a part of a tensor would keep all of it."""
+        rows = [i for i, place in enumerate(self.places) if wanted(place)]
+        if len(rows) == len(self.places):
+            return self
+        return Queries([self.places[i] for i in rows], self.q[:, :, rows], self.lse[:, :, rows])
 
 
 class WindowProbes:
-    """What the tokens of a window got from the queries that were probes.
+    """The queries that will tell how salient a window's tokens are.
+
+    Where a window ends is not known before it does, for a prompt may come at any time. So queries at random places are
+    laid aside, and the newest ones until there are newer. Those of tokens that are removed again leave no trace.
 
     Attributes:
-        due: places in the window whose queries are to be probes.
-        places: those of the queries that were.
-        scores: float32 (batch, heads, window), how much attention each place got from them all, or None without any.
+        due: the random places.
+        newest: how many of the newest queries are laid aside, besides those of the last call.
+        queries: what is laid aside, in the order of places.
     """
 
-    def __init__(self, due: Iterable[int]):
+    def __init__(self, due: Iterable[int], newest: int):
         self.due = set(due)
-        self.places: list[int] = []
-        self.scores: Tensor | None = None
+        self.newest = newest
+        self.queries: list[Queries] = []
 
-    def add(self, q: Tensor, k: Tensor, lse: Tensor, begin: int, **options: Any) -> None:
-        """Adds what the window's keys k get from queries q whose turn it is, of tokens from place ``begin`` on.
+    def add(self, q: Tensor, lse: Tensor, begin: int) -> None:
+        """Lays aside queries of neighbouring tokens, the first one's at place ``begin``; q and lse as in Queries."""
+        # The newest before this call's stay, for transformers may remove all of this call's tokens.
+        self._keep(lambda place: place < begin and (place in self.due or place >= begin - self.newest))
+        places = list(range(begin, begin + q.shape[2]))
+        self.queries.append(Queries(places, _copy(q), _copy(lse)))
 
-        Args:
-            q: (batch, query heads, queries, channels).
-            k: (batch, heads, window, channels).
-            lse: (batch, query heads, queries), of everything that they see.
-            begin: the place of the first query's own token.
-            **options: of :func:`probe_saliency`.
+    def saliency(self, k: Tensor, newest: int, normalization: str, **options: Any) -> tuple[Tensor | None, int]:
+        """Of the window's tokens, whose keys are k, by the probes at random places and so many of the newest.
+
+        Returns:
+            (batch, heads, tokens), infinity for tokens that no probe sees, or None if there are no probes; and how many
+            tokens, the newest, that are.
         """
-        rows = [i for i in range(q.shape[2]) if begin + i in self.due]
-        if not rows:
-            return
-        places = [begin + i for i in rows]
+        tokens = k.shape[2]
+        self._keep(lambda place: place in self.due or place >= tokens - newest)
+        if not self.queries:
+            return None, tokens
+        places = [place for part in self.queries for place in part.places]
         positions = torch.tensor(places, dtype=torch.int64, device=k.device)
-        mean = probe_saliency(q[:, :, rows], k, positions, lse=lse[:, :, rows].contiguous(), **options)
-        scores = mean * seen_by(positions, k.shape[2], None, "probe_nnz")[:, None]
-        self.scores = scores if self.scores is None else self.scores + scores
-        self.places += places
-
-    def saliency(self, tokens: int, normalization: str) -> Tensor | None:
-        """Of the window's first tokens, (batch, heads, tokens); None if there were no probes."""
-        if self.scores is None:
-            return None
-        positions = torch.tensor(self.places, dtype=torch.int64, device=self.scores.device)
-        return self.scores[:, :, :tokens] / seen_by(positions, tokens, None, normalization)[:, None]
+        q, lse = (torch.cat([getattr(part, name) for part in self.queries], 2) for name in ("q", "lse"))
+        sums = attention_sums(q, k, positions, lse=lse, **options)
+        return mean_attention(sums, positions, None, normalization), tokens - 1 - places[-1]
 
     def drop(self, length: int) -> None:
         """Forgets the tokens after the first ``length``."""
-        # What dropped probes gave to older tokens stays in their scores, and so do the probes in their count.
-        self.places = [min(place, length - 1) for place in self.places] if length else []
-        if self.scores is not None:
-            self.scores[:, :, length:] = 0.0
+        self._keep(lambda place: place < length)
+
+    def _keep(self, wanted: Callable[[int], bool]) -> None:
+        kept = [part.only(wanted) for part in self.queries]
+        self.queries = [part for part in kept if part.places]
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies a function to every tensor that has a row for each sequence."""
-        self.scores = None if self.scores is None else function(self.scores)
+        self.queries = [Queries(part.places, function(part.q), function(part.lse)) for part in self.queries]
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [t for part in self.queries for t in (part.q, part.lse)]
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

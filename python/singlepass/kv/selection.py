@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -29,15 +31,40 @@ def probe_positions(length: int, recent: float, random: float, most: int, genera
     return torch.cat((drawn.sort().values, torch.arange(length - newest, length)))
 
 
-def classify(saliency: Tensor, mask: Tensor | None, ratio: float) -> tuple[Tensor, Tensor]:
-    """Marks the ratio of tokens with the highest saliency (batch, heads, tokens), older ones first where it is equal.
+class ProbeDraw:
+    """Draws where probes stand, with a generator of its own.
+
+    Attributes:
+        shares: the newest tokens' share, the share of the others, and how many probes there are at most.
+    """
+
+    def __init__(self, shares: tuple[float, float, int], seed: int):
+        self.shares = shares
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def newest(self, length: int) -> int:
+        """How many of the newest of so many tokens are probes."""
+        return probe_count(length, *self.shares)[0]
+
+    def __call__(self, lengths: Iterable[int]) -> dict[int, Tensor]:
+        """Places of probes among so many tokens, for each number what would be drawn if it were the only one."""
+        state, drawn = self.generator.get_state(), {}
+        for length in sorted(set(lengths)):
+            self.generator.set_state(state)
+            drawn[length] = probe_positions(length, *self.shares, self.generator)
+        return drawn
+
+
+def classify(saliency: Tensor, mask: Tensor | None, ratio: float, least: int = 0) -> tuple[Tensor, Tensor]:
+    """Marks the ratio of tokens, or the least number of them, with the highest saliency (batch, heads, tokens), older
+    ones first where it is equal.
 
     Returns:
         What each token is, uint8 (batch, heads, tokens), and how many of a sequence are salient, int64 (batch,).
     """
     length = saliency.shape[2]
     valid = torch.ones_like(saliency[:, 0], dtype=torch.bool) if mask is None else mask
-    salient = (valid.sum(1).double() * ratio + 0.5).floor().long()
+    salient = (valid.sum(1).double() * ratio + 0.5).floor().long().clamp(min=least)
     order = saliency.masked_fill(~valid[:, None], -torch.inf).argsort(dim=2, descending=True, stable=True)
     chosen = torch.arange(length, device=order.device) < salient[:, None, None]
     kinds = torch.where(chosen, SALIENT, REGULAR).to(torch.uint8).expand_as(order)

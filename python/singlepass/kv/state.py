@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._errors import message, require
 from ..reference.kv import unpack
-from .options import saved_options
-from .probes import WindowProbes
+from .functional import check_queries
+from .options import check_new_tokens, saved_options
+from .probes import Queries, WindowProbes
 from .selection import FILLER, REGULAR, SALIENT
 from .store import Compressed, Segment
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 _WHERE = "ZipCacheLayer.load_state_dict"
 _FOREIGN = "Pass what state_dict() of a layer with the same options gave."
 _NUMBERS = ("length", "window_length")
-_KEYS = {"options", *_NUMBERS, "due", "probed", "generator", "window_k", "window_v", "kinds", "scores", "segments"}
+_PROBES = ("due", "queries", "generator")
+_KEYS = {"options", *_NUMBERS, *_PROBES, "window_k", "window_v", "kinds", "segments"}
 
 
 def save(layer: ZipCacheLayer) -> dict[str, Any]:
@@ -35,12 +37,11 @@ def save(layer: ZipCacheLayer) -> dict[str, Any]:
         "length": layer.length,
         "window_length": layer.window_length,
         "due": sorted(probes.due),
-        "probed": list(probes.places),
-        "generator": layer._generator.get_state(),
+        "queries": [(list(part.places), part.q.clone(), part.lse.clone()) for part in probes.queries],
+        "generator": layer._draw.generator.get_state(),
         "window_k": window_k,
         "window_v": window_v,
         "kinds": kinds,
-        "scores": None if probes.scores is None else probes.scores.clone(),
         "segments": segments,
     }
 
@@ -57,8 +58,8 @@ def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     k, v = saved["window_k"], saved["window_v"]
     compressed: Compressed | None = None
     if k is None:
-        present = [name for name in ("window_v", "kinds", "scores") if saved[name] is not None]
-        present += [name for name in ("length", "probed", "segments") if saved[name]]
+        present = [name for name in ("window_v", "kinds") if saved[name] is not None]
+        present += [name for name in ("length", "queries", "segments") if saved[name]]
         _check(not present, "nothing without a window", present)
     else:
         _check_tensors(layer, saved)
@@ -69,19 +70,14 @@ def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
         _check_kinds(saved)
     layer.reset()
     layer.length = saved["length"]
-    layer._generator.set_state(saved["generator"])
-    layer._probes = WindowProbes(saved["due"])
-    layer._probes.places = list(saved["probed"])
+    layer._draw.generator.set_state(saved["generator"])
+    layer._probes = WindowProbes(saved["due"], layer._probes.newest)
     if compressed is None:
         return
-    layer._ensure_room(k, v)
-    assert layer._window is not None
-    for held, new in zip(layer._window, (k, v), strict=True):
-        held[:, :, : new.shape[2]] = new
-    layer.window_length = saved["window_length"]
     compressed.load(saved["kinds"], saved["segments"])
-    layer._compressed = compressed
-    layer._probes.scores = None if saved["scores"] is None else saved["scores"].clone()
+    layer._window, layer._compressed = (k.clone(), v.clone()), compressed
+    layer.window_length = saved["window_length"]
+    layer._probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in saved["queries"]]
 
 
 def _shown(saved: Any) -> Any:
@@ -104,12 +100,8 @@ def _check_like(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dty
 def _check_numbers(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     length, n = saved["length"], saved["window_length"]
     _check(type(length) is type(n) is int and 0 <= n <= length, "lengths of all tokens and of the window", (length, n))
-    for name, end in (("due", layer.window), ("probed", n)):
-        places = saved[name]
-        fits = isinstance(places, list) and all(type(place) is int and 0 <= place < end for place in places)
-        _check(fits, f"a list {name} of places from 0 to {end - 1}", places)
-    known = not saved["probed"] or saved["scores"] is not None
-    _check(known, "scores from probes", saved["scores"])
+    _check_places("due", saved["due"], 0, layer.window)
+    _check(isinstance(saved["queries"], list), "a list of queries", type(saved["queries"]).__name__)
     try:
         torch.Generator().set_state(saved["generator"])
     except (RuntimeError, TypeError) as error:
@@ -133,14 +125,31 @@ def _check_kinds(saved: dict[str, Any]) -> None:
 def _check_tensors(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
     k, v, n = saved["window_k"], saved["window_v"], saved["window_length"]
     _check(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4, "tensors of a window", _shown(saved))
-    layer_of_its_own = type(layer)(codec=layer.codec)
-    layer_of_its_own._check(k, v)
+    check_new_tokens(k, v, None, layer.codec, None)
     _check(k.shape[2] == n <= layer.window, f"a window of {n} tokens, at most {layer.window}", k.shape[2])
     batch, heads = k.shape[:2]
     _check_like("kinds", saved["kinds"], (batch, heads, -1), torch.uint8, k.device)
-    if saved["scores"] is not None:
-        _check_like("scores", saved["scores"], (batch, heads, layer.window), torch.float32, k.device)
+    _check_queries(saved["queries"], k)
     _check(set(saved["segments"]) <= {SALIENT, REGULAR}, "segments 0 and 1", list(saved["segments"]))
+
+
+def _check_places(name: str, places: Any, begin: int, end: int) -> None:
+    fits = isinstance(places, list) and all(type(place) is int and begin <= place < end for place in places)
+    rising = fits and sorted(set(places)) == places
+    _check(rising, f"{name} as a rising list of places from {begin} to {end - 1}", places)
+
+
+def _check_queries(queries: list[Any], k: Tensor) -> None:
+    """Raises unless they are queries of the window's tokens, whose keys are k."""
+    begin = 0
+    for part in queries:
+        _check(isinstance(part, tuple) and len(part) == 3, "places, queries and their sums", type(part).__name__)
+        places, q, lse = part
+        check_queries(_WHERE, q, k)
+        _check_places("queries", places, begin, k.shape[2])
+        _check(0 < len(places) == q.shape[2], f"{len(places)} queries", q.shape[2])
+        _check_like("their sums", lse, tuple(q.shape[:3]), torch.float32, k.device)
+        begin = places[-1] + 1
 
 
 def _check_segment(segment: Segment, parts: dict[str, Any], k: Tensor) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -15,12 +15,19 @@ from .selection import PADDING, REGULAR, SALIENT, pack_kinds, tokens_of_kind, un
 GROWTH = 1.25
 
 
-def grown(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
+def held_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors hold: all of what is behind them, and once what several share."""
+    memory = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
+
+
+def grown(tensor: Tensor, dim: int, used: int, size: int, most: int | None = None) -> Tensor:
     """A tensor with room for ``size`` along a dimension: itself, or a larger copy of what is used. Sizes grow
-    geometrically, so that adding token after token copies each byte a bounded number of times."""
+    geometrically, to ``most`` at most, so that adding token after token copies each byte a bounded number of times."""
     if tensor.shape[dim] >= size:
         return tensor
     room = size if used == 0 else max(size, int(tensor.shape[dim] * GROWTH) + 1)
+    room = room if most is None else min(room, most)
     shape = (*tensor.shape[:dim], room, *tensor.shape[dim + 1 :])
     larger = tensor.new_zeros(shape)
     larger.narrow(dim, 0, used).copy_(tensor.narrow(dim, 0, used))
@@ -55,10 +62,9 @@ class Segment:
     def values(self) -> Quantized:
         return self._part("value", self._views((0, self.slots), (0, self.blocks)))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is stored."""
-        return sum(view.nbytes for view in self._views((0, self.slots), (0, self.blocks)).values())
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return list(self._tensors.values())
 
     def append(
         self, k: Tensor, v: Tensor, index: Tensor | None, slots: int, lengths: Tensor, backend: str | None
@@ -105,10 +111,9 @@ class Segment:
         return Quantized(codes, scales, channels, views["starts"], views["counts"], self.bits, axis)
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Applies a function to every tensor that has a row for each sequence."""
-        for name, tensor in self._tensors.items():
-            if name != "starts":
-                self._tensors[name] = function(tensor)
+        """Applies a function to every tensor that has a row for each sequence, the parts in use."""
+        views = self._views((0, self.slots), (0, self.blocks))
+        self._tensors |= {name: function(view) for name, view in views.items() if name != "starts"}
 
     def state(self) -> dict[str, Tensor]:
         """Copies of its tensors, the parts in use."""
@@ -145,11 +150,11 @@ class Compressed:
         self.segments: dict[int, Segment] = {}
         self._packed = k.new_zeros((*k.shape[:2], 0), dtype=torch.uint8)  # kinds, four tokens in a byte
         self._used = 0
+        self._may_have_padding = False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is stored."""
-        return sum(segment.nbytes for segment in self.segments.values()) + self._packed[..., : self._used].nbytes
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self._packed, *self._like, *(t for segment in self.segments.values() for t in segment.tensors())]
 
     @property
     def pairs(self) -> list[tuple[Quantized, Quantized]]:
@@ -165,6 +170,11 @@ class Compressed:
         """bool (batch, tokens), false for padding."""
         return self.kinds[:, 0] != PADDING
 
+    def has_padding(self) -> bool:
+        """Whether some of the tokens are padding."""
+        self._may_have_padding = self._may_have_padding and not bool(self.mask().all())
+        return self._may_have_padding
+
     def append(
         self, k: Tensor, v: Tensor, kinds: Tensor, most: int, salient: Tensor, lengths: Tensor, padded: bool
     ) -> None:
@@ -177,9 +187,10 @@ class Compressed:
             most: how many tokens of a sequence are salient at most.
             salient: how many of each sequence are, int64 (batch,).
             lengths: how many tokens each sequence has, int64 (batch,).
-            padded: whether some have fewer than others.
+            padded: whether some may be padding.
         """
         tokens = k.shape[2]
+        self._may_have_padding = self._may_have_padding or padded
         for kind, slots, held in ((SALIENT, most, salient), (REGULAR, tokens - most, lengths - salient)):
             if slots == 0:
                 continue
@@ -217,7 +228,7 @@ class Compressed:
         """Applies a function to every tensor that has a row for each sequence."""
         for segment in self.segments.values():
             segment.map_batch(function)
-        self._packed = function(self._packed)
+        self._packed = function(self._packed[..., : self._used])
         self._like = function(self._like[0]), function(self._like[1])
 
     def state(self) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
@@ -232,7 +243,7 @@ class Compressed:
 
     def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]]) -> None:
         """Takes over what :meth:`state` gave, of which everything was checked."""
-        self._packed, self._used = packed.clone(), packed.shape[2]
+        self._packed, self._used, self._may_have_padding = packed.clone(), packed.shape[2], True
         self.segments = {kind: self.new_segment(kind) for kind in segments}
         for kind, segment in self.segments.items():
             segment.load(segments[kind])

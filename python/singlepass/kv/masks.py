@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an attention mask says: which tokens are padding, or more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._errors import require
+
+_ROWS = 1024  # looked at at a time
+_WHOLE = "Pass the attention_mask of the whole conversation, or call reset() before another."
+
+
+def read_mask(
+    mask: Tensor, before: int, shape: tuple[int, int, int], held: Tensor | None, where: str
+) -> tuple[Tensor | None, bool]:
+    """Tells causal masks with padding from others.
+
+    Only a token that no query sees, not even its own, can be padding; and only where all else is causal.
+
+    Args:
+        mask: (1 or batch, 1 or query heads, tokens, before + tokens), true where a query sees a token, or what is added
+            to the logit, very negative where it sees none.
+        before: how many tokens the cache holds.
+        shape: (batch, query heads, tokens) of the queries.
+        held: bool (batch, before), which of the tokens in the cache are no padding; None: all.
+        where: who raises.
+
+    Returns:
+        Which of the new tokens are none, bool (batch, tokens), false for padding, or None if all are tokens; and
+        whether the mask is causal but for padding. If it is not, all new tokens are tokens.
+
+    Raises:
+        ValueError: masks of other shapes or dtypes, or that show padding, which the cache does not hold.
+    """
+    batch, heads, tokens = shape
+    fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+    fits = fits and mask.shape[2:] == (tokens, before + tokens)
+    contract = f"a mask of shape ({batch}, 1, {tokens}, {before + tokens}), tokens in the cache included"
+    require(fits, where, contract, tuple(mask.shape), _WHOLE)
+    known = mask.dtype == torch.bool or mask.is_floating_point()
+    require(known, where, "a bool or floating-point mask", mask.dtype, "Convert it: true shows a token.")
+    held = mask.new_ones((1, before), dtype=torch.bool) if held is None else held
+    seen = mask.new_zeros((len(mask), before + tokens), dtype=torch.bool)
+    for _, shown, _ in _pieces(mask):
+        seen |= shown.any(2).any(1)
+    stray = (seen[:, :before] & ~held).any()
+    rows = max(len(held), len(seen))
+    want = torch.cat((held.expand(rows, -1), seen[:, before:].expand(rows, -1)), 1)[:, None, None]
+    columns = torch.arange(before + tokens, device=mask.device)
+    plain = torch.ones((), dtype=torch.bool, device=mask.device)
+    for begin, shown, binary in _pieces(mask):
+        last = torch.arange(begin, begin + shown.shape[2], device=mask.device) + before
+        plain = plain & binary & (shown == ((columns <= last[:, None]) & want)).all()
+    is_stray, is_plain, whole = torch.stack((stray, plain, seen[:, before:].all())).tolist()
+    contract = "a mask that hides padding, which the cache does not hold"
+    require(not is_stray, where, contract, "one that shows some", _WHOLE)
+    return None if whole or not is_plain else seen[:, before:].expand(batch, -1), is_plain
+
+
+def _pieces(mask: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """A mask piece by piece: the first query, bool (batch, heads, queries, tokens) what is shown, and whether that is
+    all that it says."""
+    for begin in range(0, mask.shape[2], _ROWS):
+        piece = mask[:, :, begin : begin + _ROWS]
+        if mask.dtype == torch.bool:
+            yield begin, piece, torch.ones((), dtype=torch.bool, device=mask.device)
+        else:
+            shown = ~(piece <= torch.finfo(mask.dtype).min / 2)  # a NaN hides nothing
+            yield begin, shown, (~shown | (piece == 0)).all()
