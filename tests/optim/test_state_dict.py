@@ -15,7 +15,7 @@ import torch
 
 from singlepass import optim
 
-from ..simt.truth import Case
+from ..simt.truth import CASES, Case
 from ..tolerances import assert_same_bits
 from .steps import Place, each_case, each_place
 from .trajectory import contents, give_grads, make_optimizer, make_params, train
@@ -229,6 +229,150 @@ def test_states_of_another_optimizer_are_refused(source: Any, target: Any, forei
         ours.load_state_dict(other.state_dict())
     assert len(ours.state) == 0
     assert ours.param_groups[0]["lr"] == 0.5
+
+
+@each_case
+def test_hooks_see_and_change_what_is_loaded(case: Case) -> None:
+    """The hooks before see the saved states and may return others; those after see the optimizer as it is now."""
+    source, target = fresh(case, "bfloat16-float32-states"), fresh(case, "bfloat16-float32-states")
+    train(source, 2)
+    name = target._rule.states[0]
+    calls = []
+
+    def halve(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        calls.append("before")
+        states = {key: {**value, name: 0.5 * value[name]} for key, value in state_dict["state"].items()}
+        groups = [{**group, "lr": 0.25} for group in state_dict["param_groups"]]
+        return {**state_dict, "state": states, "param_groups": groups}
+
+    def negate(optimizer: torch.optim.Optimizer) -> None:
+        calls.append("after")
+        for p in optimizer.param_groups[0]["params"]:
+            state = optimizer.state[p]
+            assert state[name].dtype == torch.float32, "not cast to the parameter's dtype"
+            state[name] = -state[name]
+            state["seen"] = True
+        optimizer.param_groups[0]["weight_decay"] = 0.125
+
+    target.register_load_state_dict_pre_hook(halve)
+    target.register_load_state_dict_post_hook(negate)
+    target.load_state_dict(source.state_dict())
+    assert calls == ["before", "after"]
+    (group,) = target.param_groups
+    assert group["lr"] == 0.25
+    assert group["weight_decay"] == 0.125
+    for p, q in zip(source.param_groups[0]["params"], group["params"], strict=True):
+        assert_same_bits(target.state[q][name], -0.5 * source.state[p][name])
+        assert target.state[q]["seen"]
+    train(target, range(3, 4))
+    target.load_state_dict(source.state_dict())  # the hooks of the first call are gone, those of its user are not
+    assert calls == ["before", "after"] * 2
+
+
+@each_case
+def test_what_others_keep_in_states_and_groups_is_loaded(case: Case) -> None:
+    """As torch loads it: timm's Lookahead keeps a slow copy of each parameter in its state."""
+    source, target = fresh(case), fresh(case)
+    train(source, 2)
+    for i, p in enumerate(source.param_groups[0]["params"]):
+        source.state[p]["slow"] = torch.full_like(p, float(i), dtype=torch.float64)
+        source.state[p]["note"] = {"count": i, "values": [torch.ones(())]}
+    source.param_groups[0]["scale_lr"] = 0.5
+    target.param_groups[0]["here"] = here = object()
+    target.load_state_dict(through_file(source.state_dict()))
+    (group,) = target.param_groups
+    assert group["scale_lr"] == 0.5
+    assert group["here"] is here
+    for i, p in enumerate(group["params"]):
+        state = target.state[p]
+        assert_same_bits(state["slow"], torch.full_like(p, float(i)))
+        assert state["note"]["count"] == i
+        for name, value in source.state[source.param_groups[0]["params"][i]].items():
+            if name in (*source._rule.lists, "step"):
+                assert_same_bits(state[name], value)
+
+
+@each_case
+def test_a_state_that_has_nothing_of_the_rule_yet(case: Case) -> None:
+    source, target, plain = fresh(case), fresh(case), fresh(case)
+    for p in source.param_groups[0]["params"]:
+        source.state[p]["slow"] = p.detach().clone()
+    target.load_state_dict(source.state_dict())
+    for optimizer in (target, plain):
+        train(optimizer, 3)
+    for p, q in zip(target.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):
+        assert_same_bits(p, q)
+        assert set(target.state[p]) == {*plain.state[q], "slow"}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"betas": (0.9, 0.99, 0.999)}, "betas as a tuple of 2"),
+        ({"lr": -1.0}, "lr in"),
+        ({"lr": None}, "lr in"),
+        ({"lr": torch.ones(2)}, "lr as a number or a tensor of one element"),
+        ({"eps": "1e-8"}, "eps in"),
+        ({"amsgrad": None}, "amsgrad True or False"),
+        ({"state_dtype": "fp8"}, "state_dtype"),
+        ({"decoupled_weight_decay": False, "weight_decay": 0.1}, r"torch\.optim\.Adam"),
+    ],
+)
+def test_saved_hyperparameters_are_checked(change: dict[str, Any], match: str) -> None:
+    case = next(case for case in CASES if case.id == "adamw")
+    source, target = fresh(case), fresh(case)
+    train(target, 1)
+    before, groups = contents(target), [{**group} for group in target.param_groups]
+    state = source.state_dict()
+    state["param_groups"][0] |= change
+    with pytest.raises(ValueError, match=match):
+        target.load_state_dict(state)
+    for name, value in contents(target).items():
+        assert_same_bits(value, before[name], name)
+    assert target.param_groups == groups
+
+
+@pytest.mark.parametrize(("source", "target"), [(optim.AdamW, optim.Adan), (torch.optim.AdamW, optim.Adan)])
+def test_a_new_optimizer_of_another_rule_is_refused_too(source: Any, target: Any) -> None:
+    """It has no states by which to tell."""
+    params = make_params(SHAPES)
+    optimizer = target(params)
+    with pytest.raises(ValueError, match=r"betas as a tuple of 3; got \(0\.9, 0\.999\)"):
+        optimizer.load_state_dict(source(params).state_dict())
+    give_grads(params, 1)
+    optimizer.step()
+
+
+def test_adam_without_weight_decay_loads_into_adamw() -> None:
+    params = make_params(SHAPES)
+    theirs, ours = torch.optim.Adam(params, lr=0.5), optim.AdamW(params)
+    give_grads(params, 1)
+    theirs.step()
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.5
+    assert ours.param_groups[0]["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "shared"),
+    [((0.5, 0.5, 0.5), (0, 0, 0)), ((0.5, 0.25, 0.5), (0, 1, 0)), ((0.5, 0.25, 0.25), (0, 1, 2))],
+    ids=str,
+)
+def test_groups_that_share_a_tensor_of_a_learning_rate(
+    saved: tuple[float, ...], shared: tuple[int, ...], capturable: bool
+) -> None:
+    """It stays shared by the groups whose saved rates agree with the first one's; each other gets its own."""
+    source = optim.AdamW([{"params": [p], "lr": rate} for p, rate in zip(make_params([(2,)] * 3), saved, strict=True)])
+    rate = torch.tensor(0.125)
+    target = optim.AdamW([{"params": [p]} for p in make_params([(2,)] * 3)], lr=rate, capturable=capturable)
+    target.load_state_dict(source.state_dict())
+    rates = [group["lr"] for group in target.param_groups]
+    assert [r.item() for r in rates] == list(saved)
+    assert rates[0] is rate, "a captured graph reads this tensor"
+    for i, r in enumerate(rates):
+        assert r.dtype == torch.float32
+        assert [r is other for other in rates] == [shared[j] == shared[i] for j in range(3)]
 
 
 @each_place

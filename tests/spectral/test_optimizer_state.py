@@ -76,6 +76,28 @@ def test_loading_in_the_wrong_order_is_noticed() -> None:
     assert again.progress.draws == 1
 
 
+def test_hooks_see_and_change_what_is_loaded() -> None:
+    """A hook may put back what a framework that keeps only states and groups has left out."""
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, weight_decay=0.1, **SCHEDULE)
+    run(model, optimizer, 6)
+    saved = optimizer.state_dict()
+    other = model_of()
+    again = SST(other, lr=1e-2, weight_decay=0.1, **SCHEDULE)
+    other.load_state_dict(model.state_dict())
+    stood = saved.pop("sst")
+    again.register_load_state_dict_pre_hook(lambda _, state_dict: {**state_dict, "sst": stood})
+    seen = []
+    again.register_load_state_dict_post_hook(lambda o: seen.append(o.progress.as_dict()))
+    again.load_state_dict(saved)
+    assert seen == [optimizer.progress.as_dict()]
+    run(model, optimizer, 4, 6)
+    run(other, again, 4, 6)
+    assert again.progress == optimizer.progress
+    for a, b in zip(snapshot(other), snapshot(model), strict=True):
+        assert_same_bits(a, b)
+
+
 def test_a_rank_changed_from_outside_is_trained_on() -> None:
     model = model_of()
     optimizer = SST(model, lr=1e-2, **SCHEDULE)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, ClassVar, TypeGuard
 
@@ -15,23 +14,14 @@ from torch.optim import Optimizer
 from .._dispatch import choose, implementation, requested
 from .._errors import message, require
 from .._ops.optim import RULES, Rule
+from ._buckets import Bucket, Sorter, is_wrapper, same_layout
 from ._checks import check_keys, check_parameter, check_values
-from ._loading import adopt_tensors, merge_group, scalar_like
+from ._loading import Loading
 
 _STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-@dataclass
-class Bucket:
-    """Parameters of one group that one call of the op can take."""
-
-    backend: str
-    device: torch.device
-    params: list[Tensor] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)  # positions in the group
-    ids: list[int] = field(default_factory=list)  # positions in the optimizer
-    role: str = ""  # of parameters that a subclass steps in another way
-    grads: list[Tensor] = field(default_factory=list)  # of the present step
+# The groups of a step, each with its buckets.
+Work = list[tuple[dict[str, Any], list[Bucket]]]
 
 
 class FusedOptimizer(Optimizer):
@@ -40,6 +30,7 @@ class FusedOptimizer(Optimizer):
     rule_name: ClassVar[str]
     counts_steps: ClassVar[bool] = True
     steps_where_uncounted: ClassVar[float] = 0.0  # the count of a saved state that has none
+    _loading: ClassVar[type[Loading]] = Loading
 
     # GradScaler then leaves unscaling and skipping to step(), through `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
@@ -63,7 +54,7 @@ class FusedOptimizer(Optimizer):
             "backend": backend,
             "seed": torch.initial_seed() & (2**63 - 1),
         }
-        self._buckets: dict[int, tuple[set[torch.dtype], list[Bucket]]] = {}
+        self._sorter = Sorter()
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -91,9 +82,8 @@ class FusedOptimizer(Optimizer):
 
     def _before_step(
         self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> bool:
-        """Called once the states exist. False leaves the bucket's parameters alone in this step."""
-        return True
+    ) -> None:
+        """Called once the states exist."""
 
     def _role_of(self, p: Tensor) -> str:
         """Not empty for parameters that a subclass steps in another way; one bucket has one role."""
@@ -122,9 +112,21 @@ class FusedOptimizer(Optimizer):
         most = group["max_grad_norm"]
         fits = isinstance(most, Real) and float(most) >= 0.0
         self._require(fits, "max_grad_norm >= 0", repr(most), "Pass 0 to clip nothing.")
-        same = all(other["max_grad_norm"] == most for other in self.param_groups)
+
+    def _check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Checks the hyperparameters of groups that are to be the optimizer's."""
+        for group in groups:
+            self._check_common(group)
+            self._check_group(group)
+        if "max_grad_norm" in self.defaults:
+            self._max_grad_norm_of(groups)
+
+    def _max_grad_norm_of(self, groups: list[dict[str, Any]]) -> float:
+        norms: list[float] = [group["max_grad_norm"] for group in groups]
         remedy = "Give it to the optimizer instead: it clips the norm of all gradients together."
-        self._require(same, "one max_grad_norm for all groups", most, remedy)
+        got = ", ".join(map(repr, norms))
+        self._require(len(set(norms)) == 1, "one max_grad_norm for all groups", got, remedy)
+        return norms[0]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking its tensors and hyperparameters; nothing is added if one is refused."""
@@ -139,15 +141,14 @@ class FusedOptimizer(Optimizer):
         present = [id(p) for g in self.param_groups for p in g["params"]] + [id(p) for p in tensors]
         self._require(len(set(present)) == len(present), "each parameter once", "one twice", "Give it to one group.")
         check_keys(self._name, group, self.defaults)
-        self._check_common(group, tensors)
-        self._check_group(group)
+        self._check_groups([*self.param_groups, group])
+        self._check_places(group, tensors)
         if group["capturable"] and tensors and not isinstance(group["lr"], Tensor):
             # A captured step then reads the learning rate that a scheduler writes.
             param_group = param_group | {"lr": torch.tensor(group["lr"], dtype=torch.float32, device=tensors[0].device)}
         super().add_param_group(param_group | {"params": params})
-        self._buckets.clear()
 
-    def _check_common(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _check_common(self, group: dict[str, Any]) -> None:
         dtype = group["state_dtype"]
         self._require(
             dtype is None or dtype == "param" or dtype in _STATE_DTYPES,
@@ -164,6 +165,10 @@ class FusedOptimizer(Optimizer):
             self._require(fits, "an lr of float32, or of float64 on the CPU", lr.dtype, "Convert it.")
         flags = dict.fromkeys(("maximize", "capturable", "stochastic_rounding"), "True or False")
         self._check_values(group, lr="in [0, inf)", **flags)
+
+    def _check_places(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Checks what depends on where a group's parameters are."""
+        lr = group["lr"]
         for p in params if group["capturable"] and isinstance(lr, Tensor) else ():
             self._require(lr.device == p.device, f"a capturable lr on {p.device}", lr.device, "Move it there.")
         backend = requested(group["backend"])
@@ -173,7 +178,7 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._buckets = {}
+        self._sorter = Sorter()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -193,19 +198,49 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_groups()
+        work = self._gather()
+        if self._only_asks_for_states(work):
+            self._make_states(work)
+        else:
+            self._step_groups(work)
         return loss
 
-    def _step_groups(self) -> None:
-        buckets = [(group, self._gather(index, group)) for index, group in enumerate(self.param_groups)]
+    def _gather(self) -> Work:
+        """The parameters that have gradients, sorted. Raises before anything is changed."""
+        work: Work = []
+        first_id = 0
+        for index, group in enumerate(self.param_groups):
+            work.append((group, self._sorter.sort(self, index, first_id)))
+            first_id += len(group["params"])
+        return work
+
+    def _only_asks_for_states(self, work: Work) -> bool:
+        """Whether this is the step with which ``torch.distributed.checkpoint`` makes a new optimizer create its states.
+
+        It has no states yet, every learning rate is 0, and so is every element of every gradient.
+        """
+        if self.state or torch.compiler.is_compiling() or is_capturing():
+            return False
+        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        return not any(bool(g.any()) for _, buckets in work for bucket in buckets for g in bucket.grads)
+
+    def _make_states(self, work: Work) -> None:
+        for group, buckets in work:
+            names = self._state_names(group)
+            for bucket in buckets:
+                for p in bucket.params:
+                    self._state_of(p, group, names)
+
+    def _step_groups(self, work: Work) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         max_norm, eps = self._clipping()
         if max_norm > 0.0 or (grad_scale is not None and found_inf is None):
-            grad_scale, found_inf = self._measure(buckets, max_norm, eps, grad_scale, found_inf)
+            grad_scale, found_inf = self._measure(work, max_norm, eps, grad_scale, found_inf)
 
-        for group, members in buckets:
+        for group, buckets in work:
             hyper, names = self._hyper(group), self._state_names(group)
-            for bucket in members:
+            for bucket in buckets:
                 self._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
 
     def _step_bucket(
@@ -219,8 +254,7 @@ class FusedOptimizer(Optimizer):
     ) -> None:
         states = [self._state_of(p, group, names) for p in bucket.params]
         grad_scale, found_inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
-        if not self._before_step(bucket, group, grad_scale, found_inf):
-            return
+        self._before_step(bucket, group, grad_scale, found_inf)
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
         self._run(bucket, group, names, states, hyper | {"maximize": group["maximize"]} | scaling)
         if not torch.compiler.is_compiling():
@@ -244,72 +278,41 @@ class FusedOptimizer(Optimizer):
             bucket.params,
             bucket.grads,
             *lists,
-            [s["step"] for s in states] if self.counts_steps or stochastic else [],
+            [s["step"] for s in states] if self._has_step(group) else [],
             self._lr(group, bucket.device),
             seed=group["seed"] if stochastic else None,
             ids=bucket.ids if stochastic else [],
             **options,
         )
 
-    def _gather(self, index: int, group: dict[str, Any]) -> list[Bucket]:
-        """The group's parameters with gradients, by device and by what their dtypes and layouts allow."""
-        grads = [p.grad for p in group["params"]]
-        present = [g for g in grads if g is not None]
-        dtypes = {g.dtype for g in present}
-        self._check_grads({g.layout for g in present}, dtypes)
-        complete = len(present) == len(grads)
-        known, buckets = self._buckets.get(index, (None, []))
-        if not complete or known != dtypes:
-            buckets = self._make_buckets(index, group, grads)
-            if complete:
-                self._buckets[index] = dtypes, buckets
-        for bucket in buckets:
-            bucket.grads = [grads[offset] for offset in bucket.offsets]
-        return buckets
-
-    def _check_grads(self, layouts: set[torch.layout], dtypes: set[torch.dtype]) -> None:
-        """Refuses gradients that no backend can take, before anything is changed."""
-        for layout in layouts - {torch.strided}:
-            raise RuntimeError(
-                message(self._name, "dense gradients", f"a {layout} one", "Create the embedding with sparse=False.")
-            )
-        for dtype in dtypes:
-            if not dtype.is_floating_point:
-                raise RuntimeError(message(self._name, "floating-point gradients", dtype, "Convert them."))
-
-    def _make_buckets(self, index: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[Bucket]:
-        backend = requested(group["backend"])
-        first_id = sum(len(g["params"]) for g in self.param_groups[:index])
-        buckets: dict[tuple[torch.device, str, str], Bucket] = {}
-        for offset, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
-            if g is None:
-                continue
-            wanted = backend
-            if not _is_dense(p):
-                self._require(
-                    backend in (None, "eager"),
-                    "dense parameters for kernels",
-                    f"shape {tuple(p.shape)} with strides {p.stride()}",
-                    'Use backend="eager" or None.',
-                )
-                wanted = "eager"
-            role = self._role_of(p)
-            chosen = choose(self._op_name(role), p.device.type, (p.dtype, g.dtype), wanted)
-            bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, p.device, role=role))
-            bucket.params.append(p)
-            bucket.offsets.append(offset)
-            bucket.ids.append(first_id + offset)
-        return list(buckets.values())
+    def _has_step(self, group: dict[str, Any]) -> bool:
+        """Whether the op counts steps, for its rule or for what it draws."""
+        return self.counts_steps or group["stochastic_rounding"]
 
     def _state_of(self, p: Tensor, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-        state = self.state[p]
-        if len(state) == 0:
-            if self.counts_steps or group["stochastic_rounding"]:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for name in names:
+        """The parameter's state, with what is missing made."""
+        state: dict[str, Any] = self.state[p]
+        if self._has_step(group) and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        for name in names:
+            if name not in state:
                 dtype = self._state_dtype_of(name, p, group)
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if self._rule.scale is not None and self._rule.scale not in state:
+            state[self._rule.scale] = self._new_scale(p, group)
         return state
+
+    def _new_scale(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """The scalar of a new state, of rules that have one."""
+        raise NotImplementedError
+
+    def _keep_layout(self, p: Tensor) -> None:
+        """Brings the parameter's states into its present layout, which ``model.to(memory_format=...)`` may change."""
+        state = self.state.get(p, {})
+        for name in self._rule.states:
+            old = state.get(name)
+            if old is not None and old.shape == p.shape and not same_layout(old, p):
+                state[name] = torch.empty_like(p, dtype=old.dtype, requires_grad=False).copy_(old)
 
     @staticmethod
     def _lr(group: dict[str, Any], device: torch.device) -> Tensor:
@@ -320,7 +323,7 @@ class FusedOptimizer(Optimizer):
 
     def _measure(
         self,
-        buckets: list[tuple[dict[str, Any], list[Bucket]]],
+        work: Work,
         max_norm: float,
         eps: float,
         grad_scale: Tensor | None,
@@ -328,10 +331,11 @@ class FusedOptimizer(Optimizer):
     ) -> tuple[Tensor | None, Tensor | None]:
         """One read of all gradients: (divisor that unscales and clips, found_inf)."""
         grads: dict[torch.device, list[Tensor]] = {}
-        for _, members in buckets:
-            for bucket in members:
-                grads.setdefault(bucket.device, []).extend(bucket.grads)
         wanted = requested(self.param_groups[0]["backend"])
+        for bucket in (bucket for _, buckets in work for bucket in buckets):
+            grads.setdefault(bucket.device, []).extend(bucket.grads)
+            if bucket.backend == "eager" and any(is_wrapper(g) for g in bucket.grads):
+                wanted = "eager"
         stats = []
         for device, present in grads.items():
             backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
@@ -351,38 +355,22 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: another number of groups or of parameters, or another optimizer's states; nothing is changed.
         """
-        saved_groups = state_dict["param_groups"]
-        groups = [merge_group(current, saved) for current, saved in zip(self.param_groups, saved_groups, strict=False)]
-        groups += saved_groups[len(groups) :]  # torch reports the mismatch
-        states: dict[Tensor, dict[str, Any]] = {}
-        for current, group, saved in zip(self.param_groups, groups, saved_groups, strict=False):
-            for p, key in zip(current["params"], saved["params"], strict=False):
-                if key in state_dict["state"]:
-                    states[p] = self._adopt(state_dict["state"][key], p, group, saved)
-        rates = [group["lr"] for group in self.param_groups]
-        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        # torch casts states to their parameter's dtype: they come back as they were saved.
-        for p, state in states.items():
-            self.state[p] = state
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate.fill_(float(group["lr"])) if isinstance(rate, Tensor) else float(group["lr"])
-        self._buckets.clear()
-
-    def _adopt(self, state: dict[str, Any], p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-        names, scale = self._state_names(group), self._rule.scale
-        others = {name for rule in RULES.values() for name in rule.lists if name not in self._rule.lists}
-        foreign = ", ".join(sorted(others & state.keys()))
-        remedy = "Load it into the optimizer that wrote it."
-        self._require(not foreign, f"states {', '.join(self._rule.lists)}", foreign, remedy)
-        adopted = adopt_tensors(self._name, state, p, names, () if scale is None else (scale,))
-        if self.counts_steps or group["stochastic_rounding"]:
-            count = state.get("step", saved.get("step", self.steps_where_uncounted))
-            adopted["step"] = scalar_like(count, p)
-        return adopted
+        loading = self._loading(self)
+        before = self.register_load_state_dict_pre_hook(loading.before)  # after all that others registered
+        after = self.register_load_state_dict_post_hook(loading.after, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
@@ -397,8 +385,3 @@ def _join(stats: list[Tensor], max_norm: float, eps: float, grad_scale: Tensor |
     clip = max_norm / (norm + eps) if max_norm > 0.0 else torch.ones_like(norm)
     divisor = torch.where(clip >= 1.0, scale, scale / clip)
     return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
-
-
-def _is_dense(t: Tensor) -> bool:
-    """Whether the strides order the elements without gaps: then, and only then, new tensors like it keep them."""
-    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()

@@ -1,36 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved states as the optimizers keep them: in the dtypes they were saved with, and in tensors of their own."""
+"""Loading within torch's own ``load_state_dict``: after its hooks before, before its hooks after."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._errors import require
+from .._ops.optim import RULES
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
 
 _NOT_LOADED = ("step", "buffer", "backend", "capturable")
+_ALL_STATES = {name for rule in RULES.values() for name in rule.lists}
 
 
-def merge_group(current: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved group, completed by what it doesn't have.
+class Loading:
+    """One call of ``load_state_dict``: two hooks, between which torch loads all that is not the rule's own.
 
-    Left out are the counters of official implementations, and what says where and how to run.
+    torch would cast states to their parameters' dtypes, and replace tensors of learning rates. So what is the rule's is
+    taken out of the state dict before, checked and copied, and put in its place afterwards. Keys that others keep in
+    states and groups are torch's to load.
     """
-    kept = {key: value for key, value in current.items() if key != "params"}
-    return kept | {key: value for key, value in saved.items() if key not in _NOT_LOADED}
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self.optimizer = optimizer
+        self.groups: list[dict[str, Any]] = []  # as they were
+        self.states: dict[Tensor, dict[str, Any]] = {}  # the rule's, to be
+
+    def before(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """Checks everything, and returns what is left for torch. Nothing is changed yet."""
+        self.groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+        if [len(group["params"]) for group in self.groups] != [len(saved["params"]) for saved in saved_groups]:
+            return None  # torch reports the mismatch
+        loaded = [_loaded_part(saved) for saved in saved_groups]
+        merged = [group | part for group, part in zip(self.groups, loaded, strict=True)]
+        states = dict(state_dict["state"])
+        for group, new, saved in zip(self.groups, merged, saved_groups, strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                if key in states:
+                    self.states[p], states[key] = self._divide(states[key], p, new, saved)
+        self.optimizer._check_groups(merged)
+        return {**state_dict, "state": states, "param_groups": loaded}
+
+    def _divide(
+        self, state: Mapping[str, Any], p: Tensor, group: dict[str, Any], saved: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A saved state as the rule's own part, with copies of its tensors, and the keys that others put there."""
+        where, rule = self.optimizer._name, self.optimizer._rule
+        foreign = ", ".join(sorted(_ALL_STATES.difference(rule.lists) & state.keys()))
+        remedy = "Load it into the optimizer that wrote it."
+        require(not foreign, where, f"states {', '.join(rule.lists)}", foreign, remedy)
+        own = {*rule.lists, "step"}
+        others = {name: value for name, value in state.items() if name not in own}
+        if others and len(others) == len(state):
+            return {}, others
+        adopted = _adopt_tensors(where, state, p, self.optimizer._state_names(group))
+        if rule.scale is not None and rule.scale in state:
+            adopted[rule.scale] = _scalar_like(state[rule.scale], p)
+        if self.optimizer._has_step(group):
+            count = state.get("step", saved.get("step", self.optimizer.steps_where_uncounted))
+            adopted["step"] = _scalar_like(count, p)
+        return adopted, others
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Puts the rule's states, and what groups keep of what they had, where they belong."""
+        for p, state in self.states.items():
+            optimizer.state[p].update(state)
+        old_rates = [group["lr"] for group in self.groups]
+        rates = [float(new.get("lr", old)) for new, old in zip(optimizer.param_groups, old_rates, strict=True)]
+        for i, (new, old) in enumerate(zip(optimizer.param_groups, self.groups, strict=True)):
+            for key in old.keys() - new.keys():
+                new[key] = old[key]
+            new["lr"] = rates[i]
+            if isinstance(old["lr"], Tensor):
+                first = next(j for j, rate in enumerate(old_rates) if rate is old["lr"])  # that shares this tensor
+                tensor = old["lr"] if rates[first] == rates[i] else old["lr"].clone()
+                new["lr"] = tensor.fill_(rates[i])
 
 
-def adopt_tensors(
-    where: str, state: dict[str, Any], p: Tensor, names: tuple[str, ...], scales: tuple[str, ...]
-) -> dict[str, Any]:
-    """Copies of the named states, with the parameter's device and strides, and of the scalars that are there.
+def _loaded_part(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved group without the counters of official implementations, and without what says where and how to run."""
+    part = {key: value for key, value in saved.items() if key not in _NOT_LOADED}
+    rate = part.get("lr")
+    return part | {"lr": rate.item()} if isinstance(rate, Tensor) and rate.numel() == 1 else part
+
+
+def _adopt_tensors(where: str, state: Mapping[str, Any], p: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    """Copies of the named states, with the parameter's device and strides.
 
     Raises:
         ValueError: a state that is missing, or of another shape than its parameter.
     """
-    missing = [name for name in names if name not in state]
+    missing = [name for name in names if state.get(name) is None]
     require(not missing, where, f"states {', '.join(names)}", f"no {', '.join(missing)}", "Load a whole state.")
     adopted: dict[str, Any] = {}
     for name in names:
@@ -38,12 +104,9 @@ def adopt_tensors(
         got = tuple(value.shape)
         require(value.shape == p.shape, where, f"{name} of shape {tuple(p.shape)}", got, "Load this model's state.")
         adopted[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
-    for name in scales:
-        if name in state:
-            adopted[name] = scalar_like(state[name], p)
     return adopted
 
 
-def scalar_like(value: Any, p: Tensor) -> Tensor:
+def _scalar_like(value: Any, p: Tensor) -> Tensor:
     """A float32 tensor of no dimensions on the parameter's device."""
     return torch.as_tensor(value, dtype=torch.float32, device=p.device).reshape(()).clone()

@@ -68,6 +68,9 @@ class AdamW(FusedOptimizer):
         self._check_values(
             group, betas="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)", amsgrad="True or False"
         )
+        decoupled = group.get("decoupled_weight_decay", True) or group["weight_decay"] == 0.0  # of torch's groups
+        remedy = "It was saved by torch.optim.Adam, whose weight decay goes into the gradient."
+        self._require(decoupled, "decoupled weight decay", "decoupled_weight_decay=False", remedy)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self._rule.states if group["amsgrad"] else self._rule.states[:2]

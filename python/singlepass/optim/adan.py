@@ -87,8 +87,9 @@ class Adan(FusedOptimizer):
         self._check_max_grad_norm(group)
 
     def _clipping(self) -> tuple[float, float]:
-        last = self.param_groups[-1]  # whose eps the official code takes
-        return last["max_grad_norm"], last["eps"]
+        return self._max_grad_norm_of(self.param_groups), self.param_groups[-1][
+            "eps"
+        ]  # the official code takes the last
 
     def _state_dtype_of(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
         lossless = group["max_grad_norm"] == 0.0 and p.grad is not None and p.grad.dtype == torch.bfloat16

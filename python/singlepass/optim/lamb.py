@@ -83,7 +83,7 @@ class LAMB(FusedOptimizer):
         self._check_max_grad_norm(group)
 
     def _clipping(self) -> tuple[float, float]:
-        return self.param_groups[0]["max_grad_norm"], 0.0
+        return self._max_grad_norm_of(self.param_groups), 0.0
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         beta1, beta2 = group["betas"]

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ._base import Bucket, FusedOptimizer
+from ._base import Bucket, FusedOptimizer, Work, is_capturing
 from ._doc import shared_arguments
+
+# A deviation counts as at least this part of the root mean square.
+_LEAST_SPREAD = 0.1
 
 
 @shared_arguments
@@ -19,8 +24,12 @@ class SGDSaI(FusedOptimizer):
         m = \mu m + (1-\mu) g \text{ (at the first step } g) \\
         p &= (1-\eta\lambda) p - \eta\,\mathrm{gsnr}\,m
 
-    The gain is measured once per tensor, when it first has a gradient; that first step looks at ``found_inf`` on the
-    host. Tensors of one element, whose deviation is undefined, take the gain 1 (the official code gives them |g|/eps).
+    The gain is measured once per tensor, from its first gradient that is not zero. std(g) counts as at least a tenth of
+    the root mean square of g, which limits the gain of n elements to 10 sqrt(n); a tensor of one element gets gain 1.
+    With ``guard_gain=False`` the gain is the official code's: 0 for good if the first gradient is zero, and norm / eps
+    (some 1e8) if its elements are all equal or there is only one.
+
+    While a tensor waits for its gain, each step reads a value from its device.
 
     States per parameter: ``momentum_buffer``, ``gsnr`` and ``step``. State dicts of the official code load.
 
@@ -30,6 +39,7 @@ class SGDSaI(FusedOptimizer):
         momentum: decay rate of the momentum.
         eps: added to the standard deviation.
         weight_decay: decoupled weight decay, times ``lr``.
+        guard_gain: limit the gain, and wait for a gradient that is not zero; False takes the official code's gain.
 {shared}
     Example:
         >>> import torch, singlepass
@@ -45,11 +55,12 @@ class SGDSaI(FusedOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | torch.Tensor = 1e-2,
+        lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        guard_gain: bool = True,
         maximize: bool = False,
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
@@ -63,6 +74,7 @@ class SGDSaI(FusedOptimizer):
                 "momentum": momentum,
                 "eps": eps,
                 "weight_decay": weight_decay,
+                "guard_gain": guard_gain,
             },
             maximize=maximize,
             capturable=capturable,
@@ -71,30 +83,77 @@ class SGDSaI(FusedOptimizer):
             backend=backend,
         )
 
+        self._wait_for_gains()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._wait_for_gains()
+
+    def _wait_for_gains(self) -> None:
+        self._settled = False  # whether all gains are known to be measured
+        self._waiting: set[int] | None = set()  # ids of the parameters whose gains this step measures; None for all
+
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_values(group, momentum="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)")
+        self._check_values(
+            group, momentum="in [0, 1)", eps="in [0, inf)", weight_decay="in [0, inf)", guard_gain="True or False"
+        )
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {"momentum": group["momentum"], "weight_decay": group["weight_decay"]}
 
+    def _new_scale(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        self._settled = False
+        if self._waiting is not None:
+            self._waiting.add(id(p))
+        return torch.full((), 0.0 if group["guard_gain"] else math.nan, dtype=torch.float32, device=p.device)
+
+    def _step_groups(self, work: Work) -> None:
+        if torch.compiler.is_compiling() or is_capturing():  # the host cannot look, now or when this runs again
+            self._settled, self._waiting = False, None
+        else:
+            self._waiting = set() if self._settled else self._unmeasured()
+            self._settled = not self._waiting
+        super()._step_groups(work)
+
+    def _unmeasured(self) -> set[int]:
+        """Ids of the parameters whose states have no measured gain. Looks at the gains from the host."""
+        waiting = set()
+        for group in self.param_groups:
+            for p in group["params"]:
+                gain = self.state[p]["gsnr"] if "gsnr" in self.state.get(p, {}) else None
+                if gain is not None and bool(_is_unmeasured(gain, group["guard_gain"])):
+                    waiting.add(id(p))
+        return waiting
+
     def _before_step(
-        self,
-        bucket: Bucket,
-        group: dict[str, Any],
-        grad_scale: torch.Tensor | None,
-        found_inf: torch.Tensor | None,
-    ) -> bool:
-        fresh = [(p, g) for p, g in zip(bucket.params, bucket.grads, strict=True) if "gsnr" not in self.state[p]]
-        if fresh and found_inf is not None and bool(found_inf):
-            return False
-        for p, g in fresh:
+        self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        for p, g in zip(bucket.params, bucket.grads, strict=True):
+            if self._waiting is not None and id(p) not in self._waiting:
+                continue
             scale = 1.0 if grad_scale is None else grad_scale.reshape(())
-            self.state[p]["gsnr"] = _gain(g.to(torch.promote_types(g.dtype, torch.float32)) / scale, group["eps"])
-        return True
+            wide = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
+            gain, state = _gain(wide, group["eps"], group["guard_gain"]), self.state[p]
+            measure = _is_unmeasured(state["gsnr"], group["guard_gain"])
+            if found_inf is not None:
+                measure &= found_inf.reshape(()) == 0.0
+            state["gsnr"] = torch.where(measure, gain, state["gsnr"])
 
 
-def _gain(g: torch.Tensor, eps: float) -> torch.Tensor:
-    """Gradient signal-to-noise ratio of one tensor."""
-    if g.numel() < 2:
+def _is_unmeasured(gain: Tensor, guard: bool) -> Tensor:
+    """What stands for a gain that is still to be measured: 0, or NaN where the official code measures gains of 0."""
+    return gain.isnan() | (gain == 0.0) if guard else gain.isnan()
+
+
+def _gain(g: Tensor, eps: float, guard: bool) -> Tensor:
+    """Gradient signal-to-noise ratio of one tensor; 0 where it is not a number."""
+    if g.numel() < 2 and guard:
         return torch.ones((), dtype=torch.float32, device=g.device)
-    return (torch.linalg.vector_norm(g) / (g.std() + eps)).nan_to_num(nan=0.0).float()
+    norm = torch.linalg.vector_norm(g)
+    if g.numel() < 2:  # whose deviation is not a number
+        return (norm / eps).nan_to_num(nan=0.0).float()
+    deviation = g.std()
+    if guard:
+        deviation = torch.maximum(deviation, _LEAST_SPREAD * norm / math.sqrt(g.numel()))
+    gain = (norm / (deviation + eps)).float()
+    return torch.where(gain.isfinite(), gain, 0.0) if guard else gain.nan_to_num(nan=0.0)

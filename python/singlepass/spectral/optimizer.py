@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from .. import _dispatch
 from .._errors import message, require
 from ..optim import AdamW
-from ..optim._base import Bucket
+from ..optim._base import Bucket, Work
 from .decompose import decompose, drift
 from .linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
+from .loading import SSTLoading
 from .schedule import WARMUPS, Progress, warmup_factor
 
 SAMPLINGS = {"mixed": 0.5, "singular_values": 0.0, "uniform": 1.0}
@@ -108,6 +108,8 @@ class SST(AdamW):
         >>> optimizer.step()
     """
 
+    _loading = SSTLoading
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -185,7 +187,6 @@ class SST(AdamW):
         self._held = [{name: getattr(layer, name) for name in _TRAINED} for layer in self._layers]
         roles = {"singular_values": "values"} | dict.fromkeys(_VECTORS, "vectors")
         self._roles = {id(p): roles[name] for held in self._held for name, p in held.items()}
-        self._buckets.clear()
 
     def _refresh(self) -> None:
         """Layers whose rank changed have new parameters: they take the places of those that were."""
@@ -228,10 +229,13 @@ class SST(AdamW):
     def _op_name(self, role: str) -> str:
         return "spectral_step_" if role else super()._op_name(role)
 
-    def _step_groups(self) -> None:
-        """Updates every parameter that has a gradient; then, where an iteration ends, begins the next."""
+    def _gather(self) -> Work:
         self._refresh()
-        super()._step_groups()
+        return super()._gather()
+
+    def _step_groups(self, work: Work) -> None:
+        """Updates every parameter that has a gradient; then, where an iteration ends, begins the next."""
+        super()._step_groups(work)
         self.progress.step += 1
         if self.progress.step >= self.steps_per_iteration:
             self.progress.step = 0
@@ -366,16 +370,4 @@ class SST(AdamW):
         Raises:
             ValueError: a state dict of another optimizer, or a model with other active vectors; nothing is changed.
         """
-        progress = dict(state_dict.get("sst", {}))
-        active = progress.pop("active", None)
-        fits = active is not None and set(progress) == set(self.progress.as_dict())
-        require(fits, "SST", "a state dict of SST", f"one with {', '.join(state_dict)}", "Load SST's own.")
-        self._refresh()
-        now = self._signature()
-        same = len(now) == len(active) and all(
-            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(now, active, strict=True)
-        )
-        remedy = "Make the optimizer, which draws vectors, then load the model's state dict, then this."
-        require(same, "SST", "a model with the same active vectors as the saved one", "others", remedy)
         super().load_state_dict(state_dict)
-        self.progress = Progress(**progress)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sorts a group's parameters into buckets: each is what one call of an op can take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._dispatch import choose, requested
+from .._errors import message, require
+from ._checks import check_parameter
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group that one call of the op can take, and their gradients in this step."""
+
+    backend: str
+    device: torch.device
+    role: str  # not empty for parameters that a subclass steps in another way
+    offsets: list[int]  # positions among the group's parameters that have gradients
+    ids: list[int]  # positions in the optimizer
+    params: list[Tensor]
+    grads: list[Tensor]
+
+
+class Sorter:
+    """Makes the buckets of each step, and remembers how each group was sorted in the last one.
+
+    What is remembered holds no tensor, so that nothing outlives its step here, and is used again only if all that it
+    was derived from is as it was: which parameters there are, their types, dtypes, devices and layouts, their
+    gradients' dtypes and layouts, and the backend that is asked for. Groups may be edited in any way between steps.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, list[Bucket]]] = {}  # by position of the group
+
+    def sort(self, optimizer: FusedOptimizer, index: int, first_id: int) -> list[Bucket]:
+        """The buckets of a group's parameters that have a gradient; ``first_id`` is the position of its first one."""
+        group = optimizer.param_groups[index]
+        grads = [p.grad for p in group["params"]]
+        present = [g for g in grads if g is not None]
+        params, offsets = group["params"], None
+        if len(present) < len(grads):
+            offsets = [offset for offset, g in enumerate(grads) if g is not None]
+            params = [params[offset] for offset in offsets]
+        backend = requested(group["backend"])
+        if torch.compiler.is_compiling():  # the compiler's guards take the place of ours
+            return _sorted(optimizer, params, present, first_id, offsets, backend)
+        facts = (
+            [id(p) for p in params],
+            [type(p) for p in params],
+            [p.dtype for p in params],
+            [p.device for p in params],
+            [p.is_contiguous() or p.stride() for p in params],
+            [g.dtype for g in present],
+            [g.layout for g in present],
+            (offsets, first_id, backend),
+        )
+        known, buckets = self._known.get(index, (None, []))
+        if known != facts:
+            once = len(set(facts[0])) == len(params)
+            optimizer._require(once, "each parameter once", "one twice", "Give it to one group.")
+            buckets = _sorted(optimizer, params, present, first_id, offsets, backend)
+            self._known[index] = facts, [replace(bucket, params=[], grads=[]) for bucket in buckets]
+            return buckets
+        if len(buckets) == 1:
+            return [replace(buckets[0], params=list(params), grads=present)]
+        return [
+            replace(bucket, params=[params[i] for i in bucket.offsets], grads=[present[i] for i in bucket.offsets])
+            for bucket in buckets
+        ]
+
+
+def _sorted(
+    optimizer: FusedOptimizer,
+    params: list[Tensor],
+    grads: list[Tensor],
+    first_id: int,
+    offsets: list[int] | None,
+    backend: str | None,
+) -> list[Bucket]:
+    where = optimizer._name
+    buckets: dict[tuple[torch.device, str, str], Bucket] = {}
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        check_parameter(where, p)
+        _check_gradient(where, g)
+        role = optimizer._role_of(p)
+        needed = _needed_backend(where, p, g, backend)
+        chosen = choose(optimizer._op_name(role), p.device.type, (p.dtype, g.dtype), needed)
+        bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, p.device, role, [], [], [], []))
+        bucket.offsets.append(i)
+        bucket.ids.append(first_id + (i if offsets is None else offsets[i]))
+        bucket.params.append(p)
+        bucket.grads.append(g)
+        optimizer._keep_layout(p)
+    return list(buckets.values())
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape order their elements alike; strides of dimensions of size 1 don't matter."""
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def _check_gradient(where: str, g: Tensor) -> None:
+    """Refuses gradients that no backend can take, before anything is changed."""
+    if g.layout != torch.strided:
+        remedy = "Create the embedding with sparse=False."
+        raise RuntimeError(message(where, "dense gradients", f"a {g.layout} one", remedy))
+    if not g.dtype.is_floating_point:
+        raise RuntimeError(message(where, "floating-point gradients", g.dtype, "Convert them."))
+
+
+def _needed_backend(where: str, p: Tensor, g: Tensor, backend: str | None) -> str | None:
+    """The backend to ask for: eager alone takes gaps in memory, and tensors that are made of other tensors."""
+    if not _is_dense(p):
+        contract, got = "dense parameters for kernels", f"shape {tuple(p.shape)} with strides {p.stride()}"
+    elif is_wrapper(p) or is_wrapper(g):
+        # A kernel would be called once for each tensor inside, and count as many steps.
+        contract, got = "plain tensors for kernels", f"a parameter of type {type(p).__name__}"
+    else:
+        return backend
+    require(backend in (None, "eager"), where, contract, got, 'Use backend="eager" or None.')
+    return "eager"
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the strides order the elements without gaps: then, and only then, new tensors like it keep them."""
+    return t.is_contiguous() or torch.empty_like(t, device="meta").stride() == t.stride()
+
+
+def is_wrapper(t: Tensor) -> bool:
+    """Whether a tensor's class runs operators itself, as DTensor does. Fake tensors stand for plain ones."""
+    disabled = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return not disabled and not isinstance(t, torch._subclasses.FakeTensor)

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups that are edited between steps: each parameter trains as one that is alone in an optimizer would."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
+
+from singlepass import optim, spectral
+from singlepass.optim._base import FusedOptimizer
+
+from ..tolerances import assert_same_bits
+from .trajectory import contents, make_params
+
+SHAPES = [(5, 7), (8,), (2, 3, 4, 4), (3, 3)]
+OPTIONS: dict[str, dict[str, Any]] = {"Adan": {"max_grad_norm": 0.0}, "LAMB": {"max_grad_norm": 0.0}}
+
+NAMES = [*optim.__all__, "SST"]
+each_optimizer = pytest.mark.parametrize("name", NAMES)
+
+
+def make(name: str, groups: list[dict[str, Any]]) -> FusedOptimizer:
+    """An optimizer with these groups at its end. SST has its layer's before them, which never get gradients here."""
+    options = {"lr": 1e-2, "weight_decay": 0.1} | OPTIONS.get(name, {})
+    if name != "SST":
+        return getattr(optim, name)(groups, **options)
+    layer = spectral.SSTLinear.from_linear(torch.nn.Linear(4, 4), 2)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    optimizer = spectral.SST([{"params": trained}, *groups], steps_per_iteration=1000, **options)
+    optimizer.kept_alive = layer  # layers are found by weak references
+    return optimizer
+
+
+def gradient(p: Tensor, key: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + key)
+    return torch.randn(p.shape, generator=generator).to(p.dtype).as_strided(p.shape, p.stride())
+
+
+class Alone:
+    """Each parameter's twin in an optimizer of its own, stepped when the parameter should be."""
+
+    def __init__(self, name: str, params: list[Parameter]) -> None:
+        self.params = params
+        self.twins = [Parameter(p.detach().clone()) for p in params]
+        self.optimizers = [make(name, [{"params": [twin]}]) for twin in self.twins]
+
+    def step(self, optimizer: FusedOptimizer, members: set[int], step: int, do: Callable[[], Any]) -> None:
+        """One step by ``do``, in which the optimizer should move these parameters, by their numbers, and no others."""
+        for key, (p, twin) in enumerate(zip(self.params, self.twins, strict=True)):
+            p.grad, twin.grad = gradient(p, key, step), gradient(twin, key, step)
+        do()
+        for key in members:
+            self.optimizers[key].step()
+        for key, (p, twin) in enumerate(zip(self.params, self.twins, strict=True)):
+            assert_same_bits(p, twin, f"parameter {key} after step {step}")
+
+
+def groups_of(optimizer: FusedOptimizer) -> list[dict[str, Any]]:
+    """The groups without those of SST's layers."""
+    return optimizer.param_groups[isinstance(optimizer, spectral.SST) :]
+
+
+def replace(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    groups_of(optimizer)[0]["params"] = [params[2]]
+    return {1, 2}
+
+
+def rebind(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    groups_of(optimizer)[0]["params"][0] = params[3]
+    return {1, 3}
+
+
+def append(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    groups_of(optimizer)[0]["params"].append(params[3])
+    return {0, 1, 3}
+
+
+def pop(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    groups_of(optimizer)[1]["params"].append(params[2])
+    groups_of(optimizer)[1]["params"].pop(0)
+    return {0, 2}
+
+
+def exchange(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    first, second = groups_of(optimizer)
+    first["params"], second["params"] = second["params"], first["params"]
+    return {0, 1}
+
+
+def reorder(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    optimizer.param_groups.reverse()
+    return {0, 1}
+
+
+def delete(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    optimizer.param_groups.remove(groups_of(optimizer)[0])
+    return {1}
+
+
+def rebuild(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    kept = optimizer.param_groups[: -len(groups_of(optimizer))]
+    optimizer.param_groups = kept + [{**group, "params": [params[2], params[0]]} for group in groups_of(optimizer)[:1]]
+    return {0, 2}
+
+
+def add(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    optimizer.add_param_group({"params": [params[2], params[3]]})
+    return {0, 1, 2, 3}
+
+
+def another_backend(optimizer: FusedOptimizer, params: list[Parameter]) -> set[int]:
+    for group in groups_of(optimizer):
+        group["backend"] = "native" if group["backend"] is None else None
+    return {0, 1}
+
+
+EDITS = [replace, rebind, append, pop, exchange, reorder, delete, rebuild, add, another_backend]
+each_edit = pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.__name__)
+
+
+@each_edit
+@each_optimizer
+def test_groups_edited_after_the_first_step(name: str, edit: Any) -> None:
+    params = make_params(SHAPES)
+    optimizer = make(name, [{"params": [params[0]]}, {"params": [params[1]]}])
+    alone = Alone(name, params)
+    for step in (1, 2):
+        alone.step(optimizer, {0, 1}, step, optimizer.step)
+    members = edit(optimizer, params)
+    for step in (3, 4):
+        alone.step(optimizer, members, step, optimizer.step)
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize(("name", "edit"), [("AdamW", replace), ("SGDSaI", append), ("LAMB", delete)])
+def test_groups_edited_after_compiled_steps(name: str, edit: Any) -> None:
+    params = make_params(SHAPES)
+    optimizer = make(name, [{"params": [params[0]]}, {"params": [params[1]]}])
+    step_ = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+    alone = Alone(name, params)
+    for step in (1, 2):
+        alone.step(optimizer, {0, 1}, step, step_)
+    members = edit(optimizer, params)
+    for step in (3, 4):
+        alone.step(optimizer, members, step, step_)
+
+
+@each_optimizer
+def test_parameters_swapped_around_each_step(name: str) -> None:
+    """As DeepSpeed's ZeRO does with its partitions: the same lists at different times."""
+    params = make_params(SHAPES)
+    optimizer = make(name, [{"params": [params[0]]}])
+    alone = Alone(name, params)
+    (group,) = groups_of(optimizer)
+    for step, members in enumerate(([0], [1, 2], [], [0, 3], [3, 0], [1, 2], [0]), 1):
+        whole = group["params"]
+        group["params"] = [params[key] for key in members]
+        alone.step(optimizer, set(members), step, optimizer.step)
+        group["params"] = whole
+
+
+@each_optimizer
+def test_states_handed_to_another_parameter(name: str) -> None:
+    a, b, b_twin = (Parameter(torch.full((3,), value)) for value in (0.5, 5.0, 0.5))
+    optimizer, twin = make(name, [{"params": [a]}]), make(name, [{"params": [b_twin]}])
+    a.grad, b_twin.grad = torch.tensor([1.0, 2.0, -1.0]), torch.tensor([1.0, 2.0, -1.0])
+    optimizer.step()
+    twin.step()
+    b_twin.data.copy_(b)
+    before = a.detach().clone()
+    optimizer.state[b] = optimizer.state.pop(a)
+    groups_of(optimizer)[0]["params"] = [b]
+    b.grad, b_twin.grad = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([3.0, 2.0, 1.0])
+    optimizer.step()
+    twin.step()
+    assert_same_bits(a, before)
+    assert_same_bits(b, b_twin)
+
+
+@each_optimizer
+def test_memory_dtype_and_layout_of_a_parameter_may_change(name: str) -> None:
+    """What ``model.to(...)`` does: the same parameters, on other memory."""
+    params = make_params([(2, 3, 4, 4), (2, 5)])
+    optimizer = make(name, [{"params": params}])
+    alone = Alone(name, params)
+    changes: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t,
+        lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t,
+        lambda t: t.mT.contiguous().mT,
+        lambda t: t.to(torch.bfloat16),
+        lambda t: t.to(torch.float64),
+        lambda t: t.contiguous(),
+    ]
+    for step, change in enumerate(changes, 1):
+        for p in (*params, *alone.twins):
+            p.grad = None
+            p.data = change(p.data)
+        kept = {id(p): [v.clone() for v in optimizer.state.get(p, {}).values()] for p in params}
+        alone.step(optimizer, {0, 1}, step, optimizer.step)
+        for p in params:
+            assert len(kept[id(p)]) in (0, len(optimizer.state[p]))
+            for value in optimizer.state[p].values():
+                assert value.dim() == 0 or value.stride() == torch.empty_like(p).stride()
+
+
+@each_optimizer
+def test_options_that_need_more_states_may_be_set_later(name: str) -> None:
+    params = make_params([(8,)], (torch.bfloat16,))
+    optimizer = make(name, [{"params": params}])
+    params[0].grad = gradient(params[0], 0, 1)
+    optimizer.step()
+    (group,) = groups_of(optimizer)
+    group["stochastic_rounding"] = name != "SST"  # whose vectors have no such rounding
+    if "amsgrad" in group:
+        group["amsgrad"] = True
+    optimizer.step()
+    states = optimizer.state[params[0]]
+    assert "step" in states
+    assert ("max_exp_avg_sq" in states) == (name in ("AdamW", "SST"))
+
+
+@each_optimizer
+@pytest.mark.parametrize("clipped", [False, True], ids=["", "scaled"])
+def test_no_gradient_outlives_its_step(name: str, clipped: bool) -> None:
+    params = make_params(SHAPES)
+    optimizer = make(name, [{"params": params}])
+    for step in (1, 2, 3):
+        grads = [gradient(p, key, step) for key, p in enumerate(params)]
+        references = [weakref.ref(g) for g in grads]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        if clipped:
+            optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        del grads, g
+        assert [r() for r in references] == [None] * len(params)
+
+
+@each_optimizer
+def test_removed_parameters_and_optimizers_are_freed(name: str) -> None:
+    p, q = make_params(SHAPES[:2])
+    optimizer = make(name, [{"params": [p, q]}])
+    for key, t in enumerate((p, q)):
+        t.grad = gradient(t, key, 1)
+    optimizer.step()
+    gone, whole = weakref.ref(p), weakref.ref(optimizer)
+    groups_of(optimizer)[0]["params"].pop(0)
+    optimizer.state.pop(p)
+    gc.collect()
+    gc.disable()
+    try:
+        del p, t
+        assert gone() is None
+        del optimizer
+        assert whole() is None
+    finally:
+        gc.enable()
+
+
+@each_optimizer
+def test_what_add_param_group_refuses_is_refused_in_edited_groups(name: str) -> None:
+    p, q = make_params(SHAPES[:2])
+    optimizer = make(name, [{"params": [p]}])
+    for bad, match in (
+        (Parameter(torch.zeros(3, dtype=torch.complex64)), "view_as_real"),
+        (Parameter(torch.zeros(1).expand(3)), "overlap"),
+        (q, "once"),
+    ):
+        groups_of(optimizer)[0]["params"] = [q, bad]
+        for t in (q, bad):
+            t.grad = torch.ones_like(t)
+        before = contents(optimizer)
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        for key, value in contents(optimizer).items():
+            assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", ["Adan", "LAMB"])
+def test_groups_that_come_to_clip_differently_are_refused(name: str) -> None:
+    """One norm is clipped, that of all gradients together."""
+    p, q = make_params(SHAPES[:2])
+    optimizer = getattr(optim, name)([{"params": [p]}, {"params": [q]}], max_grad_norm=1.0)
+    optimizer.param_groups[0]["max_grad_norm"] = 0.5
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match=r"one max_grad_norm for all groups; got 0\.5, 1\.0"):
+        optimizer.step()
+    for key, value in contents(optimizer).items():
+        assert_same_bits(value, before[key])
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [pytest.param(name, False, id=name) for name in NAMES]
+    + [pytest.param(name, True, id=f"{name}-compiled") for name in ("AdamW", "SGDSaI")],
+)
+def test_parameters_made_of_two_tensors_count_each_step_once(name: str, compiled: bool) -> None:
+    """Kernels would be called for each of the two, and count twice: such parameters take the eager backend."""
+    halves = [torch.linspace(-1.0, 1.0, 6), torch.linspace(-1.0, 1.0, 6)]
+    pair, plain = Parameter(TwoTensor(*halves)), Parameter(halves[0].clone())
+    optimizer, expected = make(name, [{"params": [pair]}]), make(name, [{"params": [plain]}])
+    groups_of(expected)[0]["backend"] = "eager"
+    step_ = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+    for step in range(1, 4):
+        g = gradient(plain, 0, step)
+        pair.grad, plain.grad = TwoTensor(g, g.clone()), g
+        step_()
+        expected.step()
+    for half in (pair.a, pair.b):
+        assert_same_bits(half, plain)
+    if "step" in expected.state[plain]:
+        assert optimizer.state[pair]["step"].item() == 3.0
+
+
+@each_optimizer
+def test_kernels_are_refused_for_parameters_made_of_two_tensors(name: str) -> None:
+    pair = Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
+    optimizer = make(name, [{"params": [pair], "backend": "native"}])
+    pair.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    with pytest.raises(ValueError, match=r"plain tensors for kernels; got .* TwoTensor"):
+        optimizer.step()
+    assert len(optimizer.state) == 0 or pair not in optimizer.state
