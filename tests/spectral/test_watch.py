@@ -173,6 +173,16 @@ def test_compiled_training_goes_on_without_a_break(told: list[warnings.WarningMe
     assert len([w for w in told if "unit length" in str(w.message)]) == 1
 
 
+def test_traces_are_left_alone(told: list[warnings.WarningMessage], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_watch, "off_unit", lambda *_: pytest.fail("the vectors were read"))
+    model = nn.Sequential(SSTLinear(12, 20, 3))
+    with torch.no_grad():
+        model[0].active_u.neg_()
+    torch.jit.trace(model, torch.randn(6, 12))
+    torch.export.export(model, (torch.randn(6, 12),))
+    assert not [w for w in told if "unit length" in str(w.message)]
+
+
 def test_layers_made_in_inference_mode() -> None:
     with torch.inference_mode():
         layer = SSTLinear(8, 8, 2)

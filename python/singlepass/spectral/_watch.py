@@ -64,5 +64,7 @@ def _version(u: Tensor, v: Tensor) -> int:
 
 
 def _readable(p: nn.Parameter) -> bool:
-    """Whether values may be read here: not of fake or sharded tensors, nor while a CUDA graph is captured."""
-    return type(p) is nn.Parameter and not p.is_meta and not (p.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether values may be read here: not of fake or sharded tensors, in a trace or during a CUDA graph capture."""
+    if type(p) is not nn.Parameter or p.is_meta or torch.jit.is_tracing():
+        return False
+    return not (p.is_cuda and torch.cuda.is_current_stream_capturing())
