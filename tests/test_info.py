@@ -96,8 +96,12 @@ def test_a_kernel_that_the_library_lacks_fails(monkeypatch: pytest.MonkeyPatch, 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     monkeypatch.setitem(_dispatch._implementations, ("lion_step_", "native"), lambda *_, **__: None)
     monkeypatch.setitem(_dispatch._implementations, ("rational", "native"), lambda *_, **__: 1 / 0)
+    backward = _dispatch.implementation("lorentz_backward", "native")
+    nan = lambda *args, **options: [t.mul(float("nan")) for t in backward(*args, **options)]  # noqa: E731
+    monkeypatch.setitem(_dispatch._implementations, ("lorentz_backward", "native"), nan)
     status, results, _ = checked(capsys)
     assert status == 1
+    assert results["LorentzLinear on cpu (native)"] == "differs from float64 by nan"
     assert results["Lion on cpu (native)"].startswith("differs from float64 by ")
     assert results["GroupRational on cpu (native)"] == "ZeroDivisionError: division by zero"
     assert results["Adan on cpu (native)"] == "ok"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _dispatch, _native, kv, nn, optim, spectral
 
-# The largest error, relative to the largest number of the result where that is above 1.
+# The largest error, relative to the largest number of the tensor where that is above 1.
 TOLERANCE = 1e-5
 
 Case = Callable[[torch.dtype, str], list[Tensor]]
@@ -113,8 +113,9 @@ def recorded() -> Iterator[set[tuple[str, str]]]:
 
 
 def _error(got: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest error of all tensors, each relative to its largest number; NaN if there is one."""
     pairs = [(a.detach().double(), b.detach()) for a, b in zip(got, truth, strict=True)]
-    return max(((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item() for a, b in pairs)
+    return torch.stack([(a - b).abs().max() / b.abs().max().clamp(min=1.0) for a, b in pairs]).max().item()
 
 
 def _slower(ran: set[tuple[str, str]], device: str) -> str:

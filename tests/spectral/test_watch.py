@@ -204,4 +204,4 @@ def test_merging_tells_what_was_trained_wrongly(told: list[warnings.WarningMessa
     first, second = (str(warning.message) for warning in told)
     assert first.startswith("SSTLinear.to_linear: expected singular vectors of unit length")
     assert second.startswith("merge: expected singular vectors of unit length")
-    assert "got lengths from 1 to 2.5 in 0, and 1 such layers of 2. " in second
+    assert "got lengths from 1 to 2.5 in 0 (1 of 2 layers). " in second

@@ -31,8 +31,11 @@ def warn(where: str, got: str) -> None:
 
 
 class Watch:
-    """Of one layer's active vectors. Costs two reads of a counter in a forward pass; the device is asked only where
-    somebody else than SST wrote to the vectors, and of such changes at the first, second, fourth, eighth and so on."""
+    """Watches one layer's active vectors.
+
+    A forward pass reads two counters on the host. The vectors themselves are read, for which the host waits, only where
+    somebody else than SST wrote to them: after the first, second, fourth, eighth and so on of such changes.
+    """
 
     def __init__(self) -> None:
         self._version = -1
@@ -59,8 +62,11 @@ class Watch:
 
 
 def _version(u: Tensor, v: Tensor) -> int:
-    """Changes with every write in place, but to tensors that were made in inference mode."""
-    return 0 if u.is_inference() or v.is_inference() else u._version + v._version
+    """Changes with every write in place."""
+    try:
+        return u._version + v._version
+    except RuntimeError:  # tensors made in inference mode count no versions, and cannot be trained
+        return 0
 
 
 def _readable(p: nn.Parameter) -> bool:

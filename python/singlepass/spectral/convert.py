@@ -121,9 +121,7 @@ def merge(model: Model) -> Model:
     off = {name: lengths for name, _, _, layer in found if (lengths := layer._off_unit()) is not None}  # type: ignore[operator]
     if off:
         name, (least, greatest) = max(off.items(), key=lambda item: item[1][1] - item[1][0])
-        warn(
-            "merge", f"lengths from {least:.3g} to {greatest:.3g} in {name}, and {len(off)} such layers of {len(found)}"
-        )
+        warn("merge", f"lengths from {least:.3g} to {greatest:.3g} in {name} ({len(off)} of {len(found)} layers)")
     linears: dict[int, nn.Linear] = {}
     for _, parent, attribute, layer in found:
         if id(layer) not in linears:
