@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README and the guides: their Python runs, and the table of errors is what its script prints."""
+"""The README and the guides: each Python block runs alone, links lead somewhere, tables are what scripts print."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,31 +14,68 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ENVS.md", "csrc/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 RATIONAL = ROOT / "docs" / "rational.md"
-KV = ROOT / "docs" / "kv.md"
-SPECTRAL = ROOT / "docs" / "spectral.md"
-OTHERS = ("timm", "transformers")  # packages whose snippets run where they are installed
+OPTIONAL = ("accelerate", "pytorch_lightning", "scipy", "timm", "transformers")  # blocks that need one are skipped
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", RATIONAL, KV, SPECTRAL], ids=lambda path: path.name)
-def test_snippets_run(document: Path) -> None:
-    """In the order of the page, in one namespace."""
-    snippets = re.findall(r"^```python\n(.*?)^```$", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert snippets
-    names: dict[str, object] = {}
+def _blocks() -> Iterator[object]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, match.start()) + 2
+            yield pytest.param(page.name, line, match[1], id=f"{page.name}:{line}")
+
+
+def _needed(block: str) -> set[str]:
+    """Packages beside torch and singlepass that a block imports, or that what it calls imports."""
+    needed = set(re.findall(r"^ *(?:import|from) (\w+)", block, re.MULTILINE)) & set(OPTIONAL)
+    needed |= {"transformers"} if "ZipCache(" in block else set()
+    needed |= {"accelerate"} if "Trainer(" in block and "transformers" in needed else set()
+    return needed | ({"scipy"} if "fit_rational(" in block else set())
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # of DataLoaders, on a machine without a GPU
+@pytest.mark.parametrize(("page", "line", "block"), _blocks())
+def test_block_runs_alone(page: str, line: int, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a namespace of its own, as it is when it is copied."""
+    for package in sorted(_needed(block)):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the block needs {package}, which is not installed")
+    monkeypatch.chdir(tmp_path)
+    code = compile("\n" * (line - 1) + block, page, "exec")
     with torch.random.fork_rng():
-        for snippet in snippets:
-            needed = [
-                package for package in OTHERS if re.search(rf"^(?:import|from) {package}\b", snippet, re.MULTILINE)
-            ]
-            needed += ["transformers"] * ("ZipCache(" in snippet)
-            if all(importlib.util.find_spec(package) for package in needed):
-                exec(compile(snippet, document.name, "exec"), names)
+        torch.manual_seed(0)
+        exec(code, {"__name__": "__main__"})
+
+
+def test_every_guide_of_a_family_has_blocks() -> None:
+    pages = {param.values[0] for param in _blocks()}  # type: ignore[attr-defined]
+    assert pages >= {"README.md", "kv.md", "optim.md", "rational.md", "recipes.md", "spectral.md"}
+
+
+def _anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_pictures_and_links_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if target.startswith(("https://", "http://")):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in _anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
 @pytest.fixture
 def example(load_example: Callable[[str], ModuleType]) -> ModuleType:
-    pytest.importorskip("matplotlib", reason="the examples need matplotlib: pip install 'singlepass[examples]'")
+    pytest.importorskip("matplotlib", reason="the examples need matplotlib: pip install '.[examples]'")
     return load_example("plot_rational_tables")
 
 
@@ -53,10 +90,3 @@ def test_the_table_of_errors(example: ModuleType, tmp_path: Path, capsys: pytest
     with contextlib.suppress(SystemExit):
         example.main(["--out", "tables.txt"])
     assert "--out: expected a name that ends in" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("document", [RATIONAL, KV], ids=lambda path: path.name)
-def test_pictures_and_links_of_the_page_exist(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", document.read_text(encoding="utf-8")):
-        if not target.startswith("https://"):
-            assert (document.parent / target).exists(), target

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -276,17 +274,6 @@ def test_states_are_float32_unless_asked_otherwise(case: Case) -> None:
                 assert states.pop("neg_pre_grad").dtype == torch.bfloat16
             assert {s.dtype for s in states.values()} == {expected}
             assert all(s.shape == p.shape for s in states.values())
-
-
-def test_the_page_runs() -> None:
-    """The Python of docs/optim.md, in its order, in one namespace."""
-    page = Path(__file__).parents[2] / "docs" / "optim.md"
-    snippets = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert snippets
-    names: dict[str, object] = {}
-    with torch.random.fork_rng():
-        for snippet in snippets:
-            exec(compile(snippet, page.name, "exec"), names)
 
 
 @each_case
