@@ -272,6 +272,11 @@ def test_what_is_padding() -> None:
     assert read(causal(4, 2) & (torch.arange(6) != 1), 4, torch.arange(4)[None] != 1) == (None, True)
     assert read(alibi(0, 5)) == (None, False)
     assert read(additive(causal(0, 3)) + torch.nan) == (None, False), "a NaN is no mask"
+    held = torch.tensor([[True, False, True, True]])
+    to_the_first = causal(4, 2).clone()
+    to_the_first[..., -1, 1] = False
+    with pytest.raises(ValueError, match="^test: expected a mask that hides padding, .*; got one that shows some"):
+        read(to_the_first, 4, held)
     late = causal(0, 3000)
     late[..., 2000, 5] = False
     assert read(late) == (None, False), "rows beyond the first thousand count"

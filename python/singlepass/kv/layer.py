@@ -350,9 +350,10 @@ class ZipCacheLayer:
 
     # Changing the batch and the length
 
-    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+    def _map_batch(self, function: Callable[[Tensor], Tensor], room: bool = False) -> None:
+        """Applies a function to every tensor that has a row for each sequence, of the window to its room too or not."""
         if self._window is not None and self._compressed is not None:
-            k, v = (held[:, :, : self.window_length] for held in self._window)
+            k, v = self._window if room else (held[:, :, : self.window_length] for held in self._window)
             self._window = function(k), function(v)
             self._compressed.map_batch(function)
         self._probes.map_batch(function)
@@ -366,7 +367,8 @@ class ZipCacheLayer:
         chosen = torch.as_tensor(index)
         fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
         require(fits, _OP, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
-        self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)))
+        same = self._window is not None and len(chosen) == len(self._window[0])  # beams, at every step
+        self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), room=same)
 
     def repeat_sequences(self, times: int) -> None:
         """Repeats each sequence so many times in a row."""
