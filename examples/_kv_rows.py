@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each kind of cache, and which differences are more than noise."""
+"""Results for each kind of cache, and which differences are more than noise."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WITHIN = "within noise"
 
 @dataclass
 class Row:
-    """What became of one scheme; a loss for each text, and for each list whether its value was found."""
+    """Results of one scheme: a loss for each text, and for each list whether its value was found."""
 
     name: str
     family: str
-    bytes: float | None  # for a token and head, keys and values, after a prompt
-    bits: float | None  # for a number
+    bytes: float | None  # per token and head, keys and values, after a prompt
+    bits: float | None  # per element
     losses: list[float] = field(default_factory=list)  # nats per byte of text
     found: list[int] = field(default_factory=list)  # 1 where the value that is asked for is found, 0 elsewhere
     seconds: float = 0.0

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small language model on text at hand, and see what it loses when its KV cache is compressed.
+"""Train a small language model and measure what it loses when its KV cache is compressed.
 
     pip install ".[examples,kv]" optimum-quanto
     python examples/compress_kv_text.py
 
-A byte-level Llama with grouped queries learns text, PyTorch's own sources, and to look values up in lists. Then prompts
-are prefilled into caches of many kinds, and what follows is read one byte at a time: its loss, and how often a value is
-found, are told for each kind of cache beside the memory that it takes. All see the same inputs.
+A byte-level Llama with grouped-query attention is trained on text (PyTorch's own sources) and on looking up values in
+lists. Each kind of cache is then prefilled with the same prompts, and what follows is read byte by byte. The table
+shows the loss, how often a value is found, and the memory of each cache.
 
-Values are asked for as in the line retrieval of ZipCache's paper: the question ends the prompt, which is compressed as
-a whole, and the answer is read from the codes. What has to come of it was fixed before any compressed cache had been
-put to it: ZipCache with 60 % in 4 bits finds more than uniform 2 bits, by more than two standard errors of the
-difference, list by list, and differs from uniform 4 bits by two of them at most. The size of regular blocks was chosen
-on models and lists of other seeds.
+The lookup task is the line retrieval of ZipCache's paper: the question ends the prompt, the whole prompt is compressed,
+and the answer is read from the codes. The criteria were fixed before any compressed cache was evaluated: ZipCache with
+60 % in 4 bits finds more values than uniform 2 bits, by more than two standard errors of the difference per list, and
+differs from uniform 4 bits by at most two. The block size of regular tokens was chosen on other seeds.
 
-With --docs, docs/kv.md and docs/images/kv-quality.svg are filled from the result file; examples/results/ keeps it.
+--docs writes docs/kv.md and docs/images/kv-quality.svg from the result file and stores it in examples/results/.
 """
 
 from __future__ import annotations
@@ -205,7 +204,7 @@ def examine_all(model: nn.Module, exam: Exam, chosen: list[Scheme], console: Con
     return rows
 
 
-HEAD = ["cache", "bytes", "bits", "loss", "more than uncompressed", "values found"]
+HEAD = ["cache", "bytes", "bits", "loss", "loss increase", "values found"]
 
 
 def amount(value: float | None, digits: int) -> str:
@@ -233,7 +232,7 @@ def facts(result: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """What stands between the markers in docs/kv.md."""
+    """The text between the markers in docs/kv.md."""
     rows = rows_of(result)
     lines = [HEAD, [":--"] + ["--:"] * (len(HEAD) - 1), *cells(rows)]
     table = [f"| {' | '.join(line)} |" for line in lines]
@@ -244,7 +243,7 @@ def markdown(result: dict[str, Any]) -> str:
 def tabulate(result: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    caption = "bytes for a token and head; bits for a number; loss in nats for a byte; ± one standard error"
+    caption = "bytes per token and head; bits per element; loss in nats per byte; ± one standard error"
     table = Table(HEAD[0], title="What a compressed cache loses", caption=caption)
     for head in HEAD[1:]:
         table.add_column(head, justify="right")
@@ -268,7 +267,7 @@ def draw_panel(axes: Axes, rows: list[Row], value: Callable[[Row], tuple[float, 
     paper = next(row for row in rows if row.name == PAPER)
     axes.annotate("60 %", (paper.bits, value(paper)[0]), (0, 8), textcoords="offset points", ha="center", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("bits for a number, everything counted")
+    axes.set_xlabel("bits per element, everything counted")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -287,8 +286,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         draw_panel(right, rows, lambda row: mean_and_error(row.found))
         for axes, level in ((left, 0.0), (right, statistics.fmean(plain.found))):
             axes.axhline(level, color="#333333", linewidth=1, zorder=0, label=PLAIN)
-        left.set_title("loss on held-out text, more than uncompressed", loc="left", fontweight="bold")
-        left.set_ylabel("nats for a byte")
+        left.set_title("increase of the loss on held-out text", loc="left", fontweight="bold")
+        left.set_ylabel("nats per byte")
         right.set_title("values found in a list", loc="left", fontweight="bold")
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
