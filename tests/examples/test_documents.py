@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,9 +46,14 @@ def test_block_runs_alone(page: str, line: int, block: str, tmp_path: Path, monk
             pytest.skip(f"the block needs {package}, which is not installed")
     monkeypatch.chdir(tmp_path)
     code = compile("\n" * (line - 1) + block, page, "exec")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        exec(code, {"__name__": "__main__"})
+    logger = logging.getLogger("singlepass")
+    level = logger.level
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            exec(code, {"__name__": "__main__"})
+    finally:
+        logger.setLevel(level)
 
 
 def test_every_guide_of_a_family_has_blocks() -> None:
