@@ -20,6 +20,8 @@ from transformers import (
 
 VOCABULARY = 61
 BYTES = {"salient_bits": 8, "regular_bits": 8}  # close to no compression
+# Of float32 through a model, thousands of 2^-24: on any processor, and far below what a wrong token or code changes.
+ROUNDINGS = 1e-4
 
 
 def build(config_class: type = LlamaConfig, head_dim: int = 16, seed: int = 0, **options: Any) -> PreTrainedModel:

@@ -119,14 +119,36 @@ def test_short_continuations_stay_removable() -> None:
     assert cache.get_seq_length() == 54
 
 
-def test_speculative_decoding() -> None:
+@pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
+@pytest.mark.parametrize("length", [10, 50])
+def test_speculative_decoding(length: int, implementation: str) -> None:
+    """Of prompts that the window holds, and longer ones; of a second turn too."""
     (model, ids), assistant = decided(), build(seed=5)
-    ids = ids[:1]
+    ids = ids[:1, 50 - length :]
     want = greedy(model, ids)
-    model.set_attn_implementation("singlepass")
+    model.set_attn_implementation(implementation)
     for options in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 4}):
         cache = ZipCache(model.config, window=16, **BYTES)
         assert torch.equal(greedy(model, ids, cache=cache, **options), want)
+        assert cache.get_seq_length() == length + 15
+        assert cache.layers[0].inner._compressed.segments, "some tokens were compressed"
+        assert torch.equal(greedy(model, want, 3, cache=cache, **options)[:, : want.shape[1]], want)
+
+
+def test_crops_that_some_layers_refuse_change_none() -> None:
+    """Sliding layers beyond their window have dropped what would be needed again."""
+    model = build(**MODELS["qwen2-sliding"])
+    model.set_attn_implementation("singlepass")
+    cache = ZipCache(model.config, window=8)
+    run(model, prompt(1, 30), [28], cache)
+    before = cache.state_dict()
+    with pytest.raises(ValueError, match=r"^ZipCache\.crop: expected layers that record their past; got Dynamic"):
+        cache.crop(-1)
+    assert_same(cache.state_dict(), before)
+    cache.activate_past_recording()
+    run(model, prompt(1, 2), [], cache)
+    cache.crop(-2)
+    assert cache.get_seq_length() == cache.get_seq_length(1) == 30
 
 
 @pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])

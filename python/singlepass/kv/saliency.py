@@ -138,7 +138,8 @@ def prompt_saliency(
             continue
         positions = own[drawn[len(own)].to(own.device)]
         rows = of_sequence.eq(i).nonzero()[:, 0]
-        part = slice(int(rows[0]), int(rows[0]) + 1) if len(rows) == 1 else rows  # one alone is not copied
-        scores = probe_saliency(q[part][:, :, positions], keys[part], positions + before, mask=seen[part], **options)
+        first, last = int(rows[0]), int(rows[-1])
+        part = slice(first, last + 1) if last - first + 1 == len(rows) else rows  # neighbours are not copied
+        scores = probe_saliency(q[:, :, positions][part], keys[part], positions + before, mask=seen[part], **options)
         saliency[part] = scores[:, :, before:]
     return saliency
