@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of the newest proof on a GPU, and of what runs where, whose columns for GPUs come from it."""
+"""Tables of the newest proof on a GPU, and of supported ops, whose GPU columns come from it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from .registry import FAMILIES
 from .tables import NOT_MEASURED, Grid
 
-_FLOATS = "float32, bfloat16, float16"
+_FLOATS = "fp32, bf16, fp16"
 
 
 @dataclass(frozen=True)
 class Op:
-    """family: whose tests on a GPU speak for it. used_by: what people import. dtypes: of tensors and gradients."""
+    """family: whose tests on a GPU cover it. used_by: what people import. dtypes: of tensors and gradients."""
 
     family: str
     used_by: str
@@ -30,29 +30,27 @@ OPS = {
     "lamb_step_": Op("optim", "`optim.LAMB`"),
     "lars_step_": Op("optim", "`optim.LARS`"),
     "sgdsai_step_": Op("optim", "`optim.SGDSaI`"),
-    "grad_norm": Op("optim", "clipping and the non-finite check"),
+    "grad_norm": Op("optim", "gradient clipping, non-finite check"),
     "rational": Op("rational", "`nn.GroupRational`, `nn.GRKAN`, `nn.KATMLP`"),
     "rational_backward": Op("rational", "their gradients"),
-    "kv_decode": Op(
-        "kv", "`kv.ZipCache`, `kv.ZipCacheLayer`, `kv.decode_attention`", _FLOATS + "; codes of 8, 4, 2 bits"
-    ),
+    "kv_decode": Op("kv", "`kv.ZipCache`, `kv.ZipCacheLayer`, `kv.decode_attention`", _FLOATS + "; 8, 4, 2 bits"),
     "kv_quantize_": Op("kv", "`kv.quantize` and the caches"),
     "kv_dequantize_": Op("kv", "`kv.dequantize` and the caches"),
     "kv_saliency": Op("kv", "`kv.probe_saliency` and the caches"),
-    "spectral_scale_": Op("spectral", "`spectral.SSTLinear`'s backward pass"),
+    "spectral_scale_": Op("spectral", "`spectral.SSTLinear`, backward"),
     "spectral_step_": Op("spectral", "`spectral.SST`"),
-    "spectral_sample": Op("spectral", "drawing vectors, of `spectral.SST`"),
-    "spectral_swap_": Op("spectral", "swapping vectors, of `spectral.SST`", _FLOATS + "; int8 for frozen vectors"),
+    "spectral_sample": Op("spectral", "`spectral.SST`: draws vectors"),
+    "spectral_swap_": Op("spectral", "`spectral.SST`: swaps vectors", _FLOATS + "; int8 frozen vectors"),
     "lorentz": Op("spectral", "`spectral.LorentzLinear`, `spectral.lorentz`"),
     "lorentz_backward": Op("spectral", "their gradients"),
-    "stream_": Op("optim", "the benchmarks' floor", "float32"),
+    "stream_": Op("optim", "benchmarks only", "fp32"),
 }
 
-UNSEEN = "compiled, not yet run on a GPU"
+UNSEEN = "compiled"  # and never run on a GPU: the README says so above the table
 
 
 def gpu_cell(op: str, backend: str, proof: dict[str, Any] | None) -> str:
-    """What the tests of an op's family said of a backend on a GPU."""
+    """Whether the tests of an op's family passed on a GPU with this backend."""
     from singlepass import _dispatch
 
     if _dispatch.rejection(op, backend, "cuda") == "there is no Triton kernel for this op":
@@ -70,7 +68,7 @@ def of_machine(proof: dict[str, Any] | None) -> str:
 
 def proof_grid(proof: dict[str, Any] | None) -> Grid:
     """A line for each stage."""
-    grid = Grid(f"Proof on a GPU: {of_machine(proof)}", ["stage", "verdict", "seconds", "said"], numbers=False)
+    grid = Grid(f"Proof on a GPU: {of_machine(proof)}", ["stage", "verdict", "seconds", "result"], numbers=False)
     for stage in (proof or {}).get("stages", []):
         grid.lines.append([stage["name"], stage["status"], f"{stage['seconds']:.0f}", stage["said"].replace("|", "/")])
     return grid
@@ -78,8 +76,8 @@ def proof_grid(proof: dict[str, Any] | None) -> Grid:
 
 def support_grid(proof: dict[str, Any] | None) -> Grid:
     """A line for each op. A native kernel for CPUs and an eager reference are what every op has."""
-    head = ["op", "class", "CPU", "CUDA C++", "Triton", "eager", "dtypes of tensors and gradients"]
-    grid = Grid(f"On GPUs: {of_machine(proof)}", head, numbers=False)
+    head = ["op", "class", "CPU", "CUDA C++", "Triton", "eager", "dtypes"]
+    grid = Grid(f"Run on a GPU: {of_machine(proof) if proof else 'no'}", head, numbers=False)
     for family in FAMILIES:
         for name, op in OPS.items():
             if op.family == family:

@@ -33,14 +33,14 @@ def test_every_op_is_in_the_support_table() -> None:
 def test_support_on_gpus_is_what_the_tests_of_a_family_said(proof: dict[str, Any]) -> None:
     cells = {op: [proofs.gpu_cell(op, b, proof) for b in ("native", "triton")] for op in proofs.OPS}
     assert cells["lion_step_"] == ["yes", "2 of 10 tests fail"]
-    assert cells["kv_decode"] == [proofs.UNSEEN] * 2, "skipped tests say nothing"
+    assert cells["kv_decode"] == [proofs.UNSEEN] * 2, "skipped tests count as not run"
     assert cells["stream_"] == ["yes", "no"]
-    assert proofs.support_grid(proof).title == "On GPUs: NVIDIA H100, 2030-01-02, commit abc1234"
+    assert proofs.support_grid(proof).title == "Run on a GPU: NVIDIA H100, 2030-01-02, commit abc1234"
 
 
 def test_without_a_proof_nothing_is_said_of_gpus() -> None:
     assert {proofs.gpu_cell(op, "native", None) for op in proofs.OPS} == {proofs.UNSEEN}
-    assert proofs.support_grid(None).title == "On GPUs: not measured"
+    assert proofs.support_grid(None).title == "Run on a GPU: no"
     assert proofs.proof_grid(None).lines == []
 
 
