@@ -59,6 +59,7 @@ def make_inputs(shape: CacheShape, dtype: torch.dtype, device: torch.device) -> 
 
     probes = min(PROBES, shape.length // 10)
     positions = torch.randperm(shape.length, generator=generator, device=device)[:probes].sort().values
+    positions[-1] = shape.length - 1  # the newest is always one, so that all tokens are seen
     newest, probing = normal(QUERY_HEADS, 1), normal(QUERY_HEADS, probes)
     return Inputs(newest, normal(HEADS, shape.length), normal(HEADS, shape.length), probing, positions)
 
