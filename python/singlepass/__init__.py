@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused CUDA, Triton and C++ kernels for PyTorch: every byte crosses memory once.
+"""Fused optimizers, KAN activations, KV-cache compression and sparse spectral training for PyTorch.
 
-* :mod:`singlepass.optim`: optimizer steps, AdamW, Lion, AdaBelief, Adan, DiffGrad, LAMB, LARS, SGDSaI.
-* :mod:`singlepass.nn`: rational (KAN) activations with group-wise coefficients, and :mod:`singlepass.functional` below.
-* :mod:`singlepass.kv`: KV caches in 4 and 2 bits, and attention that reads their codes.
-* :mod:`singlepass.spectral`: sparse spectral training, full-rank linear layers at the memory of low rank.
+* :mod:`singlepass.optim`: AdamW, Lion, AdaBelief, Adan, DiffGrad, LAMB, LARS, SGDSaI.
+* :mod:`singlepass.nn`: learnable rational (KAN) activations; :mod:`singlepass.functional` has the function.
+* :mod:`singlepass.kv`: KV caches in 4 and 2 bits, and attention on the packed codes.
+* :mod:`singlepass.spectral`: sparse spectral training of full-rank linear layers in less memory.
 
-``singlepass info`` on the command line tells which backend runs each op here and why the others don't.
+Kernels are in C++, CUDA and Triton, and read and write each tensor once. ``singlepass info`` on the command line shows
+which backend runs each op here and why the others do not. The logger is ``singlepass``.
 """
 
 from . import _dispatch, _native

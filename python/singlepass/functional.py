@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused operations on tensors, differentiable: what :mod:`singlepass.nn` is built of."""
+"""Fused differentiable functions: the building blocks of :mod:`singlepass.nn`."""
 
 from __future__ import annotations
 
@@ -121,42 +121,42 @@ def rational(
     seed: Tensor | int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Rational function P(x) / Q(x), its coefficients shared within groups of channels.
+    """Rational function P(x) / Q(x) with coefficients shared within groups of channels.
 
     P(x) = a_0 + a_1 x + ... + a_m x^m, and with b the denominator's coefficients:
 
-    * form ``"A"``: Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n, which KAT's kernels compute;
+    * form ``"A"``: Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n, as in KAT's kernels;
     * form ``"B"``: Q(x) = 1 + |b_1 x + ... + b_n x^n|, eq. 12 of the KAT paper;
     * form ``"C"``: Q(x) = 0.1 + |b_0 + b_1 x + ... + b_n x^n|;
-    * form ``"D"``: B, in training with every coefficient multiplied for every element by noise from [0.9, 1.1).
+    * form ``"D"``: B; in training every coefficient is multiplied, for every element, by noise from [0.9, 1.1).
 
-    One pass over memory makes ``dropout(f(x + bias)) * gate``, another one all gradients, for which nothing but the
-    inputs is saved. Arithmetic is float32, whatever is stored, and autocast changes nothing. The derivative of |v| at
-    zero is taken to be 1. Differentiating twice raises a RuntimeError, and so does forward mode where a kernel runs.
+    One pass over memory computes ``dropout(f(x + bias)) * gate``, a second one all gradients. Only the inputs are saved
+    for backward. Arithmetic is float32 whatever the storage dtype; autocast has no effect. The derivative of |v| at
+    zero is 1. Second derivatives raise a RuntimeError, and so does forward mode if a kernel runs.
 
     Args:
-        x: any shape and strides; float32, bfloat16, float16 or float64 (eager alone).
-        numerator: (Ga, m + 1), the lowest first, m from 1 to 7; any of these dtypes.
+        x: any shape and strides; float32, bfloat16, float16 or float64 (eager only).
+        numerator: (Ga, m + 1), lowest degree first, m from 1 to 7; any of these dtypes.
         denominator: (Gb, n), n from 1 to 6; form C: (Gb, n + 1). Ga and Gb are the number of groups G, or one of them
-            is 1; G divides the number of channels C, and channel c belongs to group ``c // (C // G)``.
+            is 1. G divides the number of channels C; channel c belongs to group ``c // (C // G)``.
         form: "A", "B", "C" or "D".
-        channel_dim: which dimension of x counts channels. Dense memory of any order is read as it stands, and so are
-            parts of it whose rows or planes are equally far apart, as ``chunk`` makes them; other strides are copied.
-        bias: (C,), added to x first; its gradient comes from the same pass.
-        gate: x's shape and dtype, multiplied with the result last.
-        dropout: probability with which an element of f becomes zero in training, rounded to a multiple of 2^-16; the
-            others are divided by the rest.
-        training: whether dropout and form D's noise apply.
-        seed: of dropout and noise, an int or an int64 tensor of one element on x's device; None draws one from torch's
-            generator of that device. The same seed gives the same random numbers for x of the same memory order.
-        backend: "native", "triton" or "eager"; None chooses, see ``singlepass info``.
+        channel_dim: the channel dimension of x. Dense memory in any dimension order is read without a copy, and so are
+            slices with equally spaced rows or planes, such as those of ``chunk``; other strides are copied.
+        bias: (C,), added to x first; the same pass computes its gradient.
+        gate: x's shape and dtype, multiplied last.
+        dropout: probability p that an element of f is zeroed in training, rounded to a multiple of 2^-16; the others
+            are scaled by 1 / (1 - p).
+        training: whether dropout and form D's noise are applied.
+        seed: of dropout and noise: an int, or an int64 tensor with one element on x's device. None draws one from
+            torch's generator of that device. The same seed and memory order of x give the same random numbers.
+        backend: "native", "triton" or "eager"; None selects one, see ``singlepass info``.
 
     Returns:
-        Tensor: x's shape and dtype, and its strides where x is dense.
+        Tensor: x's shape and dtype, and its strides if x is dense.
 
     Raises:
-        ValueError: shapes, dtypes, devices or options that don't fit.
-        RuntimeError: a backend that can't run here.
+        ValueError: invalid shapes, dtypes, devices or options.
+        RuntimeError: the chosen backend cannot run here.
 
     Sources: Molina et al., "Padé Activation Units", arXiv 1907.06732, and the package rational-activations (forms);
     Yang and Wang, "Kolmogorov-Arnold Transformer", arXiv 2409.10594 (groups).

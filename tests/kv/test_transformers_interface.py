@@ -14,6 +14,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from singlepass import kv
 from singlepass.kv import ZipCache, hf
 from singlepass.kv.hf_layer import CompressedLayer
 
@@ -76,6 +77,12 @@ def test_layers_have_the_known_flags_and_methods() -> None:
     for name, arguments in (LAYER_METHODS | MORE_METHODS).items():
         assert name in vars(CompressedLayer)
         assert parameters(getattr(CompressedLayer, name)) == arguments
+
+
+def test_completion_shows_the_public_names() -> None:
+    """ZipCache too, which is imported when it is asked for."""
+    assert dir(kv) == sorted(kv.__all__)
+    assert "ZipCache" in dir(kv)
 
 
 def test_caches_have_the_known_methods() -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compressed KV caches whose attention reads the packed codes.
+"""Compressed KV caches, with attention on the packed codes.
 
-* :class:`ZipCache`: the cache of a transformers model (``pip install "transformers>=5.24"``).
-* :class:`ZipCacheLayer`: one attention layer's cache, without any framework.
+* :class:`ZipCache`: a cache for Hugging Face Transformers models (``pip install "transformers>=5.24"``).
+* :class:`ZipCacheLayer`: the cache of one attention layer, without a framework.
 * :func:`quantize`, :func:`dequantize`, :func:`probe_saliency`, :func:`decode_attention`: its parts.
-* :func:`cache_nbytes`: what a cache takes.
-* :class:`Codec`: how tokens are quantised: ZipCache's way, KIVI's, or per token and head.
+* :func:`cache_nbytes`: the memory of a cache.
+* :class:`Codec`: how tokens are quantised: as in ZipCache, as in KIVI, or per token and head.
 """
 
 from importlib.util import find_spec
@@ -34,9 +34,14 @@ if find_spec("transformers") is not None:  # so that `from singlepass.kv import 
 
 
 def __getattr__(name: str) -> Any:
-    """ZipCache, when it is asked for: importing transformers takes seconds."""
+    """Imports ZipCache when it is first used: importing transformers takes seconds."""
     if name != "ZipCache":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .hf import ZipCache
 
     return ZipCache
+
+
+def __dir__() -> list[str]:
+    """For completion: the public names, ZipCache included."""
+    return sorted(__all__)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tokens are quantised, and what that takes."""
+"""How tokens are quantised, and the memory that this takes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from .._errors import require
 
 @dataclass(frozen=True)
 class Codec:
-    """How keys and values are quantised. Choose one of the three by its name.
+    """How keys and values are quantised: :meth:`zipcache` (the default), :meth:`kivi` or :meth:`per_token_head`.
 
     Attributes:
-        key_axis: "channel" or "token", what a key's step belongs to.
-        key_group: channels that share a key's step where it belongs to tokens; None: all of a head.
-        value_group: channels that share a value's step; None: all of a head.
-        channel_separable: divide a value's channels first by the square roots of their largest magnitudes.
-        block: salient tokens that share what belongs to channels; None: all that are compressed at a time.
-        regular_block: regular tokens that do; None likewise.
-        rotate: multiply keys and values by an orthonormal Hadamard matrix first, which spreads outliers.
+        key_axis: "channel" or "token": keys have one scale per channel and block, or per token.
+        key_group: number of channels that share a key's scale, for key_axis "token"; None: all channels of a head.
+        value_group: number of channels that share a value's scale; None: all channels of a head.
+        channel_separable: first divide each channel of the values by the square root of its largest magnitude.
+        block: number of salient tokens that share per-channel parameters; None: all that are compressed together.
+        regular_block: the same for regular tokens.
+        rotate: first multiply keys and values by an orthonormal Hadamard matrix, which spreads outliers.
+
+    Example:
+        >>> from singlepass.kv import Codec, ZipCacheLayer
+        >>> layer = ZipCacheLayer(codec=Codec.kivi(32), salient_ratio=0.0)  # KIVI, all tokens in 2 bits
     """
 
     key_axis: str = "channel"
@@ -41,19 +45,19 @@ class Codec:
 
     @classmethod
     def zipcache(cls, block: int | None = 128) -> Codec:
-        """Keys by channels, values channel-separable by tokens; regular tokens, whose few bits need closer steps, in
-        blocks of 32 at most. block=None is the paper's: one set of channel parameters for a whole prompt."""
+        """Keys per channel, values per token with channel normalisation. Regular tokens are in blocks of at most 32,
+        because few bits need finer scales. ``block=None``, as in the paper: one block for a whole prompt."""
         return cls(block=block, regular_block=block and min(block, 32))
 
     @classmethod
     def kivi(cls, group: int = 32) -> Codec:
-        """Keys by channels in blocks of ``group`` tokens, values by tokens in groups of ``group`` channels (arXiv
-        2402.02750)."""
+        """KIVI (arXiv 2402.02750): keys per channel in blocks of ``group`` tokens, values per token in groups of
+        ``group`` channels."""
         return cls(value_group=group, channel_separable=False, block=group, regular_block=group)
 
     @classmethod
     def per_token_head(cls, rotate: bool = False) -> Codec:
-        """One step for each token and head, of keys and of values."""
+        """One scale per token and head, for keys and for values."""
         return cls(key_axis="token", channel_separable=False, block=None, regular_block=None, rotate=rotate)
 
     def check_width(self, where: str, width: int) -> None:
@@ -74,12 +78,22 @@ def cache_nbytes(
     regular_bits: int = 2,
     codec: Codec | None = None,
 ) -> int:
-    """Bytes that a prompt of so many tokens takes in one layer, everything included: codes, steps and minima, channel
-    factors, blocks, and what is needed to bring tokens back into their order.
+    """Bytes of one layer's cache after a prompt, everything included: codes, scales and minima, channel factors,
+    blocks, and the token order.
+
+    Args:
+        tokens: length of the prompt.
+        batch: number of sequences.
+        heads: number of key-value heads.
+        head_dim: channels of a head, a multiple of 16.
+        salient_ratio, salient_bits, regular_bits, codec: as for :class:`ZipCacheLayer`.
+
+    Raises:
+        ValueError: arguments out of range.
 
     Example:
         >>> from singlepass.kv import cache_nbytes
-        >>> round(cache_nbytes(32768) / 32768, 1)  # of 512 in 16 bits, keys and values of one head
+        >>> round(cache_nbytes(32768) / 32768, 1)  # per token, keys and values of one head; 512 in 16 bits
         120.0
     """
     where, codec = "cache_nbytes", Codec() if codec is None else codec

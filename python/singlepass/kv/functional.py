@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a compressed cache, each usable alone: quantise and pack, unpack, attention over codes."""
+"""The parts of a compressed cache, each usable alone: quantise, dequantise, attention on packed codes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ MAX_CHANNELS = 512
 
 @dataclass(frozen=True, repr=False)
 class Quantized:
-    """Tokens (batch, heads, tokens, channels) in a few bits, as :func:`quantize` makes them.
+    """Quantised tokens (batch, heads, tokens, channels), the result of :func:`quantize`.
 
     Attributes:
-        codes: uint8 (batch, heads, slots, channels * bits / 8).
-        scales: float16 steps and minima, (batch, heads, blocks, 2, channels) where they belong to channels, else
+        codes: packed codes, uint8 (batch, heads, slots, channels * bits / 8).
+        scales: scales and minima, float16: (batch, heads, blocks, 2, channels) for axis "channel", else
             (batch, heads, slots, 2, groups).
-        channels: float16 (batch, heads, blocks, channels), by which channels were divided first, or None.
-        starts: int32 (blocks + 1,), the slots where blocks begin.
-        counts: int32 (batch, blocks), how many tokens each block holds.
+        channels: factors that channels were divided by, float16 (batch, heads, blocks, channels), or None.
+        starts: first slot of each block, and the end, int32 (blocks + 1,).
+        counts: number of tokens in each block, int32 (batch, blocks).
         bits: 2, 4 or 8.
-        axis: "channel" or "token", what steps belong to.
+        axis: "channel" or "token": scales per channel and block, or per token.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import quantize
+        >>> quantize(torch.randn(1, 2, 64, 32), bits=4)
+        Quantized((1, 2, 64, 32), bits=4, axis='channel', blocks=1, nbytes=2316)
     """
 
     codes: Tensor
@@ -127,21 +133,21 @@ def quantize(
     """Quantises tokens to ``bits`` bits, uniformly between the extremes of each group, and packs the codes.
 
     Args:
-        x: (batch, heads, tokens, channels); float32, bfloat16, float16 or float64 (eager alone), any strides; channels
-            a multiple of 16 up to 512. Magnitudes above 65504 count as that; a NaN or an infinity makes its group NaN.
+        x: (batch, heads, tokens, channels); float32, bfloat16, float16 or float64 (eager only), any strides; channels
+            a multiple of 16 up to 512. Magnitudes above 65504 are clamped; a NaN or an infinity makes its group NaN.
         bits: 2, 4 or 8.
-        axis: "channel": a step and a minimum for each channel of a block, as keys want it; "token": for each token.
-        group: for axis "token", how many channels share a step; None: all.
-        block: how many tokens share what belongs to channels; None: all.
-        channel_separable: for axis "token", divide each channel first by the square root of its largest magnitude in
-            the block, as values want it.
-        backend: "native", "triton" or "eager"; None chooses.
+        axis: "channel", for keys: a scale and a minimum per channel of a block; "token", for values: per token.
+        group: for axis "token", how many channels share a scale; None: all.
+        block: how many tokens share per-channel parameters; None: all.
+        channel_separable: for axis "token", first divide each channel by the square root of its largest magnitude in
+            the block.
+        backend: "native", "triton" or "eager"; None selects one.
 
     Returns:
-        Quantized: x to within half a step, elementwise.
+        Quantized: the error of every element is at most half a scale.
 
     Raises:
-        ValueError: shapes, dtypes or options that don't fit.
+        ValueError: invalid shapes, dtypes or options.
 
     Source: He et al., "ZipCache", arXiv 2405.14256, Algorithm 1.
 
@@ -182,7 +188,26 @@ def block_starts(slots: int, block: int, device: torch.device) -> Tensor:
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, backend: str | None = None) -> Tensor:
-    """The tokens that :func:`quantize` packed, (batch, heads, tokens, channels); zeros in slots without a token."""
+    """Restores the tokens that :func:`quantize` packed.
+
+    Args:
+        q: the result of :func:`quantize`.
+        dtype: of the result.
+        backend: "native", "triton" or "eager"; None selects one.
+
+    Returns:
+        Tensor: (batch, heads, tokens, channels); zeros in slots without a token.
+
+    Raises:
+        ValueError: another type or dtype.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import dequantize, quantize
+        >>> x = torch.randn(1, 2, 64, 32)
+        >>> bool((dequantize(quantize(x, bits=8)) - x).abs().max() < 0.05)
+        True
+    """
     require(isinstance(q, Quantized), "dequantize", "a Quantized", type(q).__name__, "Pass what quantize gave.")
     require(dtype in FLOATS, "dequantize", "a floating-point dtype", dtype, "Convert the result.")
     out = torch.zeros((*q.codes.shape[:3], q.head_dim), dtype=dtype, device=q.codes.device)
@@ -250,31 +275,41 @@ def decode_attention(
     softcap: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of the newest tokens' queries over compressed tokens, whose codes are read as they stand, and over a
-    window of uncompressed ones.
+    """Attention of the newest tokens' queries over compressed tokens, computed on their packed codes, and over a window
+    of uncompressed tokens.
 
     Args:
         q: (batch, query heads, queries, channels); float32, bfloat16 or float16 (eager: float64 too). At most as many
-            queries as the window has slots; any number where it has none.
-        segments: keys and values of compressed tokens, all seen by every query. Pairs agree in starts and counts, and
-            keys in their axis. CUDA C++ takes at most four.
+            queries as the window has slots, unless it has none.
+        segments: pairs (keys, values) of compressed tokens, which all queries attend to. The two of a pair have the
+            same starts and counts, and all keys the same axis. CUDA C++ accepts at most four pairs.
         window_k: (batch, heads, slots, channels), the uncompressed keys; heads divides query heads.
         window_v: (batch, heads, slots, value channels).
-        window: int32 (batch, 2), the first slot of the window that holds a token, and the end; the last token there is
-            the last query's own, so that attention is causal. A query whose own token would stand before the window
-            sees none of it, but all of the segments.
-        first: int32 (segments, batch, heads), the first slot of each segment to see, or None for all.
-        sinks: float32 (query heads,), a logit of nothing for each head, or None.
+        window: int32 (batch, 2), the first slot of the window that holds a token, and the end. The last token is the
+            last query's own, and attention in the window is causal. A query whose own token is before the window
+            attends to the segments only.
+        first: int32 (segments, batch, heads), the first visible slot of each segment; None: all are visible.
+        sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
         scale: of q @ k^T; None: channels^-0.5.
-        softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
-        backend: "native", "triton" or "eager"; None chooses.
+        softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
+        backend: "native", "triton" or "eager"; None selects one.
 
     Returns:
-        tuple: the result (batch, query heads, queries, value channels) in q's dtype, and the logarithms of the sums of
-        exp(logit), float32 (batch, query heads, queries). A query that sees nothing has 0 and -inf.
+        tuple: the output (batch, query heads, queries, value channels) in q's dtype, and the log-sum-exp of the logits,
+        float32 (batch, query heads, queries). A query that sees nothing has 0 and -inf.
 
     Raises:
-        ValueError: shapes, dtypes or options that don't fit.
+        ValueError: invalid shapes, dtypes or options.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import decode_attention, quantize
+        >>> q, k, v = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 100, 64), torch.randn(1, 2, 100, 64)
+        >>> packed = quantize(k[:, :, :99], 4), quantize(v[:, :, :99], 4, axis="token")
+        >>> window = torch.tensor([[0, 1]], dtype=torch.int32)  # the newest token is uncompressed
+        >>> out, lse = decode_attention(q, [packed], k[:, :, 99:], v[:, :, 99:], window)
+        >>> out.shape
+        torch.Size([1, 8, 1, 64])
     """
     op = "decode_attention"
     check_tokens(op, "window_k", window_k)

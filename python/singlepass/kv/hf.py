@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compressed caches for models of transformers, which need no change.
+"""Compressed caches for unmodified models of Hugging Face Transformers.
 
 Importing this module, as ``from singlepass.kv import ZipCache`` does, registers the attention implementation
-"singlepass". A model that runs it hands queries to the cache, which finds salient tokens by them and reads its codes as
-they stand. Under any other implementation a :class:`ZipCache` works too, but restores all its tokens at every step.
+"singlepass". It passes queries to the cache, which uses them to find salient tokens, and computes attention on packed
+codes. With any other implementation a :class:`ZipCache` works too, but decompresses all tokens at every step.
 
 Tested with transformers 5.24.0; older versions lack some of the interfaces used here, and are refused.
 """
@@ -48,22 +48,21 @@ _SLIDING = ("keys", "values", "cumulative_length")  # what is saved of sliding l
 
 
 class ZipCache(Cache):
-    """Keys and values of a transformers model, compressed: salient tokens in more bits than regular ones.
+    """Compressed KV cache of a Transformers model: salient tokens in more bits than regular ones.
 
-    Full-attention layers are compressed, each by a :class:`ZipCacheLayer`. Sliding, chunked and linear layers, which
-    hold little, stay as transformers has them. With ``model.set_attn_implementation("singlepass")``, which exists once
-    ``ZipCache`` is imported, a prompt is compressed as a whole after its attention was computed from what it was, and
-    later tokens read the codes as they stand; continuations of up to ``window`` tokens stay uncompressed first. With
-    other implementations ("sdpa", "eager", ...) the cache sees no queries: all tokens count as salient, and every step
-    restores them.
+    Full-attention layers are compressed, each by a :class:`ZipCacheLayer`. Sliding-window, chunked and linear layers,
+    which hold little, keep Transformers' own cache. Call ``model.set_attn_implementation("singlepass")`` after
+    importing ``ZipCache``: then a prompt attends to uncompressed keys and values, is compressed as a whole, and later
+    tokens attend to the packed codes. Up to ``window`` new tokens stay uncompressed first. With other implementations
+    ("sdpa", "eager", ...) the cache sees no queries: all tokens count as salient, and every step decompresses them.
 
     Batches may be padded anywhere: padding, by the attention mask that the model gets, is not stored. Masks that say
     more, bool or added to logits, of trees of drafts, packed documents or single heads, are followed too: such a step
     restores all tokens, and those that it adds count as salient until probes see them.
 
     Args:
-        config: the model's, ``model.config`` itself, for the cache asks it which attention runs.
-        salient_ratio: share of tokens, of each compressed piece, that are salient.
+        config: ``model.config`` itself: through it the cache sees which attention runs.
+        salient_ratio: fraction of the tokens compressed together that are salient.
         **options: of :class:`ZipCacheLayer`: salient_bits, regular_bits, codec, window, recent_probes, random_probes,
             max_probes, normalization, seed, backend. Scale and softcap come from the model.
 

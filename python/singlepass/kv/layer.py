@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attention layer's compressed cache."""
+"""The compressed cache of one attention layer."""
 
 from __future__ import annotations
 
@@ -25,36 +25,37 @@ _OP = "ZipCacheLayer"
 
 
 class ZipCacheLayer:
-    """Keys and values of one attention layer: salient tokens in more bits than regular ones, the newest in 16.
+    """Compressed keys and values of one attention layer: salient tokens in more bits than regular ones, the newest ones
+    uncompressed.
 
-    A prompt is compressed at once. Tokens after it stay as they are in a window, which is compressed as a whole when it
-    is full, and never again. How salient a token is, is the attention it gets from probes, a few of the queries, per
-    head of keys; of tokens that were stored without queries nothing is known, and all count as salient.
+    A prompt is compressed at once. Later tokens stay uncompressed in a window, which is compressed as a whole when it
+    is full; compressed tokens are never requantised. A token's saliency is the attention that it receives from probes,
+    a few of the queries, per key head. Tokens that were stored without queries count as salient.
 
     Args:
-        salient_ratio: share of tokens, of each compressed piece, that are salient; 1 or 0: all in the same bits.
+        salient_ratio: fraction of the tokens compressed together that are salient; 1 or 0: all in the same bits.
         salient_bits: 2, 4 or 8.
         regular_bits: 2, 4 or 8.
-        codec: how tokens are quantised, see :class:`Codec`; None: ZipCache's own.
-        window: how many of the newest tokens stay uncompressed at most.
-        recent_probes: share of tokens, the newest, that are probes.
-        random_probes: share of tokens, drawn from the others, that are probes.
-        max_probes: how many probes there are at most.
-        normalization: "probe_nnz", the paper's, or "causal_nnz", its code's; see :func:`probe_saliency`.
+        codec: how tokens are quantised, see :class:`Codec`; None: ``Codec.zipcache()``.
+        window: maximum number of uncompressed tokens, the newest ones.
+        recent_probes: fraction of the tokens, the newest ones, that are probes.
+        random_probes: fraction of the tokens, drawn from the others, that are probes.
+        max_probes: maximum number of probes.
+        normalization: "probe_nnz" (the paper) or "causal_nnz" (its code); see :func:`probe_saliency`.
         seed: of the random probes.
         scale: of q @ k^T; None: channels^-0.5.
-        softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
-        backend: "native", "triton" or "eager"; None chooses.
+        softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
+        backend: "native", "triton" or "eager"; None selects one.
 
     Attributes:
-        length: how many tokens are cached.
+        length: number of cached tokens.
         window_length: how many of them are in the window, uncompressed.
 
     Raises:
         ValueError: options out of range.
 
-    Source: He et al., "ZipCache", arXiv 2405.14256. Unlike its code, this quantises no token twice, takes the paper's
-    normalisation, and has values' steps per head.
+    Source: He et al., "ZipCache", arXiv 2405.14256. Unlike its code, this never requantises a token, uses the paper's
+    normalisation, and has scales of values per head.
 
     Example:
         >>> import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much attention tokens get from probes, a few of the queries."""
+"""How much attention tokens receive from probes, a few of the queries."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def probe_saliency(
     normalization: str = "probe_nnz",
     backend: str | None = None,
 ) -> Tensor:
-    """Normalised attention score of tokens, by a few probe queries: the mean attention that a token gets from those
-    that see it. No matrix of probabilities is stored.
+    """Saliency of tokens: the mean attention that a token receives from the probe queries that can see it. No attention
+    matrix is stored.
 
     Args:
         q: (batch, query heads, probes, channels), the probes' queries.
         k: (batch, heads, tokens, channels); heads divides query heads.
-        positions: int64 (probes,), where in k each probe's own token stands; it sees the tokens up to there.
+        positions: int64 (probes,), the index in k of each probe's own token; a probe sees the tokens up to it.
         mask: bool (batch, tokens), false for padding, or None.
         lse: float32 (batch, query heads, probes), the logarithm of the sum of exp(logit) over everything that a probe
             sees, where that is more than k; None: it sees k alone.
