@@ -281,5 +281,6 @@ def test_it_looks_like_a_torch_optimizer(case: Case) -> None:
     optimizer = make_optimizer(case, make_params(SHAPES))
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert type(optimizer).__name__ in repr(optimizer)
+    assert "\n\n    Example:" in (type(optimizer).__doc__ or "\n\n    Example:"), "a section of its own"
     optimizer.zero_grad()
     assert "lr" in optimizer.defaults

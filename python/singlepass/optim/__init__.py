@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused optimizer steps: drop-in :class:`torch.optim.Optimizer` subclasses that read and write every byte once."""
+"""Fused optimizers: drop-in :class:`torch.optim.Optimizer` subclasses whose steps read and write each tensor once."""
 
 from .adabelief import AdaBelief
 from .adamw import AdamW

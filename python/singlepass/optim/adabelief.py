@@ -14,32 +14,32 @@ _FLAGS = ("decoupled_weight_decay", "fixed_decay", "rectify", "degenerated_to_sg
 
 @shared_arguments
 class AdaBelief(FusedOptimizer):
-    r"""AdaBelief, steps by the belief in the gradient (arXiv 2010.07468, Algorithm 2), as adabelief-pytorch 0.2.1.
+    r"""AdaBelief: steps adapted by the belief in gradients (arXiv 2010.07468, Algorithm 2; adabelief-pytorch 0.2.1).
 
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad s = \beta_2 s + (1-\beta_2)(g-m)^2 + \epsilon \\
         p &= (1-\eta\lambda) p - \frac{\eta}{1-\beta_1^t} \frac{m}{\sqrt{s} / \sqrt{1-\beta_2^t} + \epsilon}
 
-    The residual is taken from the updated mean, and ``eps`` is added to the stored variance at every step, in the paper
-    and in the code. ``rectify`` (the code's default since 0.1.0; not in the paper's Algorithm 2) multiplies the step by
-    RAdam's rectification (arXiv 1908.03265) once its length of average reaches 5; as in the official code, the maximum
-    of ``amsgrad`` is then kept but not used.
+    The residual uses the updated mean, and ``eps`` is added to the stored variance at every step, in the paper and in
+    the code. ``rectify`` (the code's default since 0.1.0; not in the paper's Algorithm 2) multiplies the step by
+    RAdam's rectification (arXiv 1908.03265) once its length of average reaches 5. As in the official code, the maximum
+    of ``amsgrad`` is then updated but not used.
 
     States per parameter: ``exp_avg``, ``exp_avg_var``, with AMSGrad ``max_exp_avg_var``, and ``step``. State dicts of
-    adabelief-pytorch load. float16 states can't hold an ``eps`` of 1e-16.
+    adabelief-pytorch load. In float16 states an ``eps`` of 1e-16 is zero.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
         betas: decay rates of the mean and of the variance of the residual.
-        eps: added to the variance and to its root. The authors advise 1e-8 where SGD beats Adam, else 1e-16.
+        eps: added to the variance and to its square root. The authors advise 1e-8 where SGD beats Adam, else 1e-16.
         weight_decay: weight decay.
-        amsgrad: divide by the maximum of all variances so far.
+        amsgrad: use the maximum of all variances so far.
         decoupled_weight_decay: shrink parameters by ``lr * weight_decay`` (the code's ``weight_decouple``); False adds
             ``weight_decay * p`` to the gradient.
         fixed_decay: decoupled decay by ``weight_decay`` alone, without ``lr``.
         rectify: rectify the variance of the first steps.
-        degenerated_to_sgd: where the rectification is not yet defined, step by the mean alone; False doesn't step.
+        degenerated_to_sgd: as long as the rectification is undefined, step by the mean alone; False: do not step.
 {shared}
     Example:
         >>> import torch, singlepass

@@ -12,7 +12,7 @@ from ._doc import shared_arguments
 
 @shared_arguments
 class AdamW(FusedOptimizer):
-    r"""AdamW, adaptive moments with decoupled weight decay (arXiv 1711.05101), as ``torch.optim.AdamW`` computes it.
+    r"""AdamW: Adam with decoupled weight decay (arXiv 1711.05101), as in ``torch.optim.AdamW``.
 
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2 \\
@@ -25,9 +25,9 @@ class AdamW(FusedOptimizer):
         params: parameters, or groups of them.
         lr: learning rate.
         betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
+        eps: added to the square root of the second moment.
         weight_decay: decoupled weight decay, times ``lr``.
-        amsgrad: divide by the maximum of all second moments so far.
+        amsgrad: use the maximum of all second moments so far.
 {shared}
     Example:
         >>> import torch, singlepass

@@ -12,7 +12,7 @@ from ._doc import shared_arguments
 
 @shared_arguments
 class Adan(FusedOptimizer):
-    r"""Adan, adaptive Nesterov momentum (arXiv 2208.06677), as the authors' ``adan.py``.
+    r"""Adan: adaptive Nesterov momentum (arXiv 2208.06677), as in the authors' ``adan.py``.
 
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2)(g-g'), \quad
@@ -20,21 +20,21 @@ class Adan(FusedOptimizer):
         p &= \frac{1}{1+\eta\lambda} \Big( p - \frac{\frac{\eta}{1-\beta_1^t} m +
         \frac{\eta\beta_2}{1-\beta_2^t} v}{\sqrt{n} / \sqrt{1-\beta_3^t} + \epsilon} \Big)
 
-    The code's betas are one minus the paper's; the paper's Algorithm 1 has no bias corrections and adds ``eps`` inside
+    The code's betas are one minus the paper's; the paper's Algorithm 1 has no bias correction and adds ``eps`` inside
     the root. :math:`g'` is the previous gradient; the first difference is zero. Steps are counted per parameter (the
     official code counts per group, which matters for parameters that appear late).
 
-    States per parameter: ``exp_avg``, ``exp_avg_diff``, ``exp_avg_sq``, ``neg_pre_grad`` (bfloat16 where
-    gradients are bfloat16 and are not clipped, which loses nothing), and ``step``. Official state dicts load.
+    States per parameter: ``exp_avg``, ``exp_avg_diff``, ``exp_avg_sq``, ``neg_pre_grad`` (bfloat16 if the gradients
+    are bfloat16 and not clipped, which is exact), and ``step``. Official state dicts load.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
-        betas: decay rates of the means of gradient, of differences and of squares.
-        eps: added to the root of the squares.
+        betas: decay rates of the averages of gradients, differences and squares.
+        eps: added to the square root of the squares' average.
         weight_decay: weight decay, times ``lr``.
-        max_grad_norm: clip the global norm of all gradients to this; 0 does not clip. One value for all groups.
-        no_prox: decay as AdamW does, :math:`p \leftarrow (1-\eta\lambda)p` before the step, instead of the proximal
+        max_grad_norm: clip the global gradient norm to this; 0: no clipping. One value for all groups.
+        no_prox: decay as in AdamW, :math:`p \leftarrow (1-\eta\lambda)p` before the step, instead of the proximal
             division after it.
 {shared}
     Example:

@@ -12,7 +12,7 @@ from ._doc import shared_arguments
 
 @shared_arguments
 class DiffGrad(FusedOptimizer):
-    r"""diffGrad, Adam with a friction from the gradient's change (arXiv 1909.11015), as the authors' second version.
+    r"""diffGrad: Adam with a friction from the gradient's change (arXiv 1909.11015), as in the authors' second version.
 
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2, \quad
@@ -22,15 +22,15 @@ class DiffGrad(FusedOptimizer):
     Weight decay is added to the gradient. The first version of the official code, which the paper's runs used, compares
     the gradient with itself if gradients are zeroed in place, so that its friction is always one half.
 
-    States per parameter: ``exp_avg``, ``exp_avg_sq``, ``previous_grad`` (bfloat16 where gradients are bfloat16
-    and there is no weight decay, which loses nothing), and ``step``. State dicts of the official code load.
+    States per parameter: ``exp_avg``, ``exp_avg_sq``, ``previous_grad`` (bfloat16 if the gradients are bfloat16 and
+    there is no weight decay, which is exact), and ``step``. State dicts of the official code load.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate.
         betas: decay rates of the two moments.
-        eps: added to the root of the second moment, before its bias correction.
-        weight_decay: coupled weight decay.
+        eps: added to the square root of the second moment, before bias correction.
+        weight_decay: L2 regularisation, added to the gradient.
 {shared}
     Example:
         >>> import torch, singlepass

@@ -12,26 +12,26 @@ from ._doc import shared_arguments
 
 @shared_arguments
 class LAMB(FusedOptimizer):
-    r"""LAMB, layer-wise adaptive moments (arXiv 1904.00962, Algorithm 2, with the identity for phi).
+    r"""LAMB: Adam with layer-wise step sizes (arXiv 1904.00962, Algorithm 2, with the identity for phi).
 
     .. math::
         u &= \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon} + \lambda p \\
         p &= p - \eta \frac{\|p\|}{\|u\|} u
 
-    The ratio is 1 where a norm is zero; norms are per tensor. Clipping to ``max_grad_norm`` before the moments is
-    apex's and NVLAMB's, not the paper's; 0 gives the paper's. apex's FusedLAMB leaves tensors without weight decay
-    unadapted by default: ``always_adapt=False``; the paper adapts all.
+    The ratio is 1 if a norm is zero; norms are per tensor. Gradients are clipped by default (``max_grad_norm``), as in
+    apex and NVLAMB; the paper does not clip (0). The paper adapts all tensors; apex's FusedLAMB by default does not
+    adapt tensors without weight decay (``always_adapt=False``).
 
     States per parameter: ``exp_avg``, ``exp_avg_sq`` and ``step``. State dicts of apex's FusedLAMB load.
 
     Args:
-        params: parameters, or groups of them. Give biases and normalisations a group without weight decay.
+        params: parameters, or groups of them. Put biases and norms in a group without weight decay.
         lr: learning rate.
         betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: added to the direction.
-        always_adapt: scale groups without weight decay by the ratio too (apex's ``use_nvlamb``).
-        max_grad_norm: clip the global norm of all gradients to this; 0 does not clip. One value for all groups.
+        eps: added to the square root of the second moment.
+        weight_decay: added to the update before it is scaled.
+        always_adapt: also scale groups without weight decay by the ratio (apex's ``use_nvlamb``).
+        max_grad_norm: clip the global gradient norm to this; 0: no clipping. One value for all groups.
 {shared}
     Example:
         >>> import torch, singlepass

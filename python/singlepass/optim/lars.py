@@ -12,22 +12,23 @@ from ._doc import shared_arguments
 
 @shared_arguments
 class LARS(FusedOptimizer):
-    r"""LARS, layer-wise adaptive rates for SGD with momentum (arXiv 1708.03888, Algorithm 1).
+    r"""LARS: SGD with momentum and layer-wise learning rates (arXiv 1708.03888, Algorithm 1).
 
     .. math::
         v &= \mu v + \eta \frac{\kappa \|p\|}{\|g\| + \lambda \|p\| + \epsilon} (g + \lambda p) \\
         p &= p - v
 
-    The local rate is 1 where a norm is zero; norms are per tensor. The learning rate is inside the momentum, as in the
+    The local rate is 1 if a norm is zero; norms are per tensor. The learning rate is inside the momentum, as in the
     paper. States per parameter: ``momentum_buffer``.
 
     Args:
-        params: parameters, or groups of them. Give biases and normalisations another optimizer, or their own group.
+        params: parameters, or groups of them. Put biases and norms in a group without weight decay, or leave them to
+            another optimizer.
         lr: global learning rate.
         momentum: decay rate of the momentum.
-        weight_decay: weight decay, added to the gradient and to the norm that divides.
+        weight_decay: added to the gradient, and in the denominator of the local rate.
         trust_coefficient: the paper's eta, here kappa.
-        eps: added to the norm that divides; the paper has none.
+        eps: added to the denominator; the paper has none.
 {shared}
     Example:
         >>> import torch, singlepass

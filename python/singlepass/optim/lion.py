@@ -12,20 +12,20 @@ from ._doc import shared_arguments
 
 @shared_arguments
 class Lion(FusedOptimizer):
-    r"""Lion, the sign of an interpolated momentum (arXiv 2302.06675, Algorithm 2).
+    r"""Lion: steps by the sign of an interpolated momentum (arXiv 2302.06675, Algorithm 2).
 
     .. math::
         p &= (1-\eta\lambda) p - \eta\,\mathrm{sign}(\beta_1 m + (1-\beta_1) g) \\
         m &= \beta_2 m + (1-\beta_2) g
 
-    The sign of zero is zero. States per parameter: ``exp_avg`` (and ``step`` where rounding is stochastic). State dicts
+    The sign of zero is zero. States per parameter: ``exp_avg`` (and ``step`` with stochastic rounding). State dicts
     of google/automl's ``lion_pytorch.py`` and of lion-pytorch load.
 
     Args:
         params: parameters, or groups of them.
-        lr: learning rate; the paper takes a third to a tenth of AdamW's.
-        betas: interpolation of the direction, and decay rate of the momentum.
-        weight_decay: decoupled weight decay, times ``lr``.
+        lr: learning rate; the paper uses a third to a tenth of AdamW's.
+        betas: interpolation for the direction, and decay rate of the momentum.
+        weight_decay: decoupled weight decay, times ``lr``; the paper uses 3 to 10 times AdamW's.
 {shared}
     Example:
         >>> import torch, singlepass
