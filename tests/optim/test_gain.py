@@ -141,3 +141,66 @@ def test_lora_trains_both_matrices() -> None:
         optimizer.step()
     decay = (1.0 - 1e-3 * 1e-2) ** 3
     assert not torch.allclose(a, start * decay, rtol=1e-6), "only weight decay has moved it"
+
+
+@each_place
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_gains_of_gradients_whose_squares_are_no_float32(size: float, place: Place) -> None:
+    g = [size * value for value in G]
+    exact = torch.tensor(G, dtype=torch.float64)
+    expected = float(exact.norm() / (exact.std() + 1e-8 / size))
+    assert gain_of(g, place=place) == pytest.approx([expected], rel=1e-5)
+
+
+def waiting_and_measured() -> tuple[optim.SGDSaI, Parameter, Parameter]:
+    """An optimizer of two parameters, of which one waits for a gradient that is not zero."""
+    waits, goes = Parameter(torch.ones(4)), Parameter(torch.ones(4))
+    optimizer = optim.SGDSaI([{"params": [waits]}, {"params": [goes]}])
+    step_of(optimizer, {waits: [0.0] * 4, goes: G})
+    return optimizer, waits, goes
+
+
+def step_of(optimizer: optim.SGDSaI, grads: dict[Parameter, list[float]]) -> None:
+    for p, g in grads.items():
+        p.grad = torch.tensor(g)
+    optimizer.step()
+
+
+def test_a_tensor_that_waits_may_leave_and_come_back() -> None:
+    optimizer, waits, goes = waiting_and_measured()
+    group = optimizer.param_groups.pop(0)
+    for _ in range(3):
+        step_of(optimizer, {goes: G})
+    optimizer.param_groups.insert(0, group)
+    step_of(optimizer, {waits: G, goes: G})
+    assert optimizer.state[waits]["gsnr"].item() == pytest.approx(measured(G))
+
+
+def test_a_state_that_waits_may_be_handed_on() -> None:
+    optimizer, waits, goes = waiting_and_measured()
+    for _ in range(2):
+        step_of(optimizer, {waits: G, goes: G})
+    other, heir = optim.SGDSaI([waits_too := Parameter(torch.ones(4))]), Parameter(torch.ones(4))
+    step_of(other, {waits_too: [0.0] * 4})
+    optimizer.state[heir] = other.state.pop(waits_too)
+    optimizer.param_groups[0]["params"] = [heir]
+    step_of(optimizer, {heir: G, goes: G})
+    assert optimizer.state[heir]["gsnr"].item() == pytest.approx(measured(G))
+
+
+def test_a_gain_written_over_is_looked_at_again() -> None:
+    optimizer, _, goes = waiting_and_measured()
+    step_of(optimizer, {goes: G})
+    optimizer.state[goes]["gsnr"].zero_()
+    step_of(optimizer, {goes: [2.0 * g for g in G]})
+    assert optimizer.state[goes]["gsnr"].item() == pytest.approx(measured(G))
+
+
+def test_the_guard_may_be_switched_on_later() -> None:
+    (p,) = params = [Parameter(torch.ones(4))]
+    optimizer = optim.SGDSaI(params, guard_gain=False)
+    for _ in range(2):
+        step_of(optimizer, {p: [0.0] * 4})
+    optimizer.param_groups[0]["guard_gain"] = True
+    step_of(optimizer, {p: G})
+    assert optimizer.state[p]["gsnr"].item() == pytest.approx(measured(G))

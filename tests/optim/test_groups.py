@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.testing._internal.two_tensor import TwoTensor
 
 from singlepass import optim, spectral
 from singlepass.optim._base import FusedOptimizer
@@ -306,35 +305,127 @@ def test_groups_that_come_to_clip_differently_are_refused(name: str) -> None:
         assert_same_bits(value, before[key])
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
-@pytest.mark.parametrize(
-    ("name", "compiled"),
-    [pytest.param(name, False, id=name) for name in NAMES]
-    + [pytest.param(name, True, id=f"{name}-compiled") for name in ("AdamW", "SGDSaI")],
-)
-def test_parameters_made_of_two_tensors_count_each_step_once(name: str, compiled: bool) -> None:
-    """Kernels would be called for each of the two, and count twice: such parameters take the eager backend."""
-    halves = [torch.linspace(-1.0, 1.0, 6), torch.linspace(-1.0, 1.0, 6)]
-    pair, plain = Parameter(TwoTensor(*halves)), Parameter(halves[0].clone())
-    optimizer, expected = make(name, [{"params": [pair]}]), make(name, [{"params": [plain]}])
-    groups_of(expected)[0]["backend"] = "eager"
-    step_ = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
-    for step in range(1, 4):
-        g = gradient(plain, 0, step)
-        pair.grad, plain.grad = TwoTensor(g, g.clone()), g
-        step_()
-        expected.step()
-    for half in (pair.a, pair.b):
-        assert_same_bits(half, plain)
-    if "step" in expected.state[plain]:
-        assert optimizer.state[pair]["step"].item() == 3.0
+@each_optimizer
+def test_a_parameter_that_two_groups_have_is_refused(name: str) -> None:
+    """Also where both groups share one list: it would be stepped twice."""
+    p, q = make_params(SHAPES[:2])
+    optimizer = make(name, [{"params": [p]}, {"params": [q]}])
+    for t in (p, q):
+        t.grad = torch.ones_like(t)
+    optimizer.step()
+    first, second = groups_of(optimizer)
+    second["params"] = first["params"]
+    before = contents(optimizer)
+    with pytest.raises(ValueError, match="each parameter once"):
+        optimizer.step()
+    for key, value in contents(optimizer).items():
+        assert_same_bits(value, before[key])
 
 
 @each_optimizer
-def test_kernels_are_refused_for_parameters_made_of_two_tensors(name: str) -> None:
-    pair = Parameter(TwoTensor(torch.zeros(3), torch.zeros(3)))
-    optimizer = make(name, [{"params": [pair], "backend": "native"}])
-    pair.grad = TwoTensor(torch.ones(3), torch.ones(3))
-    with pytest.raises(ValueError, match=r"plain tensors for kernels; got .* TwoTensor"):
+@pytest.mark.parametrize("broken", ["missing", "lr"])
+def test_a_group_that_cannot_be_stepped_stops_all_groups(name: str, broken: str) -> None:
+    p, q = make_params([(4,), (4,)])
+    optimizer = make(name, [{"params": [p]}, {"params": [q]}])
+    for t in (p, q):
+        t.grad = torch.ones_like(t)
+    optimizer.step()
+    if broken == "missing":
+        del groups_of(optimizer)[1]["weight_decay"]
+    else:
+        groups_of(optimizer)[1]["lr"] = None
+    before = contents(optimizer)
+    with pytest.raises((ValueError, KeyError)):
         optimizer.step()
-    assert len(optimizer.state) == 0 or pair not in optimizer.state
+    for key, value in contents(optimizer).items():
+        assert_same_bits(value, before[key], key)
+
+
+@each_optimizer
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("shape", [(1,), (), (6,), (2, 2)], ids=str)
+def test_a_parameter_of_another_shape_is_refused(name: str, backend: str, shape: tuple[int, ...]) -> None:
+    """Its states don't fit any more; operations of PyTorch would broadcast some of them."""
+    p, q = make_params([(4,), (4,)])
+    optimizer = make(name, [{"params": [p, q], "backend": backend}])
+    for t in (p, q):
+        t.grad = torch.ones_like(t)
+    optimizer.step()
+    q.grad = None
+    q.data = torch.zeros(shape)
+    q.grad = torch.ones(shape)
+    before = contents(optimizer)
+    with pytest.raises((ValueError, RuntimeError), match="expected"):
+        optimizer.step()
+    for key, value in contents(optimizer).items():
+        assert_same_bits(value, before[key], key)
+
+
+@each_optimizer
+def test_no_groups_and_empty_groups(name: str) -> None:
+    (p,) = make_params([(4,)])
+    optimizer = make(name, [{"params": [p]}])
+    p.grad = torch.ones_like(p)
+    before = p.detach().clone()
+    kept = groups_of(optimizer)[0]
+    kept["params"] = []
+    optimizer.step()
+    del optimizer.param_groups[:]
+    optimizer.step()
+    assert_same_bits(p, before)
+
+
+@each_optimizer
+def test_a_generator_of_parameters_in_an_edited_group(name: str) -> None:
+    p, q = (make_params([(4,)])[0] for _ in range(2))
+    optimizer, expected = make(name, [{"params": [p]}]), make(name, [{"params": [q]}])
+    groups_of(optimizer)[0]["params"] = (t for t in [p])
+    for _ in range(2):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        expected.step()
+    assert_same_bits(p, q)
+
+
+@each_optimizer
+def test_the_group_given_is_the_group_kept(name: str) -> None:
+    (p,) = make_params([(4,)])
+    group: dict[str, Any] = {"params": [p], "lr": 0.1}
+    optimizer = make(name, [group])
+    assert groups_of(optimizer)[0] is group
+
+
+def test_backends_of_groups_hold_for_their_norm_too() -> None:
+    params = make_params([(4,), (4,)], (torch.float32, torch.float64))
+    twins = make_params([(4,), (4,)], (torch.float32, torch.float64))
+    backends = ("native", "eager")
+    mixed = optim.LAMB([{"params": [p], "backend": b} for p, b in zip(params, backends, strict=True)])
+    eager = optim.LAMB([{"params": [p]} for p in twins], backend="eager")
+    for p, q in zip(params, twins, strict=True):
+        p.grad, q.grad = torch.full_like(p, 3.0), torch.full_like(q, 3.0)
+    mixed.step()
+    eager.step()
+    for p, q in zip(params, twins, strict=True):
+        assert torch.allclose(p, q, rtol=1e-6, atol=0.0)
+
+
+@each_optimizer
+def test_lazy_parameters(name: str) -> None:
+    lazy = torch.nn.LazyLinear(3)
+    optimizer = make(name, [{"params": list(lazy.parameters())}])
+    lazy(torch.randn(2, 5)).square().mean().backward()
+    before = lazy.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(lazy.weight, before)
+
+
+@each_optimizer
+def test_parameters_on_meta(name: str) -> None:
+    """As a planner of memory steps them; torch.distributed.checkpoint does so with a rate of 0."""
+    p = Parameter(torch.zeros(4, device="meta"))
+    optimizer = make(name, [{"params": [p]}])
+    for lr in (0.0, 0.1, 0.1):
+        groups_of(optimizer)[0]["lr"] = lr
+        p.grad = torch.zeros(4, device="meta")
+        optimizer.step()
+    assert {state.device.type for state in optimizer.state[p].values()} == {"meta"}

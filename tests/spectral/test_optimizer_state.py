@@ -98,6 +98,41 @@ def test_hooks_see_and_change_what_is_loaded() -> None:
         assert_same_bits(a, b)
 
 
+def test_what_others_keep_in_states_is_left_alone() -> None:
+    """As a slow copy of weights that a wrapper averages."""
+    model, twin = model_of(), model_of()
+    optimizer, undisturbed = (SST(m, lr=1e-2, weight_decay=0.1, **SCHEDULE) for m in (model, twin))
+    run(model, optimizer, 1)
+    run(twin, undisturbed, 1)
+    layer = layers_of(model)[0]
+    for p in (layer.active_u, layer.singular_values):
+        optimizer.state[p] |= {"slow": torch.full_like(p, 2.0), "count": 3}
+    run(model, optimizer, 6, 1)
+    run(twin, undisturbed, 6, 1)
+    for a, b in zip(snapshot(model), snapshot(twin), strict=True):
+        assert_same_bits(a, b)
+    for p in (layer.active_u, layer.singular_values):
+        assert torch.equal(optimizer.state[p]["slow"], torch.full_like(p, 2.0))
+        assert optimizer.state[p]["count"] == 3
+
+
+@pytest.mark.parametrize("frozen_dtype", [None, torch.int8], ids=str)
+def test_named_parameters_leave_frozen_vectors_out(frozen_dtype: torch.dtype | None) -> None:
+    model = model_of(frozen_dtype=frozen_dtype)
+    named, plain = SST(model.named_parameters(), **SCHEDULE), SST(model_of(frozen_dtype=frozen_dtype), **SCHEDULE)
+    names = named.param_groups[0]["param_names"]
+    assert len(names) == len(plain.param_groups[0]["params"])
+    assert not [name for name in names if "frozen" in name]
+
+
+@pytest.mark.parametrize("sst", [None, {}, {"active": 3}, 5])
+def test_a_broken_state_is_refused(sst: object) -> None:
+    optimizer = SST(model_of(), **SCHEDULE)
+    state = optimizer.state_dict() | {"sst": sst}
+    with pytest.raises(ValueError, match=r"expected a state dict of SST; got one with state, param_groups\. "):
+        optimizer.load_state_dict(state)
+
+
 def test_a_rank_changed_from_outside_is_trained_on() -> None:
     model = model_of()
     optimizer = SST(model, lr=1e-2, **SCHEDULE)

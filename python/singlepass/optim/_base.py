@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any, ClassVar, TypeGuard
@@ -14,11 +15,10 @@ from torch.optim import Optimizer
 from .._dispatch import choose, implementation, requested
 from .._errors import message, require
 from .._ops.optim import RULES, Rule
-from ._buckets import Bucket, Sorter, is_wrapper, same_layout
-from ._checks import check_keys, check_parameter, check_values
-from ._loading import Loading
-
-_STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from ._buckets import Bucket, Sorter, is_any_nonzero, same_layout
+from ._checks import check_keys, check_once, check_parameter, check_values
+from ._loading import STATE_DTYPES, Loading, state_dtype_for
+from ._norm import measure, to_device
 
 # The groups of a step, each with its buckets.
 Work = list[tuple[dict[str, Any], list[Bucket]]]
@@ -122,7 +122,7 @@ class FusedOptimizer(Optimizer):
             self._max_grad_norm_of(groups)
 
     def _max_grad_norm_of(self, groups: list[dict[str, Any]]) -> float:
-        norms: list[float] = [group["max_grad_norm"] for group in groups]
+        norms: list[float] = [group["max_grad_norm"] for group in groups] or [0.0]
         remedy = "Give it to the optimizer instead: it clips the norm of all gradients together."
         got = ", ".join(map(repr, norms))
         self._require(len(set(norms)) == 1, "one max_grad_norm for all groups", got, remedy)
@@ -137,21 +137,22 @@ class FusedOptimizer(Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         tensors = [t for t in (entry[1] if isinstance(entry, tuple) else entry for entry in params) if _is_tensor(t)]
         for p in tensors:
-            check_parameter(self._name, p)
-        present = [id(p) for g in self.param_groups for p in g["params"]] + [id(p) for p in tensors]
-        self._require(len(set(present)) == len(present), "each parameter once", "one twice", "Give it to one group.")
+            if not torch.nn.parameter.is_lazy(p):  # which is checked once it has a shape, in the first step
+                check_parameter(self._name, p)
+        check_once(self._name, [p for g in self.param_groups for p in g["params"]] + tensors)
         check_keys(self._name, group, self.defaults)
         self._check_groups([*self.param_groups, group])
         self._check_places(group, tensors)
         if group["capturable"] and tensors and not isinstance(group["lr"], Tensor):
             # A captured step then reads the learning rate that a scheduler writes.
-            param_group = param_group | {"lr": torch.tensor(group["lr"], dtype=torch.float32, device=tensors[0].device)}
-        super().add_param_group(param_group | {"params": params})
+            param_group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=tensors[0].device)
+        param_group["params"] = params
+        super().add_param_group(param_group)  # which keeps this very dict
 
     def _check_common(self, group: dict[str, Any]) -> None:
         dtype = group["state_dtype"]
         self._require(
-            dtype is None or dtype == "param" or dtype in _STATE_DTYPES,
+            dtype is None or dtype == "param" or dtype in STATE_DTYPES,
             'state_dtype None (float32), "param", torch.float32, torch.bfloat16 or torch.float16',
             dtype,
             "Leave it at None.",
@@ -192,7 +193,8 @@ class FusedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, and nothing is changed; one of another shape or device than its parameter,
-                as only a new ``p.data`` can bring about, and its group is not changed.
+                as only a new ``p.data`` can bring about: parameters of its dtype and group are not changed.
+            ValueError: groups that were edited into what the constructor refuses; nothing is changed.
         """
         loss = None
         if closure is not None:
@@ -210,8 +212,12 @@ class FusedOptimizer(Optimizer):
         work: Work = []
         first_id = 0
         for index, group in enumerate(self.param_groups):
+            if not isinstance(group["params"], (list, tuple)):
+                group["params"] = list(group["params"])
             work.append((group, self._sorter.sort(self, index, first_id)))
             first_id += len(group["params"])
+        if self._sorter.has_sorted:
+            check_once(self._name, [p for group in self.param_groups for p in group["params"]])
         return work
 
     def _only_asks_for_states(self, work: Work) -> bool:
@@ -223,7 +229,9 @@ class FusedOptimizer(Optimizer):
             return False
         if any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        return not any(bool(g.any()) for _, buckets in work for bucket in buckets for g in bucket.grads)
+        # All of them, whatever the first says: of sharded ones each rank takes part in each reduction.
+        nonzero = [is_any_nonzero(g) for _, buckets in work for bucket in buckets for g in bucket.grads]
+        return not any(nonzero)
 
     def _make_states(self, work: Work) -> None:
         for group, buckets in work:
@@ -236,11 +244,16 @@ class FusedOptimizer(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         max_norm, eps = self._clipping()
         if max_norm > 0.0 or (grad_scale is not None and found_inf is None):
-            grad_scale, found_inf = self._measure(work, max_norm, eps, grad_scale, found_inf)
+            buckets = [bucket for _, some in work for bucket in some]
+            grad_scale, found_inf = measure(self._name, buckets, max_norm, eps, grad_scale, found_inf)
 
-        for group, buckets in work:
-            hyper, names = self._hyper(group), self._state_names(group)
-            for bucket in buckets:
+        # Whatever an edited group lacks is missed here, before anything is changed.
+        hypers = [(self._hyper(group), self._state_names(group)) for group, _ in work]
+        if not torch.compiler.is_compiling():
+            for group in (group for group, _ in work if not isinstance(group["lr"], Tensor)):
+                self._check_values(group, lr="in [0, inf)")
+        for (group, members), (hyper, names) in zip(work, hypers, strict=True):
+            for bucket in members:
                 self._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
 
     def _step_bucket(
@@ -253,7 +266,7 @@ class FusedOptimizer(Optimizer):
         found_inf: Tensor | None,
     ) -> None:
         states = [self._state_of(p, group, names) for p in bucket.params]
-        grad_scale, found_inf = _to(grad_scale, bucket.device), _to(found_inf, bucket.device)
+        grad_scale, found_inf = to_device(grad_scale, bucket.device), to_device(found_inf, bucket.device)
         self._before_step(bucket, group, grad_scale, found_inf)
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
         self._run(bucket, group, names, states, hyper | {"maximize": group["maximize"]} | scaling)
@@ -306,13 +319,17 @@ class FusedOptimizer(Optimizer):
         """The scalar of a new state, of rules that have one."""
         raise NotImplementedError
 
-    def _keep_layout(self, p: Tensor) -> None:
-        """Brings the parameter's states into its present layout, which ``model.to(memory_format=...)`` may change."""
+    def _follow(self, p: Tensor) -> None:
+        """Brings the parameter's states into its present layout, and into a dtype that its kernels take: what
+        ``model.to(...)`` may have changed."""
         state = self.state.get(p, {})
         for name in self._rule.states:
             old = state.get(name)
-            if old is not None and old.shape == p.shape and not same_layout(old, p):
-                state[name] = torch.empty_like(p, dtype=old.dtype, requires_grad=False).copy_(old)
+            if old is None or old.shape != p.shape:
+                continue  # the op refuses another shape
+            dtype = state_dtype_for(p, old.dtype)
+            if dtype != old.dtype or not same_layout(old, p):
+                state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(old)
 
     @staticmethod
     def _lr(group: dict[str, Any], device: torch.device) -> Tensor:
@@ -320,31 +337,6 @@ class FusedOptimizer(Optimizer):
         if not isinstance(lr, Tensor):
             return torch.tensor(lr, dtype=torch.float64, device="cpu")
         return lr if lr.device.type == "cpu" else lr.to(device)
-
-    def _measure(
-        self,
-        work: Work,
-        max_norm: float,
-        eps: float,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """One read of all gradients: (divisor that unscales and clips, found_inf)."""
-        grads: dict[torch.device, list[Tensor]] = {}
-        wanted = requested(self.param_groups[0]["backend"])
-        for bucket in (bucket for _, buckets in work for bucket in buckets):
-            grads.setdefault(bucket.device, []).extend(bucket.grads)
-            if bucket.backend == "eager" and any(is_wrapper(g) for g in bucket.grads):
-                wanted = "eager"
-        stats = []
-        for device, present in grads.items():
-            backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
-            measure = implementation("grad_norm", backend)
-            stats.append(measure(present, max_norm=max_norm, eps=eps, grad_scale=_to(grad_scale, device)))
-        if not stats:
-            return grad_scale, found_inf
-        _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
-        return divisor, nonfinite if grad_scale is not None and found_inf is None else found_inf
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` of this class, or of the official implementation, returned.
@@ -355,14 +347,25 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: another number of groups or of parameters, or another optimizer's states; nothing is changed.
         """
+        state_dict = state_dict.copy()
+        hooks_before = self._optimizer_load_state_dict_pre_hooks
+        hooks_after = self._optimizer_load_state_dict_post_hooks
+        for before in list(hooks_before.values()):
+            result = before(self, state_dict)
+            state_dict = state_dict if result is None else result
         loading = self._loading(self)
-        before = self.register_load_state_dict_pre_hook(loading.before)  # after all that others registered
-        after = self.register_load_state_dict_post_hook(loading.after, prepend=True)
+        left = loading.before(state_dict)
+        # torch loads the rest between the hooks, which have their places before our part and after it.
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(left)
         finally:
-            before.remove()
-            after.remove()
+            self._optimizer_load_state_dict_pre_hooks = hooks_before
+            self._optimizer_load_state_dict_post_hooks = hooks_after
+        loading.after()
+        for after in list(hooks_after.values()):
+            after(self)
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:
@@ -371,17 +374,3 @@ def _is_tensor(value: object) -> TypeGuard[Tensor]:
 
 def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device, non_blocking=True)
-
-
-def _join(stats: list[Tensor], max_norm: float, eps: float, grad_scale: Tensor | None) -> Tensor:
-    """What grad_norm would say of the gradients of several devices together, on the first of them."""
-    device = stats[0].device
-    norm = torch.linalg.vector_norm(torch.stack([s[0].to(device) for s in stats]).double())
-    scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(device).double().reshape(())
-    clip = max_norm / (norm + eps) if max_norm > 0.0 else torch.ones_like(norm)
-    divisor = torch.where(clip >= 1.0, scale, scale / clip)
-    return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()

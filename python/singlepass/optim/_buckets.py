@@ -39,11 +39,13 @@ class Sorter:
     """
 
     def __init__(self) -> None:
+        self.has_sorted = False  # whether a group was sorted anew in this step
         self._known: dict[int, tuple[Any, list[Bucket]]] = {}  # by position of the group
 
     def sort(self, optimizer: FusedOptimizer, index: int, first_id: int) -> list[Bucket]:
         """The buckets of a group's parameters that have a gradient; ``first_id`` is the position of its first one."""
         group = optimizer.param_groups[index]
+        self.has_sorted &= index > 0
         grads = [p.grad for p in group["params"]]
         present = [g for g in grads if g is not None]
         params, offsets = group["params"], None
@@ -52,22 +54,23 @@ class Sorter:
             params = [params[offset] for offset in offsets]
         backend = requested(group["backend"])
         if torch.compiler.is_compiling():  # the compiler's guards take the place of ours
-            return _sorted(optimizer, params, present, first_id, offsets, backend)
+            self.has_sorted = True
+            return _sorted(optimizer, group, params, present, first_id, offsets, backend)
         facts = (
             [id(p) for p in params],
             [type(p) for p in params],
             [p.dtype for p in params],
             [p.device for p in params],
             [p.is_contiguous() or p.stride() for p in params],
+            [type(g) for g in present],
             [g.dtype for g in present],
             [g.layout for g in present],
-            (offsets, first_id, backend),
+            (offsets, first_id, backend, group["stochastic_rounding"]),
         )
         known, buckets = self._known.get(index, (None, []))
         if known != facts:
-            once = len(set(facts[0])) == len(params)
-            optimizer._require(once, "each parameter once", "one twice", "Give it to one group.")
-            buckets = _sorted(optimizer, params, present, first_id, offsets, backend)
+            self.has_sorted = True
+            buckets = _sorted(optimizer, group, params, present, first_id, offsets, backend)
             self._known[index] = facts, [replace(bucket, params=[], grads=[]) for bucket in buckets]
             return buckets
         if len(buckets) == 1:
@@ -80,6 +83,7 @@ class Sorter:
 
 def _sorted(
     optimizer: FusedOptimizer,
+    group: dict[str, Any],
     params: list[Tensor],
     grads: list[Tensor],
     first_id: int,
@@ -93,13 +97,15 @@ def _sorted(
         _check_gradient(where, g)
         role = optimizer._role_of(p)
         needed = _needed_backend(where, p, g, backend)
+        if group["stochastic_rounding"] and is_sharded(p):
+            require(False, where, "stochastic_rounding=False for DTensors", True, "Round to nearest there.")
         chosen = choose(optimizer._op_name(role), p.device.type, (p.dtype, g.dtype), needed)
         bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, p.device, role, [], [], [], []))
         bucket.offsets.append(i)
         bucket.ids.append(first_id + (i if offsets is None else offsets[i]))
         bucket.params.append(p)
         bucket.grads.append(g)
-        optimizer._keep_layout(p)
+        optimizer._follow(p)
     return list(buckets.values())
 
 
@@ -123,7 +129,8 @@ def _needed_backend(where: str, p: Tensor, g: Tensor, backend: str | None) -> st
         contract, got = "dense parameters for kernels", f"shape {tuple(p.shape)} with strides {p.stride()}"
     elif is_wrapper(p) or is_wrapper(g):
         # A kernel would be called once for each tensor inside, and count as many steps.
-        contract, got = "plain tensors for kernels", f"a parameter of type {type(p).__name__}"
+        kind = f"parameter of type {type(p).__name__}" if is_wrapper(p) else f"gradient of type {type(g).__name__}"
+        contract, got = "plain tensors for kernels", f"a {kind}"
     else:
         return backend
     require(backend in (None, "eager"), where, contract, got, 'Use backend="eager" or None.')
@@ -139,3 +146,25 @@ def is_wrapper(t: Tensor) -> bool:
     """Whether a tensor's class runs operators itself, as DTensor does. Fake tensors stand for plain ones."""
     disabled = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
     return not disabled and not isinstance(t, torch._subclasses.FakeTensor)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether it is a DTensor, told without importing what defines them."""
+    return hasattr(t, "placements")
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether the host can read elements: not of tensors on meta, of fake ones or of wrappers."""
+    return t.device.type != "meta" and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def is_any_nonzero(t: Tensor) -> bool:
+    """Whether an element is not 0, of the whole tensor if it is sharded. Tensors without values count as zeros."""
+    if t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor):
+        return False
+    return bool(whole(t.any()))
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor, or all of one that is sharded, as a plain tensor on every rank."""
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from numbers import Real
 from typing import Any
 
@@ -63,6 +63,12 @@ def check_keys(where: str, group: dict[str, Any], known: Collection[str]) -> Non
         meant = difflib.get_close_matches(key, known, 1, _MISSPELT)
         contract = f"hyperparameters of a group among {', '.join(known)}"
         require(not meant, where, contract, repr(key), f"Write {', '.join(meant)}.")
+
+
+def check_once(where: str, params: Sequence[Tensor]) -> None:
+    """Raises ValueError for a parameter that is there twice: it would be stepped twice."""
+    once = len({id(p) for p in params}) == len(params)
+    require(once, where, "each parameter once", "one twice", "Give it to one group.")
 
 
 def check_parameter(where: str, p: Tensor) -> None:

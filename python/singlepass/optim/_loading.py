@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading within torch's own ``load_state_dict``: after its hooks before, before its hooks after."""
+"""What an optimizer's ``load_state_dict`` does around torch's own."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +17,13 @@ from .._ops.optim import RULES
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NOT_LOADED = ("step", "buffer", "backend", "capturable")
 _ALL_STATES = {name for rule in RULES.values() for name in rule.lists}
 
 
 class Loading:
-    """One call of ``load_state_dict``: two hooks, between which torch loads all that is not the rule's own.
+    """One call of ``load_state_dict``: what comes before torch loads all that is not the rule's own, and after it.
 
     torch would cast states to their parameters' dtypes, and replace tensors of learning rates. So what is the rule's is
     taken out of the state dict before, checked and copied, and put in its place afterwards. Keys that others keep in
@@ -32,11 +35,11 @@ class Loading:
         self.groups: list[dict[str, Any]] = []  # as they were
         self.states: dict[Tensor, dict[str, Any]] = {}  # the rule's, to be
 
-    def before(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    def before(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checks everything, and returns what is left for torch. Nothing is changed yet."""
-        self.groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+        self.groups, saved_groups = self.optimizer.param_groups, state_dict["param_groups"]
         if [len(group["params"]) for group in self.groups] != [len(saved["params"]) for saved in saved_groups]:
-            return None  # torch reports the mismatch
+            return state_dict  # torch reports the mismatch
         loaded = [_loaded_part(saved) for saved in saved_groups]
         merged = [group | part for group, part in zip(self.groups, loaded, strict=True)]
         states = dict(state_dict["state"])
@@ -61,14 +64,15 @@ class Loading:
             return {}, others
         adopted = _adopt_tensors(where, state, p, self.optimizer._state_names(group))
         if rule.scale is not None and rule.scale in state:
-            adopted[rule.scale] = _scalar_like(state[rule.scale], p)
-        if self.optimizer._has_step(group):
+            adopted[rule.scale] = _scalar_like(where, rule.scale, state[rule.scale], p)
+        if self.optimizer._has_step(group) or "step" in state:
             count = state.get("step", saved.get("step", self.optimizer.steps_where_uncounted))
-            adopted["step"] = _scalar_like(count, p)
+            adopted["step"] = _scalar_like(where, "step", count, p)
         return adopted, others
 
-    def after(self, optimizer: torch.optim.Optimizer) -> None:
+    def after(self) -> None:
         """Puts the rule's states, and what groups keep of what they had, where they belong."""
+        optimizer = self.optimizer
         for p, state in self.states.items():
             optimizer.state[p].update(state)
         old_rates = [group["lr"] for group in self.groups]
@@ -100,13 +104,29 @@ def _adopt_tensors(where: str, state: Mapping[str, Any], p: Tensor, names: tuple
     require(not missing, where, f"states {', '.join(names)}", f"no {', '.join(missing)}", "Load a whole state.")
     adopted: dict[str, Any] = {}
     for name in names:
-        value = torch.as_tensor(state[name], device=p.device)
+        value = state[name]
+        if not isinstance(value, Tensor):
+            value = torch.as_tensor(value, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+        fits = value.is_floating_point() and value.layout == torch.strided
+        require(fits, where, f"{name} as a dense floating-point tensor", value.dtype, "Load this rule's state.")
         got = tuple(value.shape)
         require(value.shape == p.shape, where, f"{name} of shape {tuple(p.shape)}", got, "Load this model's state.")
-        adopted[name] = torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+        dtype = state_dtype_for(p, value.dtype)
+        adopted[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
     return adopted
 
 
-def _scalar_like(value: Any, p: Tensor) -> Tensor:
+def state_dtype_for(p: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a state that was made or saved in this one: kernels take no float64, and none takes float8."""
+    kept = (*STATE_DTYPES, torch.float64) if p.dtype == torch.float64 else STATE_DTYPES
+    return dtype if dtype in kept else torch.float32
+
+
+def _scalar_like(where: str, name: str, value: Any, p: Tensor) -> Tensor:
     """A float32 tensor of no dimensions on the parameter's device."""
-    return torch.as_tensor(value, dtype=torch.float32, device=p.device).reshape(()).clone()
+    fits = isinstance(value, (Real, Tensor)) and (not isinstance(value, Tensor) or value.numel() == 1)
+    require(fits, where, f"{name} as one number", repr(value), "Load a whole state.")
+    scalar = torch.as_tensor(value, dtype=torch.float32, device=p.device).reshape(()).clone()
+    fits = scalar.device.type == "meta" or name != "step" or 0.0 <= scalar.item() < math.inf
+    require(fits, where, f"{name} of 0 or more", value, "Load a whole state.")
+    return scalar

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._base import Bucket, FusedOptimizer, Work, is_capturing
+from ._base import Bucket, FusedOptimizer, is_capturing
+from ._buckets import has_values, whole
 from ._doc import shared_arguments
 
 # A deviation counts as at least this part of the root mean square.
@@ -83,15 +85,11 @@ class SGDSaI(FusedOptimizer):
             backend=backend,
         )
 
-        self._wait_for_gains()
+        self._measured: dict[int, Measured] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._wait_for_gains()
-
-    def _wait_for_gains(self) -> None:
-        self._settled = False  # whether all gains are known to be measured
-        self._waiting: set[int] | None = set()  # ids of the parameters whose gains this step measures; None for all
+        self._measured = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         self._check_values(
@@ -102,42 +100,51 @@ class SGDSaI(FusedOptimizer):
         return {"momentum": group["momentum"], "weight_decay": group["weight_decay"]}
 
     def _new_scale(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        self._settled = False
-        if self._waiting is not None:
-            self._waiting.add(id(p))
         return torch.full((), 0.0 if group["guard_gain"] else math.nan, dtype=torch.float32, device=p.device)
-
-    def _step_groups(self, work: Work) -> None:
-        if torch.compiler.is_compiling() or is_capturing():  # the host cannot look, now or when this runs again
-            self._settled, self._waiting = False, None
-        else:
-            self._waiting = set() if self._settled else self._unmeasured()
-            self._settled = not self._waiting
-        super()._step_groups(work)
-
-    def _unmeasured(self) -> set[int]:
-        """Ids of the parameters whose states have no measured gain. Looks at the gains from the host."""
-        waiting = set()
-        for group in self.param_groups:
-            for p in group["params"]:
-                gain = self.state[p]["gsnr"] if "gsnr" in self.state.get(p, {}) else None
-                if gain is not None and bool(_is_unmeasured(gain, group["guard_gain"])):
-                    waiting.add(id(p))
-        return waiting
 
     def _before_step(
         self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        for p, g in zip(bucket.params, bucket.grads, strict=True):
-            if self._waiting is not None and id(p) not in self._waiting:
-                continue
+        guard = group["guard_gain"]
+        states = [self.state[p] for p in bucket.params]
+        for i in self._waiting([state["gsnr"] for state in states], guard):
+            g, gain = bucket.grads[i], states[i]["gsnr"]
             scale = 1.0 if grad_scale is None else grad_scale.reshape(())
             wide = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
-            gain, state = _gain(wide, group["eps"], group["guard_gain"]), self.state[p]
-            measure = _is_unmeasured(state["gsnr"], group["guard_gain"])
+            measure = _is_unmeasured(gain, guard)
             if found_inf is not None:
                 measure &= found_inf.reshape(()) == 0.0
-            state["gsnr"] = torch.where(measure, gain, state["gsnr"])
+            states[i]["gsnr"] = torch.where(measure, whole(_gain(wide, group["eps"], guard)), gain)
+
+    def _waiting(self, gains: list[Tensor], guard: bool) -> Iterable[int]:
+        """Positions of the gains that this step measures.
+
+        The host looks at a gain until it is found measured, and again if another tensor takes its place or its value is
+        written over. Where it cannot look, any may be waiting.
+        """
+        if torch.compiler.is_compiling() or is_capturing():
+            return range(len(gains))
+        found = [self._measured.get(id(gain)) for gain in gains]
+        unknown = [
+            i
+            for i, (gain, seen) in enumerate(zip(gains, found, strict=True))
+            if seen is None or seen.version != gain._version or seen.guard != guard
+        ]
+        if not all(has_values(gains[i]) for i in unknown):
+            return unknown
+        waits = torch.stack([_is_unmeasured(gains[i], guard) for i in unknown]).tolist() if unknown else []
+        for i in (i for i, wait in zip(unknown, waits, strict=True) if not wait):
+            self._measured[id(gains[i])] = Measured(gains[i], gains[i]._version, guard)
+        return [i for i, wait in zip(unknown, waits, strict=True) if wait]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A gain that the host has seen to be measured. Held, so that no other tensor gets its id."""
+
+    gain: Tensor
+    version: int
+    guard: bool
 
 
 def _is_unmeasured(gain: Tensor, guard: bool) -> Tensor:
@@ -149,11 +156,15 @@ def _gain(g: Tensor, eps: float, guard: bool) -> Tensor:
     """Gradient signal-to-noise ratio of one tensor; 0 where it is not a number."""
     if g.numel() < 2 and guard:
         return torch.ones((), dtype=torch.float32, device=g.device)
+    # In units of the largest element, in which no square overflows or vanishes.
+    unit = g.abs().amax() if g.numel() else g.new_ones(())
+    unit = torch.where((unit > 0.0) & unit.isfinite(), unit, 1.0)
+    g, least = g / unit, eps / unit
     norm = torch.linalg.vector_norm(g)
     if g.numel() < 2:  # whose deviation is not a number
-        return (norm / eps).nan_to_num(nan=0.0).float()
+        return (norm / least).nan_to_num(nan=0.0).float()
     deviation = g.std()
     if guard:
         deviation = torch.maximum(deviation, _LEAST_SPREAD * norm / math.sqrt(g.numel()))
-    gain = (norm / (deviation + eps)).float()
+    gain = (norm / (deviation + least)).float()
     return torch.where(gain.isfinite(), gain, 0.0) if guard else gain.nan_to_num(nan=0.0)

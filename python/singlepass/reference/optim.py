@@ -282,6 +282,14 @@ def _memory_order(t: Tensor) -> Tensor:
     return t.as_strided((t.numel(),), (1,))
 
 
+def check_states(op: str, params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
+    """Refuses states that PyTorch would broadcast, before anything is changed."""
+    for values in states:
+        for p, s in zip(params, values, strict=True):
+            contract, got = f"a state of shape {tuple(p.shape)}", tuple(s.shape)
+            require(s.shape == p.shape, op, contract, got, "Load the state of this parameter.")
+
+
 def check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Refuses gradients that PyTorch would broadcast, densify or convert, before anything is changed."""
     require(len(grads) == len(params), op, f"{len(params)} gradients", len(grads), "Pass one for each parameter.")
@@ -311,6 +319,7 @@ def _make_step(name: str) -> Callable[..., None]:
         check_grads(rule.op_name, params, grads)
         lr = lr.reshape(())
         states = [values for values in lists[:state_count] if values]
+        check_states(rule.op_name, params, states)
         for i, p in enumerate(params):
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             skip = None if found_inf is None else found_inf.reshape(()) != 0

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .._errors import require
@@ -18,11 +19,13 @@ class SSTLoading(Loading):
     optimizer: SST
     progress: Progress
 
-    def before(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        progress = dict(state_dict.get("sst", {}))
+    def before(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        progress = state_dict.get("sst")
+        progress = dict(progress) if isinstance(progress, Mapping) else {}
         active = progress.pop("active", None)
-        fits = active is not None and set(progress) == set(self.optimizer.progress.as_dict())
-        require(fits, "SST", "a state dict of SST", f"one with {', '.join(state_dict)}", "Load SST's own.")
+        fits = isinstance(active, (list, tuple)) and set(progress) == set(self.optimizer.progress.as_dict())
+        got = f"one with {', '.join(key for key in state_dict if fits or key != 'sst')}"
+        require(fits, "SST", "a state dict of SST", got, "Load SST's own.")
         self.progress = Progress(**progress)
         self.optimizer._refresh()
         now = self.optimizer._signature()
@@ -31,8 +34,8 @@ class SSTLoading(Loading):
         )
         remedy = "Make the optimizer, which draws vectors, then load the model's state dict, then this."
         require(same, "SST", "a model with the same active vectors as the saved one", "others", remedy)
-        return super().before(optimizer, state_dict)
+        return super().before(state_dict)
 
-    def after(self, optimizer: Any) -> None:
-        super().after(optimizer)
+    def after(self) -> None:
+        super().after()
         self.optimizer.progress = self.progress

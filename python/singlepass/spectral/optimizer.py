@@ -41,6 +41,11 @@ _SETTINGS = (
 )
 
 
+def _unnamed(entry: Any) -> Any:
+    """The parameter of an entry of ``named_parameters()``, or the entry itself."""
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
 class SST(AdamW):
     r"""Sparse spectral training of a model's :class:`SSTLinear` layers, and AdamW for all its other parameters.
 
@@ -215,11 +220,11 @@ class SST(AdamW):
         params = param_group["params"]
         if not isinstance(params, (Tensor, set)):
             frozen = frozen_parameters()
-            param_group = param_group | {"params": [p for p in params if id(p) not in frozen]}
+            param_group["params"] = [p for p in params if id(_unnamed(p)) not in frozen]
         if self._layers:
             owners = layers_by_parameter()
             given = [params] if isinstance(params, Tensor) else param_group["params"]
-            late = any(id(p) in owners for p in given)
+            late = any(id(_unnamed(p)) in owners for p in given)
             require(not late, "SST", "SSTLinear layers when it is made", "one later", "Make a new optimizer.")
         super().add_param_group(param_group)
 
@@ -315,7 +320,7 @@ class SST(AdamW):
         """Draws for layers of one device, and swaps their vectors, values, and the values' moments."""
         layers = [self._layers[i] for i in indices]
         device = layers[0].singular_values.device
-        moments = [t for layer in layers for t in self.state.get(layer.singular_values, {}).values()]
+        moments = [t for layer in layers for t in self._own_states(layer.singular_values)]
         stored = [p for layer in layers for p in (layer.singular_values, *layer.vectors())]
         dtypes = {t.dtype for t in (*stored, *moments)} - {torch.int8}
         sample, swap = (self._on(device, dtypes, op) for op in ("spectral_sample", "spectral_swap_"))
@@ -344,9 +349,14 @@ class SST(AdamW):
 
     def _forget(self, params: list[Tensor]) -> None:
         """Moments and their counts become what they are at the start."""
-        zeros = [t for p in params for t in self.state.get(p, {}).values()]
+        zeros = [t for p in params for t in self._own_states(p)]
         if zeros:
             torch._foreach_zero_(zeros)
+
+    def _own_states(self, p: Tensor) -> list[Tensor]:
+        """The parameter's moments and count, without what others keep in its state."""
+        state = self.state.get(p, {})
+        return [state[name] for name in (*self._rule.states, "step") if name in state]
 
     def _set_rank(self, rank: float) -> None:
         for layer in self._layers:

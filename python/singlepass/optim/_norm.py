@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The norm of all gradients, by which they are unscaled and clipped, and whether any is not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dispatch import choose, implementation
+from .._errors import require
+from ._buckets import Bucket, is_wrapper, whole
+
+
+def measure(
+    where: str,
+    buckets: list[Bucket],
+    max_norm: float,
+    eps: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """One read of all gradients: (divisor that unscales and clips, found_inf)."""
+    grads: dict[tuple[torch.device, str, bool], list[Tensor]] = {}
+    for bucket in buckets:
+        if bucket.backend != "eager":  # which alone takes wrappers
+            grads.setdefault((bucket.device, bucket.backend, False), []).extend(bucket.grads)
+            continue
+        for g in bucket.grads:
+            grads.setdefault((bucket.device, "eager", is_wrapper(g)), []).append(g)
+    stats = []
+    for (device, wanted, _), present in grads.items():
+        backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
+        grad_norm = implementation("grad_norm", backend)
+        found = grad_norm(present, max_norm=max_norm, eps=eps, grad_scale=to_device(grad_scale, device))
+        stats.append(whole(found))
+    if not stats:
+        return grad_scale, found_inf
+    alone = len(stats) == 1 or not any(map(is_wrapper, stats))
+    remedy = "Give them to optimizers of their own, or pass max_grad_norm=0."
+    require(alone, where, "one type of parameters for the norm of all gradients", "several", remedy)
+    _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
+    return divisor, nonfinite if grad_scale is not None and found_inf is None else found_inf
+
+
+def to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device, non_blocking=True)
+
+
+def _join(stats: list[Tensor], max_norm: float, eps: float, grad_scale: Tensor | None) -> Tensor:
+    """What grad_norm would say of the gradients of several devices together, on the first of them."""
+    device = stats[0].device
+    norm = torch.linalg.vector_norm(torch.stack([s[0].to(device) for s in stats]).double())
+    scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(device).double().reshape(())
+    clip = max_norm / (norm + eps) if max_norm > 0.0 else torch.ones_like(norm)
+    divisor = torch.where(clip >= 1.0, scale, scale / clip)
+    return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
