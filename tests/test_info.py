@@ -156,4 +156,4 @@ def test_unknown_commands_are_named(capsys: Output) -> None:
 @pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["-h"], 0), ([], 2)])
 def test_usage(capsys: Output, argv: list[str], status: int) -> None:
     assert cli.main(argv) == status
-    assert "info     which backend runs each op here" in capsys.readouterr().out
+    assert "info     show which backend runs each op here" in capsys.readouterr().out

@@ -12,8 +12,8 @@ from . import __version__
 from ._errors import message
 
 _COMMANDS = {
-    "info": ("info", "which backend runs each op here, and why the others don't"),
-    "bench": ("bench.cli", "measure the ops on this machine"),
+    "info": ("info", "show which backend runs each op here, and why the others do not"),
+    "bench": ("bench.cli", "measure the ops on this machine and compare with other packages"),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``singlepass info``: which backend runs each op here, and why the others don't."""
+"""``singlepass info``: shows which backend runs each op here, and why the others do not."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="run each class once against float64; exit status 1 if one is wrong, or if kernels that this installation"
-        " should have do not run. Without any native library eager PyTorch is checked, and the status is 0",
+        help="run each class once and compare with float64; exit status 1 if a result is wrong, or if kernels that this"
+        " installation should have do not run. Without native libraries plain PyTorch is checked, and the status is 0",
     )
     options = parser.parse_args(argv)
     try:

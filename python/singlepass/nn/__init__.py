@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rational (KAN) activations whose coefficients are shared within groups of channels, and what is built of them."""
+"""Learnable rational (KAN) activations with coefficients shared within groups of channels, and layers that use them."""
 
 from .convert import kat_from_vit
 from .fit import fit_rational

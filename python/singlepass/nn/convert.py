@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision transformers made into Kolmogorov-Arnold transformers, recognised by their modules' structure alone."""
+"""Converts vision transformers to Kolmogorov-Arnold transformers. MLPs are recognised by their structure alone."""
 
 from __future__ import annotations
 
@@ -125,29 +125,30 @@ def kat_from_vit(
     degrees: tuple[int, int] = (5, 4),
     backend: str | None = None,
 ) -> nn.Module:
-    """Makes a vision transformer a KAT, in place: each MLP becomes a :class:`KATMLP` with the same linear layers.
+    """Converts a vision transformer to a KAT, in place: each MLP becomes a :class:`KATMLP` with the same linear layers.
 
-    The first rational of each starts as the identity and the second as the model's activation, so the model computes
-    what it did, but for the table's error within its interval, [-8, 8] for GELU, and more beyond; ``init`` takes other
-    tables, such as :func:`fit_rational` makes. Coefficients are float32.
+    The first activation of each MLP starts as the identity, the second as the model's own activation. So the model
+    computes the same as before, up to the table's error within its interval, [-8, 8] for GELU, and more outside.
+    ``init`` accepts other tables, such as those of :func:`fit_rational`. Coefficients are float32.
 
-    MLPs are recognised by structure: modules with linear layers ``fc1`` and ``fc2``, an activation ``act``,
-    ``activation`` or ``activation_fn`` and at most dropouts beside them (timm, DeiT, DINOv2, CLIP), whose names ``fc1``
-    and ``fc2`` stay, and modules with ``dense`` and ``intermediate_act_fn`` alone (transformers' ViT), whose ``dense``
-    stays. The activation is recognised by its values. Dropout stands where KAT has it: before fc1 instead of after fc2.
+    MLPs are recognised by structure. Either: linear layers ``fc1`` and ``fc2``, an activation ``act``, ``activation``
+    or ``activation_fn``, and nothing else but dropouts (timm, DeiT, DINOv2, CLIP); the names ``fc1`` and ``fc2`` stay.
+    Or: ``dense`` and ``intermediate_act_fn`` only (ViT of Transformers); ``dense`` stays. ``Conv1D`` layers, as in
+    Transformers' GPT-2, are not recognised. The activation is recognised by its values. Dropout moves to where KAT has
+    it: before fc1 instead of after fc2.
 
     Args:
         model: any module that contains such MLPs.
         groups: of all activations; divides the width of each MLP's input and hidden layer.
-        init: what the second rational starts as, see :class:`GroupRational`; None for the model's activation.
+        init: initial function of the second activation, see :class:`GroupRational`; None for the model's activation.
         form, degrees, backend: of all activations.
 
     Returns:
-        Module: ``model``. An optimizer made before lacks the new coefficients; weights can be loaded from a checkpoint
-        of the converted model into a model that was converted alike.
+        Module: ``model``. Create the optimizer afterwards, so that it gets the new coefficients. A checkpoint of the
+        converted model loads into a model that was converted with the same arguments.
 
     Raises:
-        ValueError: no such MLP, an activation that no table is of, or arguments that don't fit. The model is unchanged.
+        ValueError: no such MLP, an activation without a table, or invalid arguments. The model is unchanged.
 
     Example:
         >>> import torch

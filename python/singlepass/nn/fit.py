@@ -220,10 +220,10 @@ def fit_rational(
     degrees: tuple[int, int] = (5, 4),
     interval: tuple[float, float] = (-3.0, 3.0),
 ) -> Table:
-    """The rational function of least maximum error to fn on an interval, its coefficients rounded to float32.
+    """Fits a rational function with the least maximum error to fn on an interval. Coefficients are rounded to float32.
 
-    In forms B and C the polynomial within the absolute value is held at or above zero on the whole line, so that the
-    activation has no spike outside of the interval either. The result is deterministic.
+    In forms B and C the polynomial inside the absolute value is kept non-negative on the whole line, so that the
+    activation has no spike outside the interval. The result is deterministic.
 
     Args:
         fn: elementwise function; called with one-dimensional float64 tensors.
@@ -233,12 +233,12 @@ def fit_rational(
         interval: (low, high).
 
     Returns:
-        Table: what ``init`` of :mod:`singlepass.nn`'s modules takes. ``max_error`` is measured at 20001 points, with
-        the rounded coefficients, in float64.
+        Table: for ``init`` of the modules of :mod:`singlepass.nn`. ``max_error`` is measured at 20,001 points, with the
+        rounded coefficients, in float64.
 
     Raises:
-        ValueError: a form, degrees or an interval that don't fit, or fn's values not finite.
-        ImportError: NumPy or SciPy is missing; ``pip install ".[fit]"`` in a clone brings them.
+        ValueError: an invalid form, degree or interval, or values of fn that are not finite.
+        ImportError: NumPy or SciPy is missing; ``pip install ".[fit]"`` in a clone installs them.
 
     Example:
         >>> import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Kolmogorov-Arnold Transformer, KAT, makes of rational activations: a layer, an MLP.
+"""The layer and the MLP of the Kolmogorov-Arnold Transformer (KAT).
 
 Source: Yang and Wang, "Kolmogorov-Arnold Transformer", arXiv 2409.10594, and its code, Adamdad/kat.
 """
@@ -39,10 +39,10 @@ def linear_then_rational(x: Tensor, linear: nn.Module, act: GroupRational) -> Te
 
 
 class GRKAN(nn.Module):
-    """Group-rational KAN layer: :class:`GroupRational` ``act``, then Linear ``linear`` (KAT, arXiv 2409.10594).
+    """Group-rational KAN layer: a :class:`GroupRational` ``act``, then a Linear ``linear`` (KAT, arXiv 2409.10594).
 
-    Weights start as N(0, gain / in_features), the bias as zero, where gain = 1 / E[f(z)^2], z standard normal, is that
-    of the very coefficients that the activation starts with: a normal input's variance is preserved.
+    Weights are initialised as N(0, gain / in_features) and the bias as zero, where gain = 1 / E[f(z)^2] for standard
+    normal z and the initial activation f. This preserves the variance of a normal input.
 
     Args:
         in_features, out_features, bias: of the linear layer.
@@ -52,7 +52,7 @@ class GRKAN(nn.Module):
     Shapes: (..., in_features) to (..., out_features).
 
     Raises:
-        ValueError: arguments that don't fit.
+        ValueError: invalid arguments.
 
     Example:
         >>> import torch
@@ -105,7 +105,7 @@ class GRKAN(nn.Module):
         return self.linear(self.act(x))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not decay, as timm asks for them."""
+        """Names of the parameters without weight decay, in the form that timm expects."""
         return no_weight_decay(self)
 
 
@@ -116,29 +116,28 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 class KATMLP(nn.Module):
-    """KAT's MLP, to stand where a transformer has its own: act1 - dropout - fc1 - act2 - dropout - fc2.
+    """KAT's MLP, in place of a transformer's MLP: act1, dropout, fc1, act2, dropout, fc2.
 
-    Order and names are those of ``KAN`` in Adamdad/kat, katransformer.py, so that its checkpoints load by name. act1
-    starts as the identity. Dropout, and the bias of fc1 with its gradient, are parts of the activations' passes. Linear
-    layers start variance-preserving, see :class:`GRKAN`.
+    Order and names are those of ``KAN`` in Adamdad/kat, katransformer.py, so its checkpoints load by name. act1 starts
+    as the identity. Dropout, and the bias of fc1 with its gradient, are fused into the activations. The initialisation
+    of linear layers preserves variance, see :class:`GRKAN`.
 
     Args:
         in_features: channels of the input.
         hidden_features, out_features: None for ``in_features``.
         groups: of both activations.
-        act_init: what act2 starts as, see :class:`GroupRational`; the published models take "silu" or "gelu".
+        act_init: initial function of act2, see :class:`GroupRational`; the published models use "silu" or "gelu".
         drop: probability of both dropouts, or a pair.
         bias: of both linear layers, or a pair.
         form, degrees: of both activations.
-        act_layer, norm_layer: what timm's blocks pass on to any MLP; the activation is ``act_init``'s, as in KAT, and a
-            norm layer is refused.
+        act_layer, norm_layer: passed by timm. ``act_layer`` is ignored, as in KAT; ``norm_layer`` must be None.
         backend: of both activations.
         device, dtype: of all parameters; without dtype, coefficients are float32.
 
     Shapes: (..., in_features) to (..., out_features).
 
     Raises:
-        ValueError: arguments that don't fit.
+        ValueError: invalid arguments.
 
     Example:
         >>> import torch
@@ -195,5 +194,5 @@ class KATMLP(nn.Module):
         return self.fc2(linear_then_rational(self.act1(x), self.fc1, self.act2))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not decay, as timm asks for them."""
+        """Names of the parameters without weight decay, in the form that timm expects."""
         return no_weight_decay(self)

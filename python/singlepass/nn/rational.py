@@ -29,14 +29,13 @@ _THEIR_NAMES = {
 
 
 def no_weight_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters of a model that should not decay: the coefficients of its rational activations.
+    """Names of the parameters that should have no weight decay: the coefficients of rational activations.
 
-    Decay pulls an activation towards zero, not towards a simpler one. Activations are found by walking the modules, so
-    that parameters may have been replaced: by FSDP2 or tensor parallelism, a parametrisation, pruning or hand. The
-    parameters of other modules are included if they are marked ``_no_weight_decay = True``, as Mamba's are.
+    Decay pulls an activation towards zero, not towards a simpler one. The function searches modules, so parameters may
+    have been replaced: by FSDP2, tensor parallelism, a parametrisation, pruning or by hand. Parameters of other modules
+    are included if they have the attribute ``_no_weight_decay = True``, as Mamba's have.
 
-    timm's optimizers ask a model for such names: pass them
-    ``model.no_weight_decay() | singlepass.nn.no_weight_decay(model)``.
+    For timm, pass ``model.no_weight_decay() | singlepass.nn.no_weight_decay(model)`` as the names without decay.
 
     Args:
         model: any module, wrapped or not; names are those of ``model.named_parameters()``.
@@ -68,14 +67,14 @@ def require_counts(where: str, **counts: int) -> None:
 
 
 class GroupRational(nn.Module):
-    r"""Rational activation P(x) / Q(x), its coefficients shared within groups of channels (KAT, arXiv 2409.10594).
+    r"""Rational activation P(x) / Q(x) with coefficients shared within groups of channels (KAT, arXiv 2409.10594).
 
-    By default, as in KAT's code, all groups share the numerator and each has its denominator. The paper's text says the
-    opposite; its author calls that a typo (github.com/Adamdad/kat/issues/15).
+    By default, as in KAT's code, all groups share the numerator and each has its own denominator. The paper's text says
+    the opposite; its author calls that a typo (github.com/Adamdad/kat/issues/15).
 
     Parameters are ``numerator`` (``numerator_groups``, m + 1) and ``denominator`` (``denominator_groups``, n; form C:
-    n + 1), float32 unless ``dtype`` says otherwise, whatever x is. :func:`no_weight_decay` names them; they are marked
-    ``_no_weight_decay = True`` as well, for training scripts that read that mark.
+    n + 1), float32 by default, whatever the dtype of x. They should have no weight decay: :func:`no_weight_decay`
+    returns their names, and they have the attribute ``_no_weight_decay = True``.
 
     State dicts of KAT (``weight_numerator``, ``weight_denominator``) and FlashKAT (``numerator_v``, ``denominator_v``)
     load, in form A and degrees (5, 4): that is what their kernels compute, also from the tables that KAT fitted for B.
@@ -83,18 +82,18 @@ class GroupRational(nn.Module):
     Args:
         channels: number of channels of x.
         groups: number of groups, a divisor of ``channels``; channel c belongs to group ``c // (channels // groups)``.
-        init: what to start as: a name as in :func:`singlepass.nn.table`, a :class:`Table` such as
+        init: initial function: a name as in :func:`singlepass.nn.table`, a :class:`Table` such as
             :func:`singlepass.nn.fit_rational` returns, or a pair (numerator, denominator) of coefficients.
         form: "A", "B", "C" or "D", see :func:`singlepass.functional.rational`.
         degrees: of numerator (1 to 7) and denominator (1 to 6).
-        channel_dim: which dimension of x counts channels.
+        channel_dim: the channel dimension of x.
         numerator_groups: 1 or ``groups``.
         denominator_groups: 1 or ``groups``; None for ``groups``.
-        dropout: probability with which elements of the result become zero in training, in the same pass over memory.
-        backend: "native", "triton" or "eager"; None chooses.
+        dropout: probability that an element of the result is zeroed in training, fused into the same pass.
+        backend: "native", "triton" or "eager"; None selects one.
 
     Raises:
-        ValueError: arguments that don't fit, or ``init`` names a table that does not hold in this form and degrees.
+        ValueError: invalid arguments, or ``init`` names a table that does not exist for this form and degrees.
 
     Example:
         >>> import torch
@@ -155,7 +154,7 @@ class GroupRational(nn.Module):
         self._mark()
 
     def reset_parameters(self) -> None:
-        """Back to the function that ``init`` named."""
+        """Resets the coefficients to the initial function."""
         with torch.no_grad():
             for p, row in ((self.numerator, self.init.numerator), (self.denominator, self.init.denominator)):
                 p.copy_(p.new_tensor(row))
@@ -169,7 +168,7 @@ class GroupRational(nn.Module):
             gate: x's shape and dtype, multiplied last.
 
         Raises:
-            ValueError: shapes or dtypes that don't fit.
+            ValueError: invalid shapes or dtypes.
         """
         dim = self.channel_dim
         require(isinstance(x, Tensor), "GroupRational", "x as a tensor", type(x).__name__, "Convert it.")
@@ -203,7 +202,7 @@ class GroupRational(nn.Module):
         return ", ".join(parts)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that should not decay, as timm asks for them."""
+        """Names of the parameters without weight decay, in the form that timm expects."""
         return no_weight_decay(self)
 
     def _mark(self) -> None:

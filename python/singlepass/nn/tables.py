@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Coefficients with which rational activations start: tables that carry their form and their error.
+"""Tables of initial coefficients of rational activations, with their form and error.
 
 ``tables.json`` is written by ``python -m singlepass.nn.make_tables``.
 """
@@ -47,12 +47,12 @@ _NORMAL_POINTS = 2**15 + 1
 
 @dataclass(frozen=True)
 class Table:
-    """Coefficients of one rational function; called with a tensor, the function itself in eager PyTorch.
+    """Coefficients of one rational function. Calling it with a tensor evaluates the function in plain PyTorch.
 
     Attributes:
         numerator: a_0 to a_m.
         denominator: b_1 to b_n; in form C b_0 to b_n.
-        form: "A", "B" or "C", as in :func:`singlepass.functional.rational`. The coefficients hold in no other.
+        form: "A", "B" or "C", as in :func:`singlepass.functional.rational`. They are valid in this form only.
         interval: where it approximates its target; None if it was not fitted.
         max_error: the largest absolute error there; None if it was not fitted.
         second_moment: E[f(z)^2] for a standard normal z.
@@ -75,7 +75,7 @@ class Table:
 
     @classmethod
     def of(cls, numerator: Sequence[float], denominator: Sequence[float], form: str) -> Table:
-        """A table of coefficients that come from elsewhere."""
+        """A table of given coefficients."""
         a, b = tuple(map(float, numerator)), tuple(map(float, denominator))
         return cls(a, b, form, None, None, second_moment(a, b, form))
 
@@ -85,7 +85,7 @@ class Table:
 
     @property
     def gain(self) -> float:
-        """1 / E[f(z)^2]: what the variance of a following layer's weights is multiplied with to preserve variance."""
+        """1 / E[f(z)^2], the factor for the weight variance of the next layer that preserves variance."""
         return 1.0 / self.second_moment if self.second_moment > 0.0 else 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -152,16 +152,16 @@ def _identity(form: str, degrees: tuple[int, int]) -> Table:
 
 
 def table(name: str, form: str = "A", degrees: tuple[int, int] = (5, 4)) -> Table:
-    """A shipped table, fitted by :func:`fit_rational` on [-3, 3], "gelu" on [-8, 8], for the form that is asked for.
+    """An installed table, fitted by :func:`fit_rational` on [-3, 3], "gelu" on [-8, 8], for the given form.
 
-    Coefficients fitted for one form mean another function in another form: KAT's own "gelu" was fitted for form B, is
-    evaluated in form A by KAT's kernels, and is off by 1.46 there. So each form has tables of its own.
+    Each form has its own tables, because coefficients fitted for one form give another function in another form. KAT's
+    "gelu", for example, was fitted for form B; KAT's kernels evaluate it in form A, where it is off by 1.46.
 
     Args:
         name: "geglu" (x gelu(x)), "gelu", "identity", "leaky_relu" (slope 0.01), "mish", "relu", "relu_squared",
             "sigmoid", "silu", "swiglu" (x silu(x)) or "tanh".
-        form: "A", "B", "C" or "D" (which takes B's).
-        degrees: of numerator and denominator, (5, 4); the identity has every one.
+        form: "A", "B", "C" or "D" (uses B's).
+        degrees: of numerator and denominator: (5, 4); any for the identity.
 
     Raises:
         ValueError: an unknown name, or no such table in this form and these degrees.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse spectral training: linear layers as U^T diag(s) V of which a few singular vectors are trained at a time."""
+"""Sparse spectral training: linear layers U^T diag(s) V that train all singular values and a few vectors at a time."""
 
 from .convert import HEADS, convert, merge
 from .frozen import training_nbytes

@@ -32,25 +32,25 @@ def _parents(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.
 
 
 def convert(model: Model, rank: float, *, skip: Iterable[str] = HEADS, **options: Any) -> Model:
-    """Puts an :class:`SSTLinear` in the place of every linear layer of a model, in place.
+    """Replaces every linear layer of a model by an :class:`SSTLinear`, in place.
 
-    Left alone are embeddings, norms, whatever is not exactly a torch.nn.Linear (the output projection of
-    torch.nn.MultiheadAttention and the Conv1D of GPT-2 are not), linear layers whose weight takes no gradient, is
-    shared with another module or made by a parametrisation, and names to skip. Hooks of converted layers are lost.
+    Not converted are embeddings, norms, layers that are not exactly torch.nn.Linear (such as the output projection of
+    torch.nn.MultiheadAttention and the Conv1D of GPT-2), linear layers whose weight needs no gradient, is shared with
+    another module or comes from a parametrisation, and the names in ``skip``. Hooks of converted layers are lost.
 
     Args:
         model: any module; its output stays the same up to rounding.
-        rank: vectors trained at a time in each layer, or a fraction of each layer's min(m, n).
-        skip: names of modules, or patterns of them (``*``), as in ``model.named_modules()``, from any dot on;
-            by default those of heads (``singlepass.spectral.HEADS``).
+        rank: number of vectors trained at a time in each layer, or a fraction of each layer's min(m, n).
+        skip: names of modules as in ``model.named_modules()``, or patterns (``*``); the end of a name, after a dot, is
+            enough. Default: heads (``singlepass.spectral.HEADS``).
         **options: ``frozen_dtype``, ``gradient``, ``evaluation`` and ``backend`` of :class:`SSTLinear`.
 
     Returns:
         Module: the model.
 
     Raises:
-        ValueError: no layer to convert, a rank larger than a layer, a weight that is not finite, or options that don't
-            fit; the model is unchanged.
+        ValueError: no layer to convert, a rank larger than a layer, a weight that is not finite, or invalid options.
+            The model is unchanged.
 
     Example:
         >>> import torch
@@ -97,11 +97,10 @@ def convert(model: Model, rank: float, *, skip: Iterable[str] = HEADS, **options
 
 @torch.no_grad()
 def merge(model: Model) -> Model:
-    """Puts a torch.nn.Linear with the same weight in the place of every :class:`SSTLinear`, in place.
+    """Replaces every :class:`SSTLinear` by a torch.nn.Linear with the same weight, in place, for inference and export.
 
-    For inference and export: the model then is what it was before :func:`convert`, trained. A :class:`LorentzLinear`
-    is more than a linear layer and stays. Warns if singular vectors are not of unit length: what is merged computes the
-    same as the model, but was trained by another optimizer than :class:`SST`.
+    A :class:`LorentzLinear` is more than a linear layer and stays. Warns if singular vectors are not of unit length:
+    the merged model computes the same, but was trained by another optimizer than :class:`SST`.
 
     Args:
         model: any module that has such layers.
@@ -110,7 +109,16 @@ def merge(model: Model) -> Model:
         Module: the model.
 
     Raises:
-        ValueError: none to merge, or a weight that is not finite; the model is unchanged.
+        ValueError: no layer to merge, or a weight that is not finite. The model is unchanged.
+
+    Example:
+        >>> import torch
+        >>> from singlepass import spectral
+        >>> model = spectral.convert(torch.nn.Sequential(torch.nn.Linear(64, 32)), rank=4)
+        >>> spectral.merge(model)
+        Sequential(
+          (0): Linear(in_features=64, out_features=32, bias=True)
+        )
     """
     found = list(_parents(model, SSTLinear))
     require(bool(found), "merge", "a model with SSTLinear layers", "none", "A layer alone: to_linear.")

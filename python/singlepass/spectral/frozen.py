@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How frozen singular vectors are stored, and the bytes that training takes."""
+"""How frozen singular vectors are stored, and the memory that training needs."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def check_frozen_dtype(where: str, dtype: torch.dtype | None) -> None:
 
 
 def training_nbytes(module: nn.Module, state_dtype: torch.dtype = torch.float32) -> dict[str, int]:
-    """Bytes that training a module with AdamW keeps: ``weights``, ``gradients``, ``states`` and their ``total``.
+    """Bytes for training a module with AdamW: ``weights``, ``gradients``, ``states`` and their ``total``.
 
     Args:
-        module: any module; parameters that take no gradient have neither gradients nor states.
+        module: any module; parameters with ``requires_grad=False`` have neither gradients nor states.
         state_dtype: of AdamW's two moments.
 
     Example:

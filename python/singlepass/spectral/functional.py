@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product with W = U^T diag(s) V, and HyboNet's map to the hyperboloid, on tensors."""
+"""Functions: the product with W = U^T diag(s) V, and HyboNet's map to the hyperboloid."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def sst_linear(
     evaluation: str = "auto",
     backend: str | None = None,
 ) -> Tensor:
-    """x W^T + b of W = U^T diag(s) V, whose first r singular vectors are trained, with gradients as SST takes them.
+    """x W^T + b for W = U^T diag(s) V, whose first r singular vectors are trained, with the gradients of SST.
 
     After Zhao et al., "Sparse Spectral Training", arXiv 2405.15481. With G = dL/dW, the gradient of s_i is
     u_i G v_i^T for every i; those of active rows u_i and v_i are v_i G^T and u_i G ("enhanced"), or s_i times that
-    ("default"). They come from t = x V^T and q = g U^T, or, where W is materialised, from panels of g^T x: the whole of
-    G never exists.
+    ("default"). They are computed from t = x V^T and q = g U^T or, if W is materialised, from panels of g^T x: G as a
+    whole never exists.
 
     Args:
         x: (..., n), any strides.
@@ -63,19 +63,19 @@ def sst_linear(
         bias: (m,).
         scales: of int8 frozen vectors, (k - r, ceil(m / 128)) and (k - r, ceil(n / 128)), float32.
         gradient: "enhanced", the paper's choice, or "default".
-        evaluation: "factored" multiplies by V, s and U in turn; "materialized" makes W first and keeps it for the
-            backward pass; "auto" takes what needs fewer floating-point operations.
-        backend: of what surrounds the products: "native", "triton" or "eager"; None chooses.
+        evaluation: "factored" multiplies by V, s and U in turn; "materialized" computes W first and keeps it for
+            backward; "auto" picks the one with fewer floating-point operations.
+        backend: for everything but the matrix products: "native", "triton" or "eager"; None selects one.
 
-    Products run in x's dtype, float32, bfloat16, float16 or float64, under autocast in autocast's; singular values and
-    the sums that make their gradients stay in theirs, float32 at least. Differentiating twice raises a RuntimeError.
+    Matrix products use x's dtype (float32, bfloat16, float16 or float64), or autocast's. Singular values and the sums
+    for their gradients keep their dtype, at least float32. Second derivatives raise a RuntimeError.
 
     Returns:
         Tensor: (..., m), contiguous, of the products' dtype.
 
     Raises:
-        ValueError: shapes, devices or options that don't fit.
-        RuntimeError: a backend that can't run here.
+        ValueError: invalid shapes, devices or options.
+        RuntimeError: the chosen backend cannot run here.
 
     Example:
         >>> import torch
@@ -127,20 +127,20 @@ def lorentz(z: Tensor, log_scale: Tensor, *, k: float = 1.0, offset: float = 1.1
     """HyboNet's map from rows to points x of the hyperboloid -x_0^2 + x_1^2 + ... = -k, in one pass.
 
     x_0 = sigmoid(z_0) exp(log_scale) + offset, and x_i = z_i sqrt((x_0^2 - k) / |z_1..|^2), as LorentzLinear of
-    Chen et al., "Fully Hyperbolic Neural Networks", arXiv 2105.14686. |z_1..|^2 is taken to be 1e-8 where it is less.
+    Chen et al., "Fully Hyperbolic Neural Networks", arXiv 2105.14686. |z_1..|^2 is at least 1e-8.
 
     Args:
-        z: (..., c), c >= 2; float32, bfloat16, float16 or float64 (eager alone).
+        z: (..., c), c >= 2; float32, bfloat16, float16 or float64 (eager only).
         log_scale: one element, any of these dtypes.
         k: minus the squared Lorentz norm of points, positive.
-        offset: the least time, at least sqrt(k).
-        backend: "native", "triton" or "eager"; None chooses.
+        offset: minimum of the time coordinate x_0, at least sqrt(k).
+        backend: "native", "triton" or "eager"; None selects one.
 
     Returns:
         Tensor: z's shape and dtype, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or options that don't fit.
+        ValueError: invalid shapes, dtypes or options.
 
     Example:
         >>> import torch

@@ -15,26 +15,27 @@ from .linear import SSTLinear
 class LorentzLinear(SSTLinear):
     """HyboNet's linear layer between hyperboloids, trained by sparse spectral training.
 
-    z = W x + b of points x (..., n), the time first, then :func:`singlepass.spectral.lorentz` in one pass: the time
-    becomes sigmoid(z_0) exp(log_scale) + offset, and the rest is rescaled so that -x_0^2 + x_1^2 + ... = -k.
+    Computes z = W x + b for points x (..., n) with the time coordinate first, then
+    :func:`singlepass.spectral.lorentz` in one pass: the time coordinate becomes sigmoid(z_0) exp(log_scale) + offset,
+    and the others are rescaled so that -x_0^2 + x_1^2 + ... = -k.
 
     Args:
-        in_features: n, the time included.
-        out_features: m, the time included, at least 2.
+        in_features: n, including the time coordinate.
+        out_features: m, including the time coordinate, at least 2.
         rank: how many singular vectors are trained at a time.
         bias: whether there is a bias.
         k: minus the squared Lorentz norm of points, positive.
-        offset: the least time, at least sqrt(k).
+        offset: minimum of the time coordinate, at least sqrt(k).
         scale: the initial exp(log_scale), positive.
         train_scale: whether log_scale is trained.
-        dropout: probability with which elements of the input become zero in training.
+        dropout: probability that an element of the input is zeroed in training.
         activation: applied to the input first, or None.
         **options: as for :class:`SSTLinear`.
 
     Parameters: those of :class:`SSTLinear`, and ``log_scale``, one element.
 
     Raises:
-        ValueError: sizes or options that don't fit.
+        ValueError: invalid sizes or options.
 
     Source: LorentzLinear of Chen et al., "Fully Hyperbolic Neural Networks", ACL 2022, arXiv 2105.14686.
 

@@ -46,33 +46,33 @@ def rank_of(where: str, rank: float, size: int) -> int:
 
 
 class SSTLinear(nn.Module):
-    """A linear layer for sparse spectral training: W = U^T diag(s) V, of whose vectors ``rank`` are trained at a time.
+    """A linear layer for sparse spectral training: W = U^T diag(s) V, of which ``rank`` vectors are trained at a time.
 
-    W (m, n), m = ``out_features`` and n = ``in_features``, has k = min(m, n) singular values, all trained, and the
-    full rank. :class:`SST` decides which singular vectors are active, and keeps them of unit length.
+    W is (m, n) with m = ``out_features`` and n = ``in_features``. It has full rank and k = min(m, n) singular values,
+    all of which are trained. :class:`SST` chooses the active singular vectors and keeps them at unit length. Train the
+    layer with :class:`SST` only.
 
     Args:
         in_features: n.
         out_features: m.
         rank: how many singular vectors are trained at a time, 1 to k, or a fraction of k.
-        bias: whether there is a bias, trained as it is.
-        frozen_dtype: how the k - rank frozen vectors are stored: None for ``dtype``; torch.bfloat16 or torch.float16;
-            torch.int8 for codes with one float32 factor for each 128 columns of a vector. Rounding them changes W a
-            little, at the start and whenever vectors are swapped.
+        bias: whether there is a bias.
+        frozen_dtype: storage dtype of the k - rank frozen vectors: None for ``dtype``; torch.bfloat16 or torch.float16;
+            torch.int8 for codes with one float32 scale per 128 columns of a vector. Rounding changes W slightly, at the
+            start and whenever vectors are swapped.
         gradient: of active vectors: "enhanced", without the singular value, or "default" (see :func:`sst_linear`).
         evaluation: "auto", "factored" or "materialized" (see :func:`sst_linear`).
         device: of the parameters.
         dtype: of the parameters, torch.float32, bfloat16, float16 or float64.
-        backend: "native", "triton" or "eager"; None chooses.
-        weight: the initial W (m, n); None initialises as torch.nn.Linear does.
+        backend: "native", "triton" or "eager"; None selects one.
+        weight: the initial W (m, n); None: as in torch.nn.Linear.
 
     Parameters: ``singular_values`` (k,), the active ones first; ``active_u`` (rank, m) and ``active_v`` (rank, n);
-    ``frozen_u`` (k - rank, m) and ``frozen_v`` (k - rank, n), which take no gradient; ``bias`` (m,) or None. Buffers:
-    ``scales_u`` and ``scales_v``, the factors of int8 codes. The initial weight is
-    decomposed in float64.
+    ``frozen_u`` (k - rank, m) and ``frozen_v`` (k - rank, n), without gradients; ``bias`` (m,) or None. Buffers:
+    ``scales_u`` and ``scales_v``, the scales of int8 codes. The initial weight is decomposed in float64.
 
     Raises:
-        ValueError: sizes, a rank or options that don't fit.
+        ValueError: invalid sizes, rank or options.
 
     Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML
     2025, arXiv 2405.15481.
