@@ -49,59 +49,60 @@ def _unnamed(entry: Any) -> Any:
 class SST(AdamW):
     r"""Sparse spectral training of a model's :class:`SSTLinear` layers, and AdamW for all its other parameters.
 
-    Training goes in rounds of ``iterations_per_round`` iterations of ``steps_per_iteration`` steps (T2 and T3; how many
-    rounds there are, T1, is the training's length). In each iteration every layer trains the ``rank`` singular vectors
-    that were drawn for it, and all its singular values:
+    Training is divided into rounds of ``iterations_per_round`` iterations of ``steps_per_iteration`` steps (the paper's
+    T2 and T3; T1, the number of rounds, is the length of training). In each iteration every layer trains the ``rank``
+    singular vectors that were drawn for it, and all its singular values:
 
     .. math::
         s &\leftarrow \max(\mathrm{AdamW}(s, \partial L / \partial s), 0) \\
         u_i &\leftarrow \mathrm{normalise}(\mathrm{AdamW}(u_i, G v_i)), \quad
         v_i \leftarrow \mathrm{normalise}(\mathrm{AdamW}(v_i, G^\top u_i))
 
-    At its end the vectors' moments are forgotten, and others are drawn, without replacement, with probabilities that
-    ``sampling`` names. At the end of a round, layers whose vectors have drifted from orthonormal by more than
-    ``tolerance`` are decomposed again, which leaves their weights what they are. Both happen at the end of ``step()``.
+    At the end of an iteration the vectors' moments are reset, and others are drawn without replacement, with the
+    probabilities of ``sampling``. At the end of a round, layers whose vectors deviate from orthonormal by more than
+    ``tolerance`` are decomposed again, without changing their weights. Both happen at the end of ``step()``.
 
     Args:
-        params: a model; or parameters, or groups of them, as for any optimizer. The parameters of one layer go into the
-            optimizer together.
-        lr: learning rate, of vectors, singular values and everything else.
+        params: a model; or parameters, or groups of them, as for any optimizer. All parameters of a layer must be in the
+            same optimizer.
+        lr: learning rate of vectors, singular values and everything else.
         betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
+        eps: added to the square root of the second moment.
         weight_decay: decoupled weight decay, times ``lr``, of singular values and of other parameters.
         steps_per_iteration: T3.
-        iterations_per_round: T2; None takes the largest k / rank among the layers, rounded up, with which a round may
-            see every vector.
-        warmup_steps: steps at the start of each iteration, the first included, in which the learning rate of vectors
+        iterations_per_round: T2; None: the largest k / rank among the layers, rounded up, so that a round can train
+            every vector.
+        warmup_steps: steps at the start of each iteration, including the first, in which the learning rate of vectors
             rises from ``lr / warmup_steps`` to ``lr``.
         warmup_shape: "linear", or "cosine" for half a wave.
-        warmup_all: whether singular values and other parameters follow that rise, too.
-        sampling: probabilities of vectors: "mixed" is (1 / k + s_i / sum(s)) / 2, of the paper's experiments;
-            "singular_values" is s_i / sum(s), of its text; "uniform" is 1 / k.
-        reset_singular_values: whether the moments of singular values are forgotten with those of vectors. They always
-            are where a layer is decomposed again.
-        project: whether a vector's gradient first loses its part along the vector, which normalising undoes anyway,
-            so that the moments don't see it. The paper's algorithm has no such step.
+        warmup_all: whether the warm-up also applies to singular values and other parameters.
+        sampling: probabilities of vectors: "mixed" is (1 / k + s_i / sum(s)) / 2, as in the paper's experiments;
+            "singular_values" is s_i / sum(s), as in its text; "uniform" is 1 / k.
+        reset_singular_values: whether the moments of singular values are reset with those of vectors. They are always
+            reset if a layer is decomposed again.
+        project: whether the component along the vector is first removed from a vector's gradient. Normalising undoes
+            it anyway, but the moments would see it. The paper's algorithm has no such step.
         decay_vectors: whether weight decay applies to vectors as well, before they are normalised.
-        rank_schedule: ``rank_schedule(draw)`` gives the rank (or fraction) of all layers from an iteration on, with
-            ``draw`` counting all iterations from 0; None keeps theirs. A change of rank makes parameters of other
-            shapes: not under DistributedDataParallel.
-        tolerance: the drift, the largest element of U U^T - I and V V^T - I by magnitude, above which a layer is
-            decomposed again.
-        seed: of the draws. The same for all ranks of a data-parallel job, which then draw the same vectors.
-        maximize: step along the gradient instead of against it.
+        rank_schedule: ``rank_schedule(draw)`` returns the rank (or fraction) of all layers for iteration ``draw``,
+            counted from 0 over all rounds; None: constant. A change of rank changes the shapes of parameters, which
+            DistributedDataParallel does not support.
+        tolerance: largest deviation from orthonormal, the maximum of |U U^T - I| and |V V^T - I|, at which a layer is
+            not decomposed again.
+        seed: of the draws. Use the same for all ranks of a data-parallel job, so that they draw the same vectors.
+        maximize: maximise the objective instead of minimising it.
         state_dtype: dtype of new states: None for float32, ``"param"`` for the parameter's, or a dtype.
-        backend: ``"native"``, ``"triton"`` or ``"eager"``; raises where it can't run. None takes the first that can.
+        backend: ``"native"``, ``"triton"`` or ``"eager"``; an error is raised if it cannot run. None selects the first
+            that can.
 
-    Steps that a GradScaler skips count for the schedule. ``state_dict()`` has ``"sst"``, where training stands, beside
-    what optimizers have: with the model's state dict, training resumes bit for bit at any step.
+    Steps that a GradScaler skips count for the schedule. ``state_dict()`` has an entry ``"sst"`` with the position in the
+    schedule: with the model's state dict, training resumes bit for bit at any step.
 
     Raises:
-        ValueError: a hyperparameter outside its range, no layer to train, a layer given in part; nothing is changed.
-        RuntimeError: an explicit backend that can't run here; in ``step()``, a sparse gradient.
+        ValueError: a hyperparameter outside its range, no layer to train, a part of a layer. Nothing is changed.
+        RuntimeError: the chosen backend cannot run here; in ``step()``, a sparse gradient.
 
     Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML
-    2025, arXiv 2405.15481, Algorithm 1; where the paper leaves a choice, it is an argument here.
+    2025, arXiv 2405.15481, Algorithm 1. Choices that the paper leaves open are arguments.
 
     Example:
         >>> import torch
