@@ -63,8 +63,8 @@ class SST(AdamW):
     ``tolerance`` are decomposed again, without changing their weights. Both happen at the end of ``step()``.
 
     Args:
-        params: a model; or parameters, or groups of them, as for any optimizer. All parameters of a layer must be in the
-            same optimizer.
+        params: a model; or parameters, or groups of them, as for any optimizer. An optimizer needs all parameters of a
+            layer.
         lr: learning rate of vectors, singular values and everything else.
         betas: decay rates of the two moments.
         eps: added to the square root of the second moment.
@@ -94,8 +94,8 @@ class SST(AdamW):
         backend: ``"native"``, ``"triton"`` or ``"eager"``; an error is raised if it cannot run. None selects the first
             that can.
 
-    Steps that a GradScaler skips count for the schedule. ``state_dict()`` has an entry ``"sst"`` with the position in the
-    schedule: with the model's state dict, training resumes bit for bit at any step.
+    Steps that a GradScaler skips count for the schedule. ``state_dict()`` has an entry ``"sst"`` with the position in
+    the schedule: with the model's state dict, training resumes bit for bit at any step.
 
     Raises:
         ValueError: a hyperparameter outside its range, no layer to train, a part of a layer. Nothing is changed.
