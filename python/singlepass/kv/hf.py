@@ -56,9 +56,9 @@ class ZipCache(Cache):
     tokens attend to the packed codes. Up to ``window`` new tokens stay uncompressed first. With other implementations
     ("sdpa", "eager", ...) the cache sees no queries: all tokens count as salient, and every step decompresses them.
 
-    Batches may be padded anywhere: padding, by the attention mask that the model gets, is not stored. Masks that say
-    more, bool or added to logits, of trees of drafts, packed documents or single heads, are followed too: such a step
-    restores all tokens, and those that it adds count as salient until probes see them.
+    Batches may be padded on any side: what the attention mask marks as padding is not stored. Any other mask, bool or
+    added to logits (trees of drafts, packed documents, masks per head), is applied too: such a step decompresses all
+    tokens, and those that it adds count as salient until probes see them.
 
     Args:
         config: ``model.config`` itself: through it the cache sees which attention runs.
@@ -66,15 +66,15 @@ class ZipCache(Cache):
         **options: of :class:`ZipCacheLayer`: salient_bits, regular_bits, codec, window, recent_probes, random_probes,
             max_probes, normalization, seed, backend. Scale and softcap come from the model.
 
-    Shapes: as in transformers, keys and values (batch, heads, tokens, channels), channels a multiple of 16 up to 512;
+    Shapes: as in Transformers, keys and values (batch, heads, tokens, channels), channels a multiple of 16 up to 512;
     float32, bfloat16 or float16.
 
     Raises:
-        ValueError: options out of range, or models whose cache this can't be: encoder-decoders, layers that share
-            keys and values, kinds of layers that are unknown here. Later, when the model runs: masks of another shape,
-            or that show padding, which is not stored, and then the cache is unchanged, but for layers that are not
-            attention; attention with a position bias; :meth:`crop` of more tokens than are uncompressed; gradients
-            through the cache. What else raises in the middle of a forward pass leaves the cache to be reset.
+        ValueError: options out of range, or unsupported models: encoder-decoders, layers that share keys and values,
+            unknown kinds of layers. Later, when the model runs: a mask of another shape, or one that shows padding,
+            which is not stored (the cache is unchanged, except for layers without attention); attention with a position
+            bias; :meth:`crop` of more tokens than are uncompressed; gradients through the cache. After any other error
+            during a forward pass, call ``reset()``.
         ImportError: on import, without transformers 5.24 or newer. Tested with 5.24.0.
 
     Source: He et al., "ZipCache", arXiv 2405.14256; see :class:`ZipCacheLayer`.
@@ -150,7 +150,7 @@ class ZipCache(Cache):
         super().crop(tokens_to_remove)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything cached, as copies, for ``torch.save``; layers are full, sliding or chunked attention.
+        """Copies of everything cached, for ``torch.save``. Layers must be full, sliding or chunked attention.
 
         Raises:
             ValueError: other layers.
@@ -158,10 +158,10 @@ class ZipCache(Cache):
         return {"layers": [_save(layer) for layer in self.layers]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` of a cache for the same model with the same options gave.
+        """Loads the :meth:`state_dict` of a cache for the same model with the same options.
 
         Raises:
-            ValueError: anything else; the cache is unchanged.
+            ValueError: anything else. The cache is unchanged.
         """
         layers = saved.get("layers") if isinstance(saved, dict) else None
         fits = isinstance(layers, list) and len(layers) == len(self.layers)

@@ -26,7 +26,7 @@ _CROP = (
 )
 _SLOW = (
     "%s: the model runs its attention %r, for which every step restores all tokens, and all count as salient. "
-    'Call model.set_attn_implementation("%s") to have the codes read as they stand.'
+    'Call model.set_attn_implementation("%s") to compute attention on the packed codes.'
 )
 
 

@@ -105,7 +105,7 @@ class ZipCacheLayer:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Removes all tokens."""
         self.length = 0
         self.window_length = 0
         self._draw = ProbeDraw((self.recent_probes, self.random_probes, self.max_probes), self.seed)
@@ -120,13 +120,13 @@ class ZipCacheLayer:
 
     @property
     def mixed(self) -> bool:
-        """Whether tokens differ in their bits, so that saliency is needed."""
+        """Whether tokens have different numbers of bits, so that saliency is needed."""
         return 0.0 < self.salient_ratio < 1.0 and self.salient_bits != self.regular_bits
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all memory that is held: codes, parameters, positions, the window, what probes need, and the room
-        that was made ahead for more tokens."""
+        """Bytes of all memory held: codes, scales, positions, the window, probes, and room preallocated for more
+        tokens."""
         return held_nbytes(self.tensors())
 
     def tensors(self) -> list[Tensor]:
@@ -153,21 +153,21 @@ class ZipCacheLayer:
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sinks: Tensor | None = None
     ) -> Tensor:
-        """Causal attention of a prompt's queries over what is cached and over the prompt, which is then compressed.
+        """Causal attention of a prompt's queries over all cached tokens and the prompt, which is then compressed.
 
         Args:
             q: (batch, query heads, tokens, channels).
             k: (batch, heads, tokens, channels).
             v: (batch, heads, tokens, value channels).
             mask: bool (batch, tokens), false for padding, or None.
-            sinks: (query heads,), a logit of nothing for each head, or None. Saliency does without it.
+            sinks: (query heads,), the logit of an attention sink for each head, or None. Saliency ignores it.
 
         Returns:
-            Tensor: (batch, query heads, tokens, value channels); padding's own queries see the tokens before them, and
-            where there are none the result is zeros.
+            Tensor: (batch, query heads, tokens, value channels). The queries of padding see the tokens before them; if
+            there are none, the result is zero.
 
         Raises:
-            ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
+            ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         check_new_tokens(k, v, self._window, self.codec, self.backend)
         check_queries(_OP, q, k)
@@ -200,11 +200,14 @@ class ZipCacheLayer:
         return rotate(out) if self.codec.rotate else out
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Adds the newest tokens, k (batch, heads, tokens, channels) and v likewise, to the window; a full one is
-        compressed first.
+        """Adds new tokens to the window, which is compressed first if it is full.
+
+        Args:
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
 
         Raises:
-            ValueError: shapes, dtypes or devices that don't fit, or gradients asked for; the cache is unchanged.
+            ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         check_new_tokens(k, v, self._window, self.codec, self.backend)
         if self.codec.rotate:
@@ -277,19 +280,19 @@ class ZipCacheLayer:
     # Using them
 
     def attend(self, q: Tensor, *, sliding_window: int | None = None, sinks: Tensor | None = None) -> Tensor:
-        """Attention of the newest tokens' queries over all cached tokens, the codes read as they stand.
+        """Attention of the newest tokens' queries over all cached tokens, computed on the packed codes.
 
         Args:
-            q: (batch, query heads, queries, channels); the last query belongs to the last token, and all of their
-                tokens are in the window still.
-            sliding_window: the query sees so many of the newest tokens, its own among them; one query. None: all.
-            sinks: float32 (query heads,), a logit of nothing for each head, or None.
+            q: (batch, query heads, queries, channels). The last query belongs to the last token, and the tokens of all
+                queries must still be in the window.
+            sliding_window: number of the newest tokens that a single query sees, including its own; None: all.
+            sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
 
         Returns:
             Tensor: (batch, query heads, queries, value channels), q's dtype.
 
         Raises:
-            ValueError: shapes or options that don't fit, or gradients asked for.
+            ValueError: invalid shapes or options, or a tensor that requires gradients.
         """
         require(self._window is not None, _OP, "tokens to attend to", "an empty cache", "Call append or prefill.")
         assert self._window is not None
@@ -327,8 +330,8 @@ class ZipCacheLayer:
         return rotate(out) if self.codec.rotate else out
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """All keys and values in the order of their tokens, (batch, heads, tokens, channels) in the dtype that came
-        in; zeros for padding."""
+        """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
+        added; zeros for padding."""
         require(self._window is not None, _OP, "cached tokens", "an empty cache", "Call append or prefill.")
         assert self._window is not None
         k, v = self._restore(self._window[0].dtype)
@@ -360,10 +363,10 @@ class ZipCacheLayer:
         self._probes.map_batch(function)
 
     def select_sequences(self, index: Tensor | Sequence[int]) -> None:
-        """Keeps sequences ``index`` of the batch, in that order, any of them more than once: beams.
+        """Selects sequences of the batch by index, in that order, possibly repeated, as for beam search.
 
         Raises:
-            ValueError: anything but numbers of sequences.
+            ValueError: anything but indices of sequences.
         """
         chosen = torch.as_tensor(index)
         fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
@@ -372,14 +375,14 @@ class ZipCacheLayer:
         self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), room=same)
 
     def repeat_sequences(self, times: int) -> None:
-        """Repeats each sequence so many times in a row."""
+        """Repeats each sequence of the batch ``times`` times in a row."""
         self._map_batch(lambda t: t.repeat_interleave(times, 0))
 
     def drop_newest(self, tokens: int) -> None:
-        """Forgets the newest tokens, which must be in the window still.
+        """Removes the newest tokens, which must still be in the window.
 
         Raises:
-            ValueError: more than the window holds; the cache is unchanged.
+            ValueError: more tokens than the window holds. The cache is unchanged.
         """
         fits = 0 <= tokens <= self.window_length
         contract = f"0 to {self.window_length} tokens, those that are not compressed yet"
@@ -391,13 +394,13 @@ class ZipCacheLayer:
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything cached, as copies, for ``torch.save``."""
+        """Copies of everything cached, for ``torch.save``."""
         return state.save(self)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` of a layer with the same options gave.
+        """Loads the :meth:`state_dict` of a layer with the same options.
 
         Raises:
-            ValueError: anything else; the cache is unchanged.
+            ValueError: anything else. The cache is unchanged.
         """
         state.load(self, saved)

@@ -38,20 +38,20 @@ def probe_saliency(
         k: (batch, heads, tokens, channels); heads divides query heads.
         positions: int64 (probes,), the index in k of each probe's own token; a probe sees the tokens up to it.
         mask: bool (batch, tokens), false for padding, or None.
-        lse: float32 (batch, query heads, probes), the logarithm of the sum of exp(logit) over everything that a probe
-            sees, where that is more than k; None: it sees k alone.
+        lse: float32 (batch, query heads, probes), the log-sum-exp of the logits of everything that a probe sees, if
+            that is more than k; None: it sees only k.
         scale: of q @ k^T; None: channels^-0.5.
-        softcap: logits s become softcap * tanh(s / softcap); 0: they stay.
+        softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
         normalization: "probe_nnz" divides by how many probes see a token (eq. 8 of the paper over the probes),
             "causal_nnz" by how many tokens of the whole sequence would see it (as the paper's code does).
-        backend: "native", "triton" or "eager"; None chooses.
+        backend: "native", "triton" or "eager"; None selects one.
 
     Returns:
         Tensor: float32 (batch, heads, tokens), the mean over a head's query heads. Infinity for a token that no probe
         sees, of which nothing is known; 0 for padding.
 
     Raises:
-        ValueError: shapes, dtypes or options that don't fit.
+        ValueError: invalid shapes, dtypes or options.
 
     Source: He et al., "ZipCache", arXiv 2405.14256, eq. 8 and section 4.3.
     """

@@ -339,10 +339,10 @@ class FusedOptimizer(Optimizer):
         return lr if lr.device.type == "cpu" else lr.to(device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` of this class, or of the official implementation, returned.
+        """Loads a state dict of this class or of the official implementation.
 
-        States keep the dtypes that they were saved with. What the saved groups don't have keeps its present value, and
-        so do ``backend`` and ``capturable``; a learning rate in a tensor stays in that tensor.
+        States keep their saved dtypes. Options missing from the saved groups keep their present values, and so do
+        ``backend`` and ``capturable``. If ``lr`` is a tensor, the loaded value is written into it.
 
         Raises:
             ValueError: another number of groups or of parameters, or another optimizer's states; nothing is changed.

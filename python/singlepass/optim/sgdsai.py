@@ -19,7 +19,7 @@ _LEAST_SPREAD = 0.1
 
 @shared_arguments
 class SGDSaI(FusedOptimizer):
-    r"""SGD-SaI, momentum SGD with rates scaled at initialisation (arXiv 2412.11768), as the authors' ``sgd_sai.py``.
+    r"""SGD-SaI: momentum SGD with learning rates scaled at initialisation (arXiv 2412.11768), as in ``sgd_sai.py``.
 
     .. math::
         \mathrm{gsnr} &= \frac{\|g\|}{\mathrm{std}(g) + \epsilon} \text{ at the first step}, \quad
@@ -28,10 +28,10 @@ class SGDSaI(FusedOptimizer):
 
     The gain is measured once per tensor, from its first gradient that is not zero. std(g) counts as at least a tenth of
     the root mean square of g, which limits the gain of n elements to 10 sqrt(n); a tensor of one element gets gain 1.
-    With ``guard_gain=False`` the gain is the official code's: 0 for good if the first gradient is zero, and norm / eps
-    (some 1e8) if its elements are all equal or there is only one.
+    With ``guard_gain=False`` the gain is the official code's: always 0 if the first gradient is zero, and norm / eps
+    (some 1e8) if all its elements are equal or there is only one.
 
-    While a tensor waits for its gain, each step reads a value from its device.
+    While a tensor waits for its gain, each step synchronises with its device.
 
     States per parameter: ``momentum_buffer``, ``gsnr`` and ``step``. State dicts of the official code load.
 
@@ -41,7 +41,7 @@ class SGDSaI(FusedOptimizer):
         momentum: decay rate of the momentum.
         eps: added to the standard deviation.
         weight_decay: decoupled weight decay, times ``lr``.
-        guard_gain: limit the gain, and wait for a gradient that is not zero; False takes the official code's gain.
+        guard_gain: limit the gain, and wait for a gradient that is not zero; False: the official code's gain.
 {shared}
     Example:
         >>> import torch, singlepass
