@@ -13,7 +13,7 @@ import pytest
 import torch
 
 for _package in ("matplotlib", "rich", "transformers"):
-    pytest.importorskip(_package, reason=f"the example needs {_package}: pip install 'singlepass[examples,kv]'")
+    pytest.importorskip(_package, reason=f"the example needs {_package}: pip install '.[examples,kv]'")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 for _package in ("matplotlib", "rich", "sklearn"):
-    pytest.importorskip(_package, reason=f"the examples need {_package}: pip install 'singlepass[examples]'")
+    pytest.importorskip(_package, reason=f"the examples need {_package}: pip install '.[examples]'")
 
 STEPS = 40
 OPTIMIZERS = ("Adan", "LAMB")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 for _package in ("matplotlib", "rich"):
-    pytest.importorskip(_package, reason=f"the example needs {_package}: pip install 'singlepass[examples]'")
+    pytest.importorskip(_package, reason=f"the example needs {_package}: pip install '.[examples]'")
 
 
 @pytest.fixture
