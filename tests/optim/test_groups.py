@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.testing._internal.two_tensor import TwoTensor
 
 from singlepass import optim, spectral
+from singlepass.optim import _buckets
 from singlepass.optim._base import FusedOptimizer
 
 from ..tolerances import assert_same_bits
@@ -217,6 +219,37 @@ def test_memory_dtype_and_layout_of_a_parameter_may_change(name: str) -> None:
                 assert value.dim() == 0 or value.stride() == torch.empty_like(p).stride()
 
 
+@pytest.mark.parametrize("guards", [True, False], ids=["guards", "python"])
+def test_what_makes_tensors_alike(guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own guards, and by what takes their place where a release has none."""
+    assert _buckets.TensorGuards is not None, "this torch has them under another name: look for it"
+    if not guards:
+        monkeypatch.setattr(_buckets, "TensorGuards", None)
+
+    def tensors() -> list[Tensor]:
+        return [Parameter(torch.zeros(4, 6)), Parameter(torch.zeros(6, 6)), Parameter(torch.zeros(3))]
+
+    check = _buckets.alike(tensors())
+    with torch.no_grad():
+        assert check(tensors())
+        others: list[Tensor] = [
+            torch.zeros(4, 6),
+            Parameter(torch.zeros(4, 6, dtype=torch.bfloat16)),
+            Parameter(torch.zeros(4, 6, device="meta")),
+            Parameter(torch.zeros(6, 4).mT),
+            Parameter(torch.zeros(4, 12)[:, ::2]),
+            Parameter(torch.zeros(6, 4)),
+            Parameter(TwoTensor(torch.zeros(4, 6), torch.zeros(4, 6))),
+        ]
+        for other in others:
+            assert not check([other, *tensors()[1:]])
+        moved = tensors()
+        moved[1].data = torch.arange(36.0).view(6, 6).mT
+        assert not check(moved)
+        wrapped = [Parameter(TwoTensor(torch.zeros(4), torch.zeros(4))) for _ in range(2)]
+        assert _buckets.alike(wrapped[:1])(wrapped[1:])
+
+
 @each_optimizer
 def test_options_that_need_more_states_may_be_set_later(name: str) -> None:
     params = make_params([(8,)], (torch.bfloat16,))
@@ -323,7 +356,7 @@ def test_a_parameter_that_two_groups_have_is_refused(name: str) -> None:
 
 
 @each_optimizer
-@pytest.mark.parametrize("broken", ["missing", "lr"])
+@pytest.mark.parametrize("broken", ["missing", "lr", "shape"])
 def test_a_group_that_cannot_be_stepped_stops_all_groups(name: str, broken: str) -> None:
     p, q = make_params([(4,), (4,)])
     optimizer = make(name, [{"params": [p]}, {"params": [q]}])
@@ -332,8 +365,11 @@ def test_a_group_that_cannot_be_stepped_stops_all_groups(name: str, broken: str)
     optimizer.step()
     if broken == "missing":
         del groups_of(optimizer)[1]["weight_decay"]
-    else:
+    elif broken == "lr":
         groups_of(optimizer)[1]["lr"] = None
+    else:
+        q.grad = None
+        q.data, q.grad = torch.zeros(1), torch.ones(1)
     before = contents(optimizer)
     with pytest.raises((ValueError, KeyError)):
         optimizer.step()

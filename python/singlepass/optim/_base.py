@@ -192,9 +192,11 @@ class FusedOptimizer(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: a sparse gradient, and nothing is changed; one of another shape or device than its parameter,
-                as only a new ``p.data`` can bring about: parameters of its dtype and group are not changed.
-            ValueError: groups that were edited into what the constructor refuses; nothing is changed.
+            RuntimeError: a gradient that is sparse or of another shape than its parameter; nothing is changed. One on
+                another device, as only a new ``p.data`` can bring about: parameters of its dtype and group are not
+                changed.
+            ValueError: groups that were edited into what the constructor refuses, or a parameter that no longer has the
+                shape of its state; nothing is changed.
         """
         loss = None
         if closure is not None:
@@ -325,8 +327,10 @@ class FusedOptimizer(Optimizer):
         state = self.state.get(p, {})
         for name in self._rule.states:
             old = state.get(name)
-            if old is None or old.shape != p.shape:
-                continue  # the op refuses another shape
+            if old is None:
+                continue
+            contract, got = f"{name} of shape {tuple(p.shape)}, as its parameter", tuple(old.shape)
+            self._require(old.shape == p.shape, contract, got, "Delete the state of a parameter of another shape.")
             dtype = state_dtype_for(p, old.dtype)
             if dtype != old.dtype or not same_layout(old, p):
                 state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(old)
