@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make test` and `make bench` set up what they need in .venv and do again only what has changed since.
 .DELETE_ON_ERROR:
-.PHONY: bench clean core format gpu-bundle gpu-proof help lint setup test wheel
+.PHONY: bench clean core format gpu-bundle gpu-proof help lint locks setup test test-deep test-newest test-release wheel
 
 PYTHON ?= python3
-# The torch of the development environment. Every pip install below names it, so that none replaces it.
+# The one pin of torch. What else is installed stands in locks/, and fits this torch.
 TORCH ?= torch==2.13.0
-JOBS ?= $(shell nproc)
+# Workers of pytest, and files compiled at the same time: as the CPUs and the memory that make may use allow.
+JOBS ?= $(shell $(PYTHON) tools/environment.py jobs)
 # Of a proof on a GPU: where it runs, and the only folder that it writes to.
 ON ?= cuda
 RESULTS ?= bench/results
@@ -16,45 +17,71 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 # Make compares times only: what else decides on what is installed and built goes into the stamps' names.
 SETTINGS := $(TORCH) with_cuda=$(SINGLEPASS_WITH_CUDA) type=$(SINGLEPASS_BUILD_TYPE) archs=$(TORCH_CUDA_ARCH_LIST)
 KEY := $(firstword $(shell echo '$(SETTINGS)' | cksum))
-PACKAGES := $(VENV)/.packages-$(KEY)
+# Each stands on the one before: torch with what building and `make bench` need, the package, what its tests need.
+BASE := $(VENV)/.base-$(KEY)
 NATIVE := $(VENV)/.native-$(KEY)
+PACKAGES := $(VENV)/.packages-$(KEY)
 SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -path 'csrc/pybind/*')
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+ENVIRONMENT = $(PYTHON) tools/environment.py
+INSTALLS := tools/environment.py $(wildcard locks/*.txt)
+# Workers share the cores, so torch gets one thread in each. Triton's cache need not be in a home that may be read-only.
+PYTEST_RUN = OMP_NUM_THREADS=1 CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) TRITON_CACHE_DIR='$(CURDIR)/build/triton' \
+  python -m pytest -n $(JOBS) --dist loadgroup --durations 10
 
 help:
-	@echo 'make test    check the style, build, and run every test that this machine can run (PYTEST="-k lion" chooses)'
-	@echo 'make bench   measure against eager PyTorch on this machine, in under five minutes (FULL=1 for everything)'
-	@echo 'make gpu-proof   prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (ON=cpu rehearses)'
-	@echo 'make gpu-bundle  pack what has to travel to a machine with a GPU'
-	@echo 'make core    the part without torch, and its C++ tests'
-	@echo 'make lint    ruff, mypy and clang-format, without changing a file; make format mends what they can mend'
-	@echo 'make wheel   a wheel, in dist/'
-	@echo 'make clean   remove what building has left; $(VENV) stays'
+	@echo 'make test         check the style, build, and run the tests of every day: minutes (PYTEST="-k lion" chooses)'
+	@echo 'make test-deep    what takes longer: sanitizers, cubins of all architectures, long property runs'
+	@echo 'make test-release what is run by hand before a release: other torches, clean environments; downloads gigabytes'
+	@echo 'make test-newest  which newer releases of other packages break a test'
+	@echo 'make bench        measure against eager PyTorch on this machine, in under five minutes (FULL=1 for everything)'
+	@echo 'make gpu-proof    prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (ON=cpu rehearses)'
+	@echo 'make gpu-bundle   pack what has to travel to a machine with a GPU'
+	@echo 'make core         the part without torch, and its C++ tests'
+	@echo 'make lint         ruff, mypy and clang-format, without changing a file; make format mends what they can mend'
+	@echo 'make locks        move locks/ to the newest releases that fit $(TORCH)'
+	@echo 'make wheel        a wheel, in dist/'
+	@echo 'make clean        remove what building has left; $(VENV) stays'
 
-# First what building needs: the package is built without isolation, against this very torch.
-$(PACKAGES): pyproject.toml
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+$(BASE): $(INSTALLS)
+	@command -v $(PYTHON) >/dev/null || { echo 'make: expected Python 3.10 to 3.13; got no $(PYTHON). Install it, or name another: make PYTHON=python3.11 ...'; exit 1; }
 	@echo 'Setting up $(VENV) with $(TORCH): a few minutes the first time.'
-	@rm -f $(VENV)/.packages-* $(VENV)/.native-*
-	@python -m pip install -q '$(TORCH)' 'setuptools>=77' ninja numpy
+	@rm -f $(VENV)/.base-* $(VENV)/.native-* $(VENV)/.packages-*
+	@$(ENVIRONMENT) install $(VENV) '$(TORCH)' bench
 	@touch $@
 
 # Editable: a change of Python code needs nothing, and ninja compiles again only the C++ and CUDA files concerned.
-$(NATIVE): $(PACKAGES) setup.py $(SOURCES)
+$(NATIVE): $(BASE) pyproject.toml setup.py $(SOURCES)
 	@echo 'Building the native libraries.'
 	@rm -f $(VENV)/.native-*
-	@python -m pip install -q '$(TORCH)' --no-build-isolation --editable '.[dev]'
+	@MAX_JOBS=$${MAX_JOBS:-$(JOBS)} $(ENVIRONMENT) editable $(VENV)
 	@touch $@
 
-setup: $(NATIVE)
+$(PACKAGES): $(NATIVE) $(INSTALLS)
+	@$(ENVIRONMENT) install $(VENV) '$(TORCH)' dev
+	@touch $@
+
+setup: $(PACKAGES)
 
 # The tests compile the core and its C++ tests by themselves.
 test: lint
-	@python -m pytest $(PYTEST)
+	@$(PYTEST_RUN) $(PYTEST)
+
+test-deep: $(PACKAGES)
+	@$(PYTEST_RUN) -m 'deep or hypothesis' --hypothesis-profile=long $(PYTEST)
+
+test-release: $(PACKAGES)
+	@$(PYTEST_RUN) -m 'release or large' $(PYTEST)
+
+test-newest: $(PACKAGES)
+	@python tools/newest.py '$(TORCH)' $(JOBS)
+
+locks: $(PACKAGES)
+	@python tools/locks.py '$(TORCH)'
 
 # For work on C++ alone: the core, its tests and the NumPy module, none of which needs torch.
-core: $(NATIVE)
-	@cmake -S . -B build/cmake -DSINGLEPASS_BUILD_PYBIND=ON -DPython3_EXECUTABLE=$(abspath $(VENV)/bin/python) --log-level=WARNING
+core: $(PACKAGES)
+	@cmake -S . -B build/cmake -DSINGLEPASS_BUILD_PYBIND=ON -DPython3_EXECUTABLE='$(abspath $(VENV)/bin/python)' --log-level=WARNING
 	@MAKEFLAGS= cmake --build build/cmake -j$(JOBS)
 	@ctest --test-dir build/cmake --output-on-failure --no-tests=error
 
@@ -66,19 +93,19 @@ gpu-proof:
 	@$(PYTHON) -m proof run --device $(ON) --results $(RESULTS)
 
 # Needs nvcc and a torch with CUDA, such as: make gpu-bundle VENV=.venv-cuda TORCH=torch==2.14.1
-gpu-bundle: $(NATIVE)
+gpu-bundle: $(PACKAGES)
 	@python -m proof bundle $(if $(PEERS),--peers $(PEERS))
 
 # mypy does not know how an editable installation maps folders to packages: links show it the package as installed.
-lint: $(NATIVE)
+lint: $(PACKAGES)
 	@ruff check .
 	@ruff format --check .
 	@rm -rf build/typing && mkdir -p build/typing/singlepass
-	@ln -s $(addprefix $(CURDIR)/,$(wildcard python/singlepass/*) triton_kernels bench) build/typing/singlepass/
+	@ln -s $(addprefix ../../../,$(wildcard python/singlepass/*) triton_kernels bench) build/typing/singlepass/
 	@mypy
 	@clang-format --dry-run --Werror $(CXX_FILES)
 
-format: $(NATIVE)
+format: $(PACKAGES)
 	@ruff check --silent --fix --exit-zero .
 	@ruff format .
 	@clang-format -i $(CXX_FILES)
@@ -88,4 +115,4 @@ wheel: $(NATIVE)
 
 clean:
 	rm -rf build dist python/singlepass.egg-info python/singlepass/_C_*.so python/singlepass/build_info.json
-	rm -f $(VENV)/.native-*
+	rm -f $(VENV)/.native-* $(VENV)/.packages-*

@@ -1,21 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options and fixtures that the tests of all families share."""
+"""Options, tiers and fixtures that the tests of all families share."""
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .report import UNCOLLECTED, Report
+
 # Drawing tensors is slow by hypothesis's standards, and the time of an example says nothing on a shared machine.
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.register_profile("short", _PATIENT, max_examples=25, derandomize=True, database=None)
-settings.register_profile("long", _PATIENT, max_examples=2000)  # pytest --hypothesis-profile=long
+settings.register_profile("long", _PATIENT, max_examples=1000)  # make test-deep
 settings.load_profile("short")
+
+REASONED = ("deep", "release", "slow")  # markers that say why
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="tests that need a GPU fail where there is none")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[UNCOLLECTED] = 0
+    config.pluginmanager.register(Report(config))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # workers share the cores already
+
+
+def _gpu_cases_wanted(config: pytest.Config) -> bool:
+    return torch.cuda.is_available() or config.getoption("--require-gpu") or "gpu" in config.getoption("markexpr")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parameters that need a GPU are left out, and the cases that they would make counted, where there is none."""
+    if _gpu_cases_wanted(metafunc.config):
+        return
+    parametrize, cases, kept = metafunc.parametrize, 1, 1
+
+    def without_gpu(names: Any, values: Any, *args: Any, **options: Any) -> None:
+        nonlocal cases, kept
+        values = list(values)
+        others = [v for v in values if all(mark.name != "gpu" for mark in getattr(v, "marks", ()))] or values
+        metafunc.config.stash[UNCOLLECTED] += (cases * len(values) - kept * len(others)) - (cases - kept)
+        cases, kept = cases * len(values), kept * len(others)
+        parametrize(names, others, *args, **options)
+
+    metafunc.parametrize = without_gpu
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers():
+            if mark.name in REASONED and not mark.args:
+                raise pytest.UsageError(f"{item.nodeid}: expected a reason in @pytest.mark.{mark.name}; got none.")
+        # What is made once a process, and what measures the process, stays together.
+        if item.get_closest_marker("serial") or "wheel" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("serial"))
+    if not _gpu_cases_wanted(config):
+        on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.stash[UNCOLLECTED] += len(on_gpu)
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -106,6 +106,7 @@ def test_floor_streams_lists_of_the_right_lengths(monkeypatch) -> None:
     step.run()  # buffers that have been replaced by longer ones stay alive where they are in use
 
 
+@pytest.mark.serial
 def test_extra_memory_sees_a_temporary() -> None:
     size = 64 << 20
 
@@ -118,6 +119,7 @@ def test_extra_memory_sees_a_temporary() -> None:
     assert abs(extra - size) < 1 << 20  # the kernel counts pages per thread and adds them up late
 
 
+@pytest.mark.serial
 def test_extra_memory_of_a_step_in_place() -> None:
     t = torch.zeros(4 << 20)
     t.add_(1.0)  # the first call also maps pages of code

@@ -21,7 +21,7 @@ def example(load_example: Callable[[str], ModuleType]) -> ModuleType:
     return load_example("compress_kv_text")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("trains a model, and compresses its cache in every way twice")
 def test_a_quick_run(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "result.json"
     result = example.main(["--quick", "--out", str(path)])

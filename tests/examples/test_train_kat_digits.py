@@ -19,6 +19,7 @@ def example(load_example: Callable[[str], ModuleType]) -> ModuleType:
     return load_example("train_kat_digits")
 
 
+@pytest.mark.slow("two trainings")
 def test_both_models_learn(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "new" / "kat.png"
     runs = example.main(["--epochs", "2", "--seeds", "1", "--out", str(picture)])
@@ -77,6 +78,7 @@ def test_the_same_results_twice_and_by_every_backend(example: ModuleType, tmp_pa
     assert eager.losses == pytest.approx(first.losses, rel=1e-4)
 
 
+@pytest.mark.slow("four trainings")
 def test_one_model_alone_and_a_vector_picture(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

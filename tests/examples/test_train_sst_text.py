@@ -22,7 +22,7 @@ def example(load_example: Callable[[str], ModuleType]) -> ModuleType:
     return load_example("train_sst_text")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("trains four models twice")
 def test_a_quick_run(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "result.json"
     arguments = ["--quick", "--sweep", "--seeds", "1", "--out", str(path)]

@@ -245,6 +245,7 @@ def test_a_sequence_knows_nothing_of_the_others() -> None:
             assert_same_bits(own, whole[b : b + 1], f"sequence {b}")
 
 
+@pytest.mark.serial
 def test_the_same_bits_on_any_number_of_threads(each_thread_count: tuple[int, ...]) -> None:
     case, found = long(), []
     for count in each_thread_count:

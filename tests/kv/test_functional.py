@@ -331,6 +331,7 @@ def test_codecs_in_the_papers_order() -> None:
     assert off(v, "separable") < 0.5 * min(off(v, "token"), off(v, "channel"))
 
 
+@pytest.mark.serial
 @each_backend
 def test_threads_and_repetitions_give_the_same_bits(backend: str, each_thread_count: tuple[int, ...]) -> None:
     x = tokens((4, 8, 300, 64))

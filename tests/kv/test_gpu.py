@@ -150,7 +150,7 @@ def test_no_memory_but_the_results(backend: str) -> None:
 
 
 @each_kernel
-@pytest.mark.slow
+@pytest.mark.slow("2^31 bytes of codes")
 def test_more_than_two_billion_bytes_of_codes(backend: str) -> None:
     """Offsets beyond 32 bits: the last head's attention is that of its own tokens alone."""
     if torch.cuda.mem_get_info()[0] < 40 << 30:

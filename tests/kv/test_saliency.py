@@ -190,6 +190,7 @@ def test_many_tokens(backend: str) -> None:
     torch.testing.assert_close(sums.sum(2), torch.full((1, 2), 120.0), rtol=1e-4, atol=0.0)
 
 
+@pytest.mark.serial
 def test_the_same_bits_on_any_number_of_threads_and_in_any_batch(each_thread_count: tuple[int, ...]) -> None:
     k, q = tokens((3, 4, 500, 64)), tokens((3, 8, 50, 64), seed=5)
     positions = torch.randperm(500, generator=generator())[:50]

@@ -31,6 +31,7 @@ def test_twice_the_same_bits(case: Case, dtype: torch.dtype, place: Place) -> No
         assert_same_bits(second[name], value, name)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_case
 def test_the_number_of_threads_does_not_matter(case: Case, dtype: torch.dtype) -> None:

@@ -82,6 +82,7 @@ def test_no_gradients_at_all_are_refused(place: Place) -> None:
         place.function("grad_norm")([])
 
 
+@pytest.mark.serial
 @each_place
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_same_bits_for_any_number_of_threads(count: int, place: Place) -> None:

@@ -204,6 +204,7 @@ def test_a_loaded_state_continues_with_the_same_draws(case: Case, place: Place) 
         assert_same_bits(p, q)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("count", [1, 2, 3])
 @each_case
 def test_threads_do_not_matter(case: Case, count: int) -> None:

@@ -26,7 +26,7 @@ def run(*command: str | Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.deep("every kernel through nvcc for four architectures: four minutes")
 def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
     build = ROOT / "build" / "cmake"
     run("cmake", "-S", ROOT, "-B", build)
@@ -36,6 +36,7 @@ def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
     assert expected <= {path.name for path in (build / "cubin").glob("*.cubin")}
 
 
+@pytest.mark.slow("a C++ compiler reads torch's headers four times")
 def test_registration_compiles_against_this_torch() -> None:
     """Also where torch is built without CUDA, and no library can be linked."""
     csrc = ROOT / "csrc"

@@ -169,7 +169,7 @@ def test_random_numbers(place: Place) -> None:
 
 
 @each_kernel
-@pytest.mark.slow
+@pytest.mark.slow("twenty million elements in float64")
 def test_coefficient_gradients_over_many_elements(place: Place) -> None:
     """A kernel's sums are at least as exact as eager's, which are float32."""
     n = 20_000_000
@@ -198,6 +198,7 @@ def test_the_same_bits_twice(place: Place) -> None:
         assert_same_bits(first, second)
 
 
+@pytest.mark.serial
 def test_the_same_bits_on_any_number_of_threads() -> None:
     torch.manual_seed(0)
     x, grad = torch.randn(2, 4000, 24)

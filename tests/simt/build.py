@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -37,17 +38,12 @@ def build(sanitize: bool) -> Path:
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         pytest.skip("no C++ compiler on PATH")
     folder = ROOT / "build" / ("cmake-sanitize" if sanitize else "cmake")
-    _run(
-        cmake,
-        "-S",
-        ROOT,
-        "-B",
-        folder,
-        f"-DSINGLEPASS_SANITIZE={'ON' if sanitize else 'OFF'}",
-        "-DSINGLEPASS_BUILD_PYBIND=ON",
-        f"-DPython3_EXECUTABLE={sys.executable}",
-    )
-    _run(cmake, "--build", folder, "--parallel", "2")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ("-S", ROOT, "-B", folder, f"-DSINGLEPASS_SANITIZE={'ON' if sanitize else 'OFF'}")
+    with (folder / "lock").open("w") as lock:  # of workers that share the tests one builds, and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run(cmake, *options, "-DSINGLEPASS_BUILD_PYBIND=ON", f"-DPython3_EXECUTABLE={sys.executable}")
+        _run(cmake, "--build", folder, "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2"))
     return folder
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,12 @@ import pytest
 from .build import EVERY, MODULE_FOLDER, ROOT, build, ctest
 
 HERE = Path(__file__).resolve().parent
+FILES = sorted(path for path in HERE.glob("test_*.py") if path != Path(__file__))
+sanitized = pytest.mark.deep("what is built under sanitizers takes minutes to build, and is several times slower")
 
 
-@pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
+@pytest.mark.slow("builds the core and its C++ tests where no test has yet")
+@pytest.mark.parametrize("sanitize", [False, pytest.param(True, marks=sanitized)], ids=["plain", "sanitized"])
 def test_cpp_tests(sanitize: bool) -> None:
     ctest(build(sanitize))
 
@@ -28,7 +30,9 @@ def _run(*command: str | Path, **variables: str) -> str:
     return done.stdout
 
 
-def test_python_tests_under_sanitizers() -> None:
+@sanitized
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
+def test_python_tests_under_sanitizers(file: Path) -> None:
     folder = build(sanitize=True)
     # ASan must come before everything else, and needs libstdc++ beside it to see exceptions.
     compiler = os.environ.get("CXX", "c++")
@@ -43,10 +47,4 @@ def test_python_tests_under_sanitizers() -> None:
         MODULE_FOLDER: str(folder),
         EVERY: "3",  # cases differ in numbers more than in accesses, and take several times as long here
     }
-
-    def check(file: Path) -> None:
-        _run(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *settings, file, **environment)
-
-    files = [path for path in HERE.glob("test_*.py") if path != Path(__file__)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process for each file: what runs is one thread in each
-        list(pool.map(check, sorted(files, key=lambda path: path.stat().st_size, reverse=True)))
+    _run(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *settings, file, **environment)

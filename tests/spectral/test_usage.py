@@ -126,7 +126,8 @@ def _parallel(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.serial
+@pytest.mark.slow("two processes import torch")
 def test_ranks_of_a_data_parallel_job_stay_together(tmp_path: Path) -> None:
     mp.spawn(_parallel, (str(tmp_path),), nprocs=2)
     (progress, *first), (other, *second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
@@ -135,7 +136,7 @@ def test_ranks_of_a_data_parallel_job_stay_together(tmp_path: Path) -> None:
         assert_same_bits(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("two trainings by transformers")
 def test_transformers_trainer(tmp_path: Path) -> None:
     """A Llama from a config, trained, saved in the middle of an iteration, and resumed bit for bit."""
     transformers = pytest.importorskip("transformers")

@@ -40,7 +40,10 @@ FLOAT32, BFLOAT16 = Mix(), Mix(torch.bfloat16, torch.bfloat16)
 TILE_BYTES = 16
 ROUNDED_OTHERWISE = r"fma\.rn\.f32|(?:add|sub|mul|div|sqrt|rcp)\.\S*(?:ftz|approx|full)\S*"
 
-each_arch = pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+others = pytest.mark.deep("the same kernels for three more architectures: minutes")
+each_arch = pytest.mark.parametrize(
+    "arch", [pytest.param(arch, id=f"sm_{arch}", marks=() if arch == 90 else others) for arch in ARCHS]
+)
 
 
 def step(case: Case, mix: Mix) -> None:
@@ -75,7 +78,6 @@ def check(
     return ptx
 
 
-@pytest.mark.slow
 @each_arch
 @pytest.mark.parametrize("case", RULES, ids=lambda case: case.id)
 def test_steps(case: Case, arch: int, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
@@ -88,7 +90,6 @@ def test_steps(case: Case, arch: int, recorded: dict[str, list[Any]], tmp_path: 
         assert re.search(settled, ptx), "all threads are past their loads and stores when a ticket is drawn"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("param", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_more_dtypes(param: torch.dtype, dtype: torch.dtype, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
@@ -143,6 +144,7 @@ KV_DECODE = {
 KV_CODECS = [("channel", None, False), ("token", None, True), ("token", 32, False)]
 
 
+@pytest.mark.slow("the largest kernel")
 @each_arch
 def test_kv_decode(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorded = record_kv(monkeypatch)

@@ -207,7 +207,7 @@ def test_a_captured_rational_follows_its_seed() -> None:
             assert_same_bits(result, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("2^31 elements")
 def test_rational_of_more_than_two_billion_elements() -> None:
     rows, channels = (1 << 21) + 3, 1024
     if torch.cuda.mem_get_info()[0] < 24 << 30:

@@ -183,6 +183,7 @@ def test_rational_launches(
     assert partials.nbytes <= 1 << 20
 
 
+@pytest.mark.slow("compiles kernels")
 def test_rational_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_rational(monkeypatch)
 
@@ -217,6 +218,7 @@ def test_kv_decode_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> Non
         assert len({launch.specialization(TARGET)[2] for launch in recorded[name]}) == 1, name
 
 
+@pytest.mark.slow("compiles kernels")
 def test_kv_splits_depend_on_one_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = record_kv(monkeypatch)
     starts = tuple(range(1001))

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The locks, and how make sets an environment up from them: what is missing is said in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections import namedtuple
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+VersionInfo = namedtuple("VersionInfo", "major minor micro releaselevel serial")
+
+each_python = pytest.mark.parametrize("python", PYTHONS)
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / "locks" / name).read_text(encoding="utf-8").splitlines()
+    found = [re.fullmatch(r"([a-z0-9-]+)==([\w.]+)", line) for line in lines if not line.startswith("#")]
+    assert found
+    assert all(found), "expected name==version on each line"
+    return {match[1]: match[2] for match in found if match}
+
+
+def needed(extra: str, python: str) -> list[Requirement]:
+    """What an extra names, and the extras in it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(rf"^{extra} = (\[.*?\]$)", text, re.M | re.S)
+    assert listed is not None
+    found = []
+    for item in map(Requirement, re.findall(r'"([^"]+)"', listed[1])):
+        if item.marker is not None and not item.marker.evaluate({"python_version": python}):
+            continue
+        found += [r for e in item.extras for r in needed(e, python)] if item.name == "singlepass" else [item]
+    return found
+
+
+@each_python
+@pytest.mark.parametrize("extra", ["dev", "bench"])
+def test_locks_hold_what_the_extras_name(python: str, extra: str) -> None:
+    lock = pins(f"{'bench-' * (extra == 'bench')}py{python.replace('.', '')}.txt")
+    for requirement in [*needed(extra, python), *map(Requirement, ("setuptools>=77", "ninja", "numpy"))]:
+        assert requirement.specifier.contains(lock[requirement.name]), requirement
+    assert not [name for name in lock if re.match(r"torch$|nvidia-|cuda-", name)]
+
+
+@each_python
+def test_bench_installs_a_part_of_what_tests_do(python: str) -> None:
+    bench, dev = (pins(f"{kind}py{python.replace('.', '')}.txt") for kind in ("bench-", ""))
+    assert bench.items() < dev.items()
+    assert not set(bench) & {"pytest", "mypy", "ruff", "clang-format", "cmake", "hypothesis", "uv", "triton"}
+
+
+@pytest.fixture
+def environment() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_python_that_is_let_in_has_locks(environment: ModuleType) -> None:
+    (_, first), (_, last) = environment.PYTHONS
+    assert tuple(f"3.{minor}" for minor in range(first, last + 1)) == PYTHONS
+
+
+@pytest.mark.parametrize("version", [(3, 9, 18), (3, 14, 0)])
+def test_another_python_is_refused(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int]
+) -> None:
+    monkeypatch.setattr(sys, "version_info", VersionInfo(*version, "final", 0))
+    got = ".".join(map(str, version))
+    with pytest.raises(
+        SystemExit, match=rf"make: expected Python 3\.10 to 3\.13; got {got} .* make PYTHON=python3\.11"
+    ):
+        environment.check("torch==2.13.0")
+
+
+@pytest.mark.parametrize("module", ["venv", "ensurepip"])
+def test_a_python_without_venv_is_refused(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == module else object())
+    with pytest.raises(SystemExit, match=rf"make: expected Python's module {module}; got none in .*apt install"):
+        environment.check("torch==2.13.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("platform", "darwin", "expected Linux; got darwin. Use"),
+        ("CXX", "no-such-compiler -O1", "expected a C++20 compiler; got no no-such-compiler. Install g++ 11"),
+        ("TORCH", "torch==2.9.1", "expected a torch from 2.10 on; got TORCH=torch==2.9.1. Name"),
+    ],
+)
+def test_a_machine_that_lacks_something(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    if name == "platform":
+        monkeypatch.setattr(sys, "platform", value)
+    if name == "CXX":
+        monkeypatch.setenv("CXX", value)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        environment.check(value if name == "TORCH" else "torch==2.13.0")
+
+
+def test_what_there_must_be_is_here(environment: ModuleType) -> None:
+    environment.check("torch==2.13.0")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (
+            "  WARNING: Retrying ... NewConnectionError(...)\nERROR: No matching distribution",
+            "make: expected an index of",
+        ),
+        (
+            "  x did not run\n  singlepass: expected a compiler; got none. Set CXX.\n  note: pip",
+            "singlepass: expected a c",
+        ),
+        ("ERROR: something else", "ERROR: something else\nmake: expected pip install x to succeed"),
+    ],
+)
+def test_why_pip_failed(environment: ModuleType, monkeypatch: pytest.MonkeyPatch, output: str, message: str) -> None:
+    here = environment.Environment("nowhere")
+    monkeypatch.setattr(here, "run", lambda *arguments: (1, output))
+    with pytest.raises(SystemExit, match="^" + re.escape(message)):
+        here.pip("install", "x")
+
+
+def test_an_environment_of_another_python_is_not_overwritten(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = environment.Environment(".venv")
+    monkeypatch.setattr(here, "exists", lambda: True)
+    monkeypatch.setattr(here, "run", lambda *arguments: (0, "3 9\n"))
+    with pytest.raises(
+        SystemExit, match=r"expected Python 3\.\d+ in \.venv; got 3\.9\. Remove \.venv, or name another"
+    ):
+        here.create()
+
+
+def test_what_torch_pins_is_left_to_it(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, ran = environment.Environment("nowhere"), []
+    requires = json.dumps(["triton==3.8.0; platform_system == 'Linux'", "sympy>=1.13"])
+    monkeypatch.setattr(here, "run", lambda *arguments: ran.append(arguments) or (0, requires))
+    here.install("torch==2.14.1", "dev")
+    assert ran[0][-1] == "torch==2.14.1"
+    installed = {pin.split("==")[0] for pin in ran[-1] if "==" in pin}
+    assert "triton" not in installed
+    assert {"numpy", "pytest"} <= installed
+
+
+@pytest.mark.parametrize(
+    ("cpus", "quota", "gibibytes", "limit", "jobs"),
+    [
+        (64, "max 100000", 512, "max", 64),
+        (64, "200000 100000", 512, "max", 2),
+        (64, "50000 100000", 512, "max", 1),
+        (8, "max 100000", 4, "max", 2),
+        (8, "max 100000", 64, str(4 << 30), 2),
+        (2, "max 100000", 1, "max", 1),
+    ],
+)
+def test_as_many_jobs_as_the_machine_allows(
+    environment: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: int,
+    quota: str,
+    gibibytes: int,
+    limit: str,
+    jobs: int,
+) -> None:
+    said = {"cpu.max": quota, "memory.max": limit}
+    monkeypatch.setattr(environment, "limits_of_cgroup", lambda name: [said[name].split()])
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cpus))
+    monkeypatch.setattr(
+        "os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": (gibibytes << 30) // 4096}[name]
+    )
+    assert environment.jobs() == jobs

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before a release: other torches, other Pythons, and clean environments, as users have them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+FLOOR, NEWEST = "torch==2.10.0", "torch"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+
+pytestmark = pytest.mark.release("each test sets up an environment of its own, with a torch of up to three gigabytes")
+
+
+def run(*command: str | Path, folder: Path, **settings: str) -> str:
+    cleared = ("PYTHON", "SINGLEPASS", "PYTEST", "MAKE", "JOBS", "VENV", "TORCH")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(cleared)} | settings
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def fresh(folder: Path, *requirements: str | Path) -> Path:
+    """The Python of a new environment with these packages."""
+    venv.create(folder / "environment", with_pip=True, symlinks=True)
+    python = folder / "environment" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", *requirements, folder=folder)
+    return python
+
+
+@pytest.mark.parametrize("torch", [FLOOR, NEWEST])
+def test_one_wheel_serves_every_torch(wheel: Path, tmp_path: Path, torch: str) -> None:
+    python = fresh(tmp_path, torch, "numpy", wheel)
+    assert "_C_cpu.so" in run(python, "-m", "singlepass", "info", "--check", folder=tmp_path)
+    run(python, "-m", "pip", "check", folder=tmp_path)
+
+
+def test_an_install_that_fetches_what_it_builds_with(root: Path, tmp_path: Path) -> None:
+    """As `pip install .` does it, in a build environment of pip's own."""
+    run("git", "clone", "-q", root, tmp_path / "clone", folder=tmp_path)
+    python = fresh(tmp_path, tmp_path / "clone")
+    assert "_C_cpu.so" in run(python, "-m", "singlepass", "info", "--check", folder=tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_a_wheel_with_the_cuda_library(root: Path, tmp_path: Path) -> None:
+    run("git", "clone", "-q", root, tmp_path / "clone", folder=tmp_path)
+    python = fresh(tmp_path, NEWEST, "setuptools>=77", "ninja", "numpy")
+    build = ("pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", tmp_path / "dist", tmp_path / "clone")
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    settings = {"SINGLEPASS_WITH_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "2", "PATH": path}
+    run(python, "-m", *build, folder=tmp_path, **settings)
+    run(python, "-m", "pip", "install", "-q", *(tmp_path / "dist").iterdir(), folder=tmp_path)
+    code = "from singlepass import _native as n; print(n.status('cpu').loaded, n.status('cuda').loaded)"
+    assert run(python, "-c", code, folder=tmp_path).split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_a_fresh_clone_passes_its_tests(root: Path, tmp_path: Path, python: str) -> None:
+    """In a path with a space."""
+    if subprocess.run(["sh", "-c", f"python{python} -c pass"], capture_output=True).returncode:
+        pytest.skip(f"no python{python} on PATH")
+    clone = tmp_path / "a clone"
+    run("git", "clone", "-q", root, clone, folder=tmp_path)
+    outside = [part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != Path(sys.executable).parent]
+    settings = {
+        "PATH": os.pathsep.join(outside),
+        "PYTEST": "tests/optim tests/simt/test_common.py tests/packaging/test_wheel.py",
+    }
+    assert " passed" in run("make", "test", f"PYTHON=python{python}", folder=clone, **settings).splitlines()[-1]
