@@ -44,7 +44,7 @@ help:
 	@echo 'make clean        remove what building has left; $(VENV) stays'
 
 $(BASE): $(INSTALLS)
-	@command -v $(PYTHON) >/dev/null || { echo 'make: expected Python 3.10 to 3.13; got no $(PYTHON). Install it, or name another: make PYTHON=python3.11 ...'; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || { echo 'make: expected Python 3.10 to 3.13; got no $(PYTHON). Install it, or name another: make PYTHON=python3.11 ...'; exit 1; }
 	@echo 'Setting up $(VENV) with $(TORCH): a few minutes the first time.'
 	@rm -f $(VENV)/.base-* $(VENV)/.native-* $(VENV)/.packages-*
 	@$(ENVIRONMENT) install $(VENV) '$(TORCH)' bench
