@@ -34,7 +34,7 @@ help:
 	@echo 'make test-deep    what takes longer: sanitizers, cubins of all architectures, long property runs'
 	@echo 'make test-release what is run by hand before a release: other torches, clean environments; downloads gigabytes'
 	@echo 'make test-newest  which newer releases of other packages break a test'
-	@echo 'make bench        measure against eager PyTorch on this machine, in under five minutes (FULL=1 for everything)'
+	@echo 'make bench        measure against torch and other packages on this machine, in five minutes (FULL=1 for everything)'
 	@echo 'make gpu-proof    prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (ON=cpu rehearses)'
 	@echo 'make gpu-bundle   pack what has to travel to a machine with a GPU'
 	@echo 'make core         the part without torch, and its C++ tests'

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 Shape = tuple[int, ...]
@@ -47,6 +47,14 @@ def vit(layers: int = 12, d: int = 768, patch: int = 16, image: int = 224, class
     tokens = 1 + (image // patch) ** 2
     embedding: list[Shape] = [(1, 1, d), (1, tokens, d), (d, 3, patch, patch), (d,)]
     return embedding + transformer_block(d) * layers + layer_norm(d) + linear(d, classes)
+
+
+def gpt2_blocks(count: int, d: int = 768) -> Model:
+    """The transformer blocks of GPT-2 small without its embeddings: as many as a quick run has time for."""
+    shapes = tuple(transformer_block(d) * count)
+    model = Model(f"gpt2-{count}-block{'s' * (count > 1)}", "", shapes)
+    of = "one of the" if count == 1 else f"{count} of the"
+    return replace(model, title=f"{of} 12 blocks of GPT-2 small ({model.elements / 1e6:.0f}M parameters)")
 
 
 GPT2_SMALL = Model("gpt2-small", "GPT-2 small (124M parameters)", tuple(gpt2()))

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .documents import NOT_MEASURED
+from .grid import Grid
 from .registry import FAMILIES
-from .tables import NOT_MEASURED, Grid
 
 _FLOATS = "fp32, bf16, fp16"
 

@@ -4,12 +4,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from .probe import Probe
+
+Size = TypeVar("Size")
 
 FAMILIES = ("optim", "rational", "kv", "spectral")
 
@@ -18,13 +23,13 @@ COLUMNS = ("native", "triton", "eager", "torch.optim", "yardstick", "torch.compi
 
 
 class Tier(IntEnum):
-    """How soon a provider is measured: a run that is short of time leaves out the later tiers."""
+    """What a provider costs to measure."""
 
     FUSED = 0  # ours and torch's own fused code
-    EAGER = 1  # plain PyTorch
+    EAGER = 1  # plain PyTorch: many passes over memory
     COMPILED = 2  # by torch.compile, in seconds
-    PEER = 3  # other packages
-    SLOW = 4  # what compiles for long
+    PEER = 3  # other packages as they are installed
+    SLOW = 4  # what compiles for minutes: only with --full
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Case:
 
     ops: the registered ops that are measured. passes: the traffic of the one-pass floor. flops: arithmetic of one call.
     elements: elements of the input (parameters, for an optimizer; x, for an activation); their bytes are `input_bytes`.
-    tensors: how many tensors the call works on. rank: cases of a higher one get their later tiers last.
+    tensors: how many tensors the call works on.
     """
 
     family: str
@@ -105,7 +110,6 @@ class Case:
     tensors: int
     inputs: Callable[[torch.device], Any]
     providers: tuple[Provider, ...] = field(repr=False)
-    rank: int = 0
 
     @property
     def name(self) -> str:
@@ -124,5 +128,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 def cases(device: torch.device) -> Iterator[Case]:
     """All cases of all families that make sense on a device."""
     for family in FAMILIES:
-        module = importlib.import_module(f".cases.{family}", __package__)
-        yield from module.cases(device)
+        yield from module_of(family).cases(device)
+
+
+def quick_cases(device: torch.device, probe: Probe) -> Iterator[Case]:
+    """The cases of a run of minutes: each family's most telling first, in sizes that this machine gets through."""
+    for family in FAMILIES:
+        yield from module_of(family).quick_cases(device, probe)
+
+
+def fitting(sizes: Sequence[Size], seconds: Callable[[Size], float], limit: float) -> Size:
+    """The first of these sizes, largest first, whose seconds are within the limit; the last if none is."""
+    return next((size for size in sizes if seconds(size) <= limit), sizes[-1])
+
+
+def module_of(family: str) -> Any:
+    return importlib.import_module(f".cases.{family}", __package__)

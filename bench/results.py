@@ -16,8 +16,13 @@ from typing import Any
 
 import torch
 
+from .probe import Probe
+from .timing import last_level_cache_bytes
+
 SCHEMA = 1
-RESULTS = Path("bench/results")
+VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "asimd", "sve")
+RESULTS = Path("bench/results")  # published: what documents quote
+LOCAL = Path("bench-results")  # what a run leaves here
 PACKAGES = (
     "singlepass",
     "torch",
@@ -37,7 +42,8 @@ PACKAGES = (
 class Row:
     """One provider of one case. Times in milliseconds; `ms` and `floor_ms` have the keys q20, q50, q80 and n.
 
-    status: "ok", "unavailable" (see `reason`), "skipped" (out of time) or "wrong" (failed the gate, hence not timed).
+    status: "ok", "unavailable" (see `reason`) or "wrong" (failed the gate, hence not timed); in older files also
+        "skipped" (out of time).
     gate_error: largest error against the float64 reference, in units of the allowed one.
     differs: for a peer whose formula is another one, how it differs.
     startup_s: seconds in the gate and in the first calls, which make states and compile.
@@ -97,7 +103,10 @@ class Run:
     copy_gbps: float
     budget_s: float | None
     matrix_tflops: float | None = None
+    compile_s: float | None = None
     seconds: float = 0.0
+    left_out: int = 0
+    interrupted: bool = False
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -119,6 +128,8 @@ class Run:
 
 
 def load(path: Path) -> Run:
+    if not path.is_file():
+        raise ValueError(f"bench: expected a result file; got no file {path}. See singlepass bench run --help")
     data = json.loads(path.read_text())
     if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
         raise ValueError(
@@ -126,6 +137,10 @@ def load(path: Path) -> Run:
         )
     rows = [Row(**row) for row in data.pop("rows")]
     return Run(**data, rows=rows)
+
+
+def first_measured(out: Run, family: str, **want: str) -> Row | None:
+    return next((row for row in out.find(family=family, **want) if row.median is not None), None)
 
 
 def newest(kind: str, folder: Path = RESULTS, family: str | None = None) -> Run | None:
@@ -136,17 +151,23 @@ def newest(kind: str, folder: Path = RESULTS, family: str | None = None) -> Run 
     return max(runs, key=lambda run: run.date, default=None)
 
 
+def newest_path(folder: Path) -> Path | None:
+    """The latest result file in a folder, or None."""
+    return max(folder.glob("*/*.json"), key=lambda path: load(path).date, default=None)
+
+
 def newest_proof(folder: Path = RESULTS) -> dict[str, Any] | None:
     """The latest proof on a GPU, as `python -m proof run` has written it, or None."""
     proofs = [json.loads(path.read_text()) for path in folder.glob("*/proof/*.json")]
     return max((p for p in proofs if p["machine"]["kind"] == "cuda"), key=lambda p: p["date"], default=None)
 
 
-def start(device: torch.device, copy_gbps: float, matrix_tflops: float, budget_s: float | None) -> Run:
+def start(device: torch.device, probe: Probe, budget_s: float | None) -> Run:
     """An empty run, with the facts of this machine."""
     commit, dirty = git_state()
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Run(now, commit, dirty, machine(device), versions(), copy_gbps, budget_s, matrix_tflops)
+    facts = machine(device), versions()
+    return Run(now, commit, dirty, *facts, probe.copy_gbps, budget_s, probe.matrix_tflops, probe.compile_s)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -155,6 +176,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": cpu_model(),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
+        "vector_extensions": vector_extensions(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cache_bytes": last_level_cache_bytes(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "glibc_tunables": os.environ.get(
@@ -182,6 +206,15 @@ def cpu_model() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def vector_extensions() -> list[str]:
+    """Those that matter to the kernels here and to torch's, as the kernel of Linux calls them."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return [flag for flag in (found[1].split() if found else []) if flag.startswith(VECTOR_FLAGS)]
 
 
 def nvidia_driver() -> str | None:

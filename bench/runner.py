@@ -1,89 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs cases: gate, interleaved timing beside the floor, memory; the most telling first, within a time budget."""
+"""Runs cases: each whole, all its providers in turn beside the floor; as many cases as there is time for."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from . import timing
 from .floor import StreamPool, floor_step
 from .memory import available_bytes, peak_extra_bytes
+from .probe import Probe
 from .registry import Case, Gate, Provider, Step, Tier, dtype_name
 from .results import Row
 from .timing import Effort
 
 FLOOR = "floor"
 
-# Seconds that a stage of each tier is expected to take until one has been seen.
-FIRST_GUESS = {Tier.FUSED: 10.0, Tier.EAGER: 20.0, Tier.COMPILED: 20.0, Tier.PEER: 30.0, Tier.SLOW: 200.0}
+# How many times the floor a call of each tier is expected to take, and its compilations, until a family's first case
+# has been measured.
+EXPECTED_FLOORS = {Tier.FUSED: 3.0, Tier.EAGER: 60.0, Tier.COMPILED: 15.0, Tier.PEER: 30.0, Tier.SLOW: 15.0}
+EXPECTED_COMPILES = {Tier.COMPILED: 3.0, Tier.SLOW: 60.0}
+EXPECTED_START = 0.3  # seconds of the gate and of making inputs
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The providers of one tier of one case: what is measured, or left out, together."""
+class Entry:
+    """A case to be measured, and the providers that compete on it."""
 
     case: Case
-    tier: Tier
     providers: tuple[Provider, ...]
+    device: torch.device
+
+    @property
+    def available(self) -> list[Provider]:
+        return [provider for provider in self.providers if provider.why_not(self.device) is None]
 
 
-def plan(cases: Iterable[Case], wanted: Callable[[Provider], bool] = lambda provider: True) -> list[Stage]:
-    """All stages, the most telling first: the first tier of all cases, then the other tiers rank by rank.
-
-    Within each, families take turns, so that a run that is short of time has something of all of them.
-    """
-    stages: list[tuple[tuple[int, Tier, int], Stage]] = []
+def plan(
+    cases: Iterable[Case], device: torch.device, wanted: Callable[[Provider], bool] = lambda provider: True
+) -> list[Entry]:
+    """All cases, each family's in its order; families take turns, so that a short run has something of all of them."""
+    entries: list[tuple[int, Entry]] = []
     turns: Counter[str] = Counter()
     for case in cases:
-        turns[case.family] += 1
-        for tier in Tier:
-            providers = tuple(p for p in case.providers if p.tier == tier and wanted(p))
-            if providers:
-                late = 0 if tier == Tier.FUSED else 1 + case.rank
-                stages.append(((late, tier, turns[case.family]), Stage(case, tier, providers)))
-    return [stage for _, stage in sorted(stages, key=lambda entry: entry[0])]
+        providers = tuple(provider for provider in case.providers if wanted(provider))
+        if providers:
+            turns[case.family] += 1
+            entries.append((turns[case.family], Entry(case, providers, device)))
+    return [entry for _, entry in sorted(entries, key=lambda numbered: numbered[0])]
 
 
 @dataclass
 class Runner:
-    """Measures stages on a device. `budget` in seconds counts from the first stage; None measures everything."""
+    """Measures cases on a device. `budget` in seconds counts from the first case; None measures everything.
+
+    A case is measured whole or left out: within the budget, each family's first case is always measured, and another
+    one if it is expected to end in time.
+    """
 
     device: torch.device
     effort: Effort
+    probe: Probe
     budget: float | None = None
+    left_out: list[Case] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._pool = StreamPool(self.device)
-        self._begin = time.perf_counter()
-        self._longest: dict[tuple[str, Tier], float] = {}
+        self._pace: dict[str, float] = {}  # seconds taken for each that was expected, by family
 
-    def run(self, stages: list[Stage], progress: Callable[[Stage], None] = lambda stage: None) -> Iterator[Row]:
-        for stage in stages:
-            progress(stage)
-            if not self._in_time(stage):
-                for provider in stage.providers:
-                    yield self._row(stage.case, provider, "skipped", reason="out of time")
-                continue
+    def run(self, entries: list[Entry], progress: Callable[[Entry], None] = lambda entry: None) -> Iterator[Row]:
+        start = time.perf_counter()
+        for entry in entries:
+            family, expected = entry.case.family, self.expected_seconds(entry)
             begin = time.perf_counter()
-            yield from self._stage(stage)
-            taken = time.perf_counter() - begin
-            kind = stage.case.family, stage.tier
-            self._longest[kind] = max(taken, self._longest.get(kind, 0.0))
+            pace = self._pace.get(family)  # None for a family's first case, which is always measured
+            if self.budget is not None and pace is not None and begin - start + expected * pace > self.budget:
+                self.left_out.append(entry.case)
+                continue
+            progress(entry)
+            yield from self._entry(entry)
+            taken = (time.perf_counter() - begin) / expected
+            self._pace[family] = taken if pace is None else 0.5 * (pace + taken)
 
-    def _in_time(self, stage: Stage) -> bool:
-        expected = self._longest.get((stage.case.family, stage.tier), FIRST_GUESS[stage.tier])
-        return self.budget is None or time.perf_counter() - self._begin + expected < self.budget
+    def expected_seconds(self, entry: Entry) -> float:
+        """By the probe alone; the pace of the family corrects it."""
+        case, total = entry.case, 0.0
+        once = max(self.probe.moving(case.bytes), self.probe.computing(case.flops))
+        for provider in entry.available:
+            calls = provider.first_calls + 1 + self.effort.min_reps
+            seconds = calls * EXPECTED_FLOORS[provider.tier] * once
+            total += EXPECTED_START + max(self.effort.seconds, seconds)
+            total += EXPECTED_COMPILES.get(provider.tier, 0.0) * self.probe.compile_s
+        return total
 
-    def _stage(self, stage: Stage) -> Iterator[Row]:
-        case, ready = stage.case, []
+    def _entry(self, entry: Entry) -> Iterator[Row]:
+        case, ready = entry.case, []
         gates: dict[str, Gate] = {}
         gate_seconds: dict[str, float] = {}
-        for provider in stage.providers:
+        for provider in entry.providers:
             if reason := provider.why_not(self.device):
                 yield self._row(case, provider, "unavailable", reason=reason)
                 continue

@@ -13,20 +13,23 @@ import torch
 
 from .registry import Step
 
+# What is written between calls of small working sets, in sizes of the last-level cache.
+FLUSHED_CACHES = 2
 # Assumed last-level cache where the system does not tell: larger than most, so that the cache is flushed too well.
 FALLBACK_CACHE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Effort:
-    """When a provider has been timed enough: at least `min_reps` calls, then until `max_reps` or `seconds`."""
+    """When a provider has been timed enough: at least `min_reps` calls, then until `max_reps`, or until `seconds` have
+    passed in its calls and in what prepares them."""
 
     min_reps: int
     max_reps: int
     seconds: float
 
 
-QUICK = Effort(min_reps=2, max_reps=50, seconds=0.7)
+QUICK = Effort(min_reps=3, max_reps=30, seconds=1.0)
 FULL = Effort(min_reps=5, max_reps=100, seconds=2.0)
 
 
@@ -52,7 +55,7 @@ class CpuClock:
 
     def __init__(self, working_set: int) -> None:
         cache = last_level_cache_bytes()
-        self._flush = torch.zeros(4 * cache // 4) if working_set < 8 * cache else None
+        self._flush = torch.zeros(FLUSHED_CACHES * cache // 4) if working_set < 8 * cache else None
 
     def flush(self) -> None:
         if self._flush is not None:
@@ -72,7 +75,7 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.zeros(4 * cache // 4, device=device)
+        self._flush = torch.zeros(FLUSHED_CACHES * cache // 4, device=device)
 
     def flush(self) -> None:
         self._flush.zero_()
@@ -100,13 +103,17 @@ def measure(steps: Mapping[str, Step], clock: Clock, effort: Effort) -> dict[str
     Each round starts with another step. A slow step leaves after `effort.min_reps` rounds, the others go on.
     """
     calls = dict.fromkeys(steps, 0)
+    spent = dict.fromkeys(steps, 0.0)
     taken: dict[str, list[float]] = {name: [] for name in steps}
 
     def call(name: str) -> float:
+        begin = time.perf_counter()
         steps[name].before(calls[name])
         calls[name] += 1
         clock.flush()
-        return clock.time(steps[name].run)
+        seconds = clock.time(steps[name].run)
+        spent[name] += time.perf_counter() - begin
+        return seconds
 
     for name in steps:
         for _ in range(clock.warmup):
@@ -114,7 +121,7 @@ def measure(steps: Mapping[str, Step], clock: Clock, effort: Effort) -> dict[str
 
     def wants_more(name: str) -> bool:
         t = taken[name]
-        return len(t) < effort.min_reps or (len(t) < effort.max_reps and sum(t) < effort.seconds)
+        return len(t) < effort.min_reps or (len(t) < effort.max_reps and spent[name] < effort.seconds)
 
     names = list(steps)
     while active := [name for name in names if wants_more(name)]:

@@ -30,7 +30,8 @@ from ..caches import (
     WINDOW,
     CacheShape,
 )
-from ..registry import Case, Gate, Pass, Provider, Step, Tier, dtype_name
+from ..probe import Probe
+from ..registry import Case, Gate, Pass, Provider, Step, Tier, dtype_name, fitting
 from .peers import missing
 
 GATE_SHAPE = CacheShape(2, 300)
@@ -280,7 +281,7 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
             if kind == torch.bfloat16:
                 options["differs"] = "tokens, and what stands between, in bfloat16"
             yield provider(label, "yardstick", Tier.FUSED, dense, dense_truth, dtype, **options)
-    differs = "tokens in 4 bits, in groups of 64 numbers along the tokens"
+    differs = "tokens in 4 bits, in groups of 64 elements along the tokens"
     options = {"differs": differs, "why_not": quanto_reason, "footprint": 3 * bytes_of_floats}
     yield provider("transformers-quanto", "peer", Tier.PEER, quantized_cache, dense_truth, dtype, **options)
     if on_gpu:
@@ -330,6 +331,26 @@ def cases(device: torch.device) -> Iterator[Case]:
                     yield case(op, shape, dtype, device.type == "cuda")
 
 
+QUICK_LENGTHS = (32768, 16384, 8192, 4096)
+QUICK_SALIENCY = 4096
+QUICK_SECONDS = 2.0  # that a call of the slowest provider, some 1,300 times the floor of attention, may take
+
+
+def quick_cases(device: torch.device, probe: Probe) -> Iterator[Case]:
+    if device.type == "cuda":
+        yield from cases(device)
+        return
+
+    def seconds(length: int) -> float:
+        return 1300.0 * probe.moving(sum(p.bytes for p in passes(DECODE, CacheShape(1, length), torch.float32)))
+
+    longest = CacheShape(1, fitting(QUICK_LENGTHS, seconds, QUICK_SECONDS))
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    for op, dtype in ((DECODE, float32), (DECODE, bfloat16), (QUANTIZE, float32), (SALIENCY, float32)):
+        yield case(op, CacheShape(1, QUICK_SALIENCY) if op == SALIENCY else longest, dtype, False)
+    yield case(DEQUANTIZE, longest, float32, False)
+
+
 def case(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> Case:
     return Case(
         family="kv",
@@ -344,5 +365,4 @@ def case(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> Case:
         tensors=2,
         inputs=partial(inputs, shape, dtype),
         providers=tuple(providers(op, shape, dtype, on_gpu)),
-        rank=int(dtype != torch.float32),
     )

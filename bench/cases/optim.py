@@ -13,7 +13,8 @@ import torch
 from torch.optim import Optimizer
 
 from .. import models
-from ..registry import Case, Pass, Provider, Tier, dtype_name
+from ..probe import Probe
+from ..registry import Case, Pass, Provider, Tier, dtype_name, fitting
 from . import peers
 from .compiled import by_tensor, compiled, whole_step
 from .steps import MakeOptimizer, MakeRunner, gate, inputs, prepare
@@ -159,18 +160,45 @@ def cases(device: torch.device) -> Iterator[Case]:
     for dtype in dtypes:
         for model in sizes:
             for rule in RULES:
-                yield Case(
-                    family="optim",
-                    op=rule.name,
-                    size=model.name,
-                    dtype=dtype,
-                    ops=rule.ops,
-                    passes=rule.traffic(model.elements, dtype),
-                    flops=rule.flops * model.elements,
-                    elements=model.elements,
-                    input_bytes=model.elements * dtype.itemsize,
-                    tensors=len(model.shapes),
-                    inputs=partial(inputs, model, dtype),
-                    providers=providers(rule, model, dtype),
-                    rank=int(model is models.VIT_B16),
-                )
+                yield case(rule, model, dtype)
+
+
+# The order in which optimizers are measured where time is short.
+QUICK_ORDER = ("AdamW", "Lion", "Adan", "LAMB", "AdaBelief", "SGDSaI", "LARS", "DiffGrad")
+QUICK_BLOCKS = (12, 8, 4, 2, 1)
+QUICK_SECONDS = 1.0  # that a step of the slowest provider, some 60 times the floor, may take
+
+
+def quick_cases(device: torch.device, probe: Probe) -> Iterator[Case]:
+    if device.type == "cuda":
+        yield from cases(device)
+        return
+    rules = {rule.name: rule for rule in RULES}
+    longest = rules["Adan"]
+
+    def seconds(blocks: int) -> float:
+        traffic = longest.traffic(models.gpt2_blocks(blocks).elements, torch.float32)
+        return 60.0 * probe.moving(sum(p.bytes for p in traffic))
+
+    model = models.gpt2_blocks(fitting(QUICK_BLOCKS, seconds, QUICK_SECONDS))
+    for name in QUICK_ORDER:
+        yield case(rules[name], model, torch.float32)
+    for name in QUICK_ORDER[:2]:
+        yield case(rules[name], models.MANY_SMALL, torch.float32)
+
+
+def case(rule: Rule, model: models.Model, dtype: torch.dtype) -> Case:
+    return Case(
+        family="optim",
+        op=rule.name,
+        size=model.name,
+        dtype=dtype,
+        ops=rule.ops,
+        passes=rule.traffic(model.elements, dtype),
+        flops=rule.flops * model.elements,
+        elements=model.elements,
+        input_bytes=model.elements * dtype.itemsize,
+        tensors=len(model.shapes),
+        inputs=partial(inputs, model, dtype),
+        providers=providers(rule, model, dtype),
+    )

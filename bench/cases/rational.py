@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS, BACKWARD, GROUPS, TITLES, Activation
-from ..registry import Case, Pass, Provider, Tier
+from ..activations import ACTIVATIONS, BACKWARD, FORWARD, GROUPS, KAT_CPU, TITLES, Activation
+from ..probe import Probe
+from ..registry import Case, Pass, Provider, Tier, fitting
 from .calls import Function, Inputs, Make, gate, inputs, prepare, with_coefficients
 from .peers import missing
 
@@ -158,6 +159,24 @@ def cases(device: torch.device) -> Iterator[Case]:
                 yield case(device, op, activation, dtype)
 
 
+QUICK_SHAPES = (KAT_CPU[1], Activation((4, *KAT_CPU[1].shape[1:])))
+QUICK_SECONDS = 0.5  # that a call of the slowest provider, some 60 times the floor, may take
+
+
+def quick_cases(device: torch.device, probe: Probe) -> Iterator[Case]:
+    if device.type == "cuda":
+        yield from cases(device)
+        return
+
+    def seconds(activation: Activation) -> float:
+        return 60.0 * probe.moving(sum(p.bytes for p in passes(4 * activation.elements, True)))
+
+    activation = fitting(QUICK_SHAPES, seconds, QUICK_SECONDS)
+    for dtype in (torch.float32, torch.bfloat16):
+        for op in (BACKWARD, FORWARD):
+            yield case(device, op, activation, dtype)
+
+
 def case(device: torch.device, op: str, activation: Activation, dtype: torch.dtype) -> Case:
     backward = op == BACKWARD
     ops = tuple(TITLES) if backward else (op,)
@@ -175,5 +194,4 @@ def case(device: torch.device, op: str, activation: Activation, dtype: torch.dty
         tensors=1,
         inputs=partial(inputs, activation.shape, GROUPS, dtype),
         providers=providers(device, ops, elements, dtype),
-        rank=int(dtype != torch.float32),
     )

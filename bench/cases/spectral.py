@@ -27,7 +27,8 @@ from ..layers import (
     UPDATE,
     LayerShape,
 )
-from ..registry import Case, Gate, Pass, Provider, Step, Tier
+from ..probe import Probe
+from ..registry import Case, Gate, Pass, Provider, Step, Tier, fitting
 
 GATE_SHAPE = LayerShape(48, 37)
 GATE_MODEL = ((48, 32), (32, 80))
@@ -390,6 +391,19 @@ def cases(device: torch.device) -> Iterator[Case]:
                 yield case(op, shapes[0], dtype)
 
 
+QUICK_SHAPES = (SHAPES["cpu"][0], LayerShape(1024, 512), LayerShape(512, 512))
+QUICK_SECONDS = 0.5  # that a training step may take
+
+
+def quick_cases(device: torch.device, probe: Probe) -> Iterator[Case]:
+    if device.type == "cuda":
+        yield from cases(device)
+        return
+    shape = fitting(QUICK_SHAPES, lambda shape: 1.5 * probe.computing(flops(TRAIN, shape)), QUICK_SECONDS)
+    for op in (TRAIN, UPDATE, LORENTZ):
+        yield case(op, shape, torch.float32)
+
+
 def case(op: str, shape: LayerShape, dtype: torch.dtype) -> Case:
     of_model = op in OF_MODELS
     ops = (SCALE, UPDATE, SAMPLE, SWAP) if op == TRAIN else () if op == DECOMPOSE else (op,)
@@ -408,5 +422,4 @@ def case(op: str, shape: LayerShape, dtype: torch.dtype) -> Case:
         tensors=len(MODEL) if of_model else 1,
         inputs=partial(inputs, op, shape, dtype),
         providers=tuple(providers(op, ops, dtype, held)),
-        rank=int(op not in (TRAIN, UPDATE)),
     )

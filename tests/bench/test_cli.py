@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from singlepass.bench import cli, models, registry
+from singlepass.bench import cli, models, registry, run
 from singlepass.bench.cases import optim
 from singlepass.bench.floor import require_stream
-from singlepass.bench.registry import Tier
+from singlepass.bench.registry import Gate, Tier
 from singlepass.bench.results import Row, Run
 
 
@@ -40,20 +43,73 @@ def few_cases(monkeypatch: pytest.MonkeyPatch, small_buffers: None) -> None:
         partial(optim.inputs, model, real.dtype),
         tuple(p for p in optim.providers(rule, model, real.dtype) if p.tier <= Tier.EAGER),
     )
-    monkeypatch.setattr(cli, "cases", lambda device: [case])
+    monkeypatch.setattr(run, "cases", lambda device: [case])
+    monkeypatch.setattr(run, "quick_cases", lambda device, probe: [case])
 
 
-def test_run_saves_rows_and_a_plot(few_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_saves_rows_pictures_and_a_report(
+    few_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status = cli.main(["run", "--device", "cpu", "--seconds", "0.01", "--results", str(tmp_path)])
     assert status == 0
     (path,) = tmp_path.glob("*/*.json")
     rows = {row["provider"]: row for row in json.loads(path.read_text())["rows"]}
     assert rows["native"]["status"] == rows["eager"]["status"] == "ok"
     assert rows["native"]["gate_error"] <= 1.0
-    assert path.with_suffix(".svg").exists()
+    assert path.with_name(f"{path.stem}-optim.svg").exists()
     shown = capsys.readouterr().out
-    assert "small, float32" in shown
+    assert "small, one optimizer step, float32" in shown
     assert "Lion" in shown
+    assert "Summary" in shown
+    assert (
+        max(len(line) for line in shown.splitlines() if not line.startswith(("results:", "picture:", "report:"))) <= 100
+    )
+    page = path.with_suffix(".html").read_text()
+    assert "data:image/svg+xml;base64," in page
+    assert "Lion" in page
+    assert "http" not in page.replace("http://www.w3.org", ""), "it loads nothing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_what_was_measured(
+    number: signal.Signals, few_cases: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = run.cases(torch.device("cpu"))
+
+    def stop(device: torch.device) -> Gate:
+        os.kill(os.getpid(), number)
+        return Gate(0.0)
+
+    later = dataclasses.replace(case, op="Later", providers=(dataclasses.replace(case.providers[0], gate=stop),))
+    monkeypatch.setattr(run, "quick_cases", lambda device, probe: [case, later])
+    before = signal.getsignal(number)
+    assert cli.main(["run", "--device=cpu", "--seconds=0.01", f"--results={tmp_path}"]) == 130
+    assert signal.getsignal(number) is before
+    (path,) = tmp_path.glob("*/*.json")
+    saved = cli.results.load(path)
+    assert saved.interrupted
+    assert {row.op for row in saved.rows} == {"Lion"}
+    assert path.with_suffix(".html").exists()
+
+
+def test_what_is_left_out_is_counted(
+    few_cases: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (case,) = run.cases(torch.device("cpu"))
+    others = [dataclasses.replace(case, op=op) for op in ("A", "B")]
+    monkeypatch.setattr(run, "cases", lambda device: [case, *others])
+    assert cli.main(["run", "--device=cpu", "--seconds=0.01", f"--results={tmp_path}"]) == 0
+    assert "Left out: 2 cases" in " ".join(capsys.readouterr().out.split())
+
+
+def test_published_results_are_copied(few_cases: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="expected a result file in bench-results; got none"):
+        cli.main(["publish"])
+    cli.main(["run", "--device=cpu", "--seconds=0.01"])
+    assert not Path("bench").exists(), "a run alone leaves published results as they are"
+    assert cli.main(["publish"]) == 0
+    assert {path.suffix for path in Path("bench/results").glob("*/*")} == {".json", ".svg"}
 
 
 def test_run_of_chosen_providers(few_cases: None, tmp_path: Path) -> None:
@@ -92,12 +148,34 @@ def test_compare(
     assert ("SLOWER" in capsys.readouterr().out) == bool(status)
 
 
-def test_compare_refuses_other_devices(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    before, after = make_run([]), make_run([])
+def test_compare_of_two_machines_is_by_multiples_of_the_floor(
+    make_row: Callable[..., Row], make_run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = make_run([make_row("Lion", "native", 100.0, floor=80.0), make_row("Adan", "native", 100.0, floor=80.0)])
+    after = make_run([make_row("Lion", "native", 300.0, floor=240.0), make_row("Adan", "native", 200.0, floor=80.0)])
     after.machine["device"] = "Other Processor"
     paths = [str(run.save(tmp_path / name)) for name, run in (("a", before), ("b", after))]
-    with pytest.raises(SystemExit, match="expected runs of one device"):
+    assert cli.main(["compare", *paths]) == 1
+    shown = capsys.readouterr().out
+    lion, adan = (next(line for line in shown.splitlines() if name in line) for name in ("Lion", "Adan"))
+    assert "1.25x" in lion
+    assert "+0.0 %" in lion
+    assert "SLOWER" in adan
+    assert "Other Processor" in shown
+
+
+def test_compare_refuses_another_kind_of_device(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    runs = (("a", make_run([])), ("b", make_run([], kind="cuda")))
+    paths = [str(run.save(tmp_path / name)) for name, run in runs]
+    with pytest.raises(SystemExit, match="expected runs on one kind of device"):
         cli.main(["compare", *paths])
+    with pytest.raises(SystemExit, match="expected a result file; got no file"):
+        cli.main(["compare", paths[0], str(tmp_path / "none.json")])
+
+
+def test_documents_that_are_not_there(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"expected the document .*; got none\. Run it in a clone"):
+        cli.main(["table", "--write", str(tmp_path / "README.md")])
 
 
 def test_table_fills_documents(
@@ -137,4 +215,4 @@ def test_a_package_that_is_missing_is_named(
 def test_without_matplotlib_results_are_kept(few_cases: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cli, "installed", lambda name: name != "matplotlib")
     assert cli.main(["run", "--device=cpu", "--seconds=0.01", "--provider=native", f"--results={tmp_path}"]) == 0
-    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".json"]
+    assert sorted(path.suffix for path in tmp_path.rglob("*.*")) == [".html", ".json"]

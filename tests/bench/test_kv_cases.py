@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.bench import caches, checks, registry, tables
+from singlepass.bench import caches, checks, counted, registry, tables
 from singlepass.bench.caches import DECODE, QUANTIZE, CacheShape
 from singlepass.bench.cases import kv
 from singlepass.bench.results import Row, Run
@@ -119,14 +119,16 @@ def test_short_caches_need_not_be_faster(rows: list[Row], make_run: MakeRun) -> 
 
 def test_grid(rows: list[Row], make_run: MakeRun) -> None:
     (grid,) = tables.grids(make_run(rows), family="kv")
-    assert grid.title == "kv, float32: ms per call"
-    assert grid.lines[0][0] == "1x32768, decode attention"
-    assert "11.0 (grouped-float32)" in grid.lines[0]
-    assert "60.0 (transformers-quanto)" in grid.lines[0]
+    assert grid.title == "compressed KV cache, float32: ms (multiple of the floor)"
+    line = dict(zip(grid.head, grid.lines[0], strict=True))
+    assert line["batch x tokens, op"] == "1x32768, decode attention"
+    assert line["torch, 16/32 bits"].startswith("11.0 (")
+    assert grid.notes[0] == "[1] grouped-float32."
+    assert line["best peer"].startswith("60.0 (")
 
 
 def test_grid_of_bytes() -> None:
-    grid = tables.cache_grid()
+    grid = counted.cache_grid()
     assert grid.lines[0][1:] == ["512", "16.00", "1.00"]
     sizes = {line[0]: float(line[1]) for line in grid.lines[1:]}
     assert len(sizes) == len(grid.lines) - 1

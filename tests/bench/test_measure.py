@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,10 +45,23 @@ def test_steps_take_turns() -> None:
     assert "".join(log) == "aabbcc" + "abc" + "bca" + "cab"
 
 
-def test_slow_steps_leave_first() -> None:
-    samples = timing.measure(fake_steps({"slow": 2.0, "fast": 0.25}, []), FakeClock(), Effort(3, 100, 2.0))
+def test_slow_steps_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What prepares a call counts too: flushing a large cache may take longer than the call."""
+    now = [0.0]
+
+    class SlowFlush(FakeClock):
+        def flush(self) -> None:
+            now[0] += 0.5
+
+        def time(self, run: Callable[[], float]) -> float:
+            seconds = super().time(run)
+            now[0] += seconds
+            return seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    samples = timing.measure(fake_steps({"slow": 2.0, "fast": 0.25}, []), SlowFlush(), Effort(3, 100, 4.5))
     assert len(samples["slow"].seconds) == 3
-    assert len(samples["fast"].seconds) == 8
+    assert len(samples["fast"].seconds) == 4  # of the 4.5 seconds, two warm-up calls took 1.5
 
 
 def test_calls_are_numbered() -> None:

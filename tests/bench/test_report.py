@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from singlepass.bench import checks, results, tables
+from singlepass.bench import checks, counted, documents, results, tables
+from singlepass.bench.grid import number, times
 from singlepass.bench.plot import draw
+from singlepass.bench.probe import Probe
 from singlepass.bench.results import Row, Run
 
 MakeRow = Callable[..., Row]
@@ -109,25 +113,65 @@ def test_gpu_bars(make_row: MakeRow, make_run: MakeRun) -> None:
 
 
 def test_table_shows_best_peer_and_how_it_differs(good_run: Run) -> None:
-    text = tables.optimizer_grid(good_run, "gpt2-small", "float32").markdown()
-    lion = next(line for line in text.splitlines() if line.startswith("| Lion"))
-    assert "200 (pytorch_optimizer-foreach) [1]" in lion
-    assert "15.0x" in lion
-    assert "300.0 MiB" in lion
-    assert "[1] pytorch_optimizer-foreach computes something else: no decay." in text
+    (grid,) = tables.grids(good_run)
+    adamw, lion = (dict(zip(grid.head, line, strict=True)) for line in grid.lines)
+    assert grid.title == "gpt2-small, one optimizer step, float32: ms (multiple of the floor)"
+    assert list(lion) == ["optimizer", "**singlepass**", "torch", "best peer", "torch.compile", "eager"]
+    assert lion["**singlepass**"] == "60.0 (1.09x)"
+    assert lion["best peer"] == "200 (3.64x) [1]"
+    assert lion["eager"] == "900 (16.4x)"
+    assert grid.notes == ["[1] pytorch_optimizer-foreach; computes something else: no decay."]
+    assert adamw["torch"] == "83.0 (1.04x)"
+    assert (adamw["best peer"], lion["torch"]) == ("none", "none")
+
+
+def test_each_provider_has_its_own_floor(make_row: MakeRow, make_run: MakeRun) -> None:
+    """Those of another group were timed beside the floor of other minutes: multiples compare, milliseconds don't."""
+    rows = [make_row("Lion", "native", 60.0, floor=55.0), make_row("Lion", "compile", 50.0, floor=40.0)]
+    run = make_run(rows)
+    (line,) = tables.grids(run)[0].lines
+    assert line[1:] == ["60.0 (1.09x)", "50.0 (1.25x)"]
+    (summary,) = tables.summary_grid(run).lines
+    assert summary == ["optim", "–", "1.15x", "1.09x", "none"]
 
 
 def test_table_says_why_nothing_is_there(good_run: Run, make_row: MakeRow) -> None:
-    replace_row(good_run, make_row("Lion", "compile", None, reason="out of time"))
-    text = tables.optimizer_grid(good_run, "gpt2-small", "float32").markdown()
-    assert "| out of time |" in next(line for line in text.splitlines() if line.startswith("| Lion"))
+    replace_row(good_run, make_row("Lion", "compile", None, reason="RuntimeError: no compiler"))
+    replace_row(good_run, make_row("AdamW", "torch-fused", None, reason="not installed"))
+    (grid,) = tables.grids(good_run)
+    adamw, lion = (dict(zip(grid.head, line, strict=True)) for line in grid.lines)
+    assert lion["torch.compile"] == "none [2]"
+    assert grid.notes[1] == "[2] RuntimeError: no compiler"
+    assert adamw["torch"] == "none"
+
+
+def test_summary_says_where_we_lose(good_run: Run, make_row: MakeRow) -> None:
+    assert tables.summary_grid(good_run).lines == [
+        ["optim", "1.01x", "1.51x (1.01x-2.00x)", "1.06x (1.02x-1.09x)", "none"]
+    ]
+    replace_row(good_run, make_row("Lion", "compile", 50.0, floor=55.0))
+    (line,) = tables.summary_grid(good_run).lines
+    assert line[-1] == "Lion: 0.83x of compile"
+
+
+def test_memory_table(good_run: Run) -> None:
+    (grid,) = tables.memory_grids(good_run)
+    assert grid.lines[1] == ["Lion", "0.0 MiB", "–", "300.0 MiB"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.5, "0.50x"), (9.994, "9.99x"), (9.996, "10.0x"), (99.96, "100x"), (1234.5, "1,234x")],
+)
+def test_ratios(value: float | None, text: str) -> None:
+    assert times(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "–"), (0.25, "0.25"), (1.0, "1.00"), (81.94, "81.9"), (1234.5, "1,234")]
 )
 def test_numbers(value: float | None, text: str) -> None:
-    assert tables.number(value) == text
+    assert number(value) == text
 
 
 def test_marked_blocks_are_rewritten(good_run: Run, tmp_path: Path) -> None:
@@ -146,7 +190,7 @@ def test_marked_blocks_are_rewritten(good_run: Run, tmp_path: Path) -> None:
         drawn.append(options)
         return "![a plot](p.svg)"
 
-    assert tables.inject(document, find, picture) == 3
+    assert documents.inject(document, find, picture) == 3
     once = document.read_text()
     assert "old" not in once
     assert "| AdamW |" in once
@@ -155,7 +199,7 @@ def test_marked_blocks_are_rewritten(good_run: Run, tmp_path: Path) -> None:
     assert drawn == [{"path": "p.svg", "family": "optim"}]
     assert once.startswith("before\n")
     assert once.endswith("after\n")
-    tables.inject(document, find, picture)
+    documents.inject(document, find, picture)
     assert document.read_text() == once
 
 
@@ -163,11 +207,11 @@ def test_unknown_marker(good_run: Run, tmp_path: Path) -> None:
     document = tmp_path / "a.md"
     document.write_text("<!-- bench:optin -->\n<!-- /bench -->\n")
     with pytest.raises(ValueError, match=r"expected a marker machine, .* kv or spectral; got 'optin'"):
-        tables.inject(document, lambda *_: good_run, lambda *_: "")
+        documents.inject(document, lambda *_: good_run, lambda *_: "")
 
 
 def test_traffic_table() -> None:
-    text = tables.traffic_grid().markdown()
+    text = counted.traffic_grid().markdown()
     assert "| AdamW | g / p m v | 28 | 22 |" in text
     assert "| LAMB | g / –; g p / m v; m v / p | 44 | 34 |" in text
 
@@ -176,6 +220,15 @@ def test_results_come_back_as_saved(good_run: Run, tmp_path: Path) -> None:
     path = good_run.save(tmp_path)
     assert path == tmp_path / "some-processor-2-threads" / "2030-01-02T0304-abc1234.json"
     assert results.load(path) == good_run
+
+
+def test_files_of_older_runs_can_be_read() -> None:
+    """Those that documents quote: written before a run knew its compiler's speed and what it left out."""
+    for path in results.RESULTS.glob("*/*.json"):
+        run = results.load(path)
+        assert run.rows
+        assert tables.grids(run)
+        assert tables.summary_grid(run).lines
 
 
 def test_newest_of_a_kind(make_run: MakeRun, tmp_path: Path) -> None:
@@ -208,10 +261,11 @@ def test_other_schema_is_refused(tmp_path: Path) -> None:
 
 
 def test_facts_of_this_machine() -> None:
-    import torch
-
-    run = results.start(torch.device("cpu"), 1.0, 2.0, None)
+    run = results.start(torch.device("cpu"), Probe(1.0, 2.0, 3.0), None)
+    assert (run.copy_gbps, run.matrix_tflops, run.compile_s) == (1.0, 2.0, 3.0)
     assert run.machine["device"]
+    assert run.machine["torch_cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert run.machine["vector_extensions"] or platform.machine() != "x86_64"
     assert run.machine["threads"] == torch.get_num_threads()
     assert run.versions["torch"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.bench import checks, registry, tables
+from singlepass.bench import checks, counted, registry, tables
 from singlepass.bench.cases import spectral
 from singlepass.bench.layers import DECOMPOSE, MODEL, MODEL_NAME, SCALE, SHAPES, TRAIN, UPDATE, LayerShape
 from singlepass.bench.results import Row, Run
@@ -118,13 +118,13 @@ def test_bars_on_a_gpu(row: MakeRow, make_run: MakeRun) -> None:
 
 def test_grid(rows: list[Row], make_run: MakeRun) -> None:
     (grid,) = tables.grids(make_run(rows), family="spectral")
-    assert grid.title == "spectral, float32: ms per call"
+    assert grid.title == "sparse spectral training, float32: ms (multiple of the floor)"
     assert grid.lines[0][0] == "1024x2048, training step"
-    assert "1.39x" in grid.lines[0]
+    assert "matrix products" in grid.notes[-1]
 
 
 def test_grid_of_bytes() -> None:
-    shares = {line[0]: line[-1] for line in tables.training_grid().lines}
+    shares = {line[0]: line[-1] for line in counted.training_grid().lines}
     assert shares["full rank, AdamW"] == "100 %"
     assert shares["SST, frozen vectors in float32"] == "59 %"
     assert float(shares["SST, frozen vectors in bfloat16"][:-2]) < float(shares["GaLore, float32"][:-2])

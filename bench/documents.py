@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots written between marker comments of documents."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from . import counted, tables
+from .checks import check
+from .registry import FAMILIES
+from .results import Run, newest_proof
+
+NOT_MEASURED = "not measured"
+
+MARKER = re.compile(
+    r"(<!-- bench:(?P<name>[\w-]+)(?P<options>(?: [\w-]+=\S+)*) -->\n)(?P<old>.*?)(<!-- /bench -->)", re.S
+)
+
+
+def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[Run, dict[str, str]], str]) -> str:
+    """The generated text of one marker, whose options name a family. `draw` makes a plot and returns the Markdown that
+    shows it."""
+    if name == "traffic":
+        return counted.traffic_grid().markdown()
+    if name == "caches":
+        return counted.cache_grid().markdown()
+    if name == "training-memory":
+        return counted.training_grid().markdown()
+    if name in ("proof", "support"):
+        from . import proofs
+
+        grid = proofs.proof_grid if name == "proof" else proofs.support_grid
+        return grid(newest_proof()).markdown()
+    if run is None:
+        return f"{NOT_MEASURED}\n"
+    if name == "machine":
+        return tables.machine_line(run) + "\n"
+    if name == "checks":
+        return tables.check_grid(check(run, options["family"])).markdown()
+    if name == "plot":
+        return draw(run, options) + "\n"
+    if name in FAMILIES:
+        which = {key: value for key, value in options.items() if key in ("family", "size", "dtype")}
+        picked = tables.memory_grids(run, **which) if "memory" in options else tables.grids(run, **which)
+        return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
+    raise ValueError(
+        "bench table: expected a marker machine, checks, traffic, caches, training-memory, proof, support, plot, "
+        f"{', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
+    )
+
+
+def inject(path: Path, find: Callable[[str, str], Run | None], draw: Callable[[Path, Run, dict[str, str]], str]) -> int:
+    """Rewrite every marked block of a file; returns how many there are.
+
+    A marker reads `<!-- bench:NAME device=cpu size=gpt2-small -->` and ends at `<!-- /bench -->`. `find` gives the run
+    of a kind of device and a family, or None where there is none.
+    """
+    found = 0
+
+    def fill(match: re.Match[str]) -> str:
+        nonlocal found
+        found += 1
+        options = dict(option.split("=", 1) for option in match["options"].split())
+        name = match["name"]
+        options["family"] = name if name in FAMILIES else options.get("family", FAMILIES[0])
+        run = find(options.get("device", "cpu"), options["family"])
+        return match[1] + block(name, options, run, lambda r, o: draw(path, r, o)) + match[5]
+
+    text = MARKER.sub(fill, path.read_text())
+    path.write_text(text)
+    return found
