@@ -57,6 +57,7 @@ def gpt2_blocks(count: int, d: int = 768) -> Model:
     return replace(model, title=f"{of} 12 blocks of GPT-2 small ({model.elements / 1e6:.0f}M parameters)")
 
 
+BLOCK_COUNTS = (12, 8, 4, 2, 1)
 GPT2_SMALL = Model("gpt2-small", "GPT-2 small (124M parameters)", tuple(gpt2()))
 VIT_B16 = Model("vit-b16", "ViT-B/16 (87M parameters)", tuple(vit()))
 MANY_SMALL = Model("1000x1000", "1,000 tensors of 1,000 elements", ((1000,),) * 1000)

@@ -29,6 +29,7 @@ STYLES = {
     | {"peer": ("its matrix products alone", "#c9b3d9")},
 }
 TITLES = {m.name: m.title for m in (models.GPT2_SMALL, models.VIT_B16, models.MANY_SMALL, models.TENSORS_300)}
+TITLES |= {model.name: model.title for model in map(models.gpt2_blocks, models.BLOCK_COUNTS)}
 TITLES |= {a.name: a.title for some in activations.ACTIVATIONS.values() for a in some}
 TITLES |= {shape.name: shape.title for some in caches.SHAPES.values() for shape in some}
 TITLES |= {shape.name: shape.title for some in layers.SHAPES.values() for shape in some}
@@ -44,14 +45,17 @@ WORDS = {
 
 
 def bars(run: Run, family: str, size: str, dtype: str) -> dict[str, list[Row]]:
-    """The fastest row of each column, by optimizer or pass."""
+    """The fastest row of each column, by optimizer or pass. Eager PyTorch, often fifty times slower than all others and
+    no choice of anybody, is shown only where there is no other rival."""
     picked: dict[str, list[Row]] = {}
     rows = [row for row in run.find(family=family, size=size, dtype=dtype) if row.median is not None]
     for op in dict.fromkeys(row.op for row in rows):
+        best: list[Row] = []
         for column in STYLES[family]:
             found = [row for row in rows if row.op == op and row.column == column]
-            if found:
-                picked.setdefault(CALLS.get(op, op), []).append(min(found, key=lambda row: row.median or 0.0))
+            if found and (column != "eager" or {row.column for row in best} <= _OURS.keys()):
+                best.append(min(found, key=lambda row: row.median or 0.0))
+        picked[CALLS.get(op, op)] = best
     return picked
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME
 
+from .registry import FAMILIES
+
 PAGE = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -36,8 +38,10 @@ PICTURES
 def write_report(console: Console, result: Path) -> Path:
     """Writes what a recording console has shown, and the pictures of a result file, as a page without other files."""
     pictures = []
-    for path in sorted(result.parent.glob(f"{result.stem}-*.svg")):
-        family = path.stem.removeprefix(f"{result.stem}-")
+    for family in FAMILIES:
+        path = result.with_name(f"{result.stem}-{family}.svg")
+        if not path.exists():
+            continue
         data = base64.b64encode(path.read_bytes()).decode()
         words = f"Time of each provider in multiples of the floor: {family}"
         pictures.append(f'<img alt="{words}" src="data:image/svg+xml;base64,{data}">')

@@ -35,10 +35,10 @@ def run(device: torch.device, arguments: argparse.Namespace, wanted: Wanted, riv
     from .floor import require_stream
 
     require_stream(device)
+    every = [case for case in cases(device) if wanted(case)]
     to = screen.console(record=True)
     with to.status("probing the machine: bandwidth, matrix products, a compilation"):
         found = probe(device)
-    every = [case for case in cases(device) if wanted(case)]
     quick = [case for case in quick_cases(device, found) if wanted(case)]
     chosen = every if arguments.full or arguments.check or not quick else quick
     cli.require_some(chosen)

@@ -165,7 +165,6 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 # The order in which optimizers are measured where time is short.
 QUICK_ORDER = ("AdamW", "Lion", "Adan", "LAMB", "AdaBelief", "SGDSaI", "LARS", "DiffGrad")
-QUICK_BLOCKS = (12, 8, 4, 2, 1)
 QUICK_SECONDS = 1.0  # that a step of the slowest provider, some 60 times the floor, may take
 
 
@@ -180,7 +179,7 @@ def quick_cases(device: torch.device, probe: Probe) -> Iterator[Case]:
         traffic = longest.traffic(models.gpt2_blocks(blocks).elements, torch.float32)
         return 60.0 * probe.moving(sum(p.bytes for p in traffic))
 
-    model = models.gpt2_blocks(fitting(QUICK_BLOCKS, seconds, QUICK_SECONDS))
+    model = models.gpt2_blocks(fitting(models.BLOCK_COUNTS, seconds, QUICK_SECONDS))
     for name in QUICK_ORDER:
         yield case(rules[name], model, torch.float32)
     for name in QUICK_ORDER[:2]:

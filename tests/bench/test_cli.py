@@ -15,8 +15,11 @@ import torch
 from singlepass.bench import cli, models, registry, run
 from singlepass.bench.cases import optim
 from singlepass.bench.floor import require_stream
+from singlepass.bench.probe import Probe
 from singlepass.bench.registry import Gate, Tier
 from singlepass.bench.results import Row, Run
+
+PROBE = Probe(copy_gbps=10.0, matrix_tflops=0.1, compile_s=2.0)
 
 
 @pytest.fixture
@@ -45,6 +48,7 @@ def few_cases(monkeypatch: pytest.MonkeyPatch, small_buffers: None) -> None:
     )
     monkeypatch.setattr(run, "cases", lambda device: [case])
     monkeypatch.setattr(run, "quick_cases", lambda device, probe: [case])
+    monkeypatch.setattr(run, "probe", lambda device: PROBE)
 
 
 def test_run_saves_rows_pictures_and_a_report(
@@ -119,7 +123,8 @@ def test_run_of_chosen_providers(few_cases: None, tmp_path: Path) -> None:
     assert {row["provider"] for row in json.loads(path.read_text())["rows"]} == {"native", "eager"}
 
 
-def test_nothing_chosen() -> None:
+def test_nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "probe", lambda device: PROBE)
     with pytest.raises(SystemExit, match="expected a choice that fits some case"):
         cli.main(["run", "--device", "cpu", "--op", "nothing"])
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from singlepass.bench import floor, memory, timing
+from singlepass.bench import floor, memory, probe, timing
 from singlepass.bench.floor import StreamPool, floor_step, sweeps
 from singlepass.bench.registry import Pass, Step
 from singlepass.bench.timing import Effort, Samples
@@ -152,3 +152,21 @@ def test_the_rate_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(floor, "clock", lambda device, working_set: Clock())
     assert floor.matrix_rate(torch.device("cpu"), repetitions=3) == pytest.approx(2 * 1024**3 / 2e-3 / 1e12)
+
+
+@pytest.mark.slow("it compiles two functions, as every run does")
+def test_probe(small_buffers: None) -> None:
+    found = probe.probe(torch.device("cpu"))
+    assert found.copy_gbps > 0.0
+    assert found.matrix_tflops > 0.0
+    assert found.compile_s >= 0.0
+    assert found.moving(2e9) == pytest.approx(2.0 / found.copy_gbps)
+    assert found.computing(3e12) == pytest.approx(3.0 / found.matrix_tflops)
+
+
+def test_a_machine_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert probe.compile_seconds(torch.device("cpu")) == 0.0

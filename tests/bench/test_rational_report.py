@@ -14,6 +14,7 @@ from singlepass.bench.activations import BACKWARD, FORWARD, Activation
 from singlepass.bench.cases import rational
 from singlepass.bench.floor import require_stream
 from singlepass.bench.plot import draw
+from singlepass.bench.probe import Probe
 from singlepass.bench.results import Row, Run
 
 MakeRow = Callable[..., Row]
@@ -230,6 +231,7 @@ def test_run_end_to_end(
     assert {p.column for case in small for p in case.providers} <= set(registry.COLUMNS)
     monkeypatch.setattr(bench_run, "cases", lambda device: small)
     monkeypatch.setattr(bench_run, "quick_cases", lambda device, probe: [])
+    monkeypatch.setattr(bench_run, "probe", lambda device: Probe(10.0, 0.1, 2.0))
     arguments = ["--device=cpu", "--seconds=0.01", "--provider=native,gelu,eager", f"--results={tmp_path}"]
     assert cli.main(["run", *arguments]) == 0
     (path,) = tmp_path.glob("*/*.json")
