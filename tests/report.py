@@ -45,7 +45,7 @@ class Report:
         return (report.outcome, "", "") if self.calm and counts and not hasattr(report, "wasxfail") else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.duration > SLOW and not set(report.keywords) & {"slow", "deep", "release"}:
+        if report.duration > SLOW and not set(report.keywords) & {"deep", "inductor", "release", "slow"}:
             self.slow[report.nodeid] = report.duration
         if report.when != "teardown":
             return

@@ -136,6 +136,7 @@ def test_bfloat16_parameters_pass_with_float32_states(rule: optim.Rule) -> None:
             assert provider.gate(CPU).agrees, provider.name
 
 
+@pytest.mark.inductor
 @pytest.mark.deep("torch.compile of a step of 148 tensors: half a minute")
 def test_compiled_reference_agrees() -> None:
     case = next(c for c in registry.cases(CPU) if c.op == "LAMB" and c.size == "gpt2-small")

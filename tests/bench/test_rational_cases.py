@@ -74,7 +74,7 @@ def test_providers_compute_what_they_claim(op: str, dtype: torch.dtype) -> None:
     assert ran == {"native", "gelu", "eager"} or "native" not in ran
 
 
-@pytest.mark.slow("torch.compile")
+@pytest.mark.inductor
 @pytest.mark.parametrize("dtype", DTYPES, ids=registry.dtype_name)
 def test_compiled_eager_agrees(dtype: torch.dtype) -> None:
     case = next(case for case in family(CPU) if (case.op, case.dtype) == (BACKWARD, dtype))

@@ -218,6 +218,7 @@ def test_list_names_both_ops(capsys: pytest.CaptureFixture[str]) -> None:
     assert "optim/" not in shown
 
 
+@pytest.mark.slow("a run of the benchmark")
 def test_run_end_to_end(
     small_buffers: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

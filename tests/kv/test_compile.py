@@ -86,7 +86,7 @@ def test_decode_op_passes_opcheck(codec: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow("a C++ compiler runs"))]
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 )
 def test_attention_compiles_into_one_graph(compiler: str) -> None:
     case = attention(queries=2)
@@ -101,7 +101,7 @@ def test_attention_compiles_into_one_graph(compiler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow("a C++ compiler runs"))]
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 )
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_the_way_there_and_back_compiles_into_one_graph(axis: str, compiler: str) -> None:
@@ -117,7 +117,7 @@ def test_the_way_there_and_back_compiles_into_one_graph(axis: str, compiler: str
 
 
 @pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow("a C++ compiler runs"))]
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 )
 def test_saliency_compiles_into_one_graph(compiler: str) -> None:
     def scores(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:

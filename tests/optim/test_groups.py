@@ -147,6 +147,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow("torch.compile")
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize(("name", "edit"), [("AdamW", replace), ("SGDSaI", append), ("LAMB", delete)])
 def test_groups_edited_after_compiled_steps(name: str, edit: Any) -> None:

@@ -40,6 +40,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow("builds the wheel")
 def test_imports_away_from_the_repository(clean_python: Run, root: Path) -> None:
     report = json.loads(clean_python(REPORT))  # which also shows that importing prints nothing
     assert not Path(report["folder"]).is_relative_to(root)
@@ -49,11 +50,13 @@ def test_imports_away_from_the_repository(clean_python: Run, root: Path) -> None
     assert report["cuda"]["loaded"] or report["cuda"]["reason"]
 
 
+@pytest.mark.slow("builds the wheel")
 def test_console_script_is_installed(clean_python: Run) -> None:
     code = "from importlib.metadata import distribution as d; print(*(e.load() for e in d('singlepass').entry_points))"
     assert "function main" in clean_python(code)
 
 
+@pytest.mark.slow("imports torch in a process of its own")
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [

@@ -34,6 +34,7 @@ def symbols(library: Path) -> dict[str, bool]:
         return {symbol.name: symbol["st_shndx"] != "SHN_UNDEF" for symbol in table.iter_symbols() if symbol.name}
 
 
+@pytest.mark.slow("builds the wheel")
 def test_tag_names_no_python(wheel: Path) -> None:
     assert re.fullmatch(r"singlepass-[^-]+-py3-none-linux_\w+\.whl", wheel.name)
 

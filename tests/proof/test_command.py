@@ -31,6 +31,7 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow("a stage of the proof imports torch in a process of its own")
 def test_a_rehearsal_writes_one_file_and_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--device", "cpu", "--stage", "import", "--results", str(tmp_path)]) == 0
     (path,) = tmp_path.rglob("*.json")

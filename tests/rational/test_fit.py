@@ -93,6 +93,7 @@ def test_shipped_errors_are_true(key: tuple[str, str, tuple[int, int]]) -> None:
     assert entry.max_error <= IN_USE.get(entry.form, {}).get(key[0], math.inf)
 
 
+@pytest.mark.slow("fits a table in float64")
 @each_table
 def test_shipped_tables_are_what_fitting_gives(
     key: tuple[str, str, tuple[int, int]], made: dict[tuple[str, str], Table]

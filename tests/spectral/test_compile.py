@@ -58,7 +58,7 @@ def test_compiles_into_one_graph(evaluation: str, frozen_dtype: torch.dtype | No
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow("a C++ compiler runs")
+@pytest.mark.inductor
 def test_compiles_with_inductor() -> None:
     layer = LorentzLinear(24, 40, 5)
     x, grad = torch.randn(9, 24), torch.randn(9, 40)

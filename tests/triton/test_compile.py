@@ -118,6 +118,7 @@ RATIONAL = {
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.slow("large kernels")
 @each_arch
 @pytest.mark.parametrize("name", RATIONAL)
 def test_rational(name: str, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
