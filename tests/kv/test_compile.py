@@ -85,9 +85,7 @@ def test_decode_op_passes_opcheck(codec: str | None) -> None:
     torch.library.opcheck(op("kv_decode"), *arguments(case))
 
 
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_attention_compiles_into_one_graph(compiler: str) -> None:
     case = attention(queries=2)
 
@@ -100,9 +98,7 @@ def test_attention_compiles_into_one_graph(compiler: str) -> None:
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_the_way_there_and_back_compiles_into_one_graph(axis: str, compiler: str) -> None:
     def there(x: Tensor) -> tuple[Quantized, Tensor]:
@@ -116,9 +112,7 @@ def test_the_way_there_and_back_compiles_into_one_graph(axis: str, compiler: str
     assert_same_bits(back, expected_back)
 
 
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_saliency_compiles_into_one_graph(compiler: str) -> None:
     def scores(q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
         return probe_saliency(q * 2.0, k, positions) + 1.0

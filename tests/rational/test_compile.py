@@ -43,9 +43,7 @@ def test_ops_pass_opcheck(layout: str, fused: bool, device: str) -> None:
 
 
 @each_kernel
-@pytest.mark.parametrize(
-    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("form", ["A", "D"])
 def test_compiles_into_one_graph(place: Place, compiler: str, form: str) -> None:
     if place.backend == "triton":
