@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ((3, 10), (3, 13))  # those that have a lock: the first and the last
-JOB = 1.75 * 2**30  # bytes of memory for each job: a worker of pytest, a compiler, mypy
+JOB = 2 * 2**30  # bytes of memory for each job: a worker of pytest, a compiler, mypy
 
 
 def fail(expected, got, remedy):
