@@ -11,6 +11,7 @@ import pytest
 
 UNCOLLECTED = pytest.StashKey[int]()  # cases that only a GPU can run, where there is none
 SLOW = 5.0  # seconds above which a test says why it is as slow as that
+REASONS = frozenset({"deep", "inductor", "release", "slow"})
 STEPS = 10  # of progress
 
 
@@ -32,6 +33,7 @@ class Report:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.calm = bool(config.getoption("numprocesses", None)) and config.get_verbosity() == 0
+        self.watch = not config.getoption("hypothesis_profile", None)  # a longer one makes property tests slow
         self.began = time.monotonic()
         self.session: pytest.Session | None = None
         self.ended = 0
@@ -45,7 +47,7 @@ class Report:
         return (report.outcome, "", "") if self.calm and counts and not hasattr(report, "wasxfail") else None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.duration > SLOW and not set(report.keywords) & {"deep", "inductor", "release", "slow"}:
+        if self.watch and report.duration > SLOW and REASONS.isdisjoint(report.keywords):
             self.slow[report.nodeid] = report.duration
         if report.when != "teardown":
             return
