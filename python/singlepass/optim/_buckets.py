@@ -29,6 +29,7 @@ class Bucket:
     """Parameters of one group that one call of the op can take, and their gradients in this step."""
 
     backend: str
+    asked: str | None  # the backend that was asked for, if any
     device: torch.device
     role: str  # not empty for parameters that a subclass steps in another way
     offsets: list[int]  # positions among the group's parameters that have gradients
@@ -103,7 +104,7 @@ def _sorted(
         if group["stochastic_rounding"] and is_sharded(p):
             require(False, where, "stochastic_rounding=False for DTensors", True, "Round to nearest there.")
         chosen = choose(optimizer._op_name(role), p.device.type, (p.dtype, g.dtype), needed)
-        bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, p.device, role, [], [], [], []))
+        bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, backend, p.device, role, [], [], [], []))
         bucket.offsets.append(i)
         bucket.ids.append(first_id + (i if offsets is None else offsets[i]))
         bucket.params.append(p)

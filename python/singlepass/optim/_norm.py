@@ -20,13 +20,15 @@ def measure(
     found_inf: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One read of all gradients: (divisor that unscales and clips, found_inf)."""
-    grads: dict[tuple[torch.device, str, bool], list[Tensor]] = {}
+    grads: dict[tuple[torch.device, str | None, bool], list[Tensor]] = {}
     for bucket in buckets:
-        if bucket.backend != "eager":  # which alone takes wrappers
-            grads.setdefault((bucket.device, bucket.backend, False), []).extend(bucket.grads)
-            continue
-        for g in bucket.grads:
-            grads.setdefault((bucket.device, "eager", is_wrapper(g)), []).append(g)
+        kinds = {False: bucket.grads}
+        if bucket.backend == "eager":  # which alone takes wrappers
+            kinds = {kind: [g for g in bucket.grads if is_wrapper(g) == kind] for kind in (False, True)}
+        for wrapped, some in kinds.items():
+            key = (bucket.device, "eager" if wrapped else bucket.asked, wrapped)
+            if some:
+                grads.setdefault(key, []).extend(some)
     stats = []
     for (device, wanted, _), present in grads.items():
         backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
