@@ -94,6 +94,8 @@ class ZipCache(Cache):
         (torch.Size([1, 35]), 34)
     """
 
+    layers: list[Any]
+
     def __init__(self, config: PreTrainedConfig, salient_ratio: float = 0.6, **options: Any):
         check_backend(_OP, options.get("backend"))
         is_config = isinstance(config, PreTrainedConfig)

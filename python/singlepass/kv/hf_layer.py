@@ -184,7 +184,7 @@ class CompressedLayer(CacheLayerMixin):
         return read
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the newest tokens can be removed. Asked once, after a prompt and its first candidates."""
         return self.pending is None and (self.inner.window_length > 0 or self.inner.length == 0)
 
