@@ -20,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ((3, 10), (3, 13))  # those that have a lock: the first and the last
+CGROUPS, MEMBERSHIPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+NO_QUOTA = ("max", "-1")  # version 2, version 1
 JOB = 2 * 2**30  # bytes of memory for each job: a worker of pytest, a compiler, mypy
 
 
@@ -112,23 +114,31 @@ class Environment:
             raise SystemExit(f"{output}make: expected packages that fit together; got the above. See locks/.")
 
 
-def limits_of_cgroup(name):
-    """Values of a setting of the control group of this process and of those around it."""
-    groups = Path("/proc/self/cgroup")
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        here = Path("/sys/fs/cgroup") / line.partition("::")[2].lstrip("/")
-        for file in (folder / name for folder in (here, *here.parents)):
-            if file.is_file():
-                yield file.read_text().split()
+def settings_of_cgroup(controller, *names):
+    """What the files of these names say, for each control group around this process that has them."""
+    for line in MEMBERSHIPS.read_text().splitlines() if MEMBERSHIPS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        # Version 2 has one tree, version 1 one for each controller. A container may see only the end of its path.
+        top = CGROUPS / controller if controllers else CGROUPS
+        group = top / path.lstrip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(top))):
+            files = [folder / name for name in names]
+            if all(file.is_file() for file in files):
+                yield " ".join(file.read_text().strip() for file in files)
 
 
 def jobs():
     """How many processes this machine has CPUs and memory for, as far as this process may use them."""
-    cpus = [float(len(os.sched_getaffinity(0)))]
-    cpus += [int(quota) / int(period) for quota, period in limits_of_cgroup("cpu.max") if quota != "max"]
-    memory = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    memory += [float(limit) for (limit,) in limits_of_cgroup("memory.max") if limit != "max"]
-    return max(1, int(min(min(cpus), min(memory) / JOB)))
+    quotas = [*settings_of_cgroup("cpu", "cpu.max")]
+    quotas += settings_of_cgroup("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    limits = [*settings_of_cgroup("memory", "memory.max"), *settings_of_cgroup("memory", "memory.limit_in_bytes")]
+    shares = [quota.split() for quota in quotas if not quota.startswith(NO_QUOTA)]
+    cpus = min([float(len(os.sched_getaffinity(0))), *(int(quota) / int(period) for quota, period in shares)])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = min([memory, *(int(limit) for limit in limits if limit != "max")])
+    return max(1, int(min(cpus, memory / JOB)))
 
 
 def main(command, *arguments):

@@ -162,27 +162,56 @@ def test_what_torch_pins_is_left_to_it(environment: ModuleType, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("cpus", "quota", "gibibytes", "limit", "jobs"),
+    ("cpus", "gibibytes", "memberships", "files", "jobs"),
     [
-        (64, "max 100000", 512, "max", 64),
-        (64, "200000 100000", 512, "max", 2),
-        (64, "50000 100000", 512, "max", 1),
-        (8, "max 100000", 4, "max", 2),
-        (8, "max 100000", 64, str(4 << 30), 2),
-        (2, "max 100000", 1, "max", 1),
+        (64, 512, "", {}, 64),
+        (8, 4, "", {}, 2),
+        (2, 1, "", {}, 1),
+        (64, 512, "0::/outer/inner", {"outer/inner/cpu.max": "max 100000", "outer/memory.max": "max"}, 64),
+        (64, 512, "0::/outer/inner", {"outer/cpu.max": "200000 100000"}, 2),
+        (64, 512, "0::/outer/inner", {"outer/cpu.max": "400000 100000", "outer/inner/cpu.max": "50000 100000"}, 1),
+        (8, 64, "0::/outer/inner", {"outer/inner/memory.max": str(4 << 30)}, 2),
+        (8, 64, "0::/not/seen/here", {"memory.max": str(4 << 30)}, 2),
+        (
+            64,
+            512,
+            "9:cpu,cpuacct:/outer/inner\n4:memory:/outer/inner\n0::/",
+            {
+                "cpu/outer/inner/cpu.cfs_quota_us": "-1",
+                "cpu/outer/inner/cpu.cfs_period_us": "100000",
+                "memory/outer/memory.limit_in_bytes": "9223372036854771712",
+            },
+            64,
+        ),
+        (
+            64,
+            512,
+            "9:cpu,cpuacct:/outer/inner",
+            {"cpu/outer/cpu.cfs_quota_us": "300000", "cpu/outer/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (8, 64, "4:memory:/outer/inner", {"memory/outer/inner/memory.limit_in_bytes": str(4 << 30)}, 2),
+        (8, 64, "4:memory:/not/seen/here", {"memory/memory.limit_in_bytes": str(4 << 30)}, 2),
+        (8, 64, "4:memory:/outer", {"cpu/outer/memory.limit_in_bytes": str(4 << 30)}, 8),
     ],
 )
 def test_as_many_jobs_as_the_machine_allows(
     environment: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     cpus: int,
-    quota: str,
     gibibytes: int,
-    limit: str,
+    memberships: str,
+    files: dict[str, str],
     jobs: int,
 ) -> None:
-    said = {"cpu.max": quota, "memory.max": limit}
-    monkeypatch.setattr(environment, "limits_of_cgroup", lambda name: [said[name].split()])
+    monkeypatch.setattr(environment, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(environment, "MEMBERSHIPS", tmp_path / "memberships")
+    (tmp_path / "memberships").write_text(memberships)
+    for name, text in files.items():
+        file = tmp_path / "groups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cpus))
     monkeypatch.setattr(
         "os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": (gibibytes << 30) // 4096}[name]
