@@ -212,6 +212,8 @@ def compare(arguments: argparse.Namespace) -> int:
     grid = Grid(unit, ["case", "provider", "before", "after", "change"])
     if not same:
         grid.notes = [f"before: {before.device_line}", f"after: {after.device_line}"]
+    if before.machine.get("keeps_freed_memory") != after.machine.get("keeps_freed_memory"):
+        grid.notes.append("Only one of the two kept freed memory, which large results depend on: docs/benchmarks.md")
     slower = False
     old = {row.key: row for row in before.rows}
     for row in after.rows:

@@ -20,6 +20,7 @@ from .probe import Probe
 from .timing import last_level_cache_bytes
 
 SCHEMA = 1
+CPUINFO = Path("/proc/cpuinfo")
 VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "asimd", "sve")
 RESULTS = Path("bench/results")  # published: what documents quote
 LOCAL = Path("bench-results")  # what a run leaves here
@@ -181,9 +182,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cache_bytes": last_level_cache_bytes(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "glibc_tunables": os.environ.get(
-            "GLIBC_TUNABLES"
-        ),  # whether memory of large tensors is kept or faulted in anew
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "os": platform.platform(),
         "python": platform.python_version(),
@@ -201,17 +199,22 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
+    """The processor's name, and what tells apart those whose name a virtual machine has shortened."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        text = CPUINFO.read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        text = ""
+    said = {key: re.search(rf"^{key}\s*:\s*(.+)$", text, re.M) for key in ("model name", "cpu family", "model")}
+    name, family, model = (found and found[1].strip() for found in said.values())
+    if name is None:
+        return platform.processor() or platform.machine()
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def vector_extensions() -> list[str]:
     """Those that matter to the kernels here and to torch's, as the kernel of Linux calls them."""
     try:
-        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", CPUINFO.read_text(), re.M)
     except OSError:
         found = None
     return [flag for flag in (found[1].split() if found else []) if flag.startswith(VECTOR_FLAGS)]

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from . import checks, cli, results, screen, tables
+from .memory import keep_freed_memory
 from .probe import probe
 from .registry import Case, Provider, Tier, cases, quick_cases
 from .runner import Entry, Runner, plan
@@ -35,6 +36,7 @@ def run(device: torch.device, arguments: argparse.Namespace, wanted: Wanted, riv
     from .floor import require_stream
 
     require_stream(device)
+    keeps_freed_memory = keep_freed_memory()
     every = [case for case in cases(device) if wanted(case)]
     to = screen.console(record=True)
     with to.status("probing the machine: bandwidth, matrix products, a compilation"):
@@ -49,6 +51,7 @@ def run(device: torch.device, arguments: argparse.Namespace, wanted: Wanted, riv
         effort = replace(effort, seconds=arguments.seconds)
     runner = Runner(device, effort, found, None if arguments.full else arguments.budget)
     out = results.start(device, found, runner.budget)
+    out.machine["keeps_freed_memory"] = keeps_freed_memory
     to.print(tables.machine_line(out), markup=False)
     if (load := out.machine["load_average"]) > 0.5 * out.machine["cores"]:
         to.print(f"The load average is {load:.1f}: other programs slow down some of these steps.", style="red")

@@ -30,7 +30,7 @@ class Rows {
   void forward(int64_t row) {
     const float* z = read(p_.z, row, z_);
     const int64_t n = p_.columns - 1;
-    const LorentzRow x(p_, z[0], dot(z + 1, z + 1, n));
+    const LorentzRow x(p_, z[0], sum_of_squares(z + 1, n));
     out_[0] = x.time;
     scale(z + 1, x.root, out_.data() + 1, n);
     write(row);
@@ -41,7 +41,7 @@ class Rows {
     const float* z = read(p_.z, row, z_);
     const float* grad = read(p_.grad, row, grad_);
     const int64_t n = p_.columns - 1;
-    const LorentzRow x(p_, z[0], dot(z + 1, z + 1, n));
+    const LorentzRow x(p_, z[0], sum_of_squares(z + 1, n));
     const double along = dot(grad + 1, z + 1, n);
     const float grad_time = x.grad_time(grad[0], along);
     out_[0] = x.grad_first(grad_time);

@@ -39,7 +39,7 @@ GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptio
                             for (int64_t start = chunks[i].index * kCpuChunk; start < stop; start += kTile) {
                               const int64_t count = std::min(kTile, stop - start);
                               const TileView g(const_cast<void*>(t.grad), t.grad_dtype, start, count, buffer, true);
-                              partials[i] += dot(g.values, g.values, count);
+                              partials[i] += sum_of_squares(g.values, count);
                             }
                           }
                         });

@@ -5,6 +5,7 @@
 #include "singlepass/common/convert.h"
 #include "singlepass/common/vector.h"
 #include "singlepass/rational/cpu.h"
+#include "singlepass/rational/cpu_loops.h"
 #include "singlepass/rational/cpu_sums.h"
 #include "singlepass/rational/dispatch.h"
 
@@ -49,47 +50,6 @@ void for_each_group(const Problem& p, const Run& run, const Body& body) {
   }
 }
 
-// n floats, the rest of the vector zeros.
-SINGLEPASS_HD Vector load_part(const float* from, int64_t n) {
-  Vector v = {};
-  memcpy(&v, from, static_cast<size_t>(n) * sizeof(float));
-  return v;
-}
-
-SINGLEPASS_HD void store_part(Vector v, float* to, int64_t n) {
-  memcpy(to, &v, static_cast<size_t>(n) * sizeof(float));
-}
-
-template <Form form, int M, int N>
-SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void values(const Coefficients<float, M, N>& coefficients,
-                                                                   const float* x, float* y, int64_t n) {
-  const Coefficients<Vector, M, N> c = spread<Vector>(coefficients);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_vector(value<form>(c, load_vector(x + i)), y + i);
-  if (i < n) store_part(value<form>(c, load_part(x + i, n - i)), y + i, n - i);
-}
-
-template <Form form, int M, int N>
-SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void all_gradients(const Coefficients<float, M, N>& coefficients,
-                                                                          const float* x, const float* g, float* dx,
-                                                                          int64_t n, Sums<Vector, M, N>& sums) {
-  const Coefficients<Vector, M, N> c = spread<Vector>(coefficients);
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(n, begin + kBlock);
-    Sums<Vector, M, N> s = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      store_vector(gradients<form>(c, load_vector(x + i), load_vector(g + i), s), dx + i);
-    }
-    // Where g is zero an element adds nothing to the sums.
-    if (i < end) {
-      store_part(gradients<form>(c, load_part(x + i, end - i), load_part(g + i, end - i), s), dx + i, end - i);
-    }
-    for (int k = 0; k <= M; ++k) sums.a[k] += s.a[k];
-    for (int k = 0; k <= N; ++k) sums.b[k] += s.b[k];
-  }
-}
-
 SINGLEPASS_TARGET_CLONES void add(const float* a, const float* b, float* to, int64_t n) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) to[i] = a[i] + b[i];
@@ -119,6 +79,11 @@ SINGLEPASS_TARGET_CLONES float total(const float* a, int64_t n) {
   float result = 0.0f;
   for (int k = 0; k < kLanes; ++k) result += sum[k];
   return result;
+}
+
+template <class S>
+S* at(const View& view, const Run& run) {
+  return static_cast<S*>(view.data) + run.offset(view);
 }
 
 const float* read(const View& view, DType dtype, const Run& run, float* buffer) {
@@ -164,6 +129,10 @@ struct Worker {
   const Problem& p;
   const Tables<M, N>& tables;
   const Dropout dropout = p.dropout();
+  const bool wide = has_avx512();
+  // Whether vectors of bfloat16 go through the loops without a buffer of floats.
+  const bool direct = p.dtype == DType::kBFloat16 && form != Form::kD && p.bias.data == nullptr &&
+                      p.gate.data == nullptr && dropout.threshold == 0;
   alignas(64) float z_buffer[kRun], y_buffer[kRun], gate_buffer[kRun], factors[kRun], grad_buffer[kRun],
       grad_x_buffer[kRun], grad_gate_buffer[kRun];
 
@@ -192,19 +161,49 @@ struct Worker {
   }
 
   // The rational function of z, by groups.
-  void evaluate(const Run& run, const float* z, float* y) {
+  template <class S>
+  void evaluate(const Run& run, const S* z, S* y) {
     for_each_group(p, run, [&](int64_t group, int64_t first, int64_t count) {
+      const Coefficients<float, M, N>& c = tables.groups[group];
       if constexpr (form == Form::kD) {
         for (int64_t i = first; i < first + count; ++i) {
-          y[i] = noisy_value(tables.groups[group], z[i], dropout.seed, static_cast<uint64_t>(run.element + i));
+          y[i] = noisy_value(c, z[i], dropout.seed, static_cast<uint64_t>(run.element + i));
         }
+      } else if (wide) {
+        values_wide<form>(c, z + first, y + first, count);
       } else {
-        values<form>(tables.groups[group], z + first, y + first, count);
+        values_narrow<form>(c, z + first, y + first, count);
       }
     });
   }
 
+  // The gradients of z for those of the function, and of the coefficients, by groups.
+  template <class S>
+  void differentiate(const Run& run, const S* z, const S* grad, S* grad_z, Partials<M, N>& partials,
+                     Totals<M, N>& totals) {
+    for_each_group(p, run, [&](int64_t group, int64_t first, int64_t count) {
+      const Coefficients<float, M, N>& c = tables.groups[group];
+      LaneSums<M, N>& sums = partials.groups[group].sums;
+      if constexpr (form == Form::kD) {
+        Sums<float, M, N> own = {};
+        for (int64_t i = first; i < first + count; ++i) {
+          grad_z[i] = noisy_gradients(c, z[i], grad[i], dropout.seed, static_cast<uint64_t>(run.element + i), own);
+        }
+        for (int i = 0; i <= M; ++i) sums.a[i][0] += own.a[i];
+        for (int i = 0; i <= N; ++i) sums.b[i][0] += own.b[i];
+      } else if (wide) {
+        gradients_wide<form>(c, z + first, grad + first, grad_z + first, count, sums);
+      } else {
+        gradients_narrow<form>(c, z + first, grad + first, grad_z + first, count, sums);
+      }
+      partials.added(group, count, totals);
+    });
+  }
+
   void forward(const Run& run) {
+    if constexpr (form != Form::kD) {
+      if (direct) return evaluate(run, at<const BFloat16>(p.x, run), at<BFloat16>(p.y, run));
+    }
     const Writer y(p.y, p.dtype, run, y_buffer);
     evaluate(run, input(run), y.values);
     if (dropout.threshold > 0) {
@@ -216,6 +215,12 @@ struct Worker {
   }
 
   void backward(const Run& run, Partials<M, N>& partials, Totals<M, N>& totals) {
+    if constexpr (form != Form::kD) {
+      if (direct) {
+        return differentiate(run, at<const BFloat16>(p.x, run), at<const BFloat16>(p.grad, run),
+                             at<BFloat16>(p.grad_x, run), partials, totals);
+      }
+    }
     const float* z = input(run);
     const float* grad = read(p.grad, p.dtype, run, grad_buffer);
     if (dropout.threshold > 0) {
@@ -232,21 +237,7 @@ struct Worker {
       grad = grad_buffer;
     }
     const Writer grad_x(p.grad_x, p.dtype, run, grad_x_buffer);
-    for_each_group(p, run, [&](int64_t group, int64_t first, int64_t count) {
-      Sums<Vector, M, N>& sums = partials.groups[group].sums;
-      if constexpr (form == Form::kD) {
-        Sums<float, M, N> own = {};
-        for (int64_t i = first; i < first + count; ++i) {
-          grad_x.values[i] = noisy_gradients(tables.groups[group], z[i], grad[i], dropout.seed,
-                                             static_cast<uint64_t>(run.element + i), own);
-        }
-        for (int i = 0; i <= M; ++i) sums.a[i][0] += own.a[i];
-        for (int i = 0; i <= N; ++i) sums.b[i][0] += own.b[i];
-      } else {
-        all_gradients<form>(tables.groups[group], z + first, grad + first, grad_x.values + first, count, sums);
-      }
-      partials.added(group, count, totals);
-    });
+    differentiate(run, z, grad, grad_x.values, partials, totals);
     if (!tables.bias.empty()) {
       if (p.inner == 1) {
         float* sums = &partials.bias[run.channel];

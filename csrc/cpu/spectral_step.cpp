@@ -53,7 +53,7 @@ class Spans {
       optim::run_chunk<Rule, optim::kUpdatePass>(r, c_, options, i, nullptr);
     }
     if (rows) {
-      multiply(p, inverse_norm(dot(p, p, span.count)), span.count);
+      multiply(p, inverse_norm(sum_of_squares(p, span.count)), span.count);
     } else {
       clamp(p, span.count);
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from singlepass.bench import cli, models, registry, run
+from singlepass.bench import cli, models, registry, results, run
 from singlepass.bench.cases import optim
 from singlepass.bench.floor import require_stream
 from singlepass.bench.probe import Probe
@@ -172,6 +173,35 @@ def test_compare_of_two_machines_is_by_multiples_of_the_floor(
     assert "+0.0 %" in lion
     assert "SLOWER" in adan
     assert "Other Processor" in shown
+
+
+def test_compare_says_that_only_one_kept_freed_memory(
+    make_run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = make_run([]), make_run([])
+    runs[1].machine["keeps_freed_memory"] = True
+    paths = [str(run.save(tmp_path / name)) for run, name in zip(runs, "ab", strict=True)]
+    for second, said in ((paths[1], True), (paths[0], False)):
+        assert cli.main(["compare", paths[0], second]) == 0
+        assert ("kept freed memory" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model name : AMD EPYC\ncpu family : 25\nmodel : 17\n" * 2, "AMD EPYC (family 25, model 17)"),
+        ("model name : Some Processor\n", "Some Processor"),
+        ("BogoMIPS : 50\n", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_the_name_of_the_processor(
+    text: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "CPUINFO", tmp_path / "cpuinfo")
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert results.cpu_model() == name
 
 
 def test_compare_refuses_another_kind_of_device(make_run: Callable[..., Run], tmp_path: Path) -> None:

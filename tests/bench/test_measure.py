@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -131,6 +133,25 @@ def test_extra_memory_sees_a_temporary() -> None:
     if extra is None:
         return  # not Linux
     assert abs(extra - size) < 1 << 20  # the kernel counts pages per thread and adds them up late
+
+
+@pytest.mark.serial
+@pytest.mark.slow("starts a process, which keeps its memory from then on")
+def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
+    code = """
+import resource, torch
+from singlepass.bench.memory import keep_freed_memory
+assert keep_freed_memory()
+def faults(megabytes):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(megabytes << 18).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+for megabytes in (8, 64, 256):
+    seen = [faults(megabytes) for _ in range(20)]
+    assert max(seen[10:]) < 100, (megabytes, seen)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.serial

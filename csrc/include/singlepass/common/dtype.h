@@ -15,6 +15,11 @@ SINGLEPASS_HD int64_t size_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
 }
 
+// How a bfloat16 lies in memory, where a type has to say so.
+struct BFloat16 {
+  uint16_t bits;
+};
+
 template <class To, class From>
 SINGLEPASS_HD To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));

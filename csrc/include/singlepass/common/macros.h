@@ -8,12 +8,24 @@
 #define SINGLEPASS_HD inline __attribute__((always_inline))
 #endif
 
-// One loop compiled for SSE2, AVX2 and AVX-512, chosen when the library is loaded. Sanitizers and other
-// architectures take the plain build.
-#if defined(__x86_64__) && !defined(__CUDACC__) && !defined(SINGLEPASS_NO_TARGET_CLONES)
-#define SINGLEPASS_TARGET_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
+// SINGLEPASS_TARGET_CLONES: one loop compiled for SSE2, AVX2 and AVX-512, chosen when the library is loaded. A loop
+// whose vectors have a width of their own for AVX-512 is written twice, with SINGLEPASS_TARGET_AVX512 and with clones
+// up to AVX2; the caller chooses by has_avx512(). Sanitizers and other architectures take the plain build, and
+// SINGLEPASS_NO_AVX512 shows what a processor without AVX-512 would run.
+#if !defined(__x86_64__) || defined(__CUDACC__) || defined(SINGLEPASS_NO_TARGET_CLONES)
 #define SINGLEPASS_TARGET_CLONES
+#define SINGLEPASS_TARGET_CLONES_TO_AVX2
+#define SINGLEPASS_TARGET_AVX512
+#undef SINGLEPASS_NO_AVX512
+#define SINGLEPASS_NO_AVX512
+#else
+#define SINGLEPASS_TARGET_CLONES_TO_AVX2 __attribute__((target_clones("default", "arch=x86-64-v3")))
+#define SINGLEPASS_TARGET_AVX512 __attribute__((target("arch=x86-64-v4")))
+#if defined(SINGLEPASS_NO_AVX512)
+#define SINGLEPASS_TARGET_CLONES SINGLEPASS_TARGET_CLONES_TO_AVX2
+#else
+#define SINGLEPASS_TARGET_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#endif
 #endif
 
 // A function in which a * b + c is rounded once where the processor has an instruction for it. Elsewhere it is rounded

@@ -49,8 +49,7 @@ SINGLEPASS_HD float absolute(float v) {
 }
 
 // v times the sign of s, where zero counts as positive.
-template <class T>
-SINGLEPASS_HD T with_sign_of(T s, T v) {
+SINGLEPASS_HD float with_sign_of(float s, float v) {
   return s < 0.0f ? -v : v;
 }
 

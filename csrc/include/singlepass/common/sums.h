@@ -9,4 +9,7 @@ namespace singlepass {
 // overflows it.
 double dot(const float* a, const float* b, int64_t n);
 
+// dot(a, a, n), which reads and converts each element once.
+double sum_of_squares(const float* a, int64_t n);
+
 }  // namespace singlepass

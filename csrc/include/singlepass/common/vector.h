@@ -4,18 +4,36 @@
 #include <cstdint>
 #include <cstring>
 
-#include "singlepass/common/macros.h"
+#include "singlepass/common/dtype.h"
 
 namespace singlepass {
 
-// Eight floats that the host's compiler works on together, whatever registers the machine has: sums over lanes come out
-// the same on all of them. How vectors are passed depends on the registers, so what takes them is inlined.
+// Floats that the host's compiler works on together. How vectors are passed depends on the registers of the machine, so
+// what takes them is inlined.
+template <int kCount>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(4 * kCount)));
+  typedef uint32_t Words __attribute__((vector_size(4 * kCount)));
+};
+
+// Eight of them, whatever registers the machine has: sums over lanes come out the same everywhere.
 inline constexpr int kLanes = 8;
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
+typedef Lanes<kLanes>::Floats Vector;
 typedef int32_t VectorBits __attribute__((vector_size(4 * kLanes)));
 
-SINGLEPASS_HD Vector load_vector(const float* from) {
-  Vector v;
+// Whether functions with SINGLEPASS_TARGET_AVX512 run here.
+inline bool has_avx512() {
+#if defined(SINGLEPASS_NO_AVX512)
+  return false;
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+
+template <class V = Vector>
+SINGLEPASS_HD V load_vector(const float* from) {
+  V v;
   memcpy(&v, from, sizeof(v));
   return v;
 }
@@ -29,8 +47,17 @@ SINGLEPASS_HD VectorBits load_bytes(const uint8_t* from) {
   return v;
 }
 
-SINGLEPASS_HD void store_vector(Vector v, float* to) {
+template <class V>
+SINGLEPASS_HD void store_vector(V v, float* to) {
   memcpy(to, &v, sizeof(v));
+}
+
+// The first n floats of a vector, the rest zeros.
+template <class V = Vector>
+SINGLEPASS_HD V load_part(const float* from, int64_t n) {
+  V v = {};
+  memcpy(&v, from, static_cast<size_t>(n) * sizeof(float));
+  return v;
 }
 
 // The lane sums of eight vectors.
@@ -48,12 +75,16 @@ SINGLEPASS_HD Vector lane_sums(const Vector (&v)[8]) {
          __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-SINGLEPASS_HD Vector absolute(Vector v) {
-  VectorBits bits;
-  memcpy(&bits, &v, sizeof(bits));
-  bits &= 0x7fffffff;
-  memcpy(&v, &bits, sizeof(bits));
-  return v;
+template <class V>
+SINGLEPASS_HD V absolute(V v) {
+  return bit_cast<V>(bit_cast<typename Lanes<sizeof(V) / sizeof(float)>::Words>(v) & 0x7fffffffu);
+}
+
+// As for floats, without a blend, which takes longer than the sign's bit does.
+template <class V>
+SINGLEPASS_HD V with_sign_of(V s, V v) {
+  using Words = typename Lanes<sizeof(V) / sizeof(float)>::Words;
+  return bit_cast<V>(bit_cast<Words>(v) ^ (bit_cast<Words>(s < 0.0f) & 0x80000000u));
 }
 
 }  // namespace singlepass

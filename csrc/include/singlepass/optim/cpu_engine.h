@@ -81,9 +81,10 @@ void run_chunk(const TensorRecord& t, const typename Rule::Coefficients& c, cons
   const float factor = grad_factor(options.maximize, options.grad_scale);
   const int64_t begin = index * kCpuChunk;
   const int64_t end = std::min(t.numel, begin + kCpuChunk);
-  const int64_t tile = pass == kUpdatePass && all_float32(t, Rule::kStates) ? kCpuChunk : kTile;
+  constexpr bool kTerms = pass == kNormPass && !norms_of_inputs<Rule>();  // whether terms are written down first
+  const int64_t tile = !kTerms && all_float32(t, Rule::kStates) ? kCpuChunk : kTile;
   alignas(64) float buffers[2 + kMaxStates][kTile];
-  alignas(64) float terms[kNorms][pass == kNormPass ? kTile : 1];
+  alignas(64) float terms[kNorms][kTerms ? kTile : 1];
 
   for (int64_t start = begin; start < end; start += tile) {
     const int64_t n = std::min(tile, end - start);
@@ -94,9 +95,14 @@ void run_chunk(const TensorRecord& t, const typename Rule::Coefficients& c, cons
       states[k] =
           TileView(t.state[k], t.state_dtype[k], start, n, buffers[2 + k], kAccess.reads & (kState << k)).values;
     }
-    run_elements<Rule, pass>(c, factor, n, p.values, g.values, states, terms[0], terms[1]);
-    if constexpr (pass == kNormPass) {
-      for (int i = 0; i < kNorms; ++i) squares[i] += dot(terms[i], terms[i], n);
+    if constexpr (pass == kUpdatePass || kTerms) {
+      run_elements<Rule, pass>(c, factor, n, p.values, g.values, states, terms[0], terms[1]);
+    }
+    if constexpr (kTerms) {
+      for (int i = 0; i < kNorms; ++i) squares[i] += sum_of_squares(terms[i], n);
+    } else if constexpr (pass == kNormPass) {
+      squares[0] += sum_of_squares(p.values, n);
+      squares[1] += sum_of_squares(g.values, n) * factor * factor;
     }
     for (int k = 0; k < Rule::kStates; ++k) {
       if ((kAccess.writes & (kState << k)) && t.state_dtype[k] != DType::kFloat32) {

@@ -13,6 +13,7 @@ struct Lamb {
   static constexpr int kStates = 2;
   static constexpr bool kScaled = false;
   static constexpr Access kNorm = {kParam | kGrad | states(2), states(2)};
+  static constexpr bool kNormsOfInputs = false;
   static constexpr Access kUpdate = {kParam | states(2), kParam};
 
   struct Hyper {

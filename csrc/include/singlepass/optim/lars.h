@@ -12,6 +12,7 @@ struct Lars {
   static constexpr int kStates = 1;
   static constexpr bool kScaled = false;
   static constexpr Access kNorm = {kParam | kGrad, 0};
+  static constexpr bool kNormsOfInputs = true;
   static constexpr Access kUpdate = {kParam | kGrad | states(1), kParam | states(1)};
 
   struct Hyper {

@@ -18,6 +18,7 @@
 // and, where the update needs norms of the whole tensor first (LAMB, LARS), a pass before it:
 //
 //   kNorm, norm_terms(c, p, g, s, terms)      one element of the two vectors whose norms are wanted
+//   kNormsOfInputs                            whether these are the parameter and the gradient themselves
 //   apply_norms(hyper, c, squares)            brings the two squared norms into the coefficients
 namespace singlepass::optim {
 
@@ -41,6 +42,15 @@ enum Pass { kNormPass, kUpdatePass };
 
 template <class Rule>
 inline constexpr bool kHasNorms = requires { Rule::kNorm; };
+
+template <class Rule>
+constexpr bool norms_of_inputs() {
+  if constexpr (kHasNorms<Rule>) {
+    return Rule::kNormsOfInputs;
+  } else {
+    return false;
+  }
+}
 
 template <class Rule, Pass pass>
 constexpr Access access() {

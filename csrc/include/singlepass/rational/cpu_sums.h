@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "singlepass/common/vector.h"
+#include "singlepass/rational/cpu_loops.h"
 #include "singlepass/rational/problem.h"
 #include "singlepass/rational/rational.h"
 
@@ -13,12 +13,11 @@ namespace singlepass::rational {
 
 // Sums are made in three steps, so that no chain of additions in float32 is long: over the vectors of a block, over
 // some blocks, and over all of those in double precision.
-inline constexpr int64_t kBlock = 128;
 inline constexpr int64_t kBlocks = 16;
 
-inline double sum_of_lanes(const Vector& v) {
+inline double sum_of_lanes(const float (&lanes)[kSumLanes]) {
   double sum = 0.0;
-  for (int k = 0; k < kLanes; ++k) sum += v[k];
+  for (const float lane : lanes) sum += lane;
   return sum;
 }
 
@@ -34,7 +33,7 @@ struct Totals {
   static int64_t bytes(const Problem& p) { return (p.groups() * kWidth + p.channels) * sizeof(double); }
 
   // Takes over a group's sums and clears them.
-  void take(int64_t group, Sums<Vector, M, N>& sums) {
+  void take(int64_t group, LaneSums<M, N>& sums) {
     double* row = &coefficients[group * kWidth];
     for (int i = 0; i <= M; ++i) row[i] += sum_of_lanes(sums.a[i]);
     for (int i = 0; i <= N; ++i) row[M + 1 + i] += sum_of_lanes(sums.b[i]);
@@ -79,7 +78,7 @@ struct Totals {
 template <int M, int N>
 struct Partials {
   struct Group {
-    Sums<Vector, M, N> sums = {};
+    LaneSums<M, N> sums = {};
     int64_t blocks = 0;
   };
   std::vector<Group> groups;

@@ -33,10 +33,9 @@ struct Coefficients {
   T b[N + 1];
 };
 
-// Sums of one group over many elements: the gradients of a and b. Code compiled for wider registers expects vectors to
-// be aligned to their size, which without those registers they are not by themselves.
+// Sums of one group over many elements: the gradients of a and b.
 template <class T, int M, int N>
-struct alignas(sizeof(T)) Sums {
+struct Sums {
   T a[M + 1];
   T b[N + 1];
 };
@@ -93,14 +92,20 @@ SINGLEPASS_HD T gradients(const Coefficients<T, M, N>& c, T x, T g, Sums<T, M, N
   const T dx = scaled * (dp - f * dq);
 
   const T h = form == Form::kA ? -f * scaled : with_sign_of(inside, -f * scaled);
+  // By even powers of x, which have no sign: odd powers are those times x, or |x|.
+  const T scaled_x = scaled * x, h_z = h * z, square = x * x;
   sums.a[0] = sums.a[0] + scaled;
+  sums.a[1] = sums.a[1] + scaled_x;
   if constexpr (form == Form::kC) sums.b[0] = sums.b[0] + h;
-  T power = x;
+  sums.b[1] = sums.b[1] + h_z;
   constexpr int kDegree = M > N ? M : N;
-  for (int i = 1; i <= kDegree; ++i) {
+  T power = square;
+  for (int i = 2; i <= kDegree; i += 2) {
     if (i <= M) sums.a[i] = multiply_add(scaled, power, sums.a[i]);
-    if (i <= N) sums.b[i] = multiply_add(h, form == Form::kA ? absolute(power) : power, sums.b[i]);
-    if (i < kDegree) power = power * x;
+    if (i < M) sums.a[i + 1] = multiply_add(scaled_x, power, sums.a[i + 1]);
+    if (i <= N) sums.b[i] = multiply_add(h, power, sums.b[i]);
+    if (i < N) sums.b[i + 1] = multiply_add(h_z, power, sums.b[i + 1]);
+    if (i + 2 <= kDegree) power = power * square;
   }
   return dx;
 }
