@@ -52,6 +52,7 @@ def few_cases(monkeypatch: pytest.MonkeyPatch, small_buffers: None) -> None:
     monkeypatch.setattr(run, "probe", lambda device: PROBE)
 
 
+@pytest.mark.slow("draws with matplotlib, whose first picture looks for fonts")
 def test_run_saves_rows_pictures_and_a_report(
     few_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

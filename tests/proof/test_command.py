@@ -69,6 +69,7 @@ def test_unknown_stages_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow("a process imports torch and Triton from a copy, which nothing has compiled yet")
 def test_a_stage_sees_the_copied_package_and_keeps_its_caches_inside(tmp_path: Path) -> None:
     here = place.make("cpu", tmp_path)
     code = "import singlepass, singlepass.bench, singlepass.triton_kernels as t; print(singlepass.__file__, t.__file__)"

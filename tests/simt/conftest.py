@@ -14,6 +14,9 @@ from .build import EVERY, MODULE_FOLDER, build, module_path
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of each test's cases one in so many, where the environment asks for that: the first is always among them."""
+    for item in items:
+        if "core" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow("the first one waits until the kernels are compiled for the CPU"))
     every, seen, kept = int(os.environ.get(EVERY, "1")), Counter[tuple[Path, str]](), []
     for item in items:
         test = item.path, item.name.partition("[")[0]
