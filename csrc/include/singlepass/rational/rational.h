@@ -67,6 +67,17 @@ SINGLEPASS_HD T value(const Coefficients<T, M, N>& c, T x) {
   return p * reciprocal(q);
 }
 
+// Adds the terms of x^i, where i is even, of x^(i + 1), and so on. `scaled` and `h` are the factors of even powers,
+// `scaled_x` and `h_z` those of odd ones. Not a loop: compilers that take its first round apart keep sums in memory.
+template <int i, class T, int M, int N>
+SINGLEPASS_HD void add_powers(T power, T square, T scaled, T scaled_x, T h, T h_z, Sums<T, M, N>& sums) {
+  if constexpr (i <= M) sums.a[i] = multiply_add(scaled, power, sums.a[i]);
+  if constexpr (i < M) sums.a[i + 1] = multiply_add(scaled_x, power, sums.a[i + 1]);
+  if constexpr (i <= N) sums.b[i] = multiply_add(h, power, sums.b[i]);
+  if constexpr (i < N) sums.b[i + 1] = multiply_add(h_z, power, sums.b[i + 1]);
+  if constexpr (i + 2 <= M || i + 2 <= N) add_powers<i + 2>(power * square, square, scaled, scaled_x, h, h_z, sums);
+}
+
 // For the gradient g of f(x): returns the gradient of x and adds to the sums the gradients of the coefficients (form A:
 // of their absolute values). With r = 1/Q, f = P r and g' = g r:
 //   dx = g' (P' - f Q'),  da_i = g' x^i,  db_i = -f g' dQ/db_i.
@@ -98,15 +109,7 @@ SINGLEPASS_HD T gradients(const Coefficients<T, M, N>& c, T x, T g, Sums<T, M, N
   sums.a[1] = sums.a[1] + scaled_x;
   if constexpr (form == Form::kC) sums.b[0] = sums.b[0] + h;
   sums.b[1] = sums.b[1] + h_z;
-  constexpr int kDegree = M > N ? M : N;
-  T power = square;
-  for (int i = 2; i <= kDegree; i += 2) {
-    if (i <= M) sums.a[i] = multiply_add(scaled, power, sums.a[i]);
-    if (i < M) sums.a[i + 1] = multiply_add(scaled_x, power, sums.a[i + 1]);
-    if (i <= N) sums.b[i] = multiply_add(h, power, sums.b[i]);
-    if (i < N) sums.b[i + 1] = multiply_add(h_z, power, sums.b[i + 1]);
-    if (i + 2 <= kDegree) power = power * square;
-  }
+  add_powers<2>(square, square, scaled, scaled_x, h, h_z, sums);
   return dx;
 }
 
