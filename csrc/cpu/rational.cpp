@@ -42,12 +42,8 @@ template <class Body>
 void for_each_group(const Problem& p, const Run& run, const Body& body) {
   const int64_t size = p.group_size();
   if (p.inner != 1) return body(run.channel / size, int64_t{0}, run.n);
-  for (int64_t i = 0; i < run.n;) {
-    const int64_t group = (run.channel + i) / size;
-    const int64_t count = std::min(run.n, (group + 1) * size - run.channel) - i;
-    body(group, i, count);
-    i += count;
-  }
+  int64_t group = run.channel / size, end = (group + 1) * size - run.channel;
+  for (int64_t i = 0; i < run.n; i = end, end += size, ++group) body(group, i, std::min(run.n, end) - i);
 }
 
 SINGLEPASS_TARGET_CLONES void add(const float* a, const float* b, float* to, int64_t n) {
