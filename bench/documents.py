@@ -19,9 +19,15 @@ MARKER = re.compile(
 )
 
 
-def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[Run, dict[str, str]], str]) -> str:
-    """The generated text of one marker, whose options name a family. `draw` makes a plot and returns the Markdown that
-    shows it."""
+def block(
+    name: str,
+    options: dict[str, str],
+    find: Callable[[str], Run | None],
+    draw: Callable[[Run, dict[str, str]], str],
+) -> str:
+    """The generated text of one marker, whose options name a family. `find` gives the run of a family, or None where
+    there is none; `draw` makes a plot and returns the Markdown that shows it."""
+    run = find(options["family"])
     if name == "traffic":
         return counted.traffic_grid().markdown()
     if name == "caches":
@@ -33,6 +39,11 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
 
         grid = proofs.proof_grid if name == "proof" else proofs.support_grid
         return grid(newest_proof()).markdown()
+    if name == "summary":
+        grid = tables.summary_grid(find)
+        found = {family: run for family in FAMILIES if (run := find(family))}
+        grid.notes = [f"{family}: {tables.machine_line(run)}" for family, run in found.items()]
+        return grid.markdown()
     if run is None:
         return f"{NOT_MEASURED}\n"
     if name == "machine":
@@ -46,8 +57,8 @@ def block(name: str, options: dict[str, str], run: Run | None, draw: Callable[[R
         picked = tables.memory_grids(run, **which) if "memory" in options else tables.grids(run, **which)
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
-        "bench table: expected a marker machine, checks, traffic, caches, training-memory, proof, support, plot, "
-        f"{', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
+        "bench table: expected a marker machine, summary, checks, traffic, caches, training-memory, proof, support, "
+        f"plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
     )
 
 
@@ -65,8 +76,9 @@ def inject(path: Path, find: Callable[[str, str], Run | None], draw: Callable[[P
         options = dict(option.split("=", 1) for option in match["options"].split())
         name = match["name"]
         options["family"] = name if name in FAMILIES else options.get("family", FAMILIES[0])
-        run = find(options.get("device", "cpu"), options["family"])
-        return match[1] + block(name, options, run, lambda r, o: draw(path, r, o)) + match[5]
+        kind = options.get("device", "cpu")
+        text = block(name, options, lambda family: find(kind, family), lambda run, chosen: draw(path, run, chosen))
+        return match[1] + text + match[5]
 
     text = MARKER.sub(fill, path.read_text())
     path.write_text(text)

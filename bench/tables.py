@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from . import activations, caches, layers
@@ -152,13 +152,14 @@ def memory_grids(run: Run, family: str | None = None, **want: str) -> list[Grid]
     return [memory_grid(run, name, **which) for name, which in parts(run, family, **want)]
 
 
-def summary_grid(run: Run) -> Grid:
-    """One line for each family: how much faster than torch and than the best rival, and where we lose."""
+def summary_grid(run_of: Callable[[str], Run | None]) -> Grid:
+    """One line for each family, from its run: how much faster than torch and than the best rival, and where we lose."""
     heads = ["family", "faster than torch", "than the best rival", "over the floor", "where we lose"]
     grid = Grid("Summary: median of the cases (lowest-highest)", heads, numbers=False)
     for family in FAMILIES:
         against_torch, against_rivals, floors, losses = [], [], [], []
-        rows = run.find(family=family)
+        run = run_of(family)
+        rows = run.find(family=family) if run else []
         for key in dict.fromkeys((row.op, row.size, row.dtype) for row in rows):
             some = [row for row in rows if (row.op, row.size, row.dtype) == key]
             ours = fastest([row for row in some if row.column in ("native", "triton")])

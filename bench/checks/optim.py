@@ -10,7 +10,7 @@ from ..results import Row, Run
 from .bars import SHARE_OF_COPY, Check, fastest, ours, ratio, select, time_over
 
 # CPU
-TIMES_FLOOR = 1.25
+TIMES_FLOOR = 1.2
 TIMES_EAGER = 3.0
 TIMES_FUSED_ADAMW_MANY = 2.0
 # GPU

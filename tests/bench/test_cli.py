@@ -232,7 +232,7 @@ def test_table_fills_documents(
     assert cli.main(["table", str(result), "--write", str(document)]) == 0
     text = document.read_text()
     assert "(../images/p.svg)" in text
-    assert "| times the floor | Lion gpt2-small float32 | 1.09 | <= 1.25 | holds |" in text
+    assert "| times the floor | Lion gpt2-small float32 | 1.09 | <= 1.2 | holds |" in text
     assert Path("images/p.svg").exists()
 
 

@@ -83,6 +83,7 @@ def rows(row: MakeRow) -> list[Row]:
     return [
         row(TRAIN, "native", 13.9),
         row(TRAIN, "full-rank", 10.0, "yardstick"),
+        row(TRAIN, "products", 13.0, "peer"),
         row(TRAIN, "eager", 20.0, "eager"),
         row(UPDATE, "native", 1.0, size=MODEL_NAME),
         row(UPDATE, "eager", 5.1, "eager", size=MODEL_NAME),
@@ -96,9 +97,9 @@ def verdicts(run: Run) -> list[bool | None]:
 
 def test_bars(rows: list[Row], row: MakeRow, make_run: MakeRun) -> None:
     assert verdicts(make_run(rows)) == [True, True, True]
-    assert verdicts(make_run([row(TRAIN, "native", 14.2), *rows[1:]])) == [False, True, True]
+    assert verdicts(make_run([row(TRAIN, "native", 14.5), *rows[1:]])) == [False, True, True]
     assert verdicts(make_run([row(TRAIN, "native", 20.5), *rows[1:]])) == [False, False, True]
-    assert verdicts(make_run([*rows[:4], row(UPDATE, "eager", 4.9, "eager", size=MODEL_NAME)])) == [True, True, False]
+    assert verdicts(make_run([*rows[:5], row(UPDATE, "eager", 4.9, "eager", size=MODEL_NAME)])) == [True, True, False]
     assert verdicts(make_run(rows[:1])) == [None, None]
 
 
