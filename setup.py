@@ -136,6 +136,14 @@ def require_torch() -> None:
     require(numbers[0] >= numbers[1], f"torch {TORCH_FLOOR} or newer", torch.__version__, remedy)
 
 
+def sources_of(device: str, folders: list[str]) -> list[str]:
+    """The kernels of a device, by their suffix, and what registers them with PyTorch."""
+    suffix = {"cpu": ".cpp", "cuda": ".cu"}[device]
+    found = [path for folder in folders for path in sorted((CSRC / folder).glob("*.c*"))]
+    kernels = [path for path in found if path.suffix == suffix and not path.stem.startswith("torch_")]
+    return [str(path) for path in kernels + [path for path in found if path.stem == f"torch_{device}"]]
+
+
 def libraries() -> tuple[list[Extension], dict[str, object]]:
     """The libraries to build, and what `build_info.json` is to say about them."""
     require(sys.platform == "linux", "Linux", sys.platform, "Build in a Linux machine or container.")
@@ -169,8 +177,8 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
     def library(device: str, macros: list[str], links: list[str]) -> Extension:
         return Extension(
             f"singlepass._C_{device}",
-            [str(CSRC / path) for path in sources[f"core_{device}"] + sources[f"torch_{device}"]],
-            include_dirs=[str((CSRC / "include").resolve()), *include_paths(device)],
+            sources_of(device, sources["folders"]),
+            include_dirs=[str(CSRC.resolve()), *include_paths(device)],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), *((macro, None) for macro in macros)],
             library_dirs=library_paths(device),
             libraries=["torch_cpu", "c10", *links],

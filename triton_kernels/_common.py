@@ -2,7 +2,7 @@
 """What kernels share: storage types, exact scalars, rounding, random bits, and the ticket that finds the last program.
 
 Storage types go by name ("fp32", "bf16", "fp16") and arithmetic is float32. bfloat16 is read and written as integers:
-the bits are then the ones that ``csrc/include/singlepass/common/dtype.h`` gives, on a GPU and in the interpreter alike.
+the bits are then the ones that ``csrc/common/dtype.h`` gives, on a GPU and in the interpreter alike.
 """
 
 import torch
@@ -145,7 +145,7 @@ def maximum(a, b):
 
 @triton.jit
 def one_plus_exp_negative(a):
-    """1 + exp(-a) for a >= 0, by the polynomial of ``csrc/include/singlepass/common/math.h``, to the same bits."""
+    """1 + exp(-a) for a >= 0, by the polynomial of ``csrc/common/math.h``, to the same bits."""
     x = tl.where(a > 87.0, 87.0, a) * -1.44269504
     shifted = x + 12582912.0
     f = x - (shifted - 12582912.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens to packed codes and back, a block of one head to a program.
 
-The arithmetic is that of ``csrc/include/singlepass/kv/codec.h``, to the same bits. Tiles are (TILE, P, BLOCK_W): the
+The arithmetic is that of ``csrc/kv/codec.h``, to the same bits. Tiles are (TILE, P, BLOCK_W): the
 codes of P channels of a token, a plane's width apart, make one byte.
 """
 

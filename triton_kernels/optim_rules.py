@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The update rules, one pair of functions each: the counterpart of ``csrc/include/singlepass/optim/<rule>.h``.
+"""The update rules, one pair of functions each: the counterpart of ``csrc/optim/<rule>.h``.
 
 * ``coefficients(h, lr, step, scale, FLAGS)``: float64 scalars in, a tuple of float32 scalars out. ``h`` has the op's
   float hyperparameters in the schema's order, then the logarithms of its betas; FLAGS has the bool ones. ``step``

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rational activations compute on a tile of registers: the function, its coefficients and random numbers.
 
-The mathematics is that of ``csrc/include/singlepass/rational/rational.h``. Additions of products are fused on purpose:
+The mathematics is that of ``csrc/rational/rational.h``. Additions of products are fused on purpose:
 they are spelled ``fma``.
 """
 

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "simt_memory.h"
-#include "singlepass/common/dtype.h"
+#include "simt/simt_memory.h"
+#include "common/dtype.h"
 
 namespace singlepass::pybind {
 

@@ -8,8 +8,8 @@
 #include <tuple>
 
 #include "placement.h"
-#include "singlepass/kv/cpu.h"
-#include "singlepass/kv/cuda.h"
+#include "kv/cpu.h"
+#include "kv/cuda.h"
 
 namespace singlepass::pybind {
 namespace {

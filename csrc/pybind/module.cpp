@@ -5,10 +5,10 @@
 
 #include "kv.h"
 #include "rational.h"
-#include "simt.h"
-#include "singlepass/common/dtype.h"
-#include "singlepass/common/math.h"
-#include "singlepass/common/philox.h"
+#include "simt/simt.h"
+#include "common/dtype.h"
+#include "common/math.h"
+#include "common/philox.h"
 #include "spectral.h"
 #include "stepper.h"
 

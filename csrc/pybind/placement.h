@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "arrays.h"
-#include "singlepass/common/cuda.h"
-#include "singlepass/common/parallel.h"
+#include "common/cuda.h"
+#include "common/parallel.h"
 
 namespace singlepass::pybind {
 

@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "placement.h"
-#include "singlepass/rational/cpu.h"
-#include "singlepass/rational/cuda.h"
+#include "rational/cpu.h"
+#include "rational/cuda.h"
 
 namespace singlepass::pybind {
 namespace {

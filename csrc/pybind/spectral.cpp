@@ -10,9 +10,9 @@
 #include <tuple>
 
 #include "placement.h"
-#include "singlepass/spectral/cpu.h"
-#include "singlepass/spectral/cuda.h"
-#include "singlepass/spectral/lorentz.h"
+#include "spectral/cpu.h"
+#include "spectral/cuda.h"
+#include "spectral/lorentz.h"
 
 namespace singlepass::pybind {
 namespace {

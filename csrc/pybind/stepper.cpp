@@ -4,8 +4,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "singlepass/optim/cpu.h"
-#include "singlepass/optim/rules.h"
+#include "optim/cpu.h"
+#include "optim/rules.h"
 
 namespace singlepass::pybind {
 namespace {

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "placement.h"
-#include "singlepass/optim/cuda.h"
-#include "singlepass/optim/table.h"
+#include "optim/cuda.h"
+#include "optim/table.h"
 
 namespace singlepass::pybind {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Conversions, random numbers and elementary functions of singlepass/common.
+// Conversions, random numbers and elementary functions of common/.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "check.h"
-#include "singlepass/common/math.h"
-#include "singlepass/common/philox.h"
+#include "common/math.h"
+#include "common/philox.h"
 
 namespace {
 

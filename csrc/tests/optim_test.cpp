@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "check.h"
-#include "simt_memory.h"
-#include "singlepass/optim/cpu.h"
-#include "singlepass/optim/cuda.h"
-#include "singlepass/optim/rules.h"
+#include "simt/simt_memory.h"
+#include "optim/cpu.h"
+#include "optim/cuda.h"
+#include "optim/rules.h"
 
 namespace {
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "check.h"
-#include "singlepass/rational/cpu_loops.h"
+#include "rational/cpu_loops.h"
 
 namespace {
 

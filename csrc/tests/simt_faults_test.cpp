@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "check.h"
-#include "singlepass/common/cuda.h"
+#include "common/cuda.h"
 
 namespace {
 

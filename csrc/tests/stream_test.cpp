@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The floor's stream touches every byte that it is charged with: a NaN anywhere in what it reads shows in what it
 // writes.
-#include "singlepass/common/stream.h"
+#include "common/stream.h"
 
 #include <cmath>
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "check.h"
-#include "singlepass/common/stream_cuda.h"
+#include "common/stream_cuda.h"
 
 namespace {
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "singlepass/common/dtype.h"
+#include "common/dtype.h"
 
 // What registrations share: checks of what memory safety needs, with messages of one shape,
 // `<op>: expected <contract>; got <value>. <remedy>`.

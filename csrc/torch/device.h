@@ -5,7 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "arguments.h"
+#include "torch/arguments.h"
 
 // What registrations of CUDA ops share.
 namespace singlepass::registration {

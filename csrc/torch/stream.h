@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "arguments.h"
-#include "singlepass/common/stream.h"
+#include "torch/arguments.h"
+#include "common/stream.h"
 
 namespace singlepass::registration {
 

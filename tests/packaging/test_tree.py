@@ -12,22 +12,28 @@ def modules(root: Path) -> list[Path]:
     return [path for folder in ("python", "triton_kernels", "bench") for path in (root / folder).rglob("*.py")]
 
 
-def sources(root: Path, *folders: str) -> list[Path]:
-    return [path for folder in folders for path in (root / "csrc" / folder).rglob("*.*")]
+def test_every_folder_of_sources_is_built_or_for_tests(root: Path) -> None:
+    built = json.loads((root / "csrc" / "sources.json").read_text())["folders"]
+    found = {path.parent.name for pattern in ("*/*.cpp", "*/*.cu") for path in (root / "csrc").glob(pattern)}
+    assert sorted(built) == sorted(found - {"pybind", "tests"})
 
 
-def test_every_source_is_in_the_manifest_once(root: Path) -> None:
-    manifest = json.loads((root / "csrc" / "sources.json").read_text())
-    listed = [path for key in ("core_cpu", "core_cuda", "torch_cpu", "torch_cuda") for path in manifest[key]]
-    found = [path for path in sources(root, "cpu", "cuda", "torch") if path.suffix in {".cpp", ".cu"}]
-    assert sorted(listed) == sorted(path.relative_to(root / "csrc").as_posix() for path in found)
-
-
-def test_core_includes_neither_torch_nor_python(root: Path) -> None:
-    core = sources(root, "include", "cpu", "cuda")
+def test_only_registration_includes_torch(root: Path) -> None:
+    """The kernels and the mathematics see neither torch nor Python, so that they are built and run without."""
     forbidden = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|Python\.h|pybind11)')
-    assert core
-    assert not [path for path in core if forbidden.search(path.read_text())]
+    users = {path.relative_to(root / "csrc") for path in (root / "csrc").rglob("*.*") if forbidden.search(path.read_text())}
+    assert {path for path in users if path.parts[0] not in ("torch", "pybind") and path.stem.partition("_")[0] != "torch"} == set()
+    families = {path.parts[0] for path in users} - {"torch", "pybind"}
+    assert len(families) == 4
+
+
+def test_families_include_themselves_and_what_they_share(root: Path) -> None:
+    """The optimizer of sparse spectral training builds on optim."""
+    folders = json.loads((root / "csrc" / "sources.json").read_text())["folders"]
+    for path in (path for folder in folders for path in (root / "csrc" / folder).iterdir()):
+        included = set(re.findall(r'#include "(\w+)/', path.read_text()))
+        allowed = {path.parent.name, "common", "torch" if path.stem.startswith("torch") else "simt"}
+        assert included <= allowed | ({"optim"} if path.parent.name == "spectral" else set()), path
 
 
 def test_every_environment_variable_is_documented(root: Path) -> None:

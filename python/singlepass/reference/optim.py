@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizer steps in eager PyTorch.
 
-A rule here is what it is in ``csrc/include/singlepass/optim/``: coefficients, made in float64 from the step count, and
+A rule here is what it is in ``csrc/optim/``: coefficients, made in float64 from the step count, and
 an update of one tensor, in the same order of operations, so that float32 results agree to the last bit wherever no sum
 over a tensor, no exponential and no root is involved (ATen's vectorised root is not always correctly rounded). Nothing
 here looks at a tensor's value from the host: the functions run under CUDA graphs and ``torch.compile``.

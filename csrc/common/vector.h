@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+namespace singlepass {
+
+// Floats that the host's compiler works on together. How vectors are passed depends on the registers of the machine, so
+// what takes them is inlined.
+template <int kCount>
+struct Lanes {
+  typedef float Floats __attribute__((vector_size(4 * kCount)));
+  typedef uint32_t Words __attribute__((vector_size(4 * kCount)));
+};
+
+// Eight of them, whatever registers the machine has: sums over lanes come out the same everywhere.
+inline constexpr int kLanes = 8;
+typedef Lanes<kLanes>::Floats Vector;
+typedef int32_t VectorBits __attribute__((vector_size(4 * kLanes)));
+
+// Whether functions with SINGLEPASS_TARGET_AVX512 run here.
+inline bool has_avx512() {
+#if defined(SINGLEPASS_NO_AVX512)
+  return false;
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+
+template <class V = Vector>
+SINGLEPASS_HD V load_vector(const float* from) {
+  V v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+// Eight bytes, each in a lane of its own. Compilers know this loop; a conversion of vectors they make byte by byte.
+SINGLEPASS_HD VectorBits load_bytes(const uint8_t* from) {
+  int32_t lanes[kLanes];
+  for (int k = 0; k < kLanes; ++k) lanes[k] = from[k];
+  VectorBits v;
+  memcpy(&v, lanes, sizeof(v));
+  return v;
+}
+
+template <class V>
+SINGLEPASS_HD void store_vector(V v, float* to) {
+  memcpy(to, &v, sizeof(v));
+}
+
+// The first n floats of a vector, the rest zeros.
+template <class V = Vector>
+SINGLEPASS_HD V load_part(const float* from, int64_t n) {
+  V v = {};
+  memcpy(&v, from, static_cast<size_t>(n) * sizeof(float));
+  return v;
+}
+
+// The lane sums of eight vectors.
+SINGLEPASS_HD Vector lane_sums(const Vector (&v)[8]) {
+  Vector pairs[4], quads[2];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 2; ++i) {
+    quads[i] = __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+template <class V>
+SINGLEPASS_HD V absolute(V v) {
+  return bit_cast<V>(bit_cast<typename Lanes<sizeof(V) / sizeof(float)>::Words>(v) & 0x7fffffffu);
+}
+
+// As for floats, without a blend, which takes longer than the sign's bit does.
+template <class V>
+SINGLEPASS_HD V with_sign_of(V s, V v) {
+  using Words = typename Lanes<sizeof(V) / sizeof(float)>::Words;
+  return bit_cast<V>(bit_cast<Words>(v) ^ (bit_cast<Words>(s < 0.0f) & 0x80000000u));
+}
+
+}  // namespace singlepass

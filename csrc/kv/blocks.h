@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/parallel.h"
+#include "kv/problem.h"
+
+// How the codec goes through tokens on the CPU: a task is a block of one head.
+namespace singlepass::kv {
+
+// Where a task's block stands.
+struct Place {
+  int64_t b, h, block, begin, count, end;  // slots from begin on, of which count hold a token
+
+  Place(const Codec& p, int64_t task) {
+    block = task % p.blocks.number;
+    h = task / p.blocks.number % p.heads;
+    b = task / p.blocks.number / p.heads;
+    begin = p.blocks.starts[block];
+    end = p.blocks.starts[block + 1];
+    count = p.blocks.count(b, block);
+  }
+};
+
+// Calls run(place) of a Worker for each block; a Worker belongs to one thread.
+template <class Worker>
+void for_each_block(const Codec& p, const ParallelFor& parallel_for) {
+  const int64_t tasks = p.batch * p.heads * p.blocks.number;
+  const int64_t elements = p.batch * p.heads * p.packed.width * p.blocks.starts[p.blocks.number];
+  parallel_for_elements(parallel_for, tasks, elements, [&](int64_t begin, int64_t end) {
+    Worker worker(p);
+    for (int64_t task = begin; task < end; ++task) worker.run(Place(p, task));
+  });
+}
+
+}  // namespace singlepass::kv

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kv/decode.h"
+
+// Attention in float32 over tokens that a thread block restores to shared memory first: the window, and codes whose
+// steps differ within a token. A lane has a token of a tile where logits are made, a thread a channel where values are
+// summed; a warp has two rows of the softmax.
+namespace singlepass::kv {
+
+inline constexpr int kTokenTile = 32;
+inline constexpr int kChannelTile = kDecodeThreads;
+static_assert(kChannelTile == kSlab);
+
+// Tokens as they are.
+class PlainTokens {
+ public:
+  __device__ __forceinline__ PlainTokens(const Tokens& tokens, const Work& work) : tokens_(tokens), work_(work) {}
+  __device__ __forceinline__ void choose(int64_t channel) { channel_ = channel; }
+  __device__ __forceinline__ float operator()(int64_t slot) const {
+    Raw<1> raw;
+    float x;
+    load(tokens_.at(work_.b, work_.h, slot), tokens_.dtype, channel_, raw);
+    decode(raw, tokens_.dtype, &x);
+    return x;
+  }
+
+ private:
+  const Tokens& tokens_;
+  const Work& work_;
+  int64_t channel_ = 0;
+};
+
+// c (n s + m) of tokens of one block.
+class PackedTokens {
+ public:
+  __device__ __forceinline__ PackedTokens(const Packed& packed, const Work& work, int64_t block)
+      : packed_(packed), work_(work), block_(block) {}
+
+  __device__ __forceinline__ void choose(int channel) {
+    const int bytes = static_cast<int>(packed_.bytes()), width = static_cast<int>(packed_.width);
+    byte_ = channel % bytes;
+    shift_ = channel / bytes * packed_.bits;
+    by_channels_ = packed_.axis == Axis::kChannel;
+    at_ = by_channels_ ? channel : channel / (width / static_cast<int>(packed_.groups));
+    factor_ = packed_.channels.data == nullptr
+                  ? 1.0f
+                  : float16_to_float(packed_.channels_at(work_.b, work_.h, block_)[channel]);
+  }
+
+  __device__ __forceinline__ float operator()(int64_t slot) const {
+    const uint32_t n = (packed_.codes_at(work_.b, work_.h, slot)[byte_] >> shift_) & ((1u << packed_.bits) - 1);
+    const uint16_t* scales = packed_.scales_at(work_.b, work_.h, slot, block_) + at_;
+    const int64_t minima = by_channels_ ? packed_.width : packed_.groups;
+    return factor_ * multiply_add(static_cast<float>(n), float16_to_float(scales[0]), float16_to_float(scales[minima]));
+  }
+
+ private:
+  const Packed& packed_;
+  const Work& work_;
+  const int64_t block_;
+  int byte_ = 0, at_ = 0, shift_ = 0;
+  bool by_channels_ = false;
+  float factor_ = 1.0f;
+};
+
+// Dynamic memory begins with it; queries (width, kRowTile) follow.
+struct RestoredShared {
+  int block;
+  float tile[kTokenTile][kChannelTile + 1];  // without the one, a warp that goes through tokens would meet one bank
+  float logits[kDecodeWarps][kRowTile][kTokenTile];
+  alignas(16) float weights[kTokenTile][kRowTile];
+  alignas(16) float factors[kRowTile];
+
+  __device__ __forceinline__ float* queries() { return reinterpret_cast<float*>(this + 1); }
+  static size_t bytes(const Decode& p) { return sizeof(RestoredShared) + 4 * kRowTile * p.width; }
+};
+
+class RestoredAttention {
+ public:
+  __device__ __forceinline__ RestoredAttention(const DeviceDecode& p, const Work& work, RestoredShared& shared)
+      : p_(p), work_(work), shared_(shared), lane_(threadIdx.x % kWarp), warp_(threadIdx.x / kWarp) {
+    for (int r = 0; r < 2; ++r) later_[r] = p.queries - 1 - (work.tile * kRowTile + 2 * warp_ + r) % p.queries;
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int64_t i = threadIdx.x; i < kRowTile * p_.width; i += kDecodeThreads) {
+      shared_.queries()[i] = query(p_, work_, static_cast<int>(i % kRowTile), i / kRowTile);
+    }
+    if (work_.segment < 0) {
+      const int64_t last = p_.window[work_.b * p_.window_stride + 1];
+      attend(PlainTokens(p_.window_k, work_), PlainTokens(p_.window_v, work_), work_.begin, work_.end, last);
+    } else {
+      const Segment& s = p_.segments[work_.segment];
+      for_each_block(s, work_, shared_.block, [&](int block, int begin, int end) {
+        attend(PackedTokens(s.keys, work_, block), PackedTokens(s.values, work_, block), begin, end, int64_t{1} << 62);
+      });
+    }
+    write();
+  }
+
+ private:
+  // Tokens [begin, end); row r sees those before last - (queries - 1 - its query).
+  template <class Source>
+  __device__ __forceinline__ void attend(Source keys, Source values, int64_t begin, int64_t end, int64_t last) {
+    for (int64_t first = begin; first < end; first += kTokenTile) {
+      const int count = static_cast<int>(Work::min_of(kTokenTile, end - first));
+      dot(keys, first, count);
+      for (int r = 0; r < 2; ++r) weigh(r, first, count, last);
+      __syncthreads();
+      add(values, first, count);
+    }
+  }
+
+  // Tokens of a tile, kChannelTile channels of them; zeros where there are none.
+  template <class Source>
+  __device__ __forceinline__ void restore(Source& source, int64_t first, int count, int64_t channel, int64_t width) {
+    __syncthreads();
+    const int own = static_cast<int>(channel + threadIdx.x);
+    if (own < width) source.choose(own);
+#pragma unroll 8
+    for (int t = 0; t < kTokenTile; ++t) {
+      shared_.tile[t][threadIdx.x] = t < count && own < width ? source(first + t) : 0.0f;
+    }
+    __syncthreads();
+  }
+
+  // Logits, but for the softcap, in four parts: a warp has a quarter of each tile's channels.
+  template <class Source>
+  __device__ __forceinline__ void dot(Source& keys, int64_t first, int count) {
+    float sums[kRowTile] = {};
+    for (int64_t channel = 0; channel < p_.width; channel += kChannelTile) {
+      restore(keys, first, count, channel, p_.width);
+      const int own = warp_ * (kChannelTile / kDecodeWarps);
+      for (int d = own; d < own + kChannelTile / kDecodeWarps && channel + d < p_.width; ++d) {
+        const float k = shared_.tile[lane_][d];
+        const float* q = &shared_.queries()[(channel + d) * kRowTile];
+#pragma unroll
+        for (int r = 0; r < kRowTile; ++r) sums[r] = multiply_add(q[r], k, sums[r]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRowTile; ++r) shared_.logits[warp_][r][lane_] = sums[r];
+    __syncthreads();
+  }
+
+  // Weights of one of the warp's two rows.
+  __device__ __forceinline__ void weigh(int r, int64_t first, int count, int64_t last) {
+    const int row = 2 * warp_ + r;
+    float logit = 0.0f;
+    for (int w = 0; w < kDecodeWarps; ++w) logit += shared_.logits[w][row][lane_];
+    if (p_.softcap > 0.0f) logit = capped(logit, p_.softcap, 1.0f / p_.softcap);
+    if (lane_ >= count || first + lane_ >= last - later_[r]) logit = -INFINITY;
+    float most = fmaxf(most_[r], logit);
+    for (int offset = 1; offset < kWarp; offset *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
+    const float weight = exp_of_negative(logit - reference(most));
+    const float factor = exp_of_negative(most_[r] - reference(most));
+    most_[r] = most;
+    float sum = weight;
+    for (int offset = 1; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    sum_[r] = multiply_add(sum_[r], factor, sum);
+    shared_.weights[lane_][row] = weight;
+    if (lane_ == 0) shared_.factors[row] = factor;
+  }
+
+  template <class Source>
+  __device__ __forceinline__ void add(Source& values, int64_t first, int count) {
+    restore(values, first, count, work_.first_channel(), p_.value_width);
+#pragma unroll
+    for (int r = 0; r < kRowTile; ++r) out_[r] *= shared_.factors[r];
+    for (int t = 0; t < count; ++t) {
+      const float v = shared_.tile[t][threadIdx.x];
+#pragma unroll
+      for (int r = 0; r < kRowTile; ++r) out_[r] = multiply_add(shared_.weights[t][r], v, out_[r]);
+    }
+  }
+
+  __device__ __forceinline__ void write() {
+    const Partial to(p_, work_);
+    for (int r = 0; r < 2; ++r) {
+      if (lane_ == 0 && work_.slab == 0) to.most[2 * warp_ + r] = most_[r], to.sum[2 * warp_ + r] = sum_[r];
+    }
+    float* out = to.out + work_.first_channel() + threadIdx.x;
+#pragma unroll
+    for (int r = 0; r < kRowTile; ++r) {
+      if (threadIdx.x < work_.channels(p_) && r < work_.rows(p_)) out[r * p_.value_width] = out_[r];
+    }
+  }
+
+  const DeviceDecode& p_;
+  const Work& work_;
+  RestoredShared& shared_;
+  const int lane_, warp_;
+  int64_t later_[2];  // slots at the window's end that a row of the warp does not see
+  float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};
+  float out_[kRowTile] = {};
+};
+
+}  // namespace singlepass::kv

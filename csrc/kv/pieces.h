@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+
+#include "common/reduce.h"
+#include "kv/runs.h"
+
+// Which channels a thread owns while tokens are made into codes and back. A piece is the 16 channels whose codes fill
+// 2 * bits neighbouring bytes: a run of as many channels out of each plane. The threads of a token's pieces stand in
+// one warp, and a thread keeps its piece while it goes down the tokens of a block.
+namespace singlepass::kv {
+
+inline constexpr int kPiece = 16;
+inline constexpr int kCodecThreads = 256;
+inline constexpr int kCodecWarps = kCodecThreads / kWarp;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// How a launch is cut.
+struct Cut {
+  int lanes;                          // threads of a token: a power of two, of which width / 16 are active
+  int parts;                          // thread blocks that share the tokens of a block
+  bool plain_vectors, codes_vectors;  // whether pieces are aligned for vector accesses
+};
+
+inline Cut make_cut(const Codec& p, bool shared_tokens) {
+  Cut cut = {1, 1, are_vectors(p.plain), are_vectors(p.packed.codes)};
+  while (cut.lanes * kPiece < p.packed.width) cut.lanes *= 2;
+  if (shared_tokens) {
+    const int64_t average = p.slots / p.blocks.number, turn = kCodecThreads / cut.lanes * 4;
+    cut.parts = static_cast<int>(std::clamp<int64_t>((average + turn - 1) / turn, 1, 65535));
+  }
+  return cut;
+}
+
+// A thread's place in a block of tokens of one head.
+struct Place {
+  int64_t b, h, block, begin, count, size;  // slots from begin on, of which the first `count` hold a token
+  int column, row, rows;                    // piece of a token, first token, and tokens of a turn
+  bool active;
+
+  __device__ Place(const Codec& p, const Cut& cut) {
+    const int64_t task = blockIdx.x;
+    block = task % p.blocks.number;
+    h = task / p.blocks.number % p.heads;
+    b = task / p.blocks.number / p.heads;
+    begin = p.blocks.starts[block];
+    count = p.blocks.count(b, block);
+    size = p.blocks.starts[block + 1] - begin;
+    column = static_cast<int>(threadIdx.x) % cut.lanes;
+    rows = kCodecThreads / cut.lanes * cut.parts;
+    row = static_cast<int>(blockIdx.y) * (kCodecThreads / cut.lanes) + static_cast<int>(threadIdx.x) / cut.lanes;
+    active = column * kPiece < p.packed.width;
+  }
+};
+
+template <int kBits>
+struct Piece {
+  static constexpr int planes = 8 / kBits, run = 2 * kBits;
+
+  // The channel of a piece's element k.
+  __device__ __forceinline__ static int channel(const Packed& packed, int column, int k) {
+    return k / run * static_cast<int>(packed.bytes()) + column * run + k % run;
+  }
+};
+
+template <int kBits>
+__device__ __forceinline__ void load_piece(const Codec& p, const Cut& cut, const Place& place, int64_t slot,
+                                           float (&x)[kPiece]) {
+  using P = Piece<kBits>;
+  const char* token = p.plain.at(place.b, place.h, p.token(place.b, place.h, slot));
+#pragma unroll
+  for (int k = 0; k < kPiece; k += P::run) {
+    const int64_t first = P::channel(p.packed, place.column, k);
+    load_run<P::run>(token + first * size_of(p.plain.dtype), p.plain.dtype, cut.plain_vectors, x + k);
+  }
+}
+
+template <int kBits>
+__device__ __forceinline__ void store_piece(const Codec& p, const Cut& cut, const Place& place, int64_t slot,
+                                            const float (&x)[kPiece]) {
+  using P = Piece<kBits>;
+  char* token = p.plain.at(place.b, place.h, p.token(place.b, place.h, slot));
+#pragma unroll
+  for (int k = 0; k < kPiece; k += P::run) {
+    const int64_t first = P::channel(p.packed, place.column, k);
+    store_run<P::run>(x + k, p.plain.dtype, cut.plain_vectors, token + first * size_of(p.plain.dtype));
+  }
+}
+
+// The bytes of a piece's codes, in words.
+template <int kBits>
+struct Words {
+  uint32_t bits[kBits / 2] = {};
+
+  __device__ __forceinline__ void load(const uint8_t* from, bool vectors) {
+    from = global_memory(from);
+    if (!vectors) {
+#pragma unroll
+      for (int i = 0; i < 2 * kBits; ++i) bits[i / 4] |= static_cast<uint32_t>(from[i]) << (8 * (i % 4));
+    } else if constexpr (kBits == 2) {
+      bits[0] = *reinterpret_cast<const uint32_t*>(from);
+    } else if constexpr (kBits == 4) {
+      const uint2 two = *reinterpret_cast<const uint2*>(from);
+      bits[0] = two.x, bits[1] = two.y;
+    } else {
+      const uint4 four = *reinterpret_cast<const uint4*>(from);
+      bits[0] = four.x, bits[1] = four.y, bits[2] = four.z, bits[3] = four.w;
+    }
+  }
+
+  __device__ __forceinline__ void store(uint8_t* to, bool vectors) const {
+    to = global_memory(to);
+    if (!vectors) {
+#pragma unroll
+      for (int i = 0; i < 2 * kBits; ++i) to[i] = static_cast<uint8_t>(bits[i / 4] >> (8 * (i % 4)));
+    } else if constexpr (kBits == 2) {
+      *reinterpret_cast<uint32_t*>(to) = bits[0];
+    } else if constexpr (kBits == 4) {
+      *reinterpret_cast<uint2*>(to) = {bits[0], bits[1]};
+    } else {
+      *reinterpret_cast<uint4*>(to) = {bits[0], bits[1], bits[2], bits[3]};
+    }
+  }
+
+  // Where the code of a piece's element k stands.
+  __device__ __forceinline__ static constexpr int word(int k) { return k % (2 * kBits) / 4; }
+  __device__ __forceinline__ static constexpr int shift(int k) { return k % 4 * 8 + k / (2 * kBits) * kBits; }
+};
+
+}  // namespace singlepass::kv

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/dtype.h"
+
+// The ops' arguments as raw pointers. python/singlepass/_ops/kv.py says what they mean.
+namespace singlepass::kv {
+
+inline constexpr int kMaxWidth = 512;  // channels of a head
+
+// Tokens (batch, heads, tokens, channels) whose channels are neighbours.
+struct Tokens {
+  void* data;
+  DType dtype;
+  int64_t batch_stride, head_stride, token_stride;  // in elements
+
+  SINGLEPASS_HD char* at(int64_t b, int64_t h, int64_t token) const {
+    return static_cast<char*>(data) + (b * batch_stride + h * head_stride + token * token_stride) * size_of(dtype);
+  }
+};
+
+// An array (batch, heads, ...) that is contiguous from the third dimension on.
+template <class T>
+struct PerHead {
+  T* data;
+  int64_t batch_stride, head_stride;
+
+  SINGLEPASS_HD T* at(int64_t b, int64_t h) const { return data + b * batch_stride + h * head_stride; }
+};
+
+enum class Axis : int { kChannel = 0, kToken = 1 };
+
+// Compressed tokens. Data of what is missing is null.
+struct Packed {
+  PerHead<uint8_t> codes;
+  PerHead<uint16_t> scales, channels;
+  int bits;
+  Axis axis;
+  int64_t width, groups;  // channels, and groups of them where steps belong to tokens
+
+  SINGLEPASS_HD int64_t bytes() const { return width * bits / 8; }
+  SINGLEPASS_HD uint8_t* codes_at(int64_t b, int64_t h, int64_t slot) const { return codes.at(b, h) + slot * bytes(); }
+  // Steps, which as many minima follow, of a token or of a block.
+  SINGLEPASS_HD uint16_t* scales_at(int64_t b, int64_t h, int64_t slot, int64_t block) const {
+    return scales.at(b, h) + (axis == Axis::kChannel ? block * 2 * width : slot * 2 * groups);
+  }
+  SINGLEPASS_HD uint16_t* channels_at(int64_t b, int64_t h, int64_t block) const {
+    return channels.at(b, h) + block * width;
+  }
+};
+
+// Which slots hold tokens.
+struct Blocks {
+  const int32_t* starts;
+  const int32_t* counts;  // counts[b * stride + block]
+  int64_t stride, number;
+
+  SINGLEPASS_HD int64_t count(int64_t b, int64_t block) const { return counts[b * stride + block]; }
+};
+
+struct Codec {
+  int64_t batch, heads, tokens;  // of `plain`
+  Packed packed;
+  Blocks blocks;
+  PerHead<const int32_t> index;  // data is null: slot s holds token s
+  Tokens plain;
+  int64_t slots;  // of codes
+
+  SINGLEPASS_HD int64_t token(int64_t b, int64_t h, int64_t slot) const {
+    return index.data == nullptr ? slot : index.at(b, h)[slot];
+  }
+};
+
+struct Saliency {
+  int64_t batch, heads, group, probes, tokens, width;
+  Tokens q, k;  // q: the heads of a group follow one another
+  const int64_t* positions;
+  const bool* mask;  // null: all are tokens
+  int64_t mask_stride;
+  const float* lse;  // null: of what is seen in k
+  float scale, softcap;
+  float* sums;
+};
+
+struct Segment {
+  Packed keys, values;
+  Blocks blocks;
+  int64_t slots;
+};
+
+struct DecodeArguments {
+  int64_t batch, heads, group, queries, width, value_width;
+  Tokens q, window_k, window_v;
+  int64_t window_slots;
+  const int32_t* window;  // window[b * window_stride + 0 or 1]
+  int64_t window_stride;
+  const float* sinks;    // null: none
+  const int32_t* first;  // (segments, batch, heads); null: all are seen
+  float scale, softcap;
+  Tokens out;
+  float* lse;
+
+  SINGLEPASS_HD int64_t rows() const { return group * queries; }
+};
+
+struct Decode : DecodeArguments {
+  std::vector<Segment> segments;
+};
+
+}  // namespace singlepass::kv

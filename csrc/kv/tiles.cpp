@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/dtype.h"
+#include "common/math.h"
+#include "common/vector.h"
+#include "kv/tiles.h"
+
+namespace singlepass::kv {
+namespace {
+
+// How rows of kBits lie in memory. Codes of one byte belong to as many planes of channels.
+template <int kBits>
+struct Layout {
+  static constexpr int kPlanes = kBits == kFloats ? 1 : 8 / kBits;
+
+  static const uint8_t* row(const void* data, int64_t t, int64_t width) {
+    return static_cast<const uint8_t*>(data) + t * width * kBits / 8;
+  }
+};
+
+// The planes [first, first + kNumber) of eight bytes, or eight floats, from place w on.
+template <int kBits, int kNumber>
+SINGLEPASS_HD void load_planes(const uint8_t* row, int64_t w, int first, Vector (&to)[kNumber]) {
+  if constexpr (kBits == kFloats) {
+    to[0] = load_vector(reinterpret_cast<const float*>(row) + w);
+  } else {
+    const VectorBits byte = load_bytes(row + w);
+    for (int p = 0; p < kNumber; ++p) {
+      to[p] = __builtin_convertvector((byte >> ((first + p) * kBits)) & ((1 << kBits) - 1), Vector);
+    }
+  }
+}
+
+template <int kBits>
+SINGLEPASS_HD float load_one(const uint8_t* row, int64_t w, int plane) {
+  if constexpr (kBits == kFloats) {
+    return reinterpret_cast<const float*>(row)[w];
+  } else {
+    return static_cast<float>((row[w] >> (plane * kBits)) & ((1 << kBits) - 1));
+  }
+}
+
+// kRows queries and so many tokens that eight sums fill registers.
+template <int kRows, int kBits>
+SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float* q, const void* data, int64_t count,
+                                                                     int64_t width, float* scores, int64_t stride) {
+  constexpr int kTokens = 8 / kRows, kPlanes = Layout<kBits>::kPlanes;
+  const int64_t places = width / kPlanes;
+  for (int64_t t = 0; t < count; t += kTokens) {
+    const uint8_t* rows[kTokens];  // the last token stands in for those after it
+    for (int i = 0; i < kTokens; ++i) rows[i] = Layout<kBits>::row(data, t + i < count ? t + i : count - 1, width);
+    Vector sums[8] = {};
+    int64_t w = 0;
+    for (; w + kLanes <= places; w += kLanes) {
+      Vector token[kTokens][kPlanes];
+      for (int i = 0; i < kTokens; ++i) load_planes<kBits>(rows[i], w, 0, token[i]);
+      for (int p = 0; p < kPlanes; ++p) {
+        for (int r = 0; r < kRows; ++r) {
+          const Vector row = load_vector(q + r * width + p * places + w);
+          for (int i = 0; i < kTokens; ++i) sums[r * kTokens + i] = sums[r * kTokens + i] + row * token[i][p];
+        }
+      }
+    }
+    Vector result = lane_sums(sums);
+    for (; w < places; ++w) {
+      for (int p = 0; p < kPlanes; ++p) {
+        for (int k = 0; k < 8; ++k) {
+          result[k] += q[k / kTokens * width + p * places + w] * load_one<kBits>(rows[k % kTokens], w, p);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      memcpy(scores + r * stride + t, reinterpret_cast<const float*>(&result) + r * kTokens, kTokens * sizeof(float));
+    }
+  }
+}
+
+// The sums of kPlanes planes from `first` on and of kBlocks times eight places from w on.
+template <int kRows, int kBits, int kPlanes, int kBlocks>
+SINGLEPASS_HD void accumulate_places(const float* weights, int64_t stride, const void* data, int64_t count,
+                                     int64_t width, int first, int64_t w, float* sums) {
+  const int64_t places = width / Layout<kBits>::kPlanes;
+  Vector sum[kRows][kBlocks][kPlanes];
+  float* at[kBlocks][kPlanes];
+  for (int k = 0; k < kBlocks; ++k) {
+    for (int p = 0; p < kPlanes; ++p) {
+      at[k][p] = sums + (first + p) * places + w + k * kLanes;
+      for (int r = 0; r < kRows; ++r) sum[r][k][p] = load_vector(at[k][p] + r * width);
+    }
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const uint8_t* row = Layout<kBits>::row(data, t, width);
+    Vector token[kBlocks][kPlanes];
+    for (int k = 0; k < kBlocks; ++k) load_planes<kBits>(row, w + k * kLanes, first, token[k]);
+    for (int r = 0; r < kRows; ++r) {
+      const Vector weight = broadcast<Vector>(weights[r * stride + t]);
+      for (int k = 0; k < kBlocks; ++k) {
+        for (int p = 0; p < kPlanes; ++p) sum[r][k][p] = sum[r][k][p] + weight * token[k][p];
+      }
+    }
+  }
+  for (int k = 0; k < kBlocks; ++k) {
+    for (int p = 0; p < kPlanes; ++p) {
+      for (int r = 0; r < kRows; ++r) store_vector(sum[r][k][p], at[k][p] + r * width);
+    }
+  }
+}
+
+// kRows rows and so many channels that eight sums fill registers.
+template <int kRows, int kBits>
+SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void accumulate_rows(const float* weights, int64_t stride,
+                                                                            const void* data, int64_t count,
+                                                                            int64_t width, float* sums) {
+  constexpr int kAll = Layout<kBits>::kPlanes, kVectors = 8 / kRows;
+  constexpr int kPlanes = kAll < kVectors ? kAll : kVectors, kBlocks = kVectors / kPlanes;
+  const int64_t places = width / kAll;
+  for (int first = 0; first < kAll; first += kPlanes) {
+    int64_t w = 0;
+    for (; w + kBlocks * kLanes <= places; w += kBlocks * kLanes) {
+      accumulate_places<kRows, kBits, kPlanes, kBlocks>(weights, stride, data, count, width, first, w, sums);
+    }
+    for (; w + kLanes <= places; w += kLanes) {
+      accumulate_places<kRows, kBits, kPlanes, 1>(weights, stride, data, count, width, first, w, sums);
+    }
+    for (; w < places; ++w) {
+      for (int64_t t = 0; t < count; ++t) {
+        const uint8_t* row = Layout<kBits>::row(data, t, width);
+        for (int p = first; p < first + kPlanes; ++p) {
+          const float token = load_one<kBits>(row, w, p);
+          for (int r = 0; r < kRows; ++r) sums[r * width + p * places + w] += weights[r * stride + t] * token;
+        }
+      }
+    }
+  }
+}
+
+template <int kBits>
+SINGLEPASS_TARGET_CLONES void unpack_rows(const uint8_t* codes, int64_t tokens, int64_t width, float* to) {
+  constexpr int kPlanes = Layout<kBits>::kPlanes;
+  const int64_t places = width / kPlanes;
+  for (int64_t t = 0; t < tokens; ++t, codes += places, to += width) {
+    int64_t w = 0;
+    for (; w + kLanes <= places; w += kLanes) {
+      Vector planes[kPlanes];
+      load_planes<kBits>(codes, w, 0, planes);
+      for (int p = 0; p < kPlanes; ++p) store_vector(planes[p], to + p * places + w);
+    }
+    for (; w < places; ++w) {
+      for (int p = 0; p < kPlanes; ++p) to[p * places + w] = load_one<kBits>(codes, w, p);
+    }
+  }
+}
+
+// Calls body.template operator()<kRows, kBits>(row) for 4, 2 or 1 rows at a time.
+template <int kBits, class Body>
+void by_rows(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) body.template operator()<4, kBits>(r);
+  if (r + 2 <= rows) {
+    body.template operator()<2, kBits>(r);
+    r += 2;
+  }
+  if (r < rows) body.template operator()<1, kBits>(r);
+}
+
+template <class Body>
+void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
+  switch (bits) {
+    case 2:
+      return by_rows<2>(rows, body);
+    case 4:
+      return by_rows<4>(rows, body);
+    case 8:
+      return by_rows<8>(rows, body);
+    default:
+      return by_rows<kFloats>(rows, body);
+  }
+}
+
+}  // namespace
+
+void unpack(const uint8_t* codes, int bits, int64_t tokens, int64_t width, float* to) {
+  switch (bits) {
+    case 2:
+      return unpack_rows<2>(codes, tokens, width, to);
+    case 4:
+      return unpack_rows<4>(codes, tokens, width, to);
+    default:
+      return unpack_rows<8>(codes, tokens, width, to);
+  }
+}
+
+SINGLEPASS_TARGET_CLONES void restore(const uint16_t* steps, int64_t groups, int64_t width, float* row) {
+  const int64_t size = width / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    const float step = float16_to_float(steps[g]), minimum = float16_to_float(steps[groups + g]);
+#pragma GCC ivdep
+    for (int64_t d = g * size; d < (g + 1) * size; ++d) row[d] = row[d] * step + minimum;
+  }
+}
+
+void dot(const float* q, int64_t rows, const Rows& tokens, int64_t count, int64_t width, float* scores,
+         int64_t stride) {
+  by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
+    dot_rows<n, bits>(q + r * width, tokens.data, count, width, scores + r * stride, stride);
+  });
+}
+
+void accumulate(const float* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count, int64_t width,
+                float* sums) {
+  by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
+    accumulate_rows<n, bits>(weights + r * stride, stride, tokens.data, count, width, sums + r * width);
+  });
+}
+
+void cap(float* scores, int64_t n, float softcap) {
+  for (int64_t i = 0; i < n; ++i) scores[i] = softcap * tanhf(scores[i] / softcap);
+}
+
+SINGLEPASS_TARGET_CLONES float largest(const float* scores, int64_t n) {
+  Vector most = Vector{} - std::numeric_limits<float>::infinity();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vector s = load_vector(scores + i);
+    most = ((s > most) | (s != s)) ? s : most;
+  }
+  float result = -std::numeric_limits<float>::infinity();
+  for (int k = 0; k < kLanes; ++k) result = maximum(most[k], result);
+  for (; i < n; ++i) result = maximum(scores[i], result);
+  return result;
+}
+
+SINGLEPASS_TARGET_CLONES float exponentials(float* scores, int64_t n, float shift) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const float below = shift - scores[i];
+    scores[i] = below > 87.0f ? 0.0f : exp_negative(below);
+  }
+  Vector sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum += load_vector(scores + i);
+  float result = 0.0f;
+  for (int k = 0; k < kLanes; ++k) result += sum[k];
+  for (; i < n; ++i) result += scores[i];
+  return result;
+}
+
+}  // namespace singlepass::kv

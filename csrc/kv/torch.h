@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+
+#include "torch/arguments.h"
+#include "kv/problem.h"
+
+// The KV cache ops' arguments, checked and turned into what engines take; results are entered by the caller.
+namespace singlepass::registration {
+
+using kv::Axis;
+using kv::Blocks;
+using kv::kMaxWidth;
+using kv::Packed;
+using kv::PerHead;
+
+inline kv::Tokens tokens_of(const char* op, const char* role, const Tensor& t) {
+  if (t.dim() != 4 || (t.numel() > 0 && t.stride(3) != 1)) {
+    fail(op, role, " (batch, heads, tokens, channels) whose channels are neighbours; got ", shape_of(t),
+         ". Call .contiguous().");
+  }
+  const int64_t width = t.size(3);
+  if (width < 16 || width > kMaxWidth || width % 16 != 0) {
+    fail(op, role, " of 16, 32, ..., ", kMaxWidth, " channels; got ", width, ". Pad channels with zeros.");
+  }
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, role, t), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// A tensor of a given dtype and shape, contiguous from dimension `dense` on; -1 is any size.
+inline void check_layout(const char* op, const char* role, const Tensor& t, ScalarType dtype,
+                         const std::vector<int64_t>& shape, int64_t dense) {
+  bool fits = t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t k = 0; fits && k < t.dim(); ++k) {
+    const size_t at = static_cast<size_t>(k);
+    fits = shape[at] == -1 || t.size(k) == shape[at];
+  }
+  int64_t expected = 1;
+  for (int64_t k = t.dim() - 1; fits && t.numel() > 0 && k >= dense; --k) {
+    fits = t.size(k) == 1 || t.stride(k) == expected;
+    expected *= t.size(k);
+  }
+  if (fits) return;
+  std::ostringstream wanted;
+  for (size_t k = 0; k < shape.size(); ++k) {
+    wanted << (k == 0 ? "" : ", ");
+    if (shape[k] == -1) {
+      wanted << "any";
+    } else {
+      wanted << shape[k];
+    }
+  }
+  fail(op, role, " (", wanted.str(), ") of ", torch::headeronly::toString(dtype), ", dense from dimension ", dense,
+       " on; got ", shape_of(t), " of ", torch::headeronly::toString(t.scalar_type()), ". Make it so.");
+}
+
+template <class T>
+PerHead<T> per_head(const Tensor& t) {
+  return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1)};
+}
+
+inline Blocks blocks_of(const char* op, const Tensor& starts, const Tensor& counts, int64_t batch, int64_t slots) {
+  check_layout(op, "counts", counts, ScalarType::Int, {batch, -1}, 1);
+  check_layout(op, "starts", starts, ScalarType::Int, {counts.size(1) + 1}, 0);
+  const Blocks blocks = {static_cast<const int32_t*>(starts.const_data_ptr()),
+                         static_cast<const int32_t*>(counts.const_data_ptr()), counts.stride(0), counts.size(1)};
+  if (!starts.is_cpu()) return blocks;  // what stands on a device is not read here
+  bool fits = blocks.starts[0] == 0 && blocks.starts[blocks.number] <= slots;
+  for (int64_t i = 0; fits && i < blocks.number; ++i) {
+    const int64_t size = blocks.starts[i + 1] - blocks.starts[i];
+    fits = size >= 0;
+    for (int64_t b = 0; fits && b < batch; ++b) fits = blocks.count(b, i) >= 0 && blocks.count(b, i) <= size;
+  }
+  if (!fits) fail(op, "starts that rise from 0 to at most ", slots, ", and counts within; got others. Check them.");
+  return blocks;
+}
+
+inline Packed packed_of(const char* op, const Tensor& codes, const Tensor& scales, const Tensor* channels, int64_t bits,
+                        int64_t axis, int64_t batch, int64_t heads, int64_t width, int64_t blocks) {
+  if (bits != 2 && bits != 4 && bits != 8) fail(op, "bits 2, 4 or 8; got ", bits, ". Choose one of them.");
+  if (axis != 0 && axis != 1) fail(op, "axis 0 or 1; got ", axis, ". Choose one of them.");
+  check_layout(op, "codes", codes, ScalarType::Byte, {batch, heads, -1, width * bits / 8}, 2);
+  const bool by_channel = axis == 0;
+  check_layout(op, "scales", scales, ScalarType::Half,
+               {batch, heads, by_channel ? blocks : codes.size(2), 2, by_channel ? width : -1}, 2);
+  const int64_t groups = scales.size(4);
+  if (groups < 1 || width % groups != 0) fail(op, "groups that divide ", width, "; got ", groups, ". Choose others.");
+  Packed packed = {per_head<uint8_t>(codes),
+                   per_head<uint16_t>(scales),
+                   {},
+                   static_cast<int>(bits),
+                   static_cast<Axis>(axis),
+                   width,
+                   groups};
+  if (channels != nullptr) {
+    if (by_channel) fail(op, "no channels for axis 0; got some. Leave them out.");
+    check_layout(op, "channels", *channels, ScalarType::Half, {batch, heads, blocks, width}, 2);
+    packed.channels = per_head<uint16_t>(*channels);
+  }
+  return packed;
+}
+
+// Raises unless what slots hold are tokens.
+inline void check_places(const char* op, const kv::Codec& p) {
+  const auto check = [&](int64_t token) {
+    if (token < 0 || token >= p.tokens)
+      fail(op, "tokens 0 to ", p.tokens - 1, "; got ", token, ". Check index, starts and counts.");
+  };
+  const bool indexed = p.index.data != nullptr;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t i = 0; i < p.blocks.number; ++i) {
+      const int64_t begin = p.blocks.starts[i], end = begin + p.blocks.count(b, i);
+      if (!indexed && end > begin) check(end - 1);  // slots are tokens
+      for (int64_t h = 0; indexed && h < p.heads; ++h) {
+        for (int64_t slot = begin; slot < end; ++slot) check(p.token(b, h, slot));
+      }
+    }
+  }
+}
+
+inline kv::Codec codec_of(const char* op, const Tensor& plain, const std::optional<Tensor>& index, const Tensor& starts,
+                          const Tensor& counts, const Tensor& codes, const Tensor& scales,
+                          const std::optional<Tensor>& channels, int64_t bits, int64_t axis) {
+  kv::Codec p = {};
+  p.plain = tokens_of(op, "tokens", plain);
+  p.batch = plain.size(0);
+  p.heads = plain.size(1);
+  p.tokens = plain.size(2);
+  for (const Tensor* t : {&starts, &counts, &codes, &scales}) check_device(op, "everything", *t, plain);
+  p.packed = packed_of(op, codes, scales, channels.has_value() ? &*channels : nullptr, bits, axis, p.batch, p.heads,
+                       plain.size(3), counts.dim() == 2 ? counts.size(1) : -1);
+  p.slots = codes.size(2);
+  p.blocks = blocks_of(op, starts, counts, p.batch, p.slots);
+  if (index.has_value()) {
+    check_device(op, "index", *index, plain);
+    check_layout(op, "index", *index, ScalarType::Int, {p.batch, p.heads, p.slots}, 2);
+    p.index = per_head<const int32_t>(*index);
+  }
+  if (plain.is_cpu()) check_places(op, p);
+  return p;
+}
+
+// Query heads for each head of keys.
+inline int64_t group_of(const char* op, const Tensor& q, const Tensor& k) {
+  const int64_t heads = k.size(1);
+  if (q.size(0) != k.size(0) || q.size(3) != k.size(3) || heads == 0 || q.size(1) % heads != 0) {
+    fail(op, "q of the keys' batch and channels and a multiple of their heads, ", shape_of(k), "; got ", shape_of(q),
+         ". Pass (batch, query heads, tokens, channels).");
+  }
+  return q.size(1) / heads;
+}
+
+inline const float* floats_or_null(const char* op, const char* role, const std::optional<Tensor>& t, const Tensor& like,
+                                   const std::vector<int64_t>& shape) {
+  if (!t.has_value()) return nullptr;
+  check_device(op, role, *t, like);
+  check_layout(op, role, *t, ScalarType::Float, shape, 0);
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+inline kv::Saliency saliency_of(const Tensor& q, const Tensor& k, const Tensor& positions,
+                                const std::optional<Tensor>& mask, const std::optional<Tensor>& lse, double scale,
+                                double softcap) {
+  const char* op = "kv_saliency";
+  kv::Saliency p = {};
+  p.q = tokens_of(op, "q", q);
+  p.k = tokens_of(op, "k", k);
+  p.group = group_of(op, q, k);
+  p.batch = k.size(0);
+  p.heads = k.size(1);
+  p.probes = q.size(2);
+  p.tokens = k.size(2);
+  p.width = k.size(3);
+  check_device(op, "q", q, k);
+  check_device(op, "positions", positions, k);
+  check_layout(op, "positions", positions, ScalarType::Long, {p.probes}, 0);
+  p.positions = static_cast<const int64_t*>(positions.const_data_ptr());
+  for (int64_t i = 0; positions.is_cpu() && i < p.probes; ++i) {
+    if (p.positions[i] < 0 || p.positions[i] >= p.tokens) {
+      fail(op, "positions 0 to ", p.tokens - 1, "; got ", p.positions[i], ". Give each probe's place in k.");
+    }
+  }
+  if (mask.has_value()) {
+    check_device(op, "mask", *mask, k);
+    check_layout(op, "mask", *mask, ScalarType::Bool, {p.batch, p.tokens}, 1);
+    p.mask = static_cast<const bool*>(mask->const_data_ptr());
+    p.mask_stride = mask->stride(0);
+  }
+  p.lse = floats_or_null(op, "lse", lse, k, {p.batch, q.size(1), p.probes});
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  return p;
+}
+
+inline constexpr size_t kSegmentTensors = 7;
+
+inline kv::Segment segment_of(const char* op, const Tensor* parts, int64_t bits, int64_t key_axis, const Tensor& k,
+                              const Tensor& v) {
+  for (size_t i = 0; i < kSegmentTensors; ++i) check_device(op, "segments", parts[i], k);
+  const int64_t batch = k.size(0), heads = k.size(1), blocks = parts[6].dim() == 2 ? parts[6].size(1) : -1;
+  kv::Segment s = {};
+  s.keys = packed_of(op, parts[0], parts[1], nullptr, bits, key_axis, batch, heads, k.size(3), blocks);
+  const Tensor* channels = parts[4].dim() == 4 ? &parts[4] : nullptr;
+  s.values = packed_of(op, parts[2], parts[3], channels, bits, 1, batch, heads, v.size(3), blocks);
+  s.slots = parts[0].size(2);
+  if (parts[2].size(2) != s.slots) {
+    fail(op, "as many slots of values as of keys, ", s.slots, "; got ", parts[2].size(2), ". Quantise them alike.");
+  }
+  s.blocks = blocks_of(op, parts[5], parts[6], batch, s.slots);
+  return s;
+}
+
+inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tensor& window_k, const Tensor& window_v,
+                            const Tensor& window, const std::optional<Tensor>& sinks,
+                            const std::optional<Tensor>& first, const std::vector<int64_t>& bits, int64_t key_axis,
+                            double scale, double softcap) {
+  const char* op = "kv_decode";
+  kv::Decode p = {};
+  p.q = tokens_of(op, "q", q);
+  p.window_k = tokens_of(op, "window_k", window_k);
+  p.window_v = tokens_of(op, "window_v", window_v);
+  p.window_slots = window_k.size(2);
+  p.group = group_of(op, q, window_k);
+  p.batch = window_k.size(0);
+  p.heads = window_k.size(1);
+  p.queries = q.size(2);
+  p.width = window_k.size(3);
+  p.value_width = window_v.size(3);
+  for (const Tensor* t : {&q, &window_v, &window}) check_device(op, "everything", *t, window_k);
+  for (int64_t k = 0; k < 3; ++k) {
+    if (window_v.size(k) == window_k.size(k)) continue;
+    fail(op, "window_v as window_k, ", shape_of(window_k), "; got ", shape_of(window_v), ". Only channels may differ.");
+  }
+  check_layout(op, "window", window, ScalarType::Int, {p.batch, 2}, 1);
+  p.window = static_cast<const int32_t*>(window.const_data_ptr());
+  p.window_stride = window.stride(0);
+  for (int64_t b = 0; window.is_cpu() && b < p.batch; ++b) {
+    const int64_t begin = p.window[b * p.window_stride], end = p.window[b * p.window_stride + 1];
+    if (begin < 0 || end > window_k.size(2)) {
+      fail(op, "window within its ", window_k.size(2), " slots; got ", begin, " to ", end, ". Check it.");
+    }
+  }
+  if (segments.size() != kSegmentTensors * bits.size()) {
+    fail(op, kSegmentTensors, " tensors for each of ", bits.size(), " segments; got ", segments.size(),
+         ". See the op's schema.");
+  }
+  for (size_t i = 0; i < bits.size(); ++i) {
+    p.segments.push_back(segment_of(op, &segments[i * kSegmentTensors], bits[i], key_axis, window_k, window_v));
+  }
+  p.sinks = floats_or_null(op, "sinks", sinks, window_k, {q.size(1)});
+  if (first.has_value()) {
+    check_device(op, "first", *first, window_k);
+    const int64_t number = static_cast<int64_t>(bits.size());
+    check_layout(op, "first", *first, ScalarType::Int, {number, p.batch, p.heads}, 0);
+    p.first = static_cast<const int32_t*>(first->const_data_ptr());
+  }
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  return p;
+}
+
+}  // namespace singlepass::registration

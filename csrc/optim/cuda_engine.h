@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <utility>
+
+#include "common/philox.h"
+#include "common/raw.h"
+#include "common/reduce.h"
+#include "optim/cuda.h"
+
+// One CUDA engine for every rule. A block owns one chunk of one tensor; a thread owns eight neighbouring elements at a
+// time and has all loads of them in flight before it converts the first.
+namespace singlepass::optim {
+
+inline constexpr int kThreads = 256;
+
+struct Rounding {
+  bool stochastic;
+  uint64_t seed, stream;  // the Philox key, and the counter's high half: tensor and step
+};
+
+// Element i takes half i % 2 of word (i % 8) / 2 of block i / 8.
+template <int kWidth>
+__device__ __forceinline__ void round_stochastic(const float* values, int64_t i, const Rounding& rounding,
+                                                 uint16_t* half) {
+  const Philox4 random = philox4x32(rounding.seed, static_cast<uint64_t>(i) / kVector, rounding.stream);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const int lane = kWidth == 1 ? static_cast<int>(i % kVector) : k;
+    const uint32_t low = lane < 2 ? random.word[0] : random.word[1];
+    const uint32_t high = lane < 6 ? random.word[2] : random.word[3];
+    const uint32_t word = lane < 4 ? low : high;
+    half[k] = float_to_bfloat16_stochastic(values[k], lane % 2 == 0 ? word & 0xffffu : word >> 16);
+  }
+}
+
+template <int kWidth>
+__device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, int64_t i, const Rounding& rounding) {
+  if (dtype != DType::kBFloat16 || !rounding.stochastic) return singlepass::encode<kWidth>(values, dtype);
+  uint16_t half[kWidth];
+  round_stochastic<kWidth>(values, i, rounding, half);
+  return pack<kWidth>(half);
+}
+
+// What a block holds of its tensor. kFloat32 makes every dtype a constant.
+template <class Rule, Pass pass, bool kFloat32>
+struct Tile {
+  static constexpr Access kAccess = access<Rule, pass>();
+  const TensorRecord& t;
+  const typename Rule::Coefficients& c;
+  float factor;
+  Rounding rounding;
+  double squares[kNorms] = {};
+
+  __device__ __forceinline__ static DType dtype(DType stored) { return kFloat32 ? DType::kFloat32 : stored; }
+
+  // Elements [i, i + kWidth).
+  template <int kWidth, size_t... K>
+  __device__ __forceinline__ void run(int64_t i, std::index_sequence<K...> states) {
+    Raw<kWidth> raw_param, raw_grad, raw_state[kMaxStates];
+    if constexpr (kAccess.reads & kParam) load(t.param, dtype(t.param_dtype), i, raw_param);
+    if constexpr (kAccess.reads & kGrad) load(t.grad, dtype(t.grad_dtype), i, raw_grad);
+    (load(t.state[K], dtype(t.state_dtype[K]), i, raw_state[K]), ...);
+
+    float param[kWidth] = {}, grad[kWidth] = {}, state[kMaxStates][kWidth];
+    if constexpr (kAccess.reads & kParam) decode(raw_param, dtype(t.param_dtype), param);
+    if constexpr (kAccess.reads & kGrad) decode(raw_grad, dtype(t.grad_dtype), grad);
+    (decode(raw_state[K], dtype(t.state_dtype[K]), state[K]), ...);
+
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      float s[kMaxStates] = {};
+      ((s[K] = state[K][k]), ...);
+      if constexpr (pass == kNormPass) {
+        float terms[kNorms];
+        Rule::norm_terms(c, param[k], grad[k] * factor, s, terms);
+        for (int n = 0; n < kNorms; ++n) squares[n] += static_cast<double>(terms[n]) * terms[n];
+      } else {
+        Rule::update(c, param[k], grad[k] * factor, s);
+      }
+      ((state[K][k] = s[K]), ...);
+    }
+
+    const Rounding nearest = {};
+    if constexpr (kAccess.writes & kParam) {
+      store(encode<kWidth>(param, dtype(t.param_dtype), i, rounding), dtype(t.param_dtype), t.param, i);
+    }
+    if constexpr (kAccess.writes >= kState) {
+      (store(encode<kWidth>(state[K], dtype(t.state_dtype[K]), i, nearest), dtype(t.state_dtype[K]), t.state[K], i),
+       ...);
+    }
+  }
+};
+
+// The states that a pass touches: LARS measures norms before it looks at its momentum.
+template <class Rule, Pass pass>
+using TouchedStates = std::make_index_sequence<(access<Rule, pass>().reads >= kState) ? Rule::kStates : 0>;
+
+template <class Rule>
+__device__ bool is_aligned(const TensorRecord& t) {
+  uintptr_t bits = reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad);
+  for (int k = 0; k < Rule::kStates; ++k) bits |= reinterpret_cast<uintptr_t>(t.state[k]);
+  return bits % 16 == 0;
+}
+
+template <class Rule>
+__device__ typename Rule::Coefficients device_coefficients(const TensorRecord& t, const typename Rule::Hyper& hyper,
+                                                           const StepOptions& options) {
+  const double lr = options.lr.device == nullptr ? options.lr.value : static_cast<double>(*options.lr.device);
+  const double step = t.step == nullptr ? 1.0 : static_cast<double>(*t.step) + 1.0;
+  return Rule::coefficients(hyper, lr, step, t.scale == nullptr ? 1.0 : static_cast<double>(*t.scale));
+}
+
+// Adds the block's sums to its tensor's; the tensor's last block adds the blocks' sums in their order.
+__device__ inline void reduce_norms(const DeviceTable& table, const Chunk& chunk, unsigned block, unsigned blocks,
+                                    const double* squares) {
+  double* partials = table.partials + static_cast<int64_t>(block) * kNorms;
+  for (int n = 0; n < kNorms; ++n) {
+    const double sum = block_sum(squares[n]);
+    if (threadIdx.x == 0) partials[n] = sum;
+  }
+  if (!is_last_block(&table.tickets[chunk.tensor], blocks)) return;
+  const volatile double* first = table.partials + static_cast<int64_t>(block - chunk.index) * kNorms;
+  for (int n = 0; n < kNorms; ++n) {
+    double sum = 0.0;
+    for (unsigned b = threadIdx.x; b < blocks; b += blockDim.x) sum += first[b * kNorms + n];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) table.norms[chunk.tensor * kNorms + n] = sum;
+  }
+}
+
+template <class Rule, Pass pass, bool kFloat32>
+__global__ void __launch_bounds__(kThreads, 2)
+    step_kernel(const DeviceTable table, const typename Rule::Hyper hyper, const StepOptions options) {
+  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return;
+  // The update pass of a rule with norms goes backwards, to meet in the cache what the norm pass touched last.
+  const unsigned block = pass == kUpdatePass && kHasNorms<Rule> ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const Chunk chunk = table.chunks[block];
+  const TensorRecord t = table.records[chunk.tensor];
+
+  SINGLEPASS_SHARED(typename Rule::Coefficients, shared_coefficients);
+  if (threadIdx.x == 0) {
+    typename Rule::Coefficients c = device_coefficients<Rule>(t, hyper, options);
+    if constexpr (pass == kUpdatePass && kHasNorms<Rule>) {
+      Rule::apply_norms(hyper, c, table.norms + static_cast<int64_t>(chunk.tensor) * kNorms);
+    }
+    shared_coefficients = c;
+  }
+  __syncthreads();
+  const typename Rule::Coefficients c = shared_coefficients;
+
+  Tile<Rule, pass, kFloat32> tile = {t, c, grad_factor(options.maximize, options.grad_scale), {}};
+  if (options.stochastic_rounding) {
+    tile.rounding = {true, options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id};
+  }
+  constexpr TouchedStates<Rule, pass> kStatesTouched = {};
+  const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
+  const int64_t end = begin + table.shape.chunk < t.numel ? begin + table.shape.chunk : t.numel;
+  const int64_t vectors_end = is_aligned<Rule>(t) ? end - (end - begin) % kVector : begin;
+  for (int64_t i = begin + threadIdx.x * kVector; i < vectors_end; i += blockDim.x * kVector) {
+    tile.template run<kVector>(i, kStatesTouched);
+  }
+  for (int64_t i = vectors_end + threadIdx.x; i < end; i += blockDim.x) tile.template run<1>(i, kStatesTouched);
+
+  const unsigned blocks = static_cast<unsigned>(chunk_count(t.numel, table.shape.chunk));
+  if constexpr (pass == kNormPass) {
+    reduce_norms(table, chunk, block, blocks, tile.squares);
+  } else if (t.step != nullptr && is_last_block(&table.tickets[chunk.tensor], blocks)) {
+    if (threadIdx.x == 0) *t.step += 1.0f;
+  }
+}
+
+template <class Rule, Pass pass>
+cudaError_t launch_pass(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options,
+                        cudaStream_t stream) {
+  const auto kernel = table.all_float32 ? &step_kernel<Rule, pass, true> : &step_kernel<Rule, pass, false>;
+  return launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, stream, table,
+                hyper, options);
+}
+
+template <class Rule>
+cudaError_t launch_step(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options,
+                        cudaStream_t stream) {
+  if (table.chunk_count == 0) return cudaSuccess;
+  if constexpr (kHasNorms<Rule>) {
+    const cudaError_t error = launch_pass<Rule, kNormPass>(table, hyper, options, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_pass<Rule, kUpdatePass>(table, hyper, options, stream);
+}
+
+}  // namespace singlepass::optim

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "optim/cuda_engine.h"
+
+namespace singlepass::optim {
+namespace {
+
+__global__ void __launch_bounds__(kThreads)
+    grad_norm_kernel(const DeviceTable table, const ClipOptions options, GradNorm* result) {
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const TensorRecord& t = table.records[chunk.tensor];
+  const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
+  const int64_t end = begin + table.shape.chunk < t.numel ? begin + table.shape.chunk : t.numel;
+  const bool aligned = reinterpret_cast<uintptr_t>(t.grad) % 16 == 0;
+  const int64_t vectors_end = aligned ? end - (end - begin) % kVector : begin;
+
+  double squares = 0.0;
+  for (int64_t i = begin + threadIdx.x * kVector; i < vectors_end; i += blockDim.x * kVector) {
+    Raw<kVector> raw;
+    float values[kVector];
+    load(t.grad, t.grad_dtype, i, raw);
+    decode(raw, t.grad_dtype, values);
+    for (int k = 0; k < kVector; ++k) squares += static_cast<double>(values[k]) * values[k];
+  }
+  for (int64_t i = vectors_end + threadIdx.x; i < end; i += blockDim.x) {
+    Raw<1> raw;
+    float value;
+    load(t.grad, t.grad_dtype, i, raw);
+    decode(raw, t.grad_dtype, &value);
+    squares += static_cast<double>(value) * value;
+  }
+
+  squares = block_sum(squares);
+  if (threadIdx.x == 0) table.partials[blockIdx.x] = squares;
+  if (!is_last_block(&table.tickets[table.tensor_count], gridDim.x)) return;
+  const volatile double* partials = table.partials;
+  double sum = 0.0;
+  for (int64_t b = threadIdx.x; b < table.chunk_count; b += blockDim.x) sum += partials[b];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *result = finish_grad_norm(sum, options);
+}
+
+}  // namespace
+
+cudaError_t launch_grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result,
+                             cudaStream_t stream) {
+  return launch(&grad_norm_kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, stream,
+                table, options, result);
+}
+
+}  // namespace singlepass::optim

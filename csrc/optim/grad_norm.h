@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/parallel.h"
+#include "optim/table.h"
+
+namespace singlepass::optim {
+
+// What clipping, unscaling and skipping need of the gradients, from one read of them.
+struct GradNorm {
+  float norm;       // Euclidean norm of all gradients after unscaling
+  float divisor;    // dividing the stored gradients by it unscales and clips them
+  float found_inf;  // 1 if an element is infinite or NaN, else 0
+};
+
+// Clips to g * min(1, max_norm / (norm + eps)); max_norm <= 0 only unscales.
+struct ClipOptions {
+  double max_norm, eps;
+  const float* grad_scale;
+};
+
+SINGLEPASS_HD GradNorm finish_grad_norm(double sum_of_squares, const ClipOptions& options) {
+  const double scale = options.grad_scale == nullptr ? 1.0 : static_cast<double>(*options.grad_scale);
+  const double norm = sqrt(sum_of_squares) / scale;
+  const double clip = options.max_norm > 0.0 ? options.max_norm / (norm + options.eps) : 1.0;
+  const bool finite = is_finite(static_cast<float>(sum_of_squares * 0.0));
+  return {static_cast<float>(norm), static_cast<float>(clip < 1.0 || clip != clip ? scale / clip : scale),
+          finite ? 0.0f : 1.0f};
+}
+
+// Reads grad, grad_dtype and numel of each record.
+GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptions& options,
+                       const ParallelFor& parallel_for);
+
+}  // namespace singlepass::optim

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "optim/cpu_engine.h"
+#include "optim/grad_norm.h"
+#include "optim/rules.h"
+
+namespace singlepass::optim {
+
+void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random) {
+  alignas(64) uint32_t words[4][kTile / 8];
+  const int64_t groups = (n + 7) / 8;
+  const uint64_t first = random.start / 8;
+  const uint64_t high = static_cast<uint64_t>(random.step) << 32 | random.id;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < groups; ++i) {
+    const Philox4 bits = philox4x32(random.seed, first + i, high);
+    words[0][i] = bits.word[0];
+    words[1][i] = bits.word[1];
+    words[2][i] = bits.word[2];
+    words[3][i] = bits.word[3];
+  }
+  uint16_t* half = static_cast<uint16_t*>(to);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t word = words[(i % 8) / 2][i / 8];
+    half[i] = float_to_bfloat16_stochastic(from[i], i % 2 == 0 ? word & 0xffffu : word >> 16);
+  }
+}
+
+GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptions& options,
+                       const ParallelFor& parallel_for) {
+  const std::vector<Chunk> chunks = make_chunks(tensors.data(), 0, static_cast<int64_t>(tensors.size()), kCpuChunk);
+  const int64_t n = static_cast<int64_t>(chunks.size());
+  std::vector<double> partials(n, 0.0);
+  parallel_for_elements(parallel_for, n, element_count(tensors, 0, static_cast<int64_t>(tensors.size())),
+                        [&](int64_t begin, int64_t end) {
+                          alignas(64) float buffer[kTile];
+                          for (int64_t i = begin; i < end; ++i) {
+                            const TensorRecord& t = tensors[chunks[i].tensor];
+                            const int64_t stop = std::min(t.numel, (chunks[i].index + 1) * kCpuChunk);
+                            for (int64_t start = chunks[i].index * kCpuChunk; start < stop; start += kTile) {
+                              const int64_t count = std::min(kTile, stop - start);
+                              const TileView g(const_cast<void*>(t.grad), t.grad_dtype, start, count, buffer, true);
+                              partials[i] += sum_of_squares(g.values, count);
+                            }
+                          }
+                        });
+  double sum = 0.0;
+  for (const double partial : partials) sum += partial;
+  return finish_grad_norm(sum, options);
+}
+
+#define SINGLEPASS_INSTANTIATE(...)                                                                         \
+  template void step_cpu<__VA_ARGS__>(const std::vector<TensorRecord>&, const typename __VA_ARGS__::Hyper&, \
+                                      const StepOptions&, const ParallelFor&);
+SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
+
+}  // namespace singlepass::optim

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "optim/cuda_engine.h"
+#include "optim/rules.h"
+
+namespace singlepass::optim {
+
+#define SINGLEPASS_INSTANTIATE(...)                                                                     \
+  template cudaError_t launch_step<__VA_ARGS__>(const DeviceTable&, const typename __VA_ARGS__::Hyper&, \
+                                                const StepOptions&, cudaStream_t);
+SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
+
+}  // namespace singlepass::optim

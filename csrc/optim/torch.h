@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "torch/arguments.h"
+#include "optim/rules.h"
+#include "optim/table.h"
+
+// The optimizer ops' arguments, checked and turned into records. Nothing is changed before all of them are checked.
+namespace singlepass::registration {
+
+using optim::TensorRecord;
+
+// What an engine needs of a step. `kept` owns gradients that had to be copied to their parameters' layout, `like` is
+// any of the parameters.
+struct Step {
+  std::vector<TensorRecord> records;
+  const Tensor* like = nullptr;
+  optim::StepOptions options = {};
+  Tensors kept;
+};
+
+struct StepArguments {
+  std::string op;
+  const Tensors& params;
+  const Tensors& grads;
+  std::vector<const Tensors*> states;
+  const Tensors* scales;
+  const Tensors& steps;
+  const Tensor& lr;
+  bool maximize;
+  std::optional<int64_t> seed;
+  const std::vector<int64_t>& ids;
+  const std::optional<Tensor>& grad_scale;
+  const std::optional<Tensor>& found_inf;
+};
+
+inline void check_count(const StepArguments& a, const char* role, size_t count) {
+  if (count != a.params.size())
+    fail(a.op, "as many ", role, " as parameters, ", a.params.size(), "; got ", count, ". Pass one for each.");
+}
+
+inline void check_strided(const StepArguments& a, const char* role, const Tensor& t) {
+  if (t.layout() != torch::headeronly::Layout::Strided) {
+    fail(a.op, "strided ", role,
+         "; got a sparse one. Use torch.Tensor.to_dense, or an optimizer for sparse gradients.");
+  }
+}
+
+// The gradient in the parameter's memory order.
+inline const Tensor& aligned_grad(const StepArguments& a, size_t i, Step& step) {
+  const Tensor& p = a.params[i];
+  const Tensor& g = a.grads[i];
+  check_strided(a, "gradients", g);
+  check_device(a.op, "gradients", g, p);
+  if (!same_shape(p, g)) {
+    fail(a.op, "gradients of their parameters' shapes; got ", shape_of(g), " for ", shape_of(p), ". Reshape them.");
+  }
+  if (same_order(p, g)) return g;
+  Tensor copy = torch::stable::empty_like(p);
+  if (copy.scalar_type() != g.scalar_type()) copy = torch::stable::to(copy, g.scalar_type());
+  step.kept.push_back(torch::stable::copy_(copy, g));
+  return step.kept.back();
+}
+
+inline void check_state(const StepArguments& a, const Tensor& p, const Tensor& s) {
+  check_device(a.op, "states", s, p);
+  if (!same_shape(p, s) || !same_order(p, s)) {
+    fail(a.op, "states of their parameters' shapes and strides; got ", shape_of(s), " for ", shape_of(p),
+         ", or other strides. Create states by torch.zeros_like(parameter).");
+  }
+}
+
+inline float* scalar_of_tensor(const StepArguments& a, const char* role, const Tensors& list, size_t i) {
+  const float* value = scalar_pointer(a.op, role, std::optional<Tensor>(list[i]), a.params[i]);
+  return const_cast<float*>(value);
+}
+
+inline optim::Scalar lr_of(const StepArguments& a) {
+  if (a.lr.numel() != 1) fail(a.op, "lr as one number; got ", a.lr.numel(), ". Use a tensor of no dimensions.");
+  if (!a.lr.is_cpu()) return {0.0, scalar_pointer(a.op, "lr", std::optional<Tensor>(a.lr), a.params[0])};
+  if (a.lr.scalar_type() == ScalarType::Double) return {*static_cast<const double*>(a.lr.const_data_ptr()), nullptr};
+  if (a.lr.scalar_type() == ScalarType::Float) return {*static_cast<const float*>(a.lr.const_data_ptr()), nullptr};
+  fail(a.op, "lr of float32 or float64; got ", torch::headeronly::toString(a.lr.scalar_type()), ". Convert it.");
+}
+
+inline Step make_step(const StepArguments& a) {
+  Step step;
+  check_count(a, "gradients", a.grads.size());
+  for (const Tensors* list : a.states) check_count(a, "states", list->size());
+  if (a.scales != nullptr) check_count(a, "scales", a.scales->size());
+  if (!a.steps.empty() || a.seed.has_value()) check_count(a, "steps", a.steps.size());
+  if (a.seed.has_value()) check_count(a, "ids", a.ids.size());
+  if (a.params.empty()) return step;
+
+  step.like = &a.params[0];
+  step.records.resize(a.params.size());
+  step.kept.reserve(a.params.size());
+  for (size_t i = 0; i < a.params.size(); ++i) {
+    const Tensor& p = a.params[i];
+    TensorRecord& r = step.records[i];
+    std::memset(static_cast<void*>(&r), 0, sizeof(r));  // records are compared byte by byte
+    check_strided(a, "parameters", p);
+    check_device(a.op, "parameters", p, a.params[0]);
+    if (!is_dense(p)) {
+      fail(a.op, "dense parameters without overlap; got strides that leave gaps. Use backend=\"eager\".");
+    }
+    const Tensor& g = aligned_grad(a, i, step);
+    r.param = p.data_ptr();
+    r.grad = g.data_ptr();
+    r.numel = p.numel();
+    r.param_dtype = dtype_of(a.op, "parameters", p);
+    r.grad_dtype = dtype_of(a.op, "gradients", g);
+    for (size_t k = 0; k < a.states.size(); ++k) {
+      const Tensor& s = (*a.states[k])[i];
+      check_state(a, p, s);
+      r.state[k] = s.data_ptr();
+      r.state_dtype[k] = dtype_of(a.op, "states", s);
+    }
+    if (a.scales != nullptr) r.scale = scalar_of_tensor(a, "scales", *a.scales, i);
+    if (!a.steps.empty()) r.step = scalar_of_tensor(a, "steps", a.steps, i);
+    if (a.seed.has_value()) r.id = static_cast<uint32_t>(a.ids[i]);
+  }
+  step.options.lr = lr_of(a);
+  step.options.grad_scale = scalar_pointer(a.op, "grad_scale", a.grad_scale, a.params[0]);
+  step.options.found_inf = scalar_pointer(a.op, "found_inf", a.found_inf, a.params[0]);
+  step.options.seed = static_cast<uint64_t>(a.seed.value_or(0));
+  step.options.maximize = a.maximize;
+  step.options.stochastic_rounding = a.seed.has_value();
+  return step;
+}
+
+template <size_t>
+struct ListArgument {
+  using Type = Tensors;
+};
+
+template <class Rule>
+inline constexpr size_t kLists = Rule::kStates + (Rule::kScaled ? 1 : 0);
+
+// The op of a rule, with the argument list of its schema. Engine::run<Rule>(step, hyper) does the work.
+template <class Engine, class Rule, class Lists = std::make_index_sequence<kLists<Rule>>,
+          class HyperTypes = typename Rule::HyperTypes>
+struct StepOp;
+
+template <class Engine, class Rule, size_t... K, class... H>
+struct StepOp<Engine, Rule, std::index_sequence<K...>, std::tuple<H...>> {
+  static void call(Tensors params, Tensors grads, typename ListArgument<K>::Type... lists, Tensors steps, Tensor lr,
+                   H... hyper, bool maximize, std::optional<int64_t> seed, std::vector<int64_t> ids,
+                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+    std::vector<const Tensors*> states = {&lists...};
+    const Tensors* scales = nullptr;
+    if constexpr (Rule::kScaled) {
+      scales = states.back();
+      states.pop_back();
+    }
+    bool plain = false;
+    if constexpr (requires { typename Rule::Plain; }) {
+      plain = states.back()->empty();
+      if (plain) states.pop_back();
+    }
+    const Step step = make_step({std::string(Rule::kName) + "_step_", params, grads, states, scales, steps, lr,
+                                 maximize, seed, ids, grad_scale, found_inf});
+    if (step.records.empty()) return;
+    if constexpr (requires { typename Rule::Plain; }) {
+      if (plain) {
+        Engine::template run<typename Rule::Plain>(step, {hyper...});
+        return;
+      }
+    }
+    Engine::template run<Rule>(step, {hyper...});
+  }
+};
+
+// Records of gradients alone, for grad_norm.
+inline std::vector<TensorRecord> grad_records(const Tensors& grads, Tensors& kept) {
+  if (grads.empty()) fail("grad_norm", "at least one gradient; got none. Leave out the call.");
+  std::vector<TensorRecord> records(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check_device("grad_norm", "gradients", grads[i], grads[0]);
+    if (grads[i].layout() != torch::headeronly::Layout::Strided) {
+      fail("grad_norm", "strided gradients; got a sparse one. Use torch.Tensor.to_dense.");
+    }
+    kept.push_back(is_dense(grads[i]) ? grads[i] : torch::stable::contiguous(grads[i]));
+    std::memset(static_cast<void*>(&records[i]), 0, sizeof(TensorRecord));
+    records[i].grad = kept[i].data_ptr();
+    records[i].grad_dtype = dtype_of("grad_norm", "gradients", kept[i]);
+    records[i].numel = kept[i].numel();
+  }
+  return records;
+}
+
+template <class Engine, class Rule, class Library>
+void register_step(Library& m) {
+  if constexpr (requires { typename Rule::Plain; }) {
+    if constexpr (std::is_same_v<Rule, typename Rule::Plain>) return;  // runs under the op of the rule with a maximum
+  }
+  m.impl((std::string(Rule::kName) + "_step_").c_str(), TORCH_BOX((&StepOp<Engine, Rule>::call)));
+}
+
+// The engine's op for every rule, under its name in the schema.
+template <class Engine, class Library>
+void register_steps(Library& m) {
+#define SINGLEPASS_REGISTER(...) register_step<Engine, __VA_ARGS__>(m);
+  SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_REGISTER)
+#undef SINGLEPASS_REGISTER
+}
+
+}  // namespace singlepass::registration

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <iterator>
+
+#include "common/raw.h"
+#include "rational/cuda.h"
+
+// Which elements a thread owns. The coefficients of a thread never change, so they stay in registers with the sums.
+//
+// Where channels are neighbours in memory (inner = 1), a block covers a tile of columns, whole groups or a part of one;
+// a thread keeps its column, a vector of channels of one group, and goes down the rows. Elsewhere a block covers a
+// channel, and its threads go through the channel's planes.
+namespace singlepass::rational {
+
+struct Grid {
+  int width;          // elements of a vector
+  int columns, rows;  // threads of a block: thread t has column t % columns and row t / columns
+  int threads;        // columns * rows, rounded up to whole warps
+  bool planes;
+  int groups_per_tile;    // groups that a block covers
+  int span;               // columns of a block that belong to one group
+  int64_t group_vectors;  // inner = 1: vectors of a group in a row
+  int64_t parts;          // blocks that share a group at one height
+  int64_t tiles;          // blocks at one height
+  int64_t plane_vectors;  // vectors of a plane; 1 where inner = 1
+  int64_t items;          // vectors on the way of a thread's column
+  int64_t splits;         // blocks that share these
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline bool fits_vectors(const Problem& p, const View& view) {
+  if (view.data == nullptr) return true;
+  const bool aligned = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  return aligned && view.outer_stride % kVector == 0 && (p.inner == 1 || view.channel_stride % kVector == 0);
+}
+
+// Whether all accesses can be vectors of kVector elements.
+inline bool fits_vectors(const Problem& p) {
+  const View views[] = {p.x, p.gate, p.y, p.grad, p.grad_x, p.grad_gate};
+  if ((p.inner == 1 ? p.group_size() : p.inner) % kVector != 0) return false;
+  return std::all_of(std::begin(views), std::end(views), [&](const View& view) { return fits_vectors(p, view); });
+}
+
+inline Grid make_grid(const Problem& p, int width, const LaunchShape& shape) {
+  Grid g = {};
+  g.width = width;
+  g.planes = p.inner != 1;
+  g.groups_per_tile = 1;
+  g.columns = 1;
+  if (g.planes) {
+    g.parts = p.group_size();
+    g.tiles = p.channels;
+    g.plane_vectors = p.inner / width;
+  } else {
+    g.group_vectors = std::max<int64_t>(1, p.group_size() / width);
+    g.plane_vectors = 1;
+    if (g.group_vectors > shape.threads) {
+      g.parts = ceil_div(g.group_vectors, shape.threads);
+      g.columns = static_cast<int>(ceil_div(g.group_vectors, g.parts));
+      g.tiles = p.groups() * g.parts;
+    } else {
+      g.parts = 1;
+      const int64_t tiles = ceil_div(p.groups() * g.group_vectors, shape.threads);
+      g.groups_per_tile = static_cast<int>(
+          std::min(ceil_div(p.groups(), tiles), static_cast<int64_t>(shape.threads) / g.group_vectors));
+      g.columns = static_cast<int>(g.groups_per_tile * g.group_vectors);
+      g.tiles = ceil_div(p.groups(), g.groups_per_tile);
+    }
+  }
+  g.span = g.columns / g.groups_per_tile;
+  g.rows = shape.threads / g.columns;
+  g.threads = static_cast<int>(ceil_div(g.columns * g.rows, 32)) * 32;
+  g.items = p.outer * g.plane_vectors;
+  return g;
+}
+
+inline void set_splits(Grid& g, int64_t splits) {
+  g.splits = std::clamp<int64_t>(splits, 1, 65535);
+}
+
+// The numbers of a partial sum: a_0 to a_M, b_0 to b_N.
+template <int M, int N>
+inline constexpr int kSums = M + 1 + N + 1;
+
+inline Grid forward_grid(const Problem& p, int width, const LaunchShape& shape) {
+  Grid g = make_grid(p, width, shape);
+  set_splits(g, ceil_div(g.items, int64_t{g.rows} * shape.forward_items));
+  return g;
+}
+
+// Doubles of partial sums per split.
+inline int64_t partial_count(const Problem& p, const Grid& g, int sums) {
+  return p.groups() * g.parts * sums + (p.bias.data == nullptr ? 0 : p.channels);
+}
+
+inline Grid backward_grid(const Problem& p, int width, int sums, const LaunchShape& shape) {
+  Grid g = make_grid(p, width, shape);
+  const int64_t useful = ceil_div(g.items, int64_t{g.rows} * shape.backward_items);
+  const int64_t affordable = shape.partial_bytes / (8 * std::max<int64_t>(1, partial_count(p, g, sums)));
+  set_splits(g, std::min({useful, ceil_div(shape.backward_blocks, std::max<int64_t>(1, g.tiles)), affordable}));
+  return g;
+}
+
+}  // namespace singlepass::rational

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/reduce.h"
+#include "rational/grid.h"
+
+namespace singlepass::rational {
+
+inline constexpr int kThreads = 256;
+
+// What a kernel is compiled for. kDType is -1 where the dtype is looked up, kFused false where bias, gate and dropout
+// are known to be absent.
+template <Form kForm, int kM, int kN, int kWidth, int kDType, bool kFused>
+struct Variant {
+  static constexpr Form form = kForm;
+  static constexpr int M = kM, N = kN, width = kWidth;
+  static constexpr bool fused = kFused;
+  __device__ __forceinline__ static DType dtype(const Problem& p) {
+    return kDType < 0 ? p.dtype : static_cast<DType>(kDType);
+  }
+};
+
+// A thread's place: its channel (the first of its vector's), its group, and its first item.
+struct Place {
+  bool active;
+  int column, row;
+  int64_t first_group;  // of the block
+  int64_t group, part, channel;
+  int64_t item, stride;
+
+  __device__ Place(const Problem& p, const Grid& g) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t tile = blockIdx.x;
+    column = thread % g.columns;
+    row = thread / g.columns;
+    active = row < g.rows;
+    if (g.planes) {
+      channel = tile;
+      group = first_group = tile / p.group_size();
+      part = tile % p.group_size();
+    } else {
+      first_group = tile / g.parts * g.groups_per_tile;
+      part = tile % g.parts;
+      group = first_group + column / g.span;
+      const int64_t vector = part * g.columns + column % g.span;
+      channel = (group * g.group_vectors + vector) * g.width;
+      active = active && group < p.groups() && vector < g.group_vectors;
+    }
+    item = static_cast<int64_t>(blockIdx.y) * g.rows + row;
+    stride = g.splits * g.rows;
+  }
+};
+
+// Where an item's vector begins in each tensor, and the number of its first element.
+struct Item {
+  int64_t outer, channel, inner;
+
+  __device__ __forceinline__ Item(const Grid& g, const Place& place, int64_t item) : channel(place.channel) {
+    outer = g.planes ? item / g.plane_vectors : item;
+    inner = g.planes ? (item - outer * g.plane_vectors) * g.width : 0;
+  }
+  __device__ __forceinline__ int64_t offset(const View& view) const {
+    return outer * view.outer_stride + channel * view.channel_stride + inner;
+  }
+  __device__ __forceinline__ uint64_t element(const Problem& p) const {
+    return static_cast<uint64_t>((outer * p.channels + channel) * p.inner + inner);
+  }
+};
+
+template <class V>
+__device__ __forceinline__ void read(const Problem& p, const View& view, const Item& item, float* values) {
+  Raw<V::width> raw;
+  load(view.data, V::dtype(p), item.offset(view), raw);
+  decode(raw, V::dtype(p), values);
+}
+
+template <class V>
+__device__ __forceinline__ void write(const Problem& p, const View& view, const Item& item, const float* values) {
+  store(encode_any_nan<V::width>(values, V::dtype(p)), V::dtype(p), view.data, item.offset(view));
+}
+
+// The bias of the channels of a thread's vector.
+template <class V>
+__device__ __forceinline__ void read_bias(const Problem& p, const Grid& g, const Place& place, float* bias) {
+#pragma unroll
+  for (int k = 0; k < V::width; ++k) {
+    const bool present = V::fused && place.active && p.bias.data != nullptr;
+    bias[k] = present ? table_entry(p.bias, 0, place.channel + (g.planes ? 0 : k)) : 0.0f;
+  }
+}
+
+// Factors of the elements of a vector that begins at `element`.
+template <class V>
+__device__ __forceinline__ void draw_factors(const Dropout& dropout, uint64_t element, float* factors) {
+  const Philox4 random = philox4x32(dropout.seed, element / kVector, 0);
+#pragma unroll
+  for (int k = 0; k < V::width; ++k) {
+    const int lane = V::width == 1 ? static_cast<int>(element % kVector) : k;
+    const uint32_t low = lane < 2 ? random.word[0] : random.word[1];
+    const uint32_t high = lane < 6 ? random.word[2] : random.word[3];
+    const uint32_t word = lane < 4 ? low : high;
+    factors[k] = (lane % 2 == 0 ? word & 0xffffu : word >> 16) < dropout.threshold ? 0.0f : dropout.scale;
+  }
+}
+
+__device__ __forceinline__ float keep(float value, float factor) {
+  return factor == 0.0f ? 0.0f : value * factor;
+}
+
+template <class V>
+__device__ __forceinline__ float evaluate(const Coefficients<float, V::M, V::N>& c, float x, uint64_t seed,
+                                          uint64_t element) {
+  if constexpr (V::form == Form::kD) {
+    return noisy_value(c, x, seed, element);
+  } else {
+    return value<V::form>(c, x);
+  }
+}
+
+template <class V>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, const Grid g) {
+  const Place place(p, g);
+  if (!place.active) return;
+  const Coefficients<float, V::M, V::N> c = coefficients<V::M, V::N>(p, place.group);
+  const Dropout dropout = V::fused ? p.dropout() : Dropout{};
+  float bias[V::width];
+  read_bias<V>(p, g, place, bias);
+
+  for (int64_t i = place.item; i < g.items; i += place.stride) {
+    const Item item(g, place, i);
+    float x[V::width], gate[V::width], y[V::width];
+    read<V>(p, p.x, item, x);
+    const bool gated = V::fused && p.gate.data != nullptr;
+    if (gated) read<V>(p, p.gate, item, gate);
+#pragma unroll
+    for (int k = 0; k < V::width; ++k) {
+      const float z = V::fused && p.bias.data != nullptr ? x[k] + bias[k] : x[k];
+      y[k] = evaluate<V>(c, z, dropout.seed, item.element(p) + k);
+    }
+    if (V::fused && dropout.threshold > 0) {
+      float factors[V::width];
+      draw_factors<V>(dropout, item.element(p), factors);
+#pragma unroll
+      for (int k = 0; k < V::width; ++k) y[k] = keep(y[k], factors[k]);
+    }
+    if (gated) {
+#pragma unroll
+      for (int k = 0; k < V::width; ++k) y[k] *= gate[k];
+    }
+    write<V>(p, p.y, item, y);
+  }
+}
+
+// One number of every thread, for each of kCount sums.
+template <int kCount>
+struct BlockSums {
+  float value[kCount][kThreads];
+};
+
+// Sums over the threads of each group that a block covers, in a fixed order: a warp makes one sum after another.
+template <int kCount>
+__device__ void reduce_groups(const Problem& p, const Grid& g, const Place& place, const BlockSums<kCount>& block,
+                              double* partials) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const unsigned members = static_cast<unsigned>(g.span * g.rows), span = static_cast<unsigned>(g.span);
+  for (int task = warp; task < kCount * g.groups_per_tile; task += warps) {
+    const int index = task % kCount, local = task / kCount;
+    double sum = 0.0;
+    for (unsigned member = lane; member < members; member += kWarp) {
+      sum += block.value[index][member / span * g.columns + local * span + member % span];
+    }
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    const int64_t group = place.first_group + local;
+    if (lane == 0 && group < p.groups()) {
+      partials[((blockIdx.y * p.groups() + group) * g.parts + place.part) * kCount + index] = sum;
+    }
+  }
+}
+
+// Sums of a block for every channel that it covers.
+template <class V, int kCount>
+__device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place, BlockSums<kCount>& block,
+                            const float* grad_bias, double* partials) {
+  double* const row = partials + static_cast<int64_t>(blockIdx.y) * p.channels;
+  if (g.planes) {
+    double sum = 0.0;
+    for (int k = 0; k < V::width; ++k) sum += grad_bias[k];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) row[place.channel] = sum;
+    return;
+  }
+  static_assert(V::width <= kCount);
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < V::width; ++k) block.value[k][threadIdx.x] = grad_bias[k];
+  __syncthreads();
+  if (!place.active || place.row != 0) return;
+  for (int k = 0; k < V::width; ++k) {
+    double sum = 0.0;
+    for (int r = 0; r < g.rows; ++r) sum += block.value[k][r * g.columns + place.column];
+    row[place.channel + k] = sum;
+  }
+}
+
+template <class V>
+__global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
+    backward_kernel(const Problem p, const Grid g, double* partials, double* bias_partials) {
+  const Place place(p, g);
+  Coefficients<float, V::M, V::N> c = {};
+  if (place.active) c = coefficients<V::M, V::N>(p, place.group);
+  const Dropout dropout = V::fused || V::form == Form::kD ? p.dropout() : Dropout{};
+  float bias[V::width], grad_bias[V::width] = {};
+  read_bias<V>(p, g, place, bias);
+  Sums<float, V::M, V::N> sums = {};
+
+  for (int64_t i = place.active ? place.item : g.items; i < g.items; i += place.stride) {
+    const Item item(g, place, i);
+    float x[V::width], grad[V::width], grad_x[V::width];
+    read<V>(p, p.x, item, x);
+    read<V>(p, p.grad, item, grad);
+    if (V::fused && p.bias.data != nullptr) {
+#pragma unroll
+      for (int k = 0; k < V::width; ++k) x[k] += bias[k];
+    }
+    if (V::fused && dropout.threshold > 0) {
+      float factors[V::width];
+      draw_factors<V>(dropout, item.element(p), factors);
+#pragma unroll
+      for (int k = 0; k < V::width; ++k) grad[k] = keep(grad[k], factors[k]);
+    }
+    if (V::fused && p.gate.data != nullptr) {
+      float gate[V::width], grad_gate[V::width];
+      read<V>(p, p.gate, item, gate);
+#pragma unroll
+      for (int k = 0; k < V::width; ++k) {
+        grad_gate[k] = grad[k] * evaluate<V>(c, x[k], dropout.seed, item.element(p) + k);
+        grad[k] *= gate[k];
+      }
+      write<V>(p, p.grad_gate, item, grad_gate);
+    }
+    // A vector has sums of its own, which are then added to the others: shorter chains of additions, smaller roundings.
+    Sums<float, V::M, V::N> own = {};
+#pragma unroll
+    for (int k = 0; k < V::width; ++k) {
+      if constexpr (V::form == Form::kD) {
+        grad_x[k] = noisy_gradients(c, x[k], grad[k], dropout.seed, item.element(p) + k, own);
+      } else {
+        grad_x[k] = gradients<V::form>(c, x[k], grad[k], own);
+      }
+      if constexpr (V::fused) grad_bias[k] += grad_x[k];
+    }
+#pragma unroll
+    for (int k = 0; k <= V::M; ++k) sums.a[k] += own.a[k];
+#pragma unroll
+    for (int k = 0; k <= V::N; ++k) sums.b[k] += own.b[k];
+    write<V>(p, p.grad_x, item, grad_x);
+  }
+
+  constexpr int kCount = kSums<V::M, V::N>;
+  SINGLEPASS_SHARED(BlockSums<kCount>, block);
+#pragma unroll
+  for (int k = 0; k <= V::M; ++k) block.value[k][threadIdx.x] = sums.a[k];
+#pragma unroll
+  for (int k = 0; k <= V::N; ++k) block.value[V::M + 1 + k][threadIdx.x] = sums.b[k];
+  __syncthreads();
+  reduce_groups<kCount>(p, g, place, block, partials);
+  if (V::fused && p.bias.data != nullptr) reduce_bias<V, kCount>(p, g, place, block, grad_bias, bias_partials);
+}
+
+// Sums of partials, in a fixed order: a block for each coefficient, then blocks for the channels' biases.
+__global__ void __launch_bounds__(kThreads) reduce_kernel(const Problem p, const Grid g, int numerator_sums, int sums,
+                                                          const double* partials, const double* bias_partials) {
+  const int64_t numerators = p.numerator.rows * p.numerator.columns;
+  const int64_t coefficients = numerators + p.denominator.rows * p.denominator.columns;
+  const int64_t block = blockIdx.x;
+  if (block >= coefficients) {
+    const int64_t c = (block - coefficients) * blockDim.x + threadIdx.x;
+    if (c >= p.channels) return;
+    double sum = 0.0;
+    for (int64_t s = 0; s < g.splits; ++s) sum += bias_partials[s * p.channels + c];
+    store_scalar(static_cast<float>(sum), p.grad_bias.data, p.grad_bias.dtype, c);
+    return;
+  }
+  const bool is_numerator = block < numerators;
+  const Table& table = is_numerator ? p.numerator : p.denominator;
+  const int64_t entry = is_numerator ? block : block - numerators;
+  const int64_t row = entry / table.columns;
+  const int64_t column = entry % table.columns;
+  const int first = is_numerator ? 0 : numerator_sums + (p.form == Form::kC ? 0 : 1);
+  // A row that all groups share takes the sums of all.
+  const int64_t per_split = (table.rows == 1 ? p.groups() : 1) * g.parts;
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < g.splits * per_split; i += blockDim.x) {
+    const int64_t slot = i / per_split * p.groups() * g.parts + row * g.parts + i % per_split;
+    sum += partials[slot * sums + first + column];
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x != 0) return;
+  const Table& grad = is_numerator ? p.grad_numerator : p.grad_denominator;
+  const float b = p.form == Form::kA && !is_numerator ? table_entry(table, row, column) : 1.0f;
+  store_scalar(with_sign_of(b, static_cast<float>(sum)), grad.data, grad.dtype, entry);
+}
+
+}  // namespace singlepass::rational

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/reduce.h"
+#include "spectral/cuda.h"
+#include "spectral/cuda_variant.h"
+#include "spectral/lorentz.h"
+
+// A warp works on one row after another. Its lanes keep the row's first elements in registers between the sums and the
+// result; what a row has beyond them is read twice, the second time from a cache.
+namespace singlepass::spectral {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kHeldByLane = 16;
+
+// Sum over the warp in a fixed order, in every lane.
+__device__ __forceinline__ double warp_sum(double value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// A row of z and, in the backward pass, of the gradient.
+template <class V, bool kBackward>
+class Row {
+ public:
+  __device__ __forceinline__ Row(const Lorentz& p, int64_t row)
+      : p_(p), dtype_(V::dtype(p.dtype)), begin_(row * p.columns), lane_(static_cast<int>(threadIdx.x) % kWarp) {
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v) {
+      if (element(v) < p.columns) read(element(v), z_[v], grad_[kBackward ? v : 0]);
+    }
+  }
+
+  // body(i, z, grad) for the lane's elements, V::width neighbours at a time of which i is the first.
+  template <class Body>
+  __device__ __forceinline__ void for_each(const Body& body) const {
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v) {
+      if (element(v) < p_.columns) give(element(v), z_[v], grad_[kBackward ? v : 0], body);
+    }
+    for (int64_t i = element(kHeld); i < p_.columns; i += kWarp * V::width) {
+      Raw<V::width> z, grad;
+      read(i, z, grad);
+      give(i, z, grad, body);
+    }
+  }
+
+  __device__ __forceinline__ float first(const void* base) const {
+    Raw<1> raw;
+    float value;
+    load(base, dtype_, begin_, raw);
+    decode(raw, dtype_, &value);
+    return value;
+  }
+
+  __device__ __forceinline__ void write(int64_t i, const float* values) const {
+    store(encode_any_nan<V::width>(values, dtype_), dtype_, p_.out, begin_ + i);
+  }
+
+ private:
+  static constexpr int kHeld = kHeldByLane / V::width;
+
+  __device__ __forceinline__ int64_t element(int v) const { return (v * kWarp + lane_) * V::width; }
+
+  __device__ __forceinline__ void read(int64_t i, Raw<V::width>& z, Raw<V::width>& grad) const {
+    load(p_.z, dtype_, begin_ + i, z);
+    if constexpr (kBackward) load(p_.grad, dtype_, begin_ + i, grad);
+  }
+
+  template <class Body>
+  __device__ __forceinline__ void give(int64_t i, const Raw<V::width>& raw_z, const Raw<V::width>& raw_grad,
+                                       const Body& body) const {
+    float z[V::width], grad[V::width] = {};
+    decode(raw_z, dtype_, z);
+    if constexpr (kBackward) decode(raw_grad, dtype_, grad);
+    body(i, z, grad);
+  }
+
+  const Lorentz& p_;
+  const DType dtype_;
+  const int64_t begin_;
+  const int lane_;
+  Raw<V::width> z_[kHeld], grad_[kBackward ? kHeld : 1];
+};
+
+// Returns, in every lane, the row's part of the gradient of log_scale.
+template <class V, bool kBackward>
+__device__ __forceinline__ double map_row(const Lorentz& p, int64_t index) {
+  const Row<V, kBackward> row(p, index);
+  double square = 0.0, along = 0.0;
+  row.for_each([&](int64_t i, const float* z, const float* grad) {
+#pragma unroll
+    for (int k = 0; k < V::width; ++k) {
+      if (i + k == 0) continue;  // the time
+      square += static_cast<double>(z[k]) * z[k];
+      if constexpr (kBackward) along += static_cast<double>(grad[k]) * z[k];
+    }
+  });
+  const LorentzRow x(p, row.first(p.z), warp_sum(square));
+  float first = x.time, pull = 0.0f, grad_time = 0.0f;
+  if constexpr (kBackward) {
+    along = warp_sum(along);
+    grad_time = x.grad_time(row.first(p.grad), along);
+    first = x.grad_first(grad_time);
+    pull = x.pull(along);
+  }
+  row.for_each([&](int64_t i, const float* z, const float* grad) {
+    float out[V::width];
+#pragma unroll
+    for (int k = 0; k < V::width; ++k) {
+      out[k] = kBackward ? grad[k] * x.root - z[k] * pull : z[k] * x.root;
+      if (i + k == 0) out[k] = first;
+    }
+    row.write(i, out);
+  });
+  return kBackward ? x.grad_scale(grad_time) : 0.0;
+}
+
+// A thread block owns kLorentzRows rows.
+template <class V, bool kBackward>
+__global__ void __launch_bounds__(kThreads) lorentz_kernel(const Lorentz p) {
+  const int64_t begin = blockIdx.x * kLorentzRows, warp = threadIdx.x / kWarp;
+  const int64_t end = begin + kLorentzRows < p.rows ? begin + kLorentzRows : p.rows;
+  double sum = 0.0;
+  for (int64_t row = begin + warp; row < end; row += blockDim.x / kWarp) sum += map_row<V, kBackward>(p, row);
+  if constexpr (kBackward) {
+    sum = block_sum(threadIdx.x % kWarp == 0 ? sum : 0.0);
+    if (threadIdx.x == 0) p.partials[blockIdx.x] = sum;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) add_partials_kernel(const Lorentz p) {
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < lorentz_blocks(p.rows); i += blockDim.x) sum += p.partials[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *p.grad_scale = static_cast<float>(sum);
+}
+
+template <class V>
+struct Forward {
+  static constexpr auto value = &lorentz_kernel<V, false>;
+};
+
+template <class V>
+struct Backward {
+  static constexpr auto value = &lorentz_kernel<V, true>;
+};
+
+template <template <class> class Kernel>
+cudaError_t launch_rows(const Lorentz& p, cudaStream_t stream, int threads) {
+  if (p.rows == 0) return cudaSuccess;
+  const bool vectors = p.columns % kVector == 0 && is_aligned(p.z) && is_aligned(p.grad) && is_aligned(p.out);
+  const dim3 grid(static_cast<unsigned>(lorentz_blocks(p.rows)));
+  return launch(pick<Kernel>(vectors, p.dtype), grid, dim3(threads), 0, stream, p);
+}
+
+}  // namespace
+
+cudaError_t launch_lorentz(const Lorentz& p, cudaStream_t stream, int threads) {
+  return launch_rows<Forward>(p, stream, threads);
+}
+
+cudaError_t launch_lorentz_backward(const Lorentz& p, cudaStream_t stream, int threads) {
+  const cudaError_t error = launch_rows<Backward>(p, stream, threads);
+  if (error != cudaSuccess) return error;
+  return launch(&add_partials_kernel, dim3(1), dim3(threads), 0, stream, p);
+}
+
+}  // namespace singlepass::spectral

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "optim/cuda_engine.h"
+#include "spectral/cuda.h"
+
+// A thread block owns a chunk of whole rows, or of singular values. It updates a row, keeping the new elements in
+// shared memory in float32, adds up their squares, and writes them once they have their length. A thread owns the same
+// elements of a row throughout; barriers stand around sums, and between rows, which may be dealt out otherwise.
+namespace singlepass::spectral {
+namespace {
+
+using optim::kThreads;
+using optim::TensorRecord;
+
+struct LaunchOptions {
+  StepOptions step;
+  int held;  // elements of a row in shared memory, a multiple of kVector
+};
+
+// Elements that one constraint ties together: `t` begins with them and has no others.
+template <bool kFloat32>
+class Span {
+ public:
+  __device__ __forceinline__ Span(const TensorRecord& t, const Rule::Coefficients& c, float factor, int held)
+      : t_(t), c_(c), factor_(factor), held_(held) {
+    vectors_end_ = optim::is_aligned<Rule>(t) ? t.numel - t.numel % kVector : 0;
+  }
+
+  // From here on the gradient's part along the parameter is taken from it.
+  __device__ __forceinline__ void project() {
+    double sum = 0.0;
+    for_each([&]<int kWidth>(int64_t i) {
+      Raw<kWidth> raw_p, raw_g;
+      load(t_.param, dtype(t_.param_dtype), i, raw_p);
+      load(t_.grad, dtype(t_.grad_dtype), i, raw_g);
+      float p[kWidth], g[kWidth];
+      decode(raw_p, dtype(t_.param_dtype), p);
+      decode(raw_g, dtype(t_.grad_dtype), g);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sum += static_cast<double>(g[k] * factor_) * p[k];
+    });
+    along_ = static_cast<float>(shared_sum(sum));
+    projects_ = true;
+  }
+
+  __device__ __forceinline__ void make_unit() {
+    __syncthreads();  // what was held of the row before has been given back
+    double squares = 0.0;
+    for_each([&]<int kWidth>(int64_t i) {
+      Element<kWidth> e;
+      update(i, e);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) squares += static_cast<double>(e.p[k]) * e.p[k];
+      if (i >= held_) return;  // to be made again: its states are what they were
+      write_states(i, e);
+      hold(i, e);
+    });
+    const float factor = inverse_norm(shared_sum(squares));
+    for_each([&]<int kWidth>(int64_t i) {
+      Element<kWidth> e;
+      if (i < held_) {
+        give_back(i, e);
+      } else {
+        update(i, e);
+        write_states(i, e);
+      }
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) e.p[k] *= factor;
+      write_param(i, e);
+    });
+  }
+
+  __device__ __forceinline__ void make_not_negative() {
+    for_each([&]<int kWidth>(int64_t i) {
+      Element<kWidth> e;
+      update(i, e);
+      write_states(i, e);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) e.p[k] = not_negative(e.p[k]);
+      write_param(i, e);
+    });
+  }
+
+ private:
+  // kWidth neighbours.
+  template <int kWidth>
+  struct Element {
+    float p[kWidth], states[Rule::kStates][kWidth];
+  };
+
+  __device__ __forceinline__ static DType dtype(DType stored) { return kFloat32 ? DType::kFloat32 : stored; }
+
+  // In every thread. The barrier at its end lets the next call write again.
+  __device__ __forceinline__ static double shared_sum(double value) {
+    SINGLEPASS_SHARED(double, sum);
+    value = block_sum(value);
+    if (threadIdx.x == 0) sum = value;
+    __syncthreads();
+    value = sum;
+    __syncthreads();
+    return value;
+  }
+
+  template <class Body>
+  __device__ __forceinline__ void for_each(const Body& body) const {
+    for (int64_t i = threadIdx.x * kVector; i < vectors_end_; i += blockDim.x * kVector) {
+      body.template operator()<kVector>(i);
+    }
+    for (int64_t i = vectors_end_ + threadIdx.x; i < t_.numel; i += blockDim.x) body.template operator()<1>(i);
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void update(int64_t i, Element<kWidth>& e) const {
+    Raw<kWidth> raw_p, raw_g, raw_m, raw_v;
+    load(t_.param, dtype(t_.param_dtype), i, raw_p);
+    load(t_.grad, dtype(t_.grad_dtype), i, raw_g);
+    load(t_.state[0], dtype(t_.state_dtype[0]), i, raw_m);
+    load(t_.state[1], dtype(t_.state_dtype[1]), i, raw_v);
+    float g[kWidth];
+    decode(raw_p, dtype(t_.param_dtype), e.p);
+    decode(raw_g, dtype(t_.grad_dtype), g);
+    decode(raw_m, dtype(t_.state_dtype[0]), e.states[0]);
+    decode(raw_v, dtype(t_.state_dtype[1]), e.states[1]);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      float s[Rule::kStates] = {e.states[0][k], e.states[1][k]};
+      const float grad = g[k] * factor_;
+      Rule::update(c_, e.p[k], projects_ ? grad - along_ * e.p[k] : grad, s);
+      e.states[0][k] = s[0];
+      e.states[1][k] = s[1];
+    }
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void write_states(int64_t i, const Element<kWidth>& e) const {
+#pragma unroll
+    for (int s = 0; s < Rule::kStates; ++s) {
+      const DType to = dtype(t_.state_dtype[s]);
+      store(encode<kWidth>(e.states[s], to), to, t_.state[s], i);
+    }
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void write_param(int64_t i, const Element<kWidth>& e) const {
+    const DType to = dtype(t_.param_dtype);
+    store(encode<kWidth>(e.p, to), to, t_.param, i);
+  }
+
+  // Where element i is held. Fours that a warp's threads access together are neighbours, so that they meet all banks.
+  __device__ __forceinline__ float* held_at(int64_t i) const {
+    return dynamic_shared<float>() + (i % kVector / 4 * (held_ / kVector) + i / kVector) * 4 + i % 4;
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void hold(int64_t i, const Element<kWidth>& e) const {
+    if constexpr (kWidth == 1) {
+      *held_at(i) = e.p[0];
+    } else {
+      *reinterpret_cast<float4*>(held_at(i)) = {e.p[0], e.p[1], e.p[2], e.p[3]};
+      *reinterpret_cast<float4*>(held_at(i + 4)) = {e.p[4], e.p[5], e.p[6], e.p[7]};
+    }
+  }
+
+  template <int kWidth>
+  __device__ __forceinline__ void give_back(int64_t i, Element<kWidth>& e) const {
+    if constexpr (kWidth == 1) {
+      e.p[0] = *held_at(i);
+    } else {
+      const float4 low = *reinterpret_cast<const float4*>(held_at(i));
+      const float4 high = *reinterpret_cast<const float4*>(held_at(i + 4));
+      e.p[0] = low.x, e.p[1] = low.y, e.p[2] = low.z, e.p[3] = low.w;
+      e.p[4] = high.x, e.p[5] = high.y, e.p[6] = high.z, e.p[7] = high.w;
+    }
+  }
+
+  const TensorRecord& t_;
+  const Rule::Coefficients& c_;
+  const float factor_;
+  const int held_;
+  int64_t vectors_end_;
+  bool projects_ = false;
+  float along_ = 0.0f;
+};
+
+__device__ __forceinline__ void move(TensorRecord& t, int64_t elements) {
+  t.param = static_cast<char*>(t.param) + elements * size_of(t.param_dtype);
+  t.grad = static_cast<const char*>(t.grad) + elements * size_of(t.grad_dtype);
+#pragma unroll
+  for (int s = 0; s < Rule::kStates; ++s) {
+    t.state[s] = static_cast<char*>(t.state[s]) + elements * size_of(t.state_dtype[s]);
+  }
+}
+
+template <bool kFloat32>
+__global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
+    unit_step_kernel(const optim::DeviceTable table, const Rule::Hyper hyper, const LaunchOptions options) {
+  const optim::StepOptions& shared = options.step.shared;
+  if (shared.found_inf != nullptr && *shared.found_inf != 0.0f) return;
+  const optim::Chunk chunk = table.chunks[blockIdx.x];
+  const TensorRecord& t = table.records[chunk.tensor];
+
+  SINGLEPASS_SHARED(Rule::Coefficients, shared_coefficients);
+  if (threadIdx.x == 0) shared_coefficients = optim::device_coefficients<Rule>(t, hyper, shared);
+  __syncthreads();
+  const Rule::Coefficients c = shared_coefficients;
+
+  const float factor = optim::grad_factor(shared.maximize, shared.grad_scale);
+  const int64_t size = optim::chunk_size(t, table.shape.chunk), begin = chunk.index * size;
+  const int64_t end = begin + size < t.numel ? begin + size : t.numel, step = t.columns > 0 ? t.columns : size;
+  TensorRecord part = t;
+  move(part, begin);
+  for (int64_t first = begin; first < end; first += step, move(part, step)) {
+    part.numel = end - first < step ? end - first : step;
+    Span<kFloat32> span(part, c, factor, options.held);
+    if (t.columns == 0) {
+      span.make_not_negative();
+    } else {
+      if (options.step.project) span.project();
+      span.make_unit();
+    }
+  }
+
+  const unsigned blocks = static_cast<unsigned>(optim::chunk_count(t.numel, size));
+  if (is_last_block(&table.tickets[chunk.tensor], blocks) && threadIdx.x == 0) *t.step += 1.0f;
+}
+
+}  // namespace
+
+cudaError_t launch_step(const optim::DeviceTable& table, const Rule::Hyper& hyper, const StepOptions& options,
+                        cudaStream_t stream, int64_t held) {
+  if (table.chunk_count == 0) return cudaSuccess;
+  const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
+  const int64_t row = round_up(table.longest_row, kVector);
+  // Singular values alone take all threads.
+  const int64_t useful = row == 0 ? table.shape.threads : round_up(row / kVector, kWarp);
+  const dim3 threads(static_cast<unsigned>(std::min<int64_t>(table.shape.threads, useful)));
+  const LaunchOptions launch_options = {options, static_cast<int>(std::min(row, held))};
+  const auto kernel = table.all_float32 ? &unit_step_kernel<true> : &unit_step_kernel<false>;
+  return launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), threads, launch_options.held * sizeof(float),
+                stream, table, hyper, launch_options);
+}
+
+}  // namespace singlepass::spectral

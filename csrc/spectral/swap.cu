@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
+#include "common/raw.h"
+#include "common/reduce.h"
+#include "spectral/cuda.h"
+#include "spectral/swap.h"
+
+// A warp exchanges one row, two blocks of kBlock columns at a time: sixteen lanes share a block and its factor, and
+// each has eight columns of it, neighbours where they are read as a vector.
+namespace singlepass::spectral {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 16;
+static_assert(kLanes * kVector == kBlock);
+
+// Kernel arguments may fill 4 KiB.
+constexpr int kPiecePairs = 3840 / sizeof(Swap);
+
+struct Piece {
+  Swap pairs[kPiecePairs];
+};
+
+// The columns of a lane. Those beyond the row's end are neither read nor written.
+template <bool kVectors>
+struct Columns {
+  int64_t begin, end;  // of the block, and of the row
+
+  __device__ __forceinline__ int64_t at(int k) const {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    return begin + (kVectors ? lane * kVector + k : lane + k * kLanes);
+  }
+
+  __device__ __forceinline__ void read(const void* base, DType dtype, int64_t row, float* values) const {
+    if constexpr (kVectors) {
+      Raw<kVector> raw = {};
+      if (at(0) < end) load(base, dtype, row + at(0), raw);
+      decode(raw, dtype, values);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        Raw<1> raw = {};
+        if (at(k) < end) load(base, dtype, row + at(k), raw);
+        decode(raw, dtype, values + k);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(const float* values, void* base, DType dtype, int64_t row) const {
+    if constexpr (kVectors) {
+      if (at(0) < end) store(encode<kVector>(values, dtype), dtype, base, row + at(0));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        if (at(k) < end) store(encode<1>(values + k, dtype), dtype, base, row + at(k));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void read_codes(const int8_t* codes, float factor, float* values) const {
+    int8_t code[kVector] = {};
+    if constexpr (kVectors) {
+      if (at(0) < end) {
+        const uint2 words = *reinterpret_cast<const uint2*>(codes + at(0));
+        memcpy(code, &words, sizeof(words));
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        if (at(k) < end) code[k] = codes[at(k)];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) values[k] = static_cast<float>(code[k]) * factor;
+  }
+
+  __device__ __forceinline__ void write_codes(const float* values, float inverse, int8_t* codes) const {
+    int8_t code[kVector];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) code[k] = code_of(values[k], inverse);
+    if constexpr (kVectors) {
+      uint2 words;
+      memcpy(&words, code, sizeof(words));
+      if (at(0) < end) *reinterpret_cast<uint2*>(codes + at(0)) = words;
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        if (at(k) < end) codes[at(k)] = code[k];
+      }
+    }
+  }
+};
+
+// The largest magnitude among the lanes of a block; NaN where there is one.
+__device__ __forceinline__ float largest_of(const float* values) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) largest = maximum(absolute(values[k]), largest);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    largest = maximum(__shfl_xor_sync(0xffffffffu, largest, offset), largest);
+  }
+  return largest;
+}
+
+template <bool kVectors>
+__device__ __forceinline__ void swap_row(const Swap& pair, int64_t place, int64_t row) {
+  const int64_t n = pair.columns, active = place * n, frozen = row * n;
+  const int half = static_cast<int>(threadIdx.x) % kWarp / kLanes;
+  for (int64_t begin = 0; begin < n; begin += 2 * kBlock) {  // all lanes go on: they meet in shuffles
+    const Columns<kVectors> columns = {begin + half * kBlock, n};
+    float leaving[kVector], coming[kVector];
+    columns.read(pair.active, pair.active_dtype, active, leaving);
+    if (pair.scales == nullptr) {
+      columns.read(pair.frozen, pair.frozen_dtype, frozen, coming);
+      columns.write(leaving, pair.frozen, pair.frozen_dtype, frozen);
+    } else {
+      int8_t* const codes = global_memory(static_cast<int8_t*>(pair.frozen) + frozen);
+      float* const factor = global_memory(pair.scales + row * factor_count(n) + columns.begin / kBlock);
+      const bool exists = columns.begin < n;
+      columns.read_codes(codes, exists ? *factor : 0.0f, coming);
+      const float fresh = factor_of(largest_of(leaving));
+      __syncwarp();  // the old factor has been read
+      if (exists && threadIdx.x % kLanes == 0) *factor = fresh;
+      columns.write_codes(leaving, inverse_of(fresh), codes);
+    }
+    columns.write(coming, pair.active, pair.active_dtype, active);
+  }
+}
+
+__device__ __forceinline__ bool takes_vectors(const Swap& pair) {
+  const uintptr_t frozen = reinterpret_cast<uintptr_t>(pair.frozen);
+  return pair.columns % kVector == 0 && reinterpret_cast<uintptr_t>(pair.active) % 16 == 0 &&
+         frozen % (pair.scales == nullptr ? 16 : 8) == 0;
+}
+
+// Blocks (places of a pair, pairs).
+__global__ void __launch_bounds__(kThreads) swap_kernel(const __grid_constant__ Piece piece) {
+  const Swap& pair = piece.pairs[blockIdx.y];
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (place >= pair.rank || !pair.changes(place)) return;
+  const int64_t row = pair.exchange[place];
+  if (takes_vectors(pair)) {
+    swap_row<true>(pair, place, row);
+  } else {
+    swap_row<false>(pair, place, row);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_swap(const std::vector<Swap>& pairs, cudaStream_t stream, int threads) {
+  const int64_t warps = threads / kWarp;
+  for (size_t first = 0; first < pairs.size(); first += kPiecePairs) {
+    Piece piece = {};
+    const size_t count = std::min<size_t>(kPiecePairs, pairs.size() - first);
+    int64_t places = 1;
+    for (size_t i = 0; i < count; ++i) {
+      piece.pairs[i] = pairs[first + i];
+      places = std::max(places, pairs[first + i].rank);
+    }
+    const dim3 grid(static_cast<unsigned>((places + warps - 1) / warps), static_cast<unsigned>(count));
+    const cudaError_t error = launch(&swap_kernel, grid, dim3(threads), 0, stream, piece);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace singlepass::spectral
