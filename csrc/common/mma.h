@@ -4,12 +4,11 @@
 #include "common/cuda.h"
 #include "common/dtype.h"
 #include "common/raw.h"
+#include "common/reduce.h"
 
 // What kernels use of tensor cores and of arithmetic on pairs of float16, with a twin for kernels that run on the CPU.
 // Lane l of a warp is called (g, t) = (l / 4, l % 4). A register of pairs holds the first in its low half.
 namespace singlepass {
-
-inline constexpr unsigned kWholeWarp = 0xffffffffu;
 
 __device__ __forceinline__ float element_of(uint32_t pair, int i, DType dtype) {
   const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
@@ -24,10 +23,10 @@ __device__ __forceinline__ void multiply_accumulate_by_lanes(float (&d)[4], cons
   const auto two = [](uint32_t low, uint32_t high) { return low | static_cast<unsigned long long>(high) << 32; };
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const unsigned long long rows[2] = {__shfl_sync(kWholeWarp, two(a[0], a[1]), g * 4 + k),
-                                        __shfl_sync(kWholeWarp, two(a[2], a[3]), g * 4 + k)};
-    const unsigned long long columns[2] = {__shfl_sync(kWholeWarp, two(b0, b1), 2 * t * 4 + k),
-                                           __shfl_sync(kWholeWarp, two(b0, b1), (2 * t + 1) * 4 + k)};
+    const unsigned long long rows[2] = {__shfl_sync(kAllLanes, two(a[0], a[1]), g * 4 + k),
+                                        __shfl_sync(kAllLanes, two(a[2], a[3]), g * 4 + k)};
+    const unsigned long long columns[2] = {__shfl_sync(kAllLanes, two(b0, b1), 2 * t * 4 + k),
+                                           __shfl_sync(kAllLanes, two(b0, b1), (2 * t + 1) * 4 + k)};
 #pragma unroll
     for (int i = 0; i < 16; ++i) {  // for each number of d, two elements of each half of the columns
       const uint32_t row = static_cast<uint32_t>(rows[i / 2 % 2] >> (32 * (i / 8)));
@@ -79,8 +78,8 @@ __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
   return result;
 #else
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const uint32_t first = __shfl_sync(kWholeWarp, pair, 2 * t * 4 + g / 2);
-  const uint32_t second = __shfl_sync(kWholeWarp, pair, (2 * t + 1) * 4 + g / 2);
+  const uint32_t first = __shfl_sync(kAllLanes, pair, 2 * t * 4 + g / 2);
+  const uint32_t second = __shfl_sync(kAllLanes, pair, (2 * t + 1) * 4 + g / 2);
   return ((first >> (16 * (g % 2))) & 0xffffu) | second >> (16 * (g % 2)) << 16;
 #endif
 }

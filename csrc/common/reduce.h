@@ -7,6 +7,7 @@ namespace singlepass {
 
 inline constexpr int kWarp = 32;
 inline constexpr int kMaxWarps = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;  // of a warp, for its collectives
 
 struct WarpSums {
   double sum[kMaxWarps];
@@ -15,7 +16,7 @@ struct WarpSums {
 // Sum over the block in a fixed order, returned to thread 0. All threads must call it; blockDim.x is a multiple of 32.
 __device__ inline double block_sum(double value) {
   SINGLEPASS_SHARED(WarpSums, warps);
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_down_sync(kAllLanes, value, offset);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   if (lane == 0) warps.sum[warp] = value;

@@ -8,10 +8,10 @@
 namespace singlepass::kv {
 
 // Where a task's block stands.
-struct Place {
+struct BlockRange {
   int64_t b, h, block, begin, count, end;  // slots from begin on, of which count hold a token
 
-  Place(const Codec& p, int64_t task) {
+  BlockRange(const Codec& p, int64_t task) {
     block = task % p.blocks.number;
     h = task / p.blocks.number % p.heads;
     b = task / p.blocks.number / p.heads;
@@ -28,7 +28,7 @@ void for_each_block(const Codec& p, const ParallelFor& parallel_for) {
   const int64_t elements = p.batch * p.heads * p.packed.width * p.blocks.starts[p.blocks.number];
   parallel_for_elements(parallel_for, tasks, elements, [&](int64_t begin, int64_t end) {
     Worker worker(p);
-    for (int64_t task = begin; task < end; ++task) worker.run(Place(p, task));
+    for (int64_t task = begin; task < end; ++task) worker.run(BlockRange(p, task));
   });
 }
 

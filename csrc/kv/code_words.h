@@ -12,12 +12,12 @@ namespace singlepass::kv {
 
 // Over the lanes g of a warp, which have tokens of their own.
 __device__ __forceinline__ float sum_over_tokens(float x) {
-  for (int offset = 4; offset < kWarp; offset *= 2) x += __shfl_xor_sync(kWholeWarp, x, offset);
+  for (int offset = 4; offset < kWarp; offset *= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
   return x;
 }
 
 __device__ __forceinline__ float most_over_tokens(float x) {
-  for (int offset = 4; offset < kWarp; offset *= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, offset));
+  for (int offset = 4; offset < kWarp; offset *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, offset));
   return x;
 }
 

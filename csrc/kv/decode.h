@@ -18,7 +18,6 @@ inline constexpr int kDecodeThreads = 128;
 inline constexpr int kDecodeWarps = kDecodeThreads / kWarp;
 inline constexpr int kRowTile = 8;
 inline constexpr int kSlab = 128;  // channels of values, whose sums fit registers
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct DeviceDecode : DecodeArguments {
   Segment segments[kMaxSegments];

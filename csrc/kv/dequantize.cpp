@@ -18,7 +18,7 @@ class Dequantizer {
  public:
   explicit Dequantizer(const Codec& p) : p_(p), width_(p.packed.width), row_(width_), steps_(width_), minima_(width_) {}
 
-  void run(const Place& place) {
+  void run(const BlockRange& place) {
     const bool by_channels = p_.packed.axis == Axis::kChannel;
     if (by_channels) {
       const uint16_t* scales = p_.packed.scales_at(place.b, place.h, 0, place.block);

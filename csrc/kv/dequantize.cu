@@ -8,7 +8,7 @@ namespace singlepass::kv {
 namespace {
 
 template <int kBits>
-__device__ __forceinline__ void read_channels(const Codec& p, const Place& place, const uint16_t* from,
+__device__ __forceinline__ void read_channels(const Codec& p, const PieceCursor& place, const uint16_t* from,
                                               float (&x)[kPiece]) {
 #pragma unroll
   for (int k = 0; k < kPiece; ++k) x[k] = float16_to_float(from[Piece<kBits>::channel(p.packed, place.column, k)]);
@@ -16,7 +16,7 @@ __device__ __forceinline__ void read_channels(const Codec& p, const Place& place
 
 // n * step + minimum, the steps being those of the channel's group.
 template <int kBits>
-__device__ __forceinline__ void restore_groups(const Codec& p, const Place& place, const uint16_t* scales,
+__device__ __forceinline__ void restore_groups(const Codec& p, const PieceCursor& place, const uint16_t* scales,
                                                float (&x)[kPiece]) {
   const int groups = static_cast<int>(p.packed.groups), size = static_cast<int>(p.packed.width) / groups;
   int group = 0, left = 0;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void restore_groups(const Codec& p, const Place& plac
 // The product of a code and a step is exact in float32, so that a fused multiply-add gives the same bits.
 template <int kBits, bool kByChannels>
 __global__ void __launch_bounds__(kCodecThreads) dequantize_kernel(const __grid_constant__ Codec p, const Cut cut) {
-  const Place place(p, cut);
+  const PieceCursor place(p, cut);
   if (!place.active || place.row >= place.count) return;
   const bool separable = !kByChannels && p.packed.channels.data != nullptr;
   float factors[kPiece], minima[kPiece];

@@ -14,7 +14,6 @@ namespace singlepass::kv {
 inline constexpr int kPiece = 16;
 inline constexpr int kCodecThreads = 256;
 inline constexpr int kCodecWarps = kCodecThreads / kWarp;
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // How a launch is cut.
 struct Cut {
@@ -34,12 +33,12 @@ inline Cut make_cut(const Codec& p, bool shared_tokens) {
 }
 
 // A thread's place in a block of tokens of one head.
-struct Place {
+struct PieceCursor {
   int64_t b, h, block, begin, count, size;  // slots from begin on, of which the first `count` hold a token
   int column, row, rows;                    // piece of a token, first token, and tokens of a turn
   bool active;
 
-  __device__ Place(const Codec& p, const Cut& cut) {
+  __device__ PieceCursor(const Codec& p, const Cut& cut) {
     const int64_t task = blockIdx.x;
     block = task % p.blocks.number;
     h = task / p.blocks.number % p.heads;
@@ -65,7 +64,7 @@ struct Piece {
 };
 
 template <int kBits>
-__device__ __forceinline__ void load_piece(const Codec& p, const Cut& cut, const Place& place, int64_t slot,
+__device__ __forceinline__ void load_piece(const Codec& p, const Cut& cut, const PieceCursor& place, int64_t slot,
                                            float (&x)[kPiece]) {
   using P = Piece<kBits>;
   const char* token = p.plain.at(place.b, place.h, p.token(place.b, place.h, slot));
@@ -77,7 +76,7 @@ __device__ __forceinline__ void load_piece(const Codec& p, const Cut& cut, const
 }
 
 template <int kBits>
-__device__ __forceinline__ void store_piece(const Codec& p, const Cut& cut, const Place& place, int64_t slot,
+__device__ __forceinline__ void store_piece(const Codec& p, const Cut& cut, const PieceCursor& place, int64_t slot,
                                             const float (&x)[kPiece]) {
   using P = Piece<kBits>;
   char* token = p.plain.at(place.b, place.h, p.token(place.b, place.h, slot));

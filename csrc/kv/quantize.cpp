@@ -226,7 +226,7 @@ class Quantizer {
         tile_steps_(kTile * groups_),
         tile_minima_(kTile * groups_) {}
 
-  void run(const Place& place) {
+  void run(const BlockRange& place) {
     if (p_.packed.axis == Axis::kChannel) {
       by_channels(place);
     } else {
@@ -241,16 +241,16 @@ class Quantizer {
   }
 
  private:
-  const Bits<dtype>* token_at(const Place& place, int64_t slot) const {
+  const Bits<dtype>* token_at(const BlockRange& place, int64_t slot) const {
     return reinterpret_cast<const Bits<dtype>*>(p_.plain.at(place.b, place.h, p_.token(place.b, place.h, slot)));
   }
 
-  uint8_t* codes_at(const Place& place, int64_t slot) const { return p_.packed.codes_at(place.b, place.h, slot); }
+  uint8_t* codes_at(const BlockRange& place, int64_t slot) const { return p_.packed.codes_at(place.b, place.h, slot); }
 
   // Calls body with a few of a block's tokens at a time; the last one stands in for those after it. Tokens of an index
   // stand where the processor does not expect them, so that the next ones are fetched ahead.
   template <class Body>
-  void for_each_rows(const Place& place, const Body& body) const {
+  void for_each_rows(const BlockRange& place, const Body& body) const {
     const int64_t last = place.begin + place.count - 1;
     for (int64_t slot = place.begin; slot <= last; slot += kTogether) {
       TokenRows<dtype> rows;
@@ -275,7 +275,7 @@ class Quantizer {
     }
   }
 
-  void by_channels(const Place& place) {
+  void by_channels(const BlockRange& place) {
     uint16_t* scales = p_.packed.scales_at(place.b, place.h, 0, place.block);
     if (place.count == 0) {
       memset(scales, 0, static_cast<size_t>(4 * width_));
@@ -303,7 +303,7 @@ class Quantizer {
     }
   }
 
-  void by_tokens(const Place& place) {
+  void by_tokens(const BlockRange& place) {
     bool tame = false;
     if (p_.packed.channels.data != nullptr) {
       find_magnitudes<true>(place);
@@ -324,7 +324,7 @@ class Quantizer {
   }
 
   template <bool tame>
-  void find_magnitudes(const Place& place) {
+  void find_magnitudes(const BlockRange& place) {
     std::fill(most_.begin(), most_.end(), Bits<dtype>{0});
     for_each_rows(place,
                   [&](const TokenRows<dtype>& rows) { extend_magnitudes<dtype, tame>(rows, width_, most_.data()); });
@@ -332,7 +332,7 @@ class Quantizer {
 
   // n tokens, whose groups' steps are found together.
   template <bool tame>
-  void tile(const Place& place, int64_t first, int64_t n) {
+  void tile(const BlockRange& place, int64_t first, int64_t n) {
     for (int64_t t = 0; t < n; ++t) {
       scale_row<dtype, tame>(token_at(place, first + t), factors_.data(), groups_, width_ / groups_, &y_[t * width_],
                              &low_[t * groups_], &high_[t * groups_]);

@@ -30,7 +30,7 @@ __device__ __forceinline__ float least(float a, float b) {
 // The piece's sixteen numbers of every thread, merged over the rows of each warp and left in shared memory by warp and
 // channel.
 template <int kBits, class Merge>
-__device__ __forceinline__ void merge_rows(const Codec& p, const Cut& cut, const Place& place, float (&x)[kPiece],
+__device__ __forceinline__ void merge_rows(const Codec& p, const Cut& cut, const PieceCursor& place, float (&x)[kPiece],
                                            ByWarp& to, Merge merge) {
 #pragma unroll
   for (int k = 0; k < kPiece; ++k) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ float merge_warps(const ByWarp& from, int64_t channel
 }
 
 template <int kBits>
-__device__ __forceinline__ void read_channels(const Codec& p, const Place& place, const ByWarp& from,
+__device__ __forceinline__ void read_channels(const Codec& p, const PieceCursor& place, const ByWarp& from,
                                               float (&x)[kPiece]) {
 #pragma unroll
   for (int k = 0; k < kPiece; ++k) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void read_channels(const Codec& p, const Place& place
 
 // Slots without a token get zeros.
 template <int kBits>
-__device__ __forceinline__ void clear_rest(const Codec& p, const Cut& cut, const Place& place) {
+__device__ __forceinline__ void clear_rest(const Codec& p, const Cut& cut, const PieceCursor& place) {
   for (int64_t i = place.count + place.row; i < place.size && place.active; i += place.rows) {
     const int64_t slot = place.begin + i;
     Words<kBits>().store(p.packed.codes_at(place.b, place.h, slot) + place.column * 2 * kBits, cut.codes_vectors);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kCodecThreads)
     quantize_by_channels_kernel(const __grid_constant__ Codec p, const Cut cut) {
   SINGLEPASS_SHARED(ByWarp, lows);
   SINGLEPASS_SHARED(ByWarp, highs);
-  const Place place(p, cut);
+  const PieceCursor place(p, cut);
   float low[kPiece], high[kPiece], zeros[kPiece], x[kPiece];  // sums of x * 0 are NaN where x is not finite
 #pragma unroll
   for (int k = 0; k < kPiece; ++k) low[k] = kInfinity, high[k] = -kInfinity, zeros[k] = 0.0f;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kCodecThreads)
 
 // By what the channels of a thread's piece are multiplied, from the largest magnitudes in the block.
 template <int kBits>
-__device__ __forceinline__ void find_factors(const Codec& p, const Cut& cut, const Place& place, ByWarp& shared,
+__device__ __forceinline__ void find_factors(const Codec& p, const Cut& cut, const PieceCursor& place, ByWarp& shared,
                                              float (&factors)[kPiece]) {
   float x[kPiece];
 #pragma unroll
@@ -156,8 +156,9 @@ __device__ __forceinline__ void find_factors(const Codec& p, const Cut& cut, con
 
 // Codes of a token whose channels are one group, by the threads that hold it.
 template <int kBits>
-__device__ __forceinline__ void encode_token(const Cut& cut, const Place& place, bool stored, const float (&y)[kPiece],
-                                             bool finite, uint16_t* scales, Words<kBits>& words) {
+__device__ __forceinline__ void encode_token(const Cut& cut, const PieceCursor& place, bool stored,
+                                             const float (&y)[kPiece], bool finite, uint16_t* scales,
+                                             Words<kBits>& words) {
   float low = kInfinity, high = -kInfinity;
 #pragma unroll
   for (int k = 0; k < kPiece; ++k) low = fminf(low, y[k]), high = fmaxf(high, y[k]);
@@ -178,7 +179,7 @@ __device__ __forceinline__ void encode_token(const Cut& cut, const Place& place,
 
 // Codes of a token in several groups: a thread takes whole groups from `row`, which it leaves there as their codes.
 template <int kBits>
-__device__ __forceinline__ void encode_groups(const Codec& p, const Cut& cut, const Place& place, float* row,
+__device__ __forceinline__ void encode_groups(const Codec& p, const Cut& cut, const PieceCursor& place, float* row,
                                               uint16_t* scales) {
   const int groups = static_cast<int>(p.packed.groups), size = static_cast<int>(p.packed.width) / groups;
   for (int g = place.column; g < groups; g += cut.lanes) {
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kCodecThreads)
     quantize_by_tokens_kernel(const __grid_constant__ Codec p, const Cut cut) {
   SINGLEPASS_SHARED(ByWarp, shared);
   SINGLEPASS_SHARED(Rows, rows);
-  const Place place(p, cut);
+  const PieceCursor place(p, cut);
   float factors[kPiece];
 #pragma unroll
   for (int k = 0; k < kPiece; ++k) factors[k] = 1.0f;

@@ -19,7 +19,6 @@ constexpr int kChannels = 32;        // that are multiplied at a time
 constexpr int kPitch = 20;           // words between rows in shared memory, so that a warp's reads meet all banks
 constexpr int kColumns = kTile / 8;  // that a lane has two of
 constexpr int64_t kLeastSpan = 512, kMaxSpans = 8;  // tokens of a thread block where sums are found, and blocks
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kInfinity = INFINITY;
 
 struct DeviceSaliency : Saliency {

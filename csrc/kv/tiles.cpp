@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "kv/tiles.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -6,7 +8,6 @@
 #include "common/dtype.h"
 #include "common/math.h"
 #include "common/vector.h"
-#include "kv/tiles.h"
 
 namespace singlepass::kv {
 namespace {

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "torch/arguments.h"
 #include "kv/problem.h"
+#include "torch/arguments.h"
 
 // The KV cache ops' arguments, checked and turned into what engines take; results are entered by the caller.
 namespace singlepass::registration {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "kv/cpu.h"
 #include "kv/torch.h"
 #include "torch/parallel.h"
-#include "kv/cpu.h"
 
 namespace singlepass::registration {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "torch/device.h"
-#include "kv/torch.h"
 #include "kv/cuda.h"
+#include "kv/torch.h"
+#include "torch/device.h"
 
 namespace singlepass::registration {
 namespace {

@@ -7,9 +7,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "torch/arguments.h"
 #include "optim/rules.h"
 #include "optim/table.h"
+#include "torch/arguments.h"
 
 // The optimizer ops' arguments, checked and turned into records. Nothing is changed before all of them are checked.
 namespace singlepass::registration {

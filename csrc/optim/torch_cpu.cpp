@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "optim/torch.h"
-#include "torch/parallel.h"
 #include "optim/cpu.h"
 #include "optim/grad_norm.h"
+#include "optim/torch.h"
+#include "torch/parallel.h"
 #include "torch/stream.h"
 
 namespace singlepass::registration {

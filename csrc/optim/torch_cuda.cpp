@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "optim/torch.h"
 #include "common/stream_cuda.h"
+#include "optim/torch.h"
 #include "torch/stream.h"
 #include "torch/table_cache.h"
 

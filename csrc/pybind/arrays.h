@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "simt/simt_memory.h"
 #include "common/dtype.h"
+#include "simt/simt_memory.h"
 
 namespace singlepass::pybind {
 

@@ -7,9 +7,9 @@
 #include <optional>
 #include <tuple>
 
-#include "placement.h"
 #include "kv/cpu.h"
 #include "kv/cuda.h"
+#include "placement.h"
 
 namespace singlepass::pybind {
 namespace {

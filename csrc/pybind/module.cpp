@@ -3,12 +3,12 @@
 // kernels and launchers on the CPU; no wheel carries it.
 #include <pybind11/stl.h>
 
-#include "kv.h"
-#include "rational.h"
-#include "simt/simt.h"
 #include "common/dtype.h"
 #include "common/math.h"
 #include "common/philox.h"
+#include "kv.h"
+#include "rational.h"
+#include "simt/simt.h"
 #include "spectral.h"
 #include "stepper.h"
 

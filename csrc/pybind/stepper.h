@@ -7,9 +7,9 @@
 #include <tuple>
 #include <vector>
 
-#include "placement.h"
 #include "optim/cuda.h"
 #include "optim/table.h"
+#include "placement.h"
 
 namespace singlepass::pybind {
 

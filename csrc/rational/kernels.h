@@ -169,7 +169,7 @@ __device__ void reduce_groups(const Problem& p, const Grid& g, const Place& plac
     for (unsigned member = lane; member < members; member += kWarp) {
       sum += block.value[index][member / span * g.columns + local * span + member % span];
     }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(kAllLanes, sum, offset);
     const int64_t group = place.first_group + local;
     if (lane == 0 && group < p.groups()) {
       partials[((blockIdx.y * p.groups() + group) * g.parts + place.part) * kCount + index] = sum;

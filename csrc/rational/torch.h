@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "torch/arguments.h"
 #include "rational/problem.h"
+#include "torch/arguments.h"
 
 // The rational ops' arguments, checked and turned into a Problem.
 namespace singlepass::registration {

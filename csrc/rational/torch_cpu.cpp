@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "torch/parallel.h"
-#include "rational/torch.h"
 #include "rational/cpu.h"
+#include "rational/torch.h"
+#include "torch/parallel.h"
 
 namespace singlepass::registration {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "torch/device.h"
-#include "rational/torch.h"
 #include "rational/cuda.h"
+#include "rational/torch.h"
+#include "torch/device.h"
 
 namespace singlepass::registration {
 namespace {

@@ -14,7 +14,7 @@ constexpr int kHeldByLane = 16;
 
 // Sum over the warp in a fixed order, in every lane.
 __device__ __forceinline__ double warp_sum(double value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
 

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kDigit = 256;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // `keys` has room for a number of each place.
 struct Layer : Draw {

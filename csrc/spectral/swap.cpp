@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "spectral/swap.h"
+
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -6,7 +8,6 @@
 #include "common/convert.h"
 #include "spectral/cpu.h"
 #include "spectral/sample.h"
-#include "spectral/swap.h"
 
 namespace singlepass::spectral {
 namespace {

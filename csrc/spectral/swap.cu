@@ -98,7 +98,7 @@ __device__ __forceinline__ float largest_of(const float* values) {
 #pragma unroll
   for (int k = 0; k < kVector; ++k) largest = maximum(absolute(values[k]), largest);
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    largest = maximum(__shfl_xor_sync(0xffffffffu, largest, offset), largest);
+    largest = maximum(__shfl_xor_sync(kAllLanes, largest, offset), largest);
   }
   return largest;
 }

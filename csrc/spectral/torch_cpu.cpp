@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "torch/parallel.h"
 #include "spectral/cpu.h"
 #include "spectral/torch.h"
+#include "torch/parallel.h"
 
 namespace singlepass::registration {
 namespace {

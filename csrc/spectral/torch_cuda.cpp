@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "torch/device.h"
 #include "spectral/cuda.h"
 #include "spectral/torch.h"
+#include "torch/device.h"
 #include "torch/table_cache.h"
 
 namespace singlepass::registration {

@@ -8,10 +8,10 @@
 #include <vector>
 
 #include "check.h"
-#include "simt/simt_memory.h"
 #include "optim/cpu.h"
 #include "optim/cuda.h"
 #include "optim/rules.h"
+#include "simt/simt_memory.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "torch/arguments.h"
 #include "common/stream.h"
+#include "torch/arguments.h"
 
 namespace singlepass::registration {
 

@@ -5,8 +5,8 @@
 #include <list>
 #include <mutex>
 
-#include "torch/device.h"
 #include "optim/cuda.h"
+#include "torch/device.h"
 
 // Tables of tensors on the device, kept from one step to the next.
 namespace singlepass::registration {
