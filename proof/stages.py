@@ -167,7 +167,9 @@ def reports_of_ours(text: str) -> list[str]:
 def triton_kernels() -> set[str]:
     """Names of the functions that Triton launches."""
     folder = Path(__file__).resolve().parents[1] / "triton_kernels"
-    return {name for path in folder.glob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)}
+    return {
+        name for path in folder.rglob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    }
 
 
 def bench_command(place: Place) -> list[str]:

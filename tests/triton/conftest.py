@@ -21,7 +21,9 @@ else:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch):
     """Launches of steps, norms and tables on CPU tensors, which nothing runs."""
-    from singlepass.triton_kernels import _launch, _table, grad_norm, optim
+    from singlepass.triton_kernels import _launch, _table
+    from singlepass.triton_kernels.optim import grad_norm
+    from singlepass.triton_kernels.optim import launchers as optim
 
     from .recorder import Recorder
 

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from singlepass._dispatch import implementation
 from singlepass.reference import rational as reference_rational
-from singlepass.triton_kernels import grad_norm, optim, rational, spectral
 from singlepass.triton_kernels._table import CHUNK
+from singlepass.triton_kernels.optim import grad_norm
+from singlepass.triton_kernels.optim import launchers as optim
+from singlepass.triton_kernels.rational import launchers as rational
+from singlepass.triton_kernels.spectral import launchers as spectral
 
 from ..optim.steps import Mix, Tensors, call, make_tensors, rule_of, set_grads
 from ..simt.truth import CASES, Case

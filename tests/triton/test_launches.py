@@ -12,8 +12,11 @@ from triton.backends.compiler import GPUTarget
 from singlepass import _dispatch
 from singlepass._dispatch import implementation
 from singlepass.kv import dequantize, probe_saliency, quantize
-from singlepass.triton_kernels import _launch, _table, kv, rational, spectral
+from singlepass.triton_kernels import _launch, _table
 from singlepass.triton_kernels._table import CHUNK, IS_ALIGNED
+from singlepass.triton_kernels.kv import launchers as kv
+from singlepass.triton_kernels.rational import launchers as rational
+from singlepass.triton_kernels.spectral import launchers as spectral
 
 from ..kv.inputs import Part, attention
 from ..optim.steps import Mix, call, make_tensors, rule_of

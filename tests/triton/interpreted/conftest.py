@@ -14,7 +14,9 @@ from ..interpreter import patched_once
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few tiles then make several chunks."""
-    from singlepass.triton_kernels import _table, grad_norm, optim
+    from singlepass.triton_kernels import _table
+    from singlepass.triton_kernels.optim import grad_norm
+    from singlepass.triton_kernels.optim import launchers as optim
 
     monkeypatch.setattr(_table, "CHUNK", 2 * _table.BLOCK)
     monkeypatch.setattr(optim._buckets, "_entries", OrderedDict())

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import singlepass.optim
 from singlepass._dispatch import implementation
-from singlepass.triton_kernels import _table, optim
+from singlepass.triton_kernels import _table
+from singlepass.triton_kernels.optim import launchers as optim
 
 from ...optim.steps import Mix, Place, call, make_tensors, rule_of, set_grads, step_and_check
 from ...simt.truth import CASES, Case

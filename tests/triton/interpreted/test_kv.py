@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from singlepass.kv import dequantize
-from singlepass.triton_kernels import kv
+from singlepass.triton_kernels.kv import launchers as kv
 
 from ...kv import test_saliency as saliency
 from ...kv.inputs import NAN, Part, attention, check_bounds, check_codes, generator, quantized, restored, tokens

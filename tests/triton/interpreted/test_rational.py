@@ -16,8 +16,8 @@ from torch import Tensor
 from singlepass._dispatch import implementation
 from singlepass.reference import rational as reference
 from singlepass.reference.philox import philox4x32, random_halves
-from singlepass.triton_kernels import rational as launchers
-from singlepass.triton_kernels.rational_functions import are_kept, random_words
+from singlepass.triton_kernels.rational import launchers
+from singlepass.triton_kernels.rational.functions import are_kept, random_words
 
 from ...tolerances import assert_same_bits, assert_within, ulp
 

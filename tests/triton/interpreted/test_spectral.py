@@ -14,8 +14,8 @@ from torch import Tensor
 from singlepass._dispatch import implementation
 from singlepass.reference import spectral as reference
 from singlepass.triton_kernels import _table
-from singlepass.triton_kernels import spectral as launchers
 from singlepass.triton_kernels._launch import Cache
+from singlepass.triton_kernels.spectral import launchers
 
 from ...spectral import test_ops as ops
 from ...tolerances import assert_close, assert_same_bits

@@ -8,8 +8,8 @@ compiled again. It happens once in hundreds of steps.
 import triton
 import triton.language as tl
 
-from .._ops.spectral import BLOCK as BLOCK_COLUMNS
-from ._common import double, element_pointer, load, store
+from ..._ops.spectral import BLOCK as BLOCK_COLUMNS
+from .._common import double, element_pointer, load, store
 
 # Numbers of storage types in records.
 STORAGES = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}

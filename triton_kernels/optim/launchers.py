@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._errors import require
-from .._ops import optim as ops
-from ._common import (
+from ..._errors import require
+from ..._ops import optim as ops
+from .._common import (
     LAUNCH_OPTIONS,
     STORAGE,
     bfloat16_bits_stochastic,
@@ -35,7 +35,7 @@ from ._common import (
     sum_partials,
     tile_pointers,
 )
-from ._launch import (
+from .._launch import (
     Cache,
     address_of_lr,
     device_guard,
@@ -47,7 +47,7 @@ from ._launch import (
     require_lengths,
     require_scalar,
 )
-from ._table import (
+from .._table import (
     BLOCK,
     ID,
     IS_ALIGNED,
@@ -64,7 +64,7 @@ from ._table import (
     same_layout,
 )
 from .grad_norm import grad_norm
-from .optim_rules import RULES, Pass
+from .rules import RULES, Pass
 
 __all__ = ["OPS", "STEPS", "grad_norm"]
 

@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from .._errors import require
-from ._launch import require_device, require_dtypes
+from ..._errors import require
+from .._launch import require_device, require_dtypes
 
 MAX_WIDTH = 512
 ANY = -1
@@ -18,7 +18,7 @@ ANY = -1
 
 def unspecialized(number: int) -> int:
     """An integer in a tuple of arguments, packed so that no value of it has code compiled of its own: odd, and of 64
-    bits. ``kv_functions.integer`` unpacks it."""
+    bits. ``functions.integer`` unpacks it."""
     return 1 << 62 | number << 1 | 1
 
 

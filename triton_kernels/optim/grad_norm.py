@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._errors import require
-from ._common import (
+from ..._errors import require
+from .._common import (
     LAUNCH_OPTIONS,
     STORAGE,
     double,
@@ -23,8 +23,8 @@ from ._common import (
     sum_partials,
     tile_pointers,
 )
-from ._launch import Cache, device_guard, identities, layouts, require_device, require_dtypes, require_scalar
-from ._table import BLOCK, IS_ALIGNED, NUMEL, PARAM, WIDTH, Record, Table, is_dense, make_table
+from .._launch import Cache, device_guard, identities, layouts, require_device, require_dtypes, require_scalar
+from .._table import BLOCK, IS_ALIGNED, NUMEL, PARAM, WIDTH, Record, Table, is_dense, make_table
 
 
 @triton.jit

@@ -10,8 +10,8 @@ two float16 numbers, so that products are as good as float32's. Other layouts ar
 import triton
 import triton.language as tl
 
-from ._common import element_pointer, store
-from .kv_functions import (
+from .._common import element_pointer, store
+from .functions import (
     ROWS,
     byte_pointer,
     capped,

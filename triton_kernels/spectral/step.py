@@ -8,7 +8,7 @@ A row that fits a tile stays in registers between the update and its norm. A lon
 import triton
 import triton.language as tl
 
-from ._common import (
+from .._common import (
     double,
     gradient_factor,
     is_last_program,
@@ -19,8 +19,8 @@ from ._common import (
     store,
     tile_pointers,
 )
-from ._table import CHUNK_SIZE, NUMEL, PARAM, STEP, WIDTH
-from .optim_rules import adamw_coefficients, adamw_update
+from .._table import CHUNK_SIZE, NUMEL, PARAM, STEP, WIDTH
+from ..optim.rules import adamw_coefficients, adamw_update
 
 VECTOR = tl.constexpr(8)  # elements, 16 bytes at least, of which no aligned tensor has a part
 

@@ -8,7 +8,7 @@ they are spelled ``fma``.
 import triton
 import triton.language as tl
 
-from ._common import element_pointer, load
+from .._common import element_pointer, load
 
 A, B, C, D = (tl.constexpr(form) for form in range(4))
 _NUMERATOR, _DENOMINATOR = tl.constexpr(1), tl.constexpr(2)  # streams of random numbers; dropout's is 0

@@ -10,8 +10,8 @@ are tiles of columns. So a program meets all rows of one channel, whose bias gra
 import triton
 import triton.language as tl
 
-from ._common import element_pointer, load, store
-from .rational_functions import (
+from .._common import element_pointer, load, store
+from .functions import (
     A,
     D,
     add_noisy_powers,

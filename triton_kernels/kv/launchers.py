@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .._errors import require
-from .._ops.kv import SEGMENT
-from ._common import FUSED_OPTIONS, LAUNCH_OPTIONS, STORAGE
-from ._launch import device_guard
-from .kv_arguments import (
+from ..._errors import require
+from ..._ops.kv import SEGMENT
+from .._common import FUSED_OPTIONS, LAUNCH_OPTIONS, STORAGE
+from .._launch import device_guard
+from .arguments import (
     Packed,
     check_blocks,
     check_device,
@@ -29,10 +29,10 @@ from .kv_arguments import (
     unspecialized,
     vector_of,
 )
-from .kv_codec import codec_kernel
-from .kv_decode import decode_kernel, merge_kernel
-from .kv_functions import ROWS
-from .kv_saliency import column_sums_kernel, log_sums_kernel
+from .codec import codec_kernel
+from .decode import decode_kernel, merge_kernel
+from .functions import ROWS
+from .saliency import column_sums_kernel, log_sums_kernel
 
 TILE_SIZE, CODEC_TILE_SIZE = 4096, 2048  # numbers that a program works on together, as many as registers hold
 LEAST_TILE = 16  # slots or rows, as tensor cores want

@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ._common import double, maximum, one_plus_exp_negative, sign
+from .._common import double, maximum, one_plus_exp_negative, sign
 
 
 @dataclass(frozen=True)

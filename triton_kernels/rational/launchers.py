@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._errors import require
-from ._common import LAUNCH_OPTIONS, STORAGE
-from ._launch import device_guard, require_device, require_dtypes
-from .rational_functions import C, D
-from .rational_geometry import Geometry, Layout, Order, Parts, View
-from .rational_kernels import backward_kernel, finish_kernel, forward_kernel
+from ..._errors import require
+from .._common import LAUNCH_OPTIONS, STORAGE
+from .._launch import device_guard, require_device, require_dtypes
+from .functions import C, D
+from .geometry import Geometry, Layout, Order, Parts, View
+from .kernels import backward_kernel, finish_kernel, forward_kernel
 
 MAX_COUNTS = (8, 6)  # of a and of b, which has one more in form C
 

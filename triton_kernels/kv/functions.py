@@ -8,7 +8,7 @@ of a row are kept as tuples of P tiles, each BLOCK_W wide, the power of two that
 import triton
 import triton.language as tl
 
-from ._common import element_pointer, load
+from .._common import element_pointer, load
 
 LARGEST = tl.constexpr(65504.0)  # of float16
 ROWS = tl.constexpr(8)  # queries of a program; split in two parts they fill the 16 rows of a tensor core's tile
@@ -16,7 +16,7 @@ ROWS = tl.constexpr(8)  # queries of a program; split in two parts they fill the
 
 @triton.jit
 def integer(packed):
-    """What ``kv_arguments.unspecialized`` packed."""
+    """What ``arguments.unspecialized`` packed."""
     return (packed.to(tl.int64) & 0x3FFFFFFFFFFFFFFF) >> 1
 
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._errors import require
-from .._ops.spectral import BLOCK
-from ._common import LAUNCH_OPTIONS, STORAGE
-from ._launch import (
+from ..._errors import require
+from ..._ops.spectral import BLOCK
+from .._common import LAUNCH_OPTIONS, STORAGE
+from .._launch import (
     Cache,
     address_of_lr,
     device_guard,
@@ -30,16 +30,16 @@ from ._launch import (
     require_lengths,
     require_scalar,
 )
-from ._table import Record, Table, laid_out_like, make_table, upload
-from .spectral_exchange import DRAW_WIDTH, STORAGES, draw_kernel, swap_kernel
-from .spectral_rows import (
+from .._table import Record, Table, laid_out_like, make_table, upload
+from .exchange import DRAW_WIDTH, STORAGES, draw_kernel, swap_kernel
+from .rows import (
     lorentz_backward_kernel,
     lorentz_kernel,
     scale_kernel,
     sum_numbers_kernel,
     sum_parts_kernel,
 )
-from .spectral_step import VECTOR, step_kernel
+from .step import VECTOR, step_kernel
 
 # Widths of the step's tiles, and their warps: a thread has at most 16 numbers of each tensor; 8 if tensors are not
 # aligned, where every number has a pointer of its own. Longer rows take several of the widest.

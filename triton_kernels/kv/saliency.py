@@ -7,7 +7,7 @@ Rows are the probes of a head's query heads, one query head after another. No pr
 import triton
 import triton.language as tl
 
-from .kv_functions import capped, load_rows
+from .functions import capped, load_rows
 
 INTEGERS = ["q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "mask_stride"]
 INTEGERS += ["heads", "rows", "probes", "length"]

@@ -8,7 +8,7 @@ fixed order, and those of the parts in another launch.
 import triton
 import triton.language as tl
 
-from ._common import element_pointer, load, store
+from .._common import element_pointer, load, store
 
 
 @triton.jit

@@ -8,8 +8,8 @@ codes of P channels of a token, a plane's width apart, make one byte.
 import triton
 import triton.language as tl
 
-from ._common import element_pointer, load, store
-from .kv_functions import LARGEST, byte_pointer, half_pointer, int_pointer, load_halves
+from .._common import element_pointer, load, store
+from .functions import LARGEST, byte_pointer, half_pointer, int_pointer, load_halves
 
 INFINITY = tl.constexpr(float("inf"))
 
