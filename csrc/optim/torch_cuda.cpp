@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/stream_cuda.h"
 #include "optim/torch.h"
+#include "optim/torch_table_cache.h"
 #include "torch/stream.h"
-#include "torch/table_cache.h"
 
 namespace singlepass::registration {
 namespace {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "optim/torch_table_cache.h"
 #include "spectral/cuda.h"
 #include "spectral/torch.h"
 #include "torch/device.h"
-#include "torch/table_cache.h"
 
 namespace singlepass::registration {
 namespace {
