@@ -285,7 +285,7 @@ def table(arguments: argparse.Namespace) -> int:
         to.print(tables.machine_line(out), markup=False)
         verdicts = checks.check(out)
         targets = [tables.check_grid(verdicts)] if arguments.check else []
-        screen.show([*tables.grids(out), tables.summary_grid(out), *targets], to)
+        screen.show([*tables.grids(out), tables.summary_grid(lambda family: out), *targets], to)
         return checks.exit_status(verdicts) if arguments.check else 0
 
     def find(kind: str, family: str) -> results.Run | None:

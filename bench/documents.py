@@ -40,10 +40,10 @@ def block(
         grid = proofs.proof_grid if name == "proof" else proofs.support_grid
         return grid(newest_proof()).markdown()
     if name == "summary":
-        grid = tables.summary_grid(find)
+        summary = tables.summary_grid(find)
         found = {family: run for family in FAMILIES if (run := find(family))}
-        grid.notes = [f"{family}: {tables.machine_line(run)}" for family, run in found.items()]
-        return grid.markdown()
+        summary.notes = [f"{family}: {tables.machine_line(run)}" for family, run in found.items()]
+        return summary.markdown()
     if run is None:
         return f"{NOT_MEASURED}\n"
     if name == "machine":

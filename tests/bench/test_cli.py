@@ -220,7 +220,11 @@ def test_documents_that_are_not_there(make_run: Callable[..., Run], tmp_path: Pa
 
 
 def test_table_fills_documents(
-    make_row: Callable[..., Row], make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_row: Callable[..., Row],
+    make_run: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     document = Path("docs/page.md")
@@ -229,6 +233,8 @@ def test_table_fills_documents(
         "<!-- bench:plot path=images/p.svg -->\n<!-- /bench -->\n<!-- bench:checks -->\n<!-- /bench -->\n"
     )
     result = make_run([make_row("Lion", "native", 60.0, floor=55.0)]).save(Path("out"))
+    assert cli.main(["table", str(result)]) == 0
+    assert "Lion" in capsys.readouterr().out
     assert cli.main(["table", str(result), "--write", str(document)]) == 0
     text = document.read_text()
     assert "(../images/p.svg)" in text
