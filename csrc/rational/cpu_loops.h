@@ -134,6 +134,7 @@ SINGLEPASS_HD void gradients_by(const Coefficients<float, M, N>& coefficients, c
   }
 }
 
+// Both loops for a width of vectors and the targets that have it.
 #define SINGLEPASS_RATIONAL_LOOPS(name, targets, lanes)                                                             \
   template <Form form, int M, int N, class S>                                                                       \
   targets SINGLEPASS_FUSED_MULTIPLY_ADD void values_##name(const Coefficients<float, M, N>& c, const S* x, S* y,    \
@@ -147,5 +148,6 @@ SINGLEPASS_HD void gradients_by(const Coefficients<float, M, N>& coefficients, c
   }
 SINGLEPASS_RATIONAL_LOOPS(wide, SINGLEPASS_TARGET_AVX512, 16)
 SINGLEPASS_RATIONAL_LOOPS(narrow, SINGLEPASS_TARGET_CLONES_TO_AVX2, 8)
+#undef SINGLEPASS_RATIONAL_LOOPS
 
 }  // namespace singlepass::rational
