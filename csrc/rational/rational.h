@@ -67,15 +67,26 @@ SINGLEPASS_HD T value(const Coefficients<T, M, N>& c, T x) {
   return p * reciprocal(q);
 }
 
-// Adds the terms of x^i, where i is even, of x^(i + 1), and so on. `scaled` and `h` are the factors of even powers,
-// `scaled_x` and `h_z` those of odd ones. Not a loop: compilers that take its first round apart keep sums in memory.
+// Adds the terms of x^i and above to the sums. Not a loop: compilers that take its first round apart keep sums in
+// memory.
+template <Form form, int i, int M, int N>
+SINGLEPASS_HD void add_powers(float x, float power, float scaled, float h, Sums<float, M, N>& sums) {
+  if constexpr (i <= M) sums.a[i] = multiply_add(scaled, power, sums.a[i]);
+  if constexpr (i <= N) sums.b[i] = multiply_add(h, form == Form::kA ? absolute(power) : power, sums.b[i]);
+  if constexpr (i < M || i < N) add_powers<form, i + 1>(x, power * x, scaled, h, sums);
+}
+
+// The same for vectors, where i is even: even powers have no sign, and odd ones are those times x, or z = |x|. Fewer
+// operations, but more values at a time than a thread of a GPU has registers for.
 template <int i, class T, int M, int N>
-SINGLEPASS_HD void add_powers(T power, T square, T scaled, T scaled_x, T h, T h_z, Sums<T, M, N>& sums) {
+SINGLEPASS_HD void add_even_powers(T power, T square, T scaled, T scaled_x, T h, T h_z, Sums<T, M, N>& sums) {
   if constexpr (i <= M) sums.a[i] = multiply_add(scaled, power, sums.a[i]);
   if constexpr (i < M) sums.a[i + 1] = multiply_add(scaled_x, power, sums.a[i + 1]);
   if constexpr (i <= N) sums.b[i] = multiply_add(h, power, sums.b[i]);
   if constexpr (i < N) sums.b[i + 1] = multiply_add(h_z, power, sums.b[i + 1]);
-  if constexpr (i + 2 <= M || i + 2 <= N) add_powers<i + 2>(power * square, square, scaled, scaled_x, h, h_z, sums);
+  if constexpr (i + 2 <= M || i + 2 <= N) {
+    add_even_powers<i + 2>(power * square, square, scaled, scaled_x, h, h_z, sums);
+  }
 }
 
 // For the gradient g of f(x): returns the gradient of x and adds to the sums the gradients of the coefficients (form A:
@@ -103,13 +114,16 @@ SINGLEPASS_HD T gradients(const Coefficients<T, M, N>& c, T x, T g, Sums<T, M, N
   const T dx = scaled * (dp - f * dq);
 
   const T h = form == Form::kA ? -f * scaled : with_sign_of(inside, -f * scaled);
-  // By even powers of x, which have no sign: odd powers are those times x, or |x|.
-  const T scaled_x = scaled * x, h_z = h * z, square = x * x;
   sums.a[0] = sums.a[0] + scaled;
-  sums.a[1] = sums.a[1] + scaled_x;
   if constexpr (form == Form::kC) sums.b[0] = sums.b[0] + h;
-  sums.b[1] = sums.b[1] + h_z;
-  add_powers<2>(square, square, scaled, scaled_x, h, h_z, sums);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    add_powers<form, 1>(x, x, scaled, h, sums);
+  } else {
+    const T scaled_x = scaled * x, h_z = h * z, square = x * x;
+    sums.a[1] = sums.a[1] + scaled_x;
+    sums.b[1] = sums.b[1] + h_z;
+    add_even_powers<2>(square, square, scaled, scaled_x, h, h_z, sums);
+  }
   return dx;
 }
 
