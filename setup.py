@@ -139,9 +139,8 @@ def require_torch() -> None:
 def sources_of(device: str, folders: list[str]) -> list[str]:
     """The kernels of a device, by their suffix, and what registers them with PyTorch."""
     suffix = {"cpu": ".cpp", "cuda": ".cu"}[device]
-    found = [path for folder in folders for path in sorted((CSRC / folder).glob("*.c*"))]
-    kernels = [path for path in found if path.suffix == suffix and not path.stem.startswith("torch_")]
-    return [str(path) for path in kernels + [path for path in found if path.stem == f"torch_{device}"]]
+    kernels = [path for folder in folders for path in sorted((CSRC / folder).glob(f"*{suffix}"))]
+    return [str(path) for path in [*kernels, CSRC / "torch" / f"{device}.cpp"]]
 
 
 def libraries() -> tuple[list[Extension], dict[str, object]]:

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
 // What a kernel and its launcher need from CUDA. With SINGLEPASS_SIMT the same source runs on the CPU.
 #if defined(SINGLEPASS_SIMT)
 
@@ -15,12 +20,6 @@ namespace singlepass {
 template <class T>
 T* dynamic_shared() {
   return static_cast<T*>(::simt::dynamic_shared_memory());
-}
-
-template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Args... args) {
-  return ::simt::launch(kernel, grid, block, shared_bytes, stream, args...);
 }
 
 template <class T>
@@ -52,17 +51,36 @@ __device__ __forceinline__ T* global_memory(T* pointer) {
   return pointer;
 }
 
+}  // namespace singlepass
+
+#endif
+
+namespace singlepass {
+
+// Where an op runs: `allocate` gives device memory, aligned to 16, that lives until what is launched has read it.
+struct Gpu {
+  const char* op;  // its name, for errors
+  cudaStream_t stream;
+  std::function<void*(int64_t bytes)> allocate;
+};
+
+inline void check_cuda(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(error));
+}
+
+// Starts a kernel, or throws.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Args... args) {
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Gpu& gpu, Args... args) {
+#if defined(SINGLEPASS_SIMT)
+  check_cuda(gpu.op, ::simt::launch(kernel, grid, block, shared_bytes, gpu.stream, args...));
+#else
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+  config.stream = gpu.stream;
+  check_cuda(gpu.op, cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+#endif
 }
 
 }  // namespace singlepass
-
-#endif

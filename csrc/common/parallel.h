@@ -9,6 +9,9 @@ namespace singlepass {
 // Calls body(begin, end) over [0, n) in any split, on any threads, and returns when all is done.
 using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t begin, int64_t end)>& body)>;
 
+// Where an op runs on a GPU; common/cuda.h has it.
+struct Gpu;
+
 // Below this many elements waking other threads costs more than it saves.
 inline constexpr int64_t kParallelElements = 1 << 15;
 

@@ -46,8 +46,8 @@ constexpr StreamChunk pick(int updates, std::integer_sequence<int, kUpdates...>)
 
 }  // namespace
 
-void stream_cpu(const std::vector<const float*>& reads, const std::vector<float*>& updates, int64_t n,
-                const ParallelFor& parallel_for) {
+void stream(const std::vector<const float*>& reads, const std::vector<float*>& updates, int64_t n,
+            const ParallelFor& parallel_for) {
   using Counts = std::make_integer_sequence<int, kMaxUpdates + 1>;
   const int count = static_cast<int>(updates.size());
   const StreamChunk chunk = reads.empty()       ? pick<0>(count, Counts{})

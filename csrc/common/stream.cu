@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <utility>
 
-#include "common/stream_cuda.h"
+#include "common/cuda.h"
+#include "common/stream.h"
 
 namespace singlepass {
 namespace {
@@ -52,9 +53,8 @@ Kernel pick(size_t updates, std::integer_sequence<int, kUpdates...>) {
 
 }  // namespace
 
-cudaError_t launch_stream(const std::vector<const float*>& reads, const std::vector<float*>& updates, int64_t n,
-                          cudaStream_t stream) {
-  if (n == 0) return cudaSuccess;
+void stream(const std::vector<const float*>& reads, const std::vector<float*>& updates, int64_t n, const Gpu& gpu) {
+  if (n == 0) return;
   using Counts = std::make_integer_sequence<int, kMaxUpdates + 1>;
   Pointers pointers = {};
   for (size_t k = 0; k < reads.size(); ++k) pointers.reads[k] = reads[k];
@@ -65,7 +65,7 @@ cudaError_t launch_stream(const std::vector<const float*>& reads, const std::vec
                                             : pick<3>(updates.size(), Counts{});
   const int threads = 256;
   const int64_t blocks = ((n + 3) / 4 + threads - 1) / threads;
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream, pointers, n);
+  launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, gpu, pointers, n);
 }
 
 }  // namespace singlepass

@@ -18,84 +18,87 @@ bool is_aligned(const PerHead<T>& x, int64_t alignment) {
 
 // Whether a lane's words can be loaded as vectors: all of them are there, and aligned.
 bool is_vector(const Packed& packed, int64_t channels) {
-  return packed.width % channels == 0 && is_aligned(packed.codes, 2 * packed.bits);
+  return packed.head_dim % channels == 0 && is_aligned(packed.codes, 2 * packed.bits);
 }
 
-// Whether steps are those of a key's channels or of a whole token, and tensor cores can take the codes.
-bool is_folded(const Segment& s) {
+// Whether scales factor out of the products (they belong to key channels, or to whole tokens), and codes are aligned so
+// that tensor cores can take them.
+bool runs_on_codes(const Segment& s) {
   const bool rows = s.values.groups == 1 && (s.keys.axis == Axis::kChannel || s.keys.groups == 1);
   return rows && is_aligned(s.keys.codes, 4) && is_aligned(s.keys.scales, s.keys.axis == Axis::kChannel ? 8 : 4) &&
          is_aligned(s.values.codes, 4) && is_aligned(s.values.scales, 4);
 }
 
-// Whether blocks of tokens are so small that a warp had better take one by itself, and shared memory holds what each
-// needs.
-bool is_apart(const Decode& p, const Segment& s) {
-  return s.slots <= kChunk * s.blocks.number && CodesShared::bytes(p, kDecodeWarps) <= kMostShared;
+// Whether blocks are so small that a warp had better take one by itself, and shared memory holds what each warp needs.
+bool is_per_warp(const Decode& p, const Segment& s) {
+  return s.slots <= kChunk * s.blocks.num_blocks && CodesShared::bytes(p, kDecodeWarps) <= kMostShared;
 }
 
-DeviceDecode on_device(const Decode& p, void* workspace, const DecodeCut& cut) {
+DeviceDecode on_device(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
   DeviceDecode d = {};
   static_cast<DecodeArguments&>(d) = p;
-  d.number = static_cast<int>(p.segments.size());
+  d.num_segments = static_cast<int>(p.segments.size());
   d.tiles = (p.rows() + kRowTile - 1) / kRowTile;
-  d.slabs = (p.value_width + kSlab - 1) / kSlab;
+  d.value_tiles = (p.value_dim + kValueTile - 1) / kValueTile;
   d.vectors = true;
   int64_t slots = 0;
-  for (int i = 0; i < d.number; ++i) {
+  for (int i = 0; i < d.num_segments; ++i) {
     d.segments[i] = p.segments[static_cast<size_t>(i)];
-    d.vectors = d.vectors && is_vector(d.segments[i].keys, kUnit) && is_vector(d.segments[i].values, kSlab);
-    d.folded[i] = is_folded(d.segments[i]);
-    d.apart[i] = d.folded[i] && is_apart(p, d.segments[i]);
+    d.vectors = d.vectors && is_vector(d.segments[i].keys, kKeyTile) && is_vector(d.segments[i].values, kValueTile);
+    d.on_codes[i] = runs_on_codes(d.segments[i]);
+    d.per_warp[i] = d.on_codes[i] && is_per_warp(p, d.segments[i]);
     slots += d.segments[i].slots;
   }
-  const int64_t spans = std::max<int64_t>(1, cut.spans / std::max<int64_t>(1, d.tiles));
-  d.span = (std::max<int64_t>(1, slots) + spans * cut.least - 1) / (spans * cut.least) * cut.least;
-  d.window_span = cut.window_least * std::max<int64_t>(1, d.tiles);
-  for (int i = 0; i < d.number; ++i) {
-    d.segment_spans[i] = (d.segments[i].slots + d.span - 1) / d.span;
-    d.spans += d.segment_spans[i];
+  const int64_t splits = std::max<int64_t>(1, cut.splits / std::max<int64_t>(1, d.tiles));
+  d.split = (std::max<int64_t>(1, slots) + splits * cut.min_slots - 1) / (splits * cut.min_slots) * cut.min_slots;
+  d.window_split = cut.min_window_slots * std::max<int64_t>(1, d.tiles);
+  for (int i = 0; i < d.num_segments; ++i) {
+    d.segment_splits[i] = (d.segments[i].slots + d.split - 1) / d.split;
+    d.splits += d.segment_splits[i];
   }
-  d.spans += std::max<int64_t>(1, (p.window_slots + d.window_span - 1) / d.window_span);
-  d.partials = static_cast<float*>(workspace);
+  d.splits += std::max<int64_t>(1, (p.window_slots + d.window_split - 1) / d.window_split);
+  const int64_t numbers = d.batch * d.heads * d.tiles * d.splits * partial_size(d);
+  d.partials = static_cast<float*>(gpu.allocate(numbers * static_cast<int64_t>(sizeof(float))));
   return d;
 }
 
-// Costs a read of the codes of a span, and a write of its result; keys are read again for each slab.
+// Reads the codes of a split once and writes its partial result. Keys are read again for each tile of value channels.
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks) decode_kernel(const __grid_constant__ DeviceDecode p) {
   SINGLEPASS_SHARED(Work, work);
   if (threadIdx.x == 0) work.find(p);
   __syncthreads();
-  if (work.segment < 0 || !p.folded[work.segment]) {
+  if (work.segment < 0 || !p.on_codes[work.segment]) {
     RestoredAttention(p, work, *dynamic_shared<RestoredShared>()).run();
   } else {
     CodesAttention(p, work, *dynamic_shared<CodesShared>()).run();
   }
 }
 
-// A thread block merges the spans of one row, in their order.
+// A thread block merges the splits of one row, in their order, so that the sums are the same bits every time.
 __global__ void __launch_bounds__(kDecodeThreads) merge_kernel(const __grid_constant__ DeviceDecode p) {
   const int64_t r = blockIdx.x % p.rows(), head = blockIdx.x / p.rows();
-  const int64_t b = head / p.heads, query_head = head % p.heads * p.group + r / p.queries, query = r % p.queries;
+  const int64_t b = head / p.heads, query_head = head % p.heads * p.group_size + r / p.queries, query = r % p.queries;
   const int64_t tile = r / kRowTile, row = r % kRowTile;
   const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[query_head];
-  float most = sink;
-  for (int64_t span = threadIdx.x % kWarp; span < p.spans; span += kWarp) {
-    most = fmaxf(most, Partial(p, head, tile, span).most[row]);
+  float row_max = sink;
+  for (int64_t split = threadIdx.x % kWarp; split < p.splits; split += kWarp) {
+    row_max = fmaxf(row_max, Partial(p, head, tile, split).row_max[row]);
   }
-  for (int offset = 1; offset < kWarp; offset *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
-  const float relative = reference(most);
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, offset));
+  }
+  const float relative = safe_max(row_max);
   const float sink_weight = exp_of_negative(sink - relative);
 
-  for (int64_t first = 0; first < p.value_width; first += kDecodeThreads) {
+  for (int64_t first = 0; first < p.value_dim; first += kDecodeThreads) {
     const int64_t channel = first + threadIdx.x;
-    const bool active = channel < p.value_width;
+    const bool active = channel < p.value_dim;
     float sum = sink_weight, out = 0.0f;
-    for (int64_t span = 0; span < p.spans; ++span) {
-      const Partial part(p, head, tile, span);
-      const float factor = exp_of_negative(part.most[row] - relative);
-      sum = multiply_add(part.sum[row], factor, sum);
-      if (active) out = multiply_add(part.out[row * p.value_width + channel], factor, out);
+    for (int64_t split = 0; split < p.splits; ++split) {
+      const Partial part(p, head, tile, split);
+      const float factor = exp_of_negative(part.row_max[row] - relative);
+      sum = multiply_add(part.row_sum[row], factor, sum);
+      if (active) out = multiply_add(part.out[row * p.value_dim + channel], factor, out);
     }
     if (active) {
       const float result = out * (sum == 0.0f ? 0.0f : 1.0f / sum);
@@ -103,30 +106,28 @@ __global__ void __launch_bounds__(kDecodeThreads) merge_kernel(const __grid_cons
       store(raw, p.out.dtype, p.out.at(b, query_head, query), channel);
     }
     if (channel == 0) {
-      p.lse[(b * p.heads * p.group + query_head) * p.queries + query] = sum == 0.0f ? -INFINITY : most + logf(sum);
+      p.lse[(b * p.heads * p.group_size + query_head) * p.queries + query] =
+          sum == 0.0f ? -INFINITY : row_max + logf(sum);
     }
   }
 }
 
 }  // namespace
 
-int64_t decode_workspace(const Decode& p, const DecodeCut& cut) {
-  if (p.segments.size() > kMaxSegments) return 0;
-  const DeviceDecode d = on_device(p, nullptr, cut);
-  return d.batch * d.heads * d.tiles * d.spans * partial_size(d) * static_cast<int64_t>(sizeof(float));
-}
-
-cudaError_t launch_decode(const Decode& p, void* workspace, cudaStream_t stream, const DecodeCut& cut) {
-  if (p.segments.size() > kMaxSegments) return cudaErrorInvalidValue;
-  if (p.batch * p.heads * p.rows() == 0) return cudaSuccess;
-  const DeviceDecode d = on_device(p, workspace, cut);
-  const bool apart = std::any_of(d.apart, d.apart + d.number, [](bool is) { return is; });
-  const size_t bytes = std::max(CodesShared::bytes(p, apart ? kDecodeWarps : 1), RestoredShared::bytes(p));
-  const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.spans * d.slabs));
-  const cudaError_t error = launch(&decode_kernel, blocks, dim3(kDecodeThreads), bytes, stream, d);
-  if (error != cudaSuccess) return error;
+void decode(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
+  if (p.segments.size() > kMaxSegments) {
+    throw std::runtime_error(std::string(gpu.op) + ": expected at most " + std::to_string(kMaxSegments) +
+                             " segments on CUDA; got " + std::to_string(p.segments.size()) +
+                             ". Use backend=\"eager\" for more.");
+  }
+  if (p.batch * p.heads * p.rows() == 0) return;
+  const DeviceDecode d = on_device(p, gpu, cut);
+  const bool per_warp = std::any_of(d.per_warp, d.per_warp + d.num_segments, [](bool is) { return is; });
+  const size_t bytes = std::max(CodesShared::bytes(p, per_warp ? kDecodeWarps : 1), RestoredShared::bytes(p));
+  const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.splits * d.value_tiles));
+  launch(&decode_kernel, blocks, dim3(kDecodeThreads), bytes, gpu, d);
   const dim3 rows(static_cast<unsigned>(d.batch * d.heads * d.rows()));
-  return launch(&merge_kernel, rows, dim3(kDecodeThreads), 0, stream, d);
+  launch(&merge_kernel, rows, dim3(kDecodeThreads), 0, gpu, d);
 }
 
 }  // namespace singlepass::kv

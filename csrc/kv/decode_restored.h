@@ -3,16 +3,16 @@
 
 #include "kv/decode.h"
 
-// Attention in float32 over tokens that a thread block restores to shared memory first: the window, and codes whose
-// steps differ within a token. A lane has a token of a tile where logits are made, a thread a channel where values are
-// summed; a warp has two rows of the softmax.
+// Attention in float32 over tokens that a thread block first decompresses to shared memory: the window, and codes whose
+// scales differ within a token. A lane computes the logits of one token of a tile, a warp does the softmax of two rows,
+// and a thread sums the values of one channel.
 namespace singlepass::kv {
 
 inline constexpr int kTokenTile = 32;
 inline constexpr int kChannelTile = kDecodeThreads;
-static_assert(kChannelTile == kSlab);
+static_assert(kChannelTile == kValueTile);
 
-// Tokens as they are.
+// Tokens that are not compressed.
 class PlainTokens {
  public:
   __device__ __forceinline__ PlainTokens(const Tokens& tokens, const Work& work) : tokens_(tokens), work_(work) {}
@@ -38,11 +38,11 @@ class PackedTokens {
       : packed_(packed), work_(work), block_(block) {}
 
   __device__ __forceinline__ void choose(int channel) {
-    const int bytes = static_cast<int>(packed_.bytes()), width = static_cast<int>(packed_.width);
+    const int bytes = static_cast<int>(packed_.bytes()), head_dim = static_cast<int>(packed_.head_dim);
     byte_ = channel % bytes;
     shift_ = channel / bytes * packed_.bits;
     by_channels_ = packed_.axis == Axis::kChannel;
-    at_ = by_channels_ ? channel : channel / (width / static_cast<int>(packed_.groups));
+    at_ = by_channels_ ? channel : channel / (head_dim / static_cast<int>(packed_.groups));
     factor_ = packed_.channels.data == nullptr
                   ? 1.0f
                   : float16_to_float(packed_.channels_at(work_.b, work_.h, block_)[channel]);
@@ -51,7 +51,7 @@ class PackedTokens {
   __device__ __forceinline__ float operator()(int64_t slot) const {
     const uint32_t n = (packed_.codes_at(work_.b, work_.h, slot)[byte_] >> shift_) & ((1u << packed_.bits) - 1);
     const uint16_t* scales = packed_.scales_at(work_.b, work_.h, slot, block_) + at_;
-    const int64_t minima = by_channels_ ? packed_.width : packed_.groups;
+    const int64_t minima = by_channels_ ? packed_.head_dim : packed_.groups;
     return factor_ * multiply_add(static_cast<float>(n), float16_to_float(scales[0]), float16_to_float(scales[minima]));
   }
 
@@ -64,7 +64,7 @@ class PackedTokens {
   float factor_ = 1.0f;
 };
 
-// Dynamic memory begins with it; queries (width, kRowTile) follow.
+// Dynamic memory begins with it; queries (head_dim, kRowTile) follow.
 struct RestoredShared {
   int block;
   float tile[kTokenTile][kChannelTile + 1];  // without the one, a warp that goes through tokens would meet one bank
@@ -73,7 +73,7 @@ struct RestoredShared {
   alignas(16) float factors[kRowTile];
 
   __device__ __forceinline__ float* queries() { return reinterpret_cast<float*>(this + 1); }
-  static size_t bytes(const Decode& p) { return sizeof(RestoredShared) + 4 * kRowTile * p.width; }
+  static size_t bytes(const Decode& p) { return sizeof(RestoredShared) + 4 * kRowTile * p.head_dim; }
 };
 
 class RestoredAttention {
@@ -84,7 +84,7 @@ class RestoredAttention {
   }
 
   __device__ __forceinline__ void run() {
-    for (int64_t i = threadIdx.x; i < kRowTile * p_.width; i += kDecodeThreads) {
+    for (int64_t i = threadIdx.x; i < kRowTile * p_.head_dim; i += kDecodeThreads) {
       shared_.queries()[i] = query(p_, work_, static_cast<int>(i % kRowTile), i / kRowTile);
     }
     if (work_.segment < 0) {
@@ -106,33 +106,33 @@ class RestoredAttention {
     for (int64_t first = begin; first < end; first += kTokenTile) {
       const int count = static_cast<int>(Work::min_of(kTokenTile, end - first));
       dot(keys, first, count);
-      for (int r = 0; r < 2; ++r) weigh(r, first, count, last);
+      for (int r = 0; r < 2; ++r) softmax(r, first, count, last);
       __syncthreads();
       add(values, first, count);
     }
   }
 
-  // Tokens of a tile, kChannelTile channels of them; zeros where there are none.
+  // Decompresses kChannelTile channels of a tile of tokens to shared memory. What lies beyond the last is zero.
   template <class Source>
-  __device__ __forceinline__ void restore(Source& source, int64_t first, int count, int64_t channel, int64_t width) {
+  __device__ __forceinline__ void restore(Source& source, int64_t first, int count, int64_t channel, int64_t head_dim) {
     __syncthreads();
     const int own = static_cast<int>(channel + threadIdx.x);
-    if (own < width) source.choose(own);
+    if (own < head_dim) source.choose(own);
 #pragma unroll 8
     for (int t = 0; t < kTokenTile; ++t) {
-      shared_.tile[t][threadIdx.x] = t < count && own < width ? source(first + t) : 0.0f;
+      shared_.tile[t][threadIdx.x] = t < count && own < head_dim ? source(first + t) : 0.0f;
     }
     __syncthreads();
   }
 
-  // Logits, but for the softcap, in four parts: a warp has a quarter of each tile's channels.
+  // Stage 1: logits without the softcap, in four parts. A warp sums over a quarter of each tile's channels.
   template <class Source>
   __device__ __forceinline__ void dot(Source& keys, int64_t first, int count) {
     float sums[kRowTile] = {};
-    for (int64_t channel = 0; channel < p_.width; channel += kChannelTile) {
-      restore(keys, first, count, channel, p_.width);
+    for (int64_t channel = 0; channel < p_.head_dim; channel += kChannelTile) {
+      restore(keys, first, count, channel, p_.head_dim);
       const int own = warp_ * (kChannelTile / kDecodeWarps);
-      for (int d = own; d < own + kChannelTile / kDecodeWarps && channel + d < p_.width; ++d) {
+      for (int d = own; d < own + kChannelTile / kDecodeWarps && channel + d < p_.head_dim; ++d) {
         const float k = shared_.tile[lane_][d];
         const float* q = &shared_.queries()[(channel + d) * kRowTile];
 #pragma unroll
@@ -144,28 +144,31 @@ class RestoredAttention {
     __syncthreads();
   }
 
-  // Weights of one of the warp's two rows.
-  __device__ __forceinline__ void weigh(int r, int64_t first, int count, int64_t last) {
+  // Stage 2: online softmax of one of the warp's two rows.
+  __device__ __forceinline__ void softmax(int r, int64_t first, int count, int64_t last) {
     const int row = 2 * warp_ + r;
     float logit = 0.0f;
     for (int w = 0; w < kDecodeWarps; ++w) logit += shared_.logits[w][row][lane_];
     if (p_.softcap > 0.0f) logit = capped(logit, p_.softcap, 1.0f / p_.softcap);
     if (lane_ >= count || first + lane_ >= last - later_[r]) logit = -INFINITY;
-    float most = fmaxf(most_[r], logit);
-    for (int offset = 1; offset < kWarp; offset *= 2) most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, offset));
-    const float weight = exp_of_negative(logit - reference(most));
-    const float factor = exp_of_negative(most_[r] - reference(most));
-    most_[r] = most;
+    float row_max = fmaxf(row_max_[r], logit);
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, offset));
+    }
+    const float weight = exp_of_negative(logit - safe_max(row_max));
+    const float factor = exp_of_negative(row_max_[r] - safe_max(row_max));
+    row_max_[r] = row_max;
     float sum = weight;
     for (int offset = 1; offset < kWarp; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-    sum_[r] = multiply_add(sum_[r], factor, sum);
+    row_sum_[r] = multiply_add(row_sum_[r], factor, sum);
     shared_.weights[lane_][row] = weight;
     if (lane_ == 0) shared_.factors[row] = factor;
   }
 
+  // Stage 3: adds the weighted values.
   template <class Source>
   __device__ __forceinline__ void add(Source& values, int64_t first, int count) {
-    restore(values, first, count, work_.first_channel(), p_.value_width);
+    restore(values, first, count, work_.first_channel(), p_.value_dim);
 #pragma unroll
     for (int r = 0; r < kRowTile; ++r) out_[r] *= shared_.factors[r];
     for (int t = 0; t < count; ++t) {
@@ -178,12 +181,13 @@ class RestoredAttention {
   __device__ __forceinline__ void write() {
     const Partial to(p_, work_);
     for (int r = 0; r < 2; ++r) {
-      if (lane_ == 0 && work_.slab == 0) to.most[2 * warp_ + r] = most_[r], to.sum[2 * warp_ + r] = sum_[r];
+      if (lane_ == 0 && work_.value_tile == 0)
+        to.row_max[2 * warp_ + r] = row_max_[r], to.row_sum[2 * warp_ + r] = row_sum_[r];
     }
     float* out = to.out + work_.first_channel() + threadIdx.x;
 #pragma unroll
     for (int r = 0; r < kRowTile; ++r) {
-      if (threadIdx.x < work_.channels(p_) && r < work_.rows(p_)) out[r * p_.value_width] = out_[r];
+      if (threadIdx.x < work_.channels(p_) && r < work_.rows(p_)) out[r * p_.value_dim] = out_[r];
     }
   }
 
@@ -192,7 +196,7 @@ class RestoredAttention {
   RestoredShared& shared_;
   const int lane_, warp_;
   int64_t later_[2];  // slots at the window's end that a row of the warp does not see
-  float most_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};
+  float row_max_[2] = {-INFINITY, -INFINITY}, row_sum_[2] = {};
   float out_[kRowTile] = {};
 };
 

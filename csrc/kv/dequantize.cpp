@@ -3,7 +3,7 @@
 
 #include "common/convert.h"
 #include "kv/blocks.h"
-#include "kv/cpu.h"
+#include "kv/problem.h"
 #include "kv/tiles.h"
 
 namespace singlepass::kv {
@@ -16,7 +16,8 @@ SINGLEPASS_TARGET_CLONES void multiply(float* x, const float* factors, int64_t n
 
 class Dequantizer {
  public:
-  explicit Dequantizer(const Codec& p) : p_(p), width_(p.packed.width), row_(width_), steps_(width_), minima_(width_) {}
+  explicit Dequantizer(const CodecCall& p)
+      : p_(p), width_(p.packed.head_dim), row_(width_), steps_(width_), minima_(width_) {}
 
   void run(const BlockRange& place) {
     const bool by_channels = p_.packed.axis == Axis::kChannel;
@@ -40,14 +41,14 @@ class Dequantizer {
   }
 
  private:
-  const Codec& p_;
+  const CodecCall& p_;
   const int64_t width_;
   std::vector<float> row_, steps_, minima_;
 };
 
 }  // namespace
 
-void dequantize_cpu(const Codec& p, const ParallelFor& parallel_for) {
+void dequantize(const CodecCall& p, const ParallelFor& parallel_for) {
   for_each_block<Dequantizer>(p, parallel_for);
 }
 

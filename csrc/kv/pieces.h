@@ -6,50 +6,52 @@
 #include "common/reduce.h"
 #include "kv/runs.h"
 
-// Which channels a thread owns while tokens are made into codes and back. A piece is the 16 channels whose codes fill
-// 2 * bits neighbouring bytes: a run of as many channels out of each plane. The threads of a token's pieces stand in
-// one warp, and a thread keeps its piece while it goes down the tokens of a block.
+// Which channels a thread owns in the kernels that quantise and dequantise. A piece is the 16 channels whose codes fill
+// 2 * bits neighbouring bytes: a run of 2 * bits neighbouring channels out of each plane. A thread keeps its piece
+// while it goes down the tokens of a block. All pieces of a token belong to one warp, so that lanes merge a token's
+// extremes by shuffles.
 namespace singlepass::kv {
 
 inline constexpr int kPiece = 16;
 inline constexpr int kCodecThreads = 256;
 inline constexpr int kCodecWarps = kCodecThreads / kWarp;
 
-// How a launch is cut.
+// How a launch is divided.
 struct Cut {
-  int lanes;                          // threads of a token: a power of two, of which width / 16 are active
+  int lanes;                          // threads for each token: a power of two, of which head_dim / 16 are active
   int parts;                          // thread blocks that share the tokens of a block
-  bool plain_vectors, codes_vectors;  // whether pieces are aligned for vector accesses
+  bool plain_vectors, codes_vectors;  // whether tokens, and codes, are aligned for vector accesses
 };
 
-inline Cut make_cut(const Codec& p, bool shared_tokens) {
+inline Cut make_cut(const CodecCall& p, bool shared_tokens) {
   Cut cut = {1, 1, are_vectors(p.plain), are_vectors(p.packed.codes)};
-  while (cut.lanes * kPiece < p.packed.width) cut.lanes *= 2;
+  while (cut.lanes * kPiece < p.packed.head_dim) cut.lanes *= 2;
+  // As many parts as give a thread about four tokens of an average block.
   if (shared_tokens) {
-    const int64_t average = p.slots / p.blocks.number, turn = kCodecThreads / cut.lanes * 4;
+    const int64_t average = p.slots / p.blocks.num_blocks, turn = kCodecThreads / cut.lanes * 4;
     cut.parts = static_cast<int>(std::clamp<int64_t>((average + turn - 1) / turn, 1, 65535));
   }
   return cut;
 }
 
-// A thread's place in a block of tokens of one head.
+// A thread's place in a block of tokens of one head. Tokens are counted from the block's first slot.
 struct PieceCursor {
-  int64_t b, h, block, begin, count, size;  // slots from begin on, of which the first `count` hold a token
-  int column, row, rows;                    // piece of a token, first token, and tokens of a turn
+  int64_t b, h, block, begin, count, size;  // `size` slots from `begin` on, of which the first `count` hold a token
+  int column, row, rows;                    // the thread's piece, its first token, and the step to its next token
   bool active;
 
-  __device__ PieceCursor(const Codec& p, const Cut& cut) {
+  __device__ PieceCursor(const CodecCall& p, const Cut& cut) {
     const int64_t task = blockIdx.x;
-    block = task % p.blocks.number;
-    h = task / p.blocks.number % p.heads;
-    b = task / p.blocks.number / p.heads;
+    block = task % p.blocks.num_blocks;
+    h = task / p.blocks.num_blocks % p.heads;
+    b = task / p.blocks.num_blocks / p.heads;
     begin = p.blocks.starts[block];
     count = p.blocks.count(b, block);
     size = p.blocks.starts[block + 1] - begin;
     column = static_cast<int>(threadIdx.x) % cut.lanes;
     rows = kCodecThreads / cut.lanes * cut.parts;
     row = static_cast<int>(blockIdx.y) * (kCodecThreads / cut.lanes) + static_cast<int>(threadIdx.x) / cut.lanes;
-    active = column * kPiece < p.packed.width;
+    active = column * kPiece < p.packed.head_dim;
   }
 };
 
@@ -57,14 +59,15 @@ template <int kBits>
 struct Piece {
   static constexpr int planes = 8 / kBits, run = 2 * kBits;
 
-  // The channel of a piece's element k.
+  // The channel of element k of a piece.
   __device__ __forceinline__ static int channel(const Packed& packed, int column, int k) {
     return k / run * static_cast<int>(packed.bytes()) + column * run + k % run;
   }
 };
 
+// Loads the thread's piece of the token in `slot`, one run out of each plane.
 template <int kBits>
-__device__ __forceinline__ void load_piece(const Codec& p, const Cut& cut, const PieceCursor& place, int64_t slot,
+__device__ __forceinline__ void load_piece(const CodecCall& p, const Cut& cut, const PieceCursor& place, int64_t slot,
                                            float (&x)[kPiece]) {
   using P = Piece<kBits>;
   const char* token = p.plain.at(place.b, place.h, p.token(place.b, place.h, slot));
@@ -76,7 +79,7 @@ __device__ __forceinline__ void load_piece(const Codec& p, const Cut& cut, const
 }
 
 template <int kBits>
-__device__ __forceinline__ void store_piece(const Codec& p, const Cut& cut, const PieceCursor& place, int64_t slot,
+__device__ __forceinline__ void store_piece(const CodecCall& p, const Cut& cut, const PieceCursor& place, int64_t slot,
                                             const float (&x)[kPiece]) {
   using P = Piece<kBits>;
   char* token = p.plain.at(place.b, place.h, p.token(place.b, place.h, slot));
@@ -87,7 +90,7 @@ __device__ __forceinline__ void store_piece(const Codec& p, const Cut& cut, cons
   }
 }
 
-// The bytes of a piece's codes, in words.
+// The codes of a piece, 2 * kBits bytes, in 32-bit words.
 template <int kBits>
 struct Words {
   uint32_t bits[kBits / 2] = {};
@@ -122,7 +125,7 @@ struct Words {
     }
   }
 
-  // Where the code of a piece's element k stands.
+  // The word that holds the code of element k, and the code's lowest bit in it.
   __device__ __forceinline__ static constexpr int word(int k) { return k % (2 * kBits) / 4; }
   __device__ __forceinline__ static constexpr int shift(int k) { return k % 4 * 8 + k / (2 * kBits) * kBits; }
 };

@@ -5,13 +5,14 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/parallel.h"
 
 // The ops' arguments as raw pointers. python/singlepass/_ops/kv.py says what they mean.
 namespace singlepass::kv {
 
-inline constexpr int kMaxWidth = 512;  // channels of a head
+inline constexpr int kMaxHeadDim = 512;
 
-// Tokens (batch, heads, tokens, channels) whose channels are neighbours.
+// Tokens (batch, heads, tokens, head_dim) whose channels are contiguous.
 struct Tokens {
   void* data;
   DType dtype;
@@ -39,16 +40,16 @@ struct Packed {
   PerHead<uint16_t> scales, channels;
   int bits;
   Axis axis;
-  int64_t width, groups;  // channels, and groups of them where steps belong to tokens
+  int64_t head_dim, groups;  // channels, and groups of them where steps belong to tokens
 
-  SINGLEPASS_HD int64_t bytes() const { return width * bits / 8; }
+  SINGLEPASS_HD int64_t bytes() const { return head_dim * bits / 8; }
   SINGLEPASS_HD uint8_t* codes_at(int64_t b, int64_t h, int64_t slot) const { return codes.at(b, h) + slot * bytes(); }
   // Steps, which as many minima follow, of a token or of a block.
   SINGLEPASS_HD uint16_t* scales_at(int64_t b, int64_t h, int64_t slot, int64_t block) const {
-    return scales.at(b, h) + (axis == Axis::kChannel ? block * 2 * width : slot * 2 * groups);
+    return scales.at(b, h) + (axis == Axis::kChannel ? block * 2 * head_dim : slot * 2 * groups);
   }
   SINGLEPASS_HD uint16_t* channels_at(int64_t b, int64_t h, int64_t block) const {
-    return channels.at(b, h) + block * width;
+    return channels.at(b, h) + block * head_dim;
   }
 };
 
@@ -56,12 +57,12 @@ struct Packed {
 struct Blocks {
   const int32_t* starts;
   const int32_t* counts;  // counts[b * stride + block]
-  int64_t stride, number;
+  int64_t stride, num_blocks;
 
   SINGLEPASS_HD int64_t count(int64_t b, int64_t block) const { return counts[b * stride + block]; }
 };
 
-struct Codec {
+struct CodecCall {
   int64_t batch, heads, tokens;  // of `plain`
   Packed packed;
   Blocks blocks;
@@ -75,7 +76,7 @@ struct Codec {
 };
 
 struct Saliency {
-  int64_t batch, heads, group, probes, tokens, width;
+  int64_t batch, heads, group_size, probes, tokens, head_dim;
   Tokens q, k;  // q: the heads of a group follow one another
   const int64_t* positions;
   const bool* mask;  // null: all are tokens
@@ -92,7 +93,7 @@ struct Segment {
 };
 
 struct DecodeArguments {
-  int64_t batch, heads, group, queries, width, value_width;
+  int64_t batch, heads, group_size, queries, head_dim, value_dim;
   Tokens q, window_k, window_v;
   int64_t window_slots;
   const int32_t* window;  // window[b * window_stride + 0 or 1]
@@ -103,11 +104,36 @@ struct DecodeArguments {
   Tokens out;
   float* lse;
 
-  SINGLEPASS_HD int64_t rows() const { return group * queries; }
+  SINGLEPASS_HD int64_t rows() const { return group_size * queries; }
 };
 
 struct Decode : DecodeArguments {
   std::vector<Segment> segments;
 };
+
+// Segments that decode takes on GPUs.
+inline constexpr size_t kMaxSegments = 4;
+
+// Into how many splits the slots of a head are cut. That depends on the shapes of one sequence alone, so that results
+// are the same bits in every batch and on every GPU.
+struct DecodeCut {
+  int64_t splits = 64;                             // about, for eight rows of queries; fewer for more
+  int64_t min_slots = 128, min_window_slots = 32;  // of a split
+};
+
+void quantize(const CodecCall& p, const ParallelFor& parallel_for);
+void dequantize(const CodecCall& p, const ParallelFor& parallel_for);
+void saliency(const Saliency& p, const ParallelFor& parallel_for);
+void decode(const Decode& p, const ParallelFor& parallel_for);
+
+// Each in one launch.
+void quantize(const CodecCall& p, const Gpu& gpu);
+void dequantize(const CodecCall& p, const Gpu& gpu);
+
+// In two launches, or in one where the logarithms of sums are given.
+void saliency(const Saliency& p, const Gpu& gpu);
+
+// In two launches: a softmax over each split, then their merging in the order of splits.
+void decode(const Decode& p, const Gpu& gpu, const DecodeCut& cut = {});
 
 }  // namespace singlepass::kv

@@ -10,16 +10,17 @@
 #include "common/vector.h"
 #include "kv/blocks.h"
 #include "kv/codec.h"
-#include "kv/cpu.h"
+#include "kv/problem.h"
 #include "kv/tiles.h"
 
-// A block's tokens are read once from memory and, where something belongs to channels, again from the cache. Loops take
-// them as they are stored: floats stay in registers.
+// Quantisation on the CPU. The tokens of a block are read from memory once and, where something belongs to channels, a
+// second time from the cache. Loops read them in their own dtype and convert in registers. A block is "tame" if nothing
+// in it is NaN, infinite or beyond float16; then most checks are skipped.
 namespace singlepass::kv {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kTogether = 4;  // tokens that share a load and a store of their channels' extremes
+constexpr int kTogether = 4;  // tokens for which the extremes of channels are loaded and stored once
 
 template <DType dtype>
 using Bits = std::conditional_t<dtype == DType::kFloat32, int32_t, int16_t>;
@@ -38,19 +39,20 @@ SINGLEPASS_HD float to_float(Bits<dtype> bits) {
   }
 }
 
-// Of 65504, in bfloat16 of 65280, the next below: what does not exceed it is not clamped.
+// The bits of 65504, the largest float16; in bfloat16, of 65280, the next number below. Larger magnitudes are clamped.
 template <DType dtype>
 constexpr Bits<dtype> kTameBits = dtype == DType::kFloat32    ? 0x477fe000
                                   : dtype == DType::kBFloat16 ? 0x477f
                                                               : 0x7bff;
 
-// Integers in the order of the numbers, and the way back. NaNs come out beyond the infinities, so that extremes tell
-// whether everything is finite.
+// Maps the bits of a float to an integer such that integers have the order of the floats; it is its own inverse. NaNs
+// come out beyond the infinities, so the extremes tell whether everything is finite.
 template <class Integer>
 SINGLEPASS_HD Integer ordered(Integer bits) {
   return static_cast<Integer>(bits ^ ((bits >> (8 * sizeof(Integer) - 1)) & std::numeric_limits<Integer>::max()));
 }
 
+// Extends the extremes of n channels, as ordered integers, by four tokens.
 template <DType dtype>
 SINGLEPASS_TARGET_CLONES void extend(const TokenRows<dtype>& rows, int64_t n, Bits<dtype>* low, Bits<dtype>* high) {
   const Bits<dtype>*x0 = rows[0], *x1 = rows[1], *x2 = rows[2], *x3 = rows[3];
@@ -62,7 +64,7 @@ SINGLEPASS_TARGET_CLONES void extend(const TokenRows<dtype>& rows, int64_t n, Bi
   }
 }
 
-// Whether nothing from `low` to `high` is NaN or has to be clamped.
+// Whether no number between these extremes is NaN or has to be clamped.
 template <DType dtype>
 SINGLEPASS_TARGET_CLONES bool is_tame(const Bits<dtype>* low, const Bits<dtype>* high, int64_t n) {
   Bits<dtype> least = 0, most = 0;
@@ -80,7 +82,7 @@ SINGLEPASS_TARGET_CLONES void to_floats(const Bits<dtype>* in_order, int64_t n, 
   for (int64_t d = 0; d < n; ++d) to[d] = to_float<dtype>(ordered(in_order[d]));
 }
 
-// Zero where it is not finite, if that is possible.
+// The bits without the sign. If not `tame`, those of NaN and infinity become 0.
 template <DType dtype, bool tame>
 SINGLEPASS_HD Bits<dtype> magnitude(Bits<dtype> bits) {
   constexpr Bits<dtype> kInfiniteBits = dtype == DType::kFloat32    ? 0x7f800000
@@ -101,7 +103,7 @@ SINGLEPASS_TARGET_CLONES void extend_magnitudes(const TokenRows<dtype>& rows, in
   }
 }
 
-// Of channels whose largest magnitudes are `most`: by what they are divided, and by what that is multiplying.
+// Computes the divisor of each channel (its factor c) from its largest magnitude, and 1 / c.
 template <DType dtype>
 SINGLEPASS_TARGET_CLONES void find_factors(const Bits<dtype>* most, int64_t n, float* divisors, float* factors) {
 #pragma GCC ivdep
@@ -133,8 +135,8 @@ SINGLEPASS_HD Vector load_floats(const Bits<dtype>* from) {
   return load_vector(lanes);
 }
 
-// y = x * factors for one token, and each group's extremes. Where x need not be tame, it is clamped, NaN too, so that y
-// is finite, and `low` is NaN where x is not.
+// y = x * factors for one token, with the extremes of each group. If x need not be tame, it is clamped (NaN as well),
+// so that y is finite, and `low` is NaN for a group that was not finite.
 template <DType dtype, bool tame>
 SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* factors, int64_t groups, int64_t size,
                                         Bits<DType::kFloat32>* y, float* low, float* high) {
@@ -169,7 +171,7 @@ SINGLEPASS_TARGET_CLONES void scale_row(const Bits<dtype>* x, const float* facto
   }
 }
 
-// Of groups between `low` and `high`.
+// Computes step, minimum and 1 / step of n groups from their extremes.
 SINGLEPASS_TARGET_CLONES void find_steps(const float* low, const float* high, int64_t n, int bits, float* step,
                                          float* minimum, float* inverses) {
 #pragma GCC ivdep
@@ -182,14 +184,14 @@ SINGLEPASS_TARGET_CLONES void find_steps(const float* low, const float* high, in
   }
 }
 
-// A token's codes in planes. Minima and inverses of steps are those of its channels, or `shared` by all. x stays within
-// its groups; those that were not finite have the minimum NaN.
+// Encodes one token. Minima and 1 / step are given for each channel, or one for all of them (`shared`). x lies between
+// its group's extremes, so codes need no clamping; a group that was not finite has NaN as minimum, which gives 0.
 template <DType dtype, int bits, bool shared>
 SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* minima, const float* inverses,
-                                         int64_t width, uint8_t* to) {
+                                         int64_t head_dim, uint8_t* to) {
   constexpr int kPlanes = 8 / bits;
-  const int64_t places = width / kPlanes;
-  uint32_t bytes[kMaxWidth / kPlanes];
+  const int64_t places = head_dim / kPlanes;
+  uint32_t bytes[kMaxHeadDim / kPlanes];
 #pragma GCC ivdep
   for (int64_t w = 0; w < places; ++w) {
     bytes[w] = 0;
@@ -199,7 +201,7 @@ SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* mini
       bytes[w] |= nearest_in_low_bits((to_float<dtype>(x[d]) - minima[at]) * inverses[at]) << (p * bits);
     }
   }
-  // In a loop of its own: else compilers narrow each plane.
+  // A loop of its own: in the loop above, compilers would narrow each plane.
 #pragma GCC ivdep
   for (int64_t w = 0; w < places; ++w) to[w] = static_cast<uint8_t>(bytes[w]);
 }
@@ -207,9 +209,9 @@ SINGLEPASS_TARGET_CLONES void encode_row(const Bits<dtype>* x, const float* mini
 template <DType dtype>
 class Quantizer {
  public:
-  explicit Quantizer(const Codec& p)
+  explicit Quantizer(const CodecCall& p)
       : p_(p),
-        width_(p.packed.width),
+        width_(p.packed.head_dim),
         groups_(p.packed.groups),
         most_(width_),
         least_(width_),
@@ -247,8 +249,8 @@ class Quantizer {
 
   uint8_t* codes_at(const BlockRange& place, int64_t slot) const { return p_.packed.codes_at(place.b, place.h, slot); }
 
-  // Calls body with a few of a block's tokens at a time; the last one stands in for those after it. Tokens of an index
-  // stand where the processor does not expect them, so that the next ones are fetched ahead.
+  // Calls body with kTogether tokens of a block at a time; the last token stands in for missing ones. An index puts
+  // tokens where the processor does not expect them, so the next ones are prefetched.
   template <class Body>
   void for_each_rows(const BlockRange& place, const Body& body) const {
     const int64_t last = place.begin + place.count - 1;
@@ -275,6 +277,7 @@ class Quantizer {
     }
   }
 
+  // Scales per channel: extremes of all channels first, then codes.
   void by_channels(const BlockRange& place) {
     uint16_t* scales = p_.packed.scales_at(place.b, place.h, 0, place.block);
     if (place.count == 0) {
@@ -303,6 +306,7 @@ class Quantizer {
     }
   }
 
+  // Scales per token: channel factors first, if there are any, then tiles of tokens.
   void by_tokens(const BlockRange& place) {
     bool tame = false;
     if (p_.packed.channels.data != nullptr) {
@@ -330,7 +334,7 @@ class Quantizer {
                   [&](const TokenRows<dtype>& rows) { extend_magnitudes<dtype, tame>(rows, width_, most_.data()); });
   }
 
-  // n tokens, whose groups' steps are found together.
+  // Encodes n tokens. The scales of all their groups are computed together, in loops long enough for vectors.
   template <bool tame>
   void tile(const BlockRange& place, int64_t first, int64_t n) {
     for (int64_t t = 0; t < n; ++t) {
@@ -349,7 +353,7 @@ class Quantizer {
     }
   }
 
-  // Token t of a tile.
+  // Encodes token t of the tile.
   void encode_scaled(int64_t t, uint8_t* to) {
     const Bits<DType::kFloat32>* y = &y_[t * width_];
     const float *minima = &minima_[t * groups_], *inverses = &inverses_[t * groups_];
@@ -362,17 +366,17 @@ class Quantizer {
     encode_as<DType::kFloat32, false>(y, row_minima_.data(), row_inverses_.data(), to);
   }
 
-  const Codec& p_;
+  const CodecCall& p_;
   const int64_t width_, groups_;
   std::vector<Bits<dtype>> most_, least_;
-  std::vector<Bits<DType::kFloat32>> y_;  // a tile's tokens, scaled
+  std::vector<Bits<DType::kFloat32>> y_;  // scaled tokens, (kTile, head_dim)
   std::vector<float> factors_, divisors_, low_, high_, steps_, minima_, inverses_, row_minima_, row_inverses_;
   std::vector<uint16_t> tile_steps_, tile_minima_;
 };
 
 }  // namespace
 
-void quantize_cpu(const Codec& p, const ParallelFor& parallel_for) {
+void quantize(const CodecCall& p, const ParallelFor& parallel_for) {
   switch (p.plain.dtype) {
     case DType::kFloat32:
       return for_each_block<Quantizer<DType::kFloat32>>(p, parallel_for);

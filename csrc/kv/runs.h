@@ -6,10 +6,10 @@
 #include "common/raw.h"
 #include "kv/problem.h"
 
-// Runs of 4, 8 or 16 neighbouring channels of a token between memory and registers.
+// Loads and stores of runs: 4, 8 or 16 neighbouring channels of a token, in float32 registers.
 namespace singlepass::kv {
 
-// Whether all that begins at a multiple of these strides is aligned for vectors.
+// Whether every token or head is aligned to 16 bytes, for vector accesses. `strides` are in elements of `size` bytes.
 inline bool are_vectors(const void* data, int64_t size, std::initializer_list<int64_t> strides) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
          std::all_of(strides.begin(), strides.end(), [size](int64_t stride) { return stride * size % 16 == 0; });
@@ -23,6 +23,8 @@ inline bool are_vectors(const PerHead<uint8_t>& codes) {
   return are_vectors(codes.data, 1, {codes.batch_stride, codes.head_stride});
 }
 
+// Loads vectors of 16 bytes, or of 8 for what is left, if `vectors`; else single elements. dtype and vectors are the
+// same for all threads, so that branches do not diverge.
 template <int kRun>
 __device__ __forceinline__ void load_run(const char* from, DType dtype, bool vectors, float* x) {
   Raw<kRun> raw = {};

@@ -4,30 +4,36 @@
 #include "common/math.h"
 #include "common/mma.h"
 #include "common/reduce.h"
-#include "kv/cuda.h"
+#include "kv/problem.h"
 #include "kv/runs.h"
 
-// Two passes over the keys: the logarithm of each probe's sum, where it is not given, then the columns' sums. Logits
-// are made tile by tile and not kept. Rows are the probes of a head's query heads, one query head after another.
+// Attention that tokens receive from probes, in two passes over the keys. The first pass computes lse, the logarithm of
+// each row's sum of exp, unless lse is given. The second pass sums exp(logit - lse) over the rows, for each token.
+// Logits are computed tile by tile on tensor cores and never stored. Rows are the probes of all query heads that share
+// a head of keys, one query head after another.
+//
+// A tile of logits is (kTile rows, kTile tokens), of which a warp has 16 rows. Lane (g, t) = (lane / 4, lane % 4) holds
+// rows g and g + 8 of those, and tokens 2 t and 2 t + 1 of every 8.
 namespace singlepass::kv {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
-constexpr int kBlocks = 3;           // of a multiprocessor, as many as registers are limited for
-constexpr int kTile = 64;            // rows of a tile, of which a warp has 16, and tokens
-constexpr int kChannels = 32;        // that are multiplied at a time
-constexpr int kPitch = 20;           // words between rows in shared memory, so that a warp's reads meet all banks
-constexpr int kColumns = kTile / 8;  // that a lane has two of
-constexpr int64_t kLeastSpan = 512, kMaxSpans = 8;  // tokens of a thread block where sums are found, and blocks
+constexpr int kBlocks = 3;           // thread blocks per multiprocessor; registers are limited to fit them
+constexpr int kTile = 64;            // rows and tokens of a tile
+constexpr int kChannels = 32;        // channels in shared memory at a time
+constexpr int kPitch = 20;           // words between rows in shared memory: a warp's reads have no bank conflicts
+constexpr int kColumns = kTile / 8;  // groups of 8 tokens; a lane holds two tokens of each
+constexpr int64_t kLeastSpan = 512, kMaxSpans = 8;  // first pass: minimum tokens of a span, maximum spans of the keys
 constexpr float kInfinity = INFINITY;
 
 struct DeviceSaliency : Saliency {
   bool q_vectors, k_vectors;
-  int64_t rows, spans, span;
-  float2* partials;  // (batch, heads, rows, spans): the largest logit, and the sum of exp(logit - largest)
+  int64_t rows, spans, span;  // rows of a head, spans of its keys, tokens of a span
+  float2* partials;           // (batch, heads, rows, spans): row max and sum of exp(logit - row max)
 };
 
-// A part of each number in bfloat16, what is left in the next: three are exact. One is enough for 16-bit numbers.
+// An MMA operand, (rows, pairs of channels). Each number is a sum of kParts 16-bit parts: each part is what the parts
+// before it leave, rounded. Three bfloat16 parts hold a float32 exactly; a 16-bit number needs one part.
 template <int kParts>
 struct Operand {
   uint32_t pairs[kParts][kTile][kPitch];
@@ -36,7 +42,7 @@ struct Operand {
 template <int kParts>
 struct Shared {
   Operand<kParts> q, k;
-  int visible[kTile];  // tokens that a row sees, padding among them
+  int visible[kTile];  // a row sees the tokens before this one that are not padding
   float lse[kTile];
   bool is_token[kTile];
   float sums[kWarps][kTile];
@@ -54,7 +60,7 @@ __device__ __forceinline__ void split_parts(const float* x, int row, int word, O
   }
 }
 
-// A tile of logits. Two threads bring a row to shared memory.
+// A tile of logits. The stages are called by all threads of the thread block together.
 template <int kParts, DType kDType>
 class Tile {
  public:
@@ -67,7 +73,8 @@ class Tile {
         g_(threadIdx.x % kWarp / 4),
         t_(threadIdx.x % 4) {}
 
-  // Which tokens are there, and how many each row sees. True if a row sees one from `first` on.
+  // Stage 1: finds out which tokens exist, and how far each row sees: up to its probe's position, or nothing if the
+  // probe itself is padding. Returns, in every thread, whether any row sees tokens from `first` on.
   __device__ __forceinline__ bool look(int64_t row, int64_t first) {
     const int i = static_cast<int>(threadIdx.x) % kTile;
     __syncthreads();
@@ -85,15 +92,18 @@ class Tile {
                                      shared_.visible[threadIdx.x % kWarp + kWarp] > first);
   }
 
-  // logits[c][i]: token 8 c + 2 t + i % 2 of row g, or g + 8 for i >= 2, of the warp's; -inf where it is not seen.
+  // Stage 2: logits of the warp, (16 rows, kTile tokens). to[c][i] belongs to token 8 c + 2 t + i % 2 and to row g
+  // (i < 2) or g + 8 (i >= 2); it is -inf if the row does not see the token.
   __device__ __forceinline__ void logits(int64_t row, int64_t first, float (&to)[kColumns][4]) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) to[c][0] = to[c][1] = to[c][2] = to[c][3] = 0.0f;
-    for (int64_t channel = 0; channel < p_.width; channel += kChannels) {
+    // q . k, kChannels channels at a time. The last row and the last token stand in for those that do not exist; their
+    // logits are masked below.
+    for (int64_t channel = 0; channel < p_.head_dim; channel += kChannels) {
       __syncthreads();
       const int64_t own = threadIdx.x / 2, r = row + own < p_.rows ? row + own : p_.rows - 1;
       const int64_t token = first + own < p_.tokens ? first + own : p_.tokens - 1;
-      bring(p_.q, p_.q_vectors, p_.q.at(b_, h_ * p_.group + r / p_.probes, r % p_.probes), channel, shared_.q);
+      bring(p_.q, p_.q_vectors, p_.q.at(b_, h_ * p_.group_size + r / p_.probes, r % p_.probes), channel, shared_.q);
       bring(p_.k, p_.k_vectors, p_.k.at(b_, h_, token), channel, shared_.k);
       __syncthreads();
 #pragma unroll
@@ -107,6 +117,7 @@ class Tile {
         logit = p_.softcap * tanhf(logit * p_.scale * inverse);
       }
     }
+    // The scale, unless the softcap has applied it, and the mask.
     const float factor = p_.softcap > 0.0f ? 1.0f : p_.scale;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -119,7 +130,7 @@ class Tile {
     }
   }
 
-  // Of the tile, for i 0 or 1.
+  // The row of the tile to which the lane's logits to[c][2 i] and to[c][2 i + 1] belong.
   __device__ __forceinline__ int own_row(int i) const { return warp_ * 16 + g_ + 8 * i; }
 
  private:
@@ -127,17 +138,20 @@ class Tile {
     return p_.mask == nullptr || p_.mask[b_ * p_.mask_stride + t];
   }
 
+  // Loads an operand, (kTile rows, kChannels channels), to shared memory. Two threads share a row: each loads 16
+  // channels and splits them into parts. Channels beyond head_dim are zeros.
   __device__ __forceinline__ void bring(const Tokens& from, bool vectors, const char* token, int64_t channel,
                                         Operand<kParts>& to) {
     const int row = static_cast<int>(threadIdx.x) / 2, half = static_cast<int>(threadIdx.x) % 2;
     const int64_t first = channel + half * 16;
     float x[16] = {};
-    if (first < p_.width) load_run<16>(token + first * size_of(from.dtype), from.dtype, vectors, x);
+    if (first < p_.head_dim) load_run<16>(token + first * size_of(from.dtype), from.dtype, vectors, x);
 #pragma unroll
     for (int k = 0; k < 16; k += 2) split_parts<kParts, kDType>(x + k, row, half * 8 + k / 2, to);
   }
 
-  // Of sixteen channels, products of parts that count in float32.
+  // Adds the products of 16 channels. Parts i of q and j of k are multiplied only if i + j < kParts: the other products
+  // are below the precision of float32.
   __device__ __forceinline__ void multiply(int word, float (&to)[kColumns][4]) {
     const int row = own_row(0);
 #pragma unroll
@@ -161,7 +175,8 @@ class Tile {
   const int warp_, g_, t_;
 };
 
-// A thread block finds the largest logits and the sums of a tile of rows over a span of tokens.
+// First pass, on a grid of (heads * tiles of rows, spans). A thread block computes the row max and the sum of exp of
+// one tile of rows over one span of the keys.
 template <int kParts, DType kDType>
 __global__ void __launch_bounds__(kThreads, kBlocks) sums_kernel(const __grid_constant__ DeviceSaliency p) {
   SINGLEPASS_SHARED(Shared<kParts>, shared);
@@ -172,6 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_kernel(const __grid_co
   for (int64_t first = span * p.span; first < p.tokens && first < (span + 1) * p.span; first += kTile) {
     if (!tile.look(row, first)) break;
     tile.logits(row, first, logits);
+    // Online softmax. The four lanes that share a row agree on its max; each keeps the sum over its own tokens.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float now = most[r];
@@ -187,6 +203,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_kernel(const __grid_co
       }
     }
   }
+  // Adds the partial sums of the four lanes of a row and writes the result.
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     for (int offset = 1; offset < 4; offset *= 2) sum[r] += __shfl_xor_sync(kAllLanes, sum[r], offset);
@@ -195,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sums_kernel(const __grid_co
   }
 }
 
-// The logarithm of a row's sum: given, or of its spans in their order.
+// lse of a row: given, or merged from the row's spans in their order. It is -inf for a row that sees nothing.
 __device__ __forceinline__ float log_sum(const DeviceSaliency& p, int64_t head, int64_t row) {
   if (p.lse != nullptr) return p.lse[head * p.rows + row];
   const float2* spans = p.partials + (head * p.rows + row) * p.spans;
@@ -206,7 +223,8 @@ __device__ __forceinline__ float log_sum(const DeviceSaliency& p, int64_t head, 
   return sum == 0.0f ? -kInfinity : most + logf(sum);
 }
 
-// A thread block makes the sums of a tile of tokens over all rows that see one of them.
+// Second pass. A thread block takes one tile of tokens of one head, goes through all tiles of rows that see some of
+// them, and writes the tokens' sums. Each lane keeps partial sums of its 16 tokens over the rows that it holds.
 template <int kParts, DType kDType>
 __global__ void __launch_bounds__(kThreads, kBlocks) columns_kernel(const __grid_constant__ DeviceSaliency p) {
   SINGLEPASS_SHARED(Shared<kParts>, shared);
@@ -216,6 +234,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) columns_kernel(const __grid
   float sums[kColumns][2] = {}, logits[kColumns][4];
   for (int64_t row = 0; row < p.rows; row += kTile) {
     if (!tile.look(row, first)) continue;
+    // logits() has barriers between these writes and the reads below.
     if (threadIdx.x < kTile && row + threadIdx.x < p.rows)
       shared.lse[threadIdx.x] = log_sum(p, head, row + threadIdx.x);
     tile.logits(row, first, logits);
@@ -233,6 +252,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) columns_kernel(const __grid
       }
     }
   }
+  // Adds the partial sums of the lanes with the same t (they have other rows), then those of the warps, in their order.
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
@@ -249,45 +269,42 @@ __global__ void __launch_bounds__(kThreads, kBlocks) columns_kernel(const __grid
   p.sums[head * p.tokens + first + threadIdx.x] = sum;
 }
 
-DeviceSaliency on_device(const Saliency& p, void* workspace) {
+DeviceSaliency on_device(const Saliency& p, const Gpu& gpu) {
   DeviceSaliency d = {};
   static_cast<Saliency&>(d) = p;
   d.q_vectors = are_vectors(p.q);
   d.k_vectors = are_vectors(p.k);
-  d.rows = p.group * p.probes;
+  d.rows = p.group_size * p.probes;
+  // The number of tokens alone decides on the spans, so that results are the same bits on every GPU.
   const int64_t tiles = (p.tokens + kTile - 1) / kTile, least = kLeastSpan / kTile;
   const int64_t tiles_of_span = std::max<int64_t>(least, (tiles + kMaxSpans - 1) / kMaxSpans);
   d.span = tiles_of_span * kTile;
   d.spans = (tiles + tiles_of_span - 1) / tiles_of_span;
-  d.partials = static_cast<float2*>(workspace);
+  const int64_t sums = p.lse != nullptr ? 0 : d.batch * d.heads * d.rows * d.spans;
+  d.partials = static_cast<float2*>(gpu.allocate(sums * static_cast<int64_t>(sizeof(float2))));
   return d;
 }
 
 template <int kParts, DType kDType>
-cudaError_t launch_passes(const DeviceSaliency& d, cudaStream_t stream) {
+void launch_passes(const DeviceSaliency& d, const Gpu& gpu) {
   const int64_t heads = d.batch * d.heads;
   const dim3 tokens(static_cast<unsigned>(heads * ((d.tokens + kTile - 1) / kTile)));
   if (d.lse == nullptr && d.rows > 0) {
     const dim3 rows(static_cast<unsigned>(heads * ((d.rows + kTile - 1) / kTile)), static_cast<unsigned>(d.spans));
-    const cudaError_t error = launch(&sums_kernel<kParts, kDType>, rows, dim3(kThreads), 0, stream, d);
-    if (error != cudaSuccess) return error;
+    launch(&sums_kernel<kParts, kDType>, rows, dim3(kThreads), 0, gpu, d);
   }
-  return launch(&columns_kernel<kParts, kDType>, tokens, dim3(kThreads), 0, stream, d);
+  launch(&columns_kernel<kParts, kDType>, tokens, dim3(kThreads), 0, gpu, d);
 }
 
 }  // namespace
 
-int64_t saliency_workspace(const Saliency& p) {
-  const DeviceSaliency d = on_device(p, nullptr);
-  return p.lse != nullptr ? 0 : d.batch * d.heads * d.rows * d.spans * static_cast<int64_t>(sizeof(float2));
-}
-
-cudaError_t launch_saliency(const Saliency& p, void* workspace, cudaStream_t stream) {
-  if (p.batch * p.heads * p.tokens == 0) return cudaSuccess;
-  const DeviceSaliency d = on_device(p, workspace);
-  if (p.q.dtype != p.k.dtype || p.q.dtype == DType::kFloat32) return launch_passes<3, DType::kBFloat16>(d, stream);
-  if (p.q.dtype == DType::kBFloat16) return launch_passes<1, DType::kBFloat16>(d, stream);
-  return launch_passes<1, DType::kFloat16>(d, stream);
+void saliency(const Saliency& p, const Gpu& gpu) {
+  if (p.batch * p.heads * p.tokens == 0) return;
+  const DeviceSaliency d = on_device(p, gpu);
+  // Float32 takes three parts, and so do q and k of different dtypes, which have no MMA of their own.
+  if (p.q.dtype != p.k.dtype || p.q.dtype == DType::kFloat32) return launch_passes<3, DType::kBFloat16>(d, gpu);
+  if (p.q.dtype == DType::kBFloat16) return launch_passes<1, DType::kBFloat16>(d, gpu);
+  launch_passes<1, DType::kFloat16>(d, gpu);
 }
 
 }  // namespace singlepass::kv

@@ -9,20 +9,22 @@
 #include "common/math.h"
 #include "common/vector.h"
 
+// Rows of codes are read plane by plane: byte w of a row ("place" w) holds one code for each of 8 / bits planes, and
+// that of plane p belongs to channel p * places + w. Floats count as rows with a single plane.
 namespace singlepass::kv {
 namespace {
 
-// How rows of kBits lie in memory. Codes of one byte belong to as many planes of channels.
+// How rows of kBits lie in memory.
 template <int kBits>
 struct Layout {
   static constexpr int kPlanes = kBits == kFloats ? 1 : 8 / kBits;
 
-  static const uint8_t* row(const void* data, int64_t t, int64_t width) {
-    return static_cast<const uint8_t*>(data) + t * width * kBits / 8;
+  static const uint8_t* row(const void* data, int64_t t, int64_t head_dim) {
+    return static_cast<const uint8_t*>(data) + t * head_dim * kBits / 8;
   }
 };
 
-// The planes [first, first + kNumber) of eight bytes, or eight floats, from place w on.
+// Loads planes [first, first + kNumber) of the eight places from w on, as floats.
 template <int kBits, int kNumber>
 SINGLEPASS_HD void load_planes(const uint8_t* row, int64_t w, int first, Vector (&to)[kNumber]) {
   if constexpr (kBits == kFloats) {
@@ -44,15 +46,16 @@ SINGLEPASS_HD float load_one(const uint8_t* row, int64_t w, int plane) {
   }
 }
 
-// kRows queries and so many tokens that eight sums fill registers.
+// Dot products of kRows queries with all tokens, 8 / kRows tokens at a time, so that eight sums stay in registers. Each
+// sum is a vector over places; its lanes are added at the end.
 template <int kRows, int kBits>
 SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float* q, const void* data, int64_t count,
-                                                                     int64_t width, float* scores, int64_t stride) {
+                                                                     int64_t head_dim, float* scores, int64_t stride) {
   constexpr int kTokens = 8 / kRows, kPlanes = Layout<kBits>::kPlanes;
-  const int64_t places = width / kPlanes;
+  const int64_t places = head_dim / kPlanes;
   for (int64_t t = 0; t < count; t += kTokens) {
     const uint8_t* rows[kTokens];  // the last token stands in for those after it
-    for (int i = 0; i < kTokens; ++i) rows[i] = Layout<kBits>::row(data, t + i < count ? t + i : count - 1, width);
+    for (int i = 0; i < kTokens; ++i) rows[i] = Layout<kBits>::row(data, t + i < count ? t + i : count - 1, head_dim);
     Vector sums[8] = {};
     int64_t w = 0;
     for (; w + kLanes <= places; w += kLanes) {
@@ -60,7 +63,7 @@ SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float
       for (int i = 0; i < kTokens; ++i) load_planes<kBits>(rows[i], w, 0, token[i]);
       for (int p = 0; p < kPlanes; ++p) {
         for (int r = 0; r < kRows; ++r) {
-          const Vector row = load_vector(q + r * width + p * places + w);
+          const Vector row = load_vector(q + r * head_dim + p * places + w);
           for (int i = 0; i < kTokens; ++i) sums[r * kTokens + i] = sums[r * kTokens + i] + row * token[i][p];
         }
       }
@@ -69,7 +72,7 @@ SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float
     for (; w < places; ++w) {
       for (int p = 0; p < kPlanes; ++p) {
         for (int k = 0; k < 8; ++k) {
-          result[k] += q[k / kTokens * width + p * places + w] * load_one<kBits>(rows[k % kTokens], w, p);
+          result[k] += q[k / kTokens * head_dim + p * places + w] * load_one<kBits>(rows[k % kTokens], w, p);
         }
       }
     }
@@ -79,21 +82,22 @@ SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float
   }
 }
 
-// The sums of kPlanes planes from `first` on and of kBlocks times eight places from w on.
+// Adds the weighted tokens for kPlanes planes from `first` on and kBlocks * 8 places from w on. These sums of all kRows
+// rows stay in registers over all tokens.
 template <int kRows, int kBits, int kPlanes, int kBlocks>
 SINGLEPASS_HD void accumulate_places(const float* weights, int64_t stride, const void* data, int64_t count,
-                                     int64_t width, int first, int64_t w, float* sums) {
-  const int64_t places = width / Layout<kBits>::kPlanes;
+                                     int64_t head_dim, int first, int64_t w, float* sums) {
+  const int64_t places = head_dim / Layout<kBits>::kPlanes;
   Vector sum[kRows][kBlocks][kPlanes];
   float* at[kBlocks][kPlanes];
   for (int k = 0; k < kBlocks; ++k) {
     for (int p = 0; p < kPlanes; ++p) {
       at[k][p] = sums + (first + p) * places + w + k * kLanes;
-      for (int r = 0; r < kRows; ++r) sum[r][k][p] = load_vector(at[k][p] + r * width);
+      for (int r = 0; r < kRows; ++r) sum[r][k][p] = load_vector(at[k][p] + r * head_dim);
     }
   }
   for (int64_t t = 0; t < count; ++t) {
-    const uint8_t* row = Layout<kBits>::row(data, t, width);
+    const uint8_t* row = Layout<kBits>::row(data, t, head_dim);
     Vector token[kBlocks][kPlanes];
     for (int k = 0; k < kBlocks; ++k) load_planes<kBits>(row, w + k * kLanes, first, token[k]);
     for (int r = 0; r < kRows; ++r) {
@@ -105,44 +109,46 @@ SINGLEPASS_HD void accumulate_places(const float* weights, int64_t stride, const
   }
   for (int k = 0; k < kBlocks; ++k) {
     for (int p = 0; p < kPlanes; ++p) {
-      for (int r = 0; r < kRows; ++r) store_vector(sum[r][k][p], at[k][p] + r * width);
+      for (int r = 0; r < kRows; ++r) store_vector(sum[r][k][p], at[k][p] + r * head_dim);
     }
   }
 }
 
-// kRows rows and so many channels that eight sums fill registers.
+// Weighted sums of all tokens for kRows rows. Channels are taken in groups of kPlanes planes and kBlocks * 8 places, so
+// that eight vectors of sums stay in registers.
 template <int kRows, int kBits>
 SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void accumulate_rows(const float* weights, int64_t stride,
                                                                             const void* data, int64_t count,
-                                                                            int64_t width, float* sums) {
+                                                                            int64_t head_dim, float* sums) {
   constexpr int kAll = Layout<kBits>::kPlanes, kVectors = 8 / kRows;
   constexpr int kPlanes = kAll < kVectors ? kAll : kVectors, kBlocks = kVectors / kPlanes;
-  const int64_t places = width / kAll;
+  const int64_t places = head_dim / kAll;
   for (int first = 0; first < kAll; first += kPlanes) {
     int64_t w = 0;
     for (; w + kBlocks * kLanes <= places; w += kBlocks * kLanes) {
-      accumulate_places<kRows, kBits, kPlanes, kBlocks>(weights, stride, data, count, width, first, w, sums);
+      accumulate_places<kRows, kBits, kPlanes, kBlocks>(weights, stride, data, count, head_dim, first, w, sums);
     }
     for (; w + kLanes <= places; w += kLanes) {
-      accumulate_places<kRows, kBits, kPlanes, 1>(weights, stride, data, count, width, first, w, sums);
+      accumulate_places<kRows, kBits, kPlanes, 1>(weights, stride, data, count, head_dim, first, w, sums);
     }
     for (; w < places; ++w) {
       for (int64_t t = 0; t < count; ++t) {
-        const uint8_t* row = Layout<kBits>::row(data, t, width);
+        const uint8_t* row = Layout<kBits>::row(data, t, head_dim);
         for (int p = first; p < first + kPlanes; ++p) {
           const float token = load_one<kBits>(row, w, p);
-          for (int r = 0; r < kRows; ++r) sums[r * width + p * places + w] += weights[r * stride + t] * token;
+          for (int r = 0; r < kRows; ++r) sums[r * head_dim + p * places + w] += weights[r * stride + t] * token;
         }
       }
     }
   }
 }
 
+// Codes of all tokens as floats, in the order of channels.
 template <int kBits>
-SINGLEPASS_TARGET_CLONES void unpack_rows(const uint8_t* codes, int64_t tokens, int64_t width, float* to) {
+SINGLEPASS_TARGET_CLONES void unpack_rows(const uint8_t* codes, int64_t tokens, int64_t head_dim, float* to) {
   constexpr int kPlanes = Layout<kBits>::kPlanes;
-  const int64_t places = width / kPlanes;
-  for (int64_t t = 0; t < tokens; ++t, codes += places, to += width) {
+  const int64_t places = head_dim / kPlanes;
+  for (int64_t t = 0; t < tokens; ++t, codes += places, to += head_dim) {
     int64_t w = 0;
     for (; w + kLanes <= places; w += kLanes) {
       Vector planes[kPlanes];
@@ -167,6 +173,7 @@ void by_rows(int64_t rows, const Body& body) {
   if (r < rows) body.template operator()<1, kBits>(r);
 }
 
+// The same, with the bits of the rows as a constant.
 template <class Body>
 void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
   switch (bits) {
@@ -183,19 +190,19 @@ void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
 
 }  // namespace
 
-void unpack(const uint8_t* codes, int bits, int64_t tokens, int64_t width, float* to) {
+void unpack(const uint8_t* codes, int bits, int64_t tokens, int64_t head_dim, float* to) {
   switch (bits) {
     case 2:
-      return unpack_rows<2>(codes, tokens, width, to);
+      return unpack_rows<2>(codes, tokens, head_dim, to);
     case 4:
-      return unpack_rows<4>(codes, tokens, width, to);
+      return unpack_rows<4>(codes, tokens, head_dim, to);
     default:
-      return unpack_rows<8>(codes, tokens, width, to);
+      return unpack_rows<8>(codes, tokens, head_dim, to);
   }
 }
 
-SINGLEPASS_TARGET_CLONES void restore(const uint16_t* steps, int64_t groups, int64_t width, float* row) {
-  const int64_t size = width / groups;
+SINGLEPASS_TARGET_CLONES void restore(const uint16_t* steps, int64_t groups, int64_t head_dim, float* row) {
+  const int64_t size = head_dim / groups;
   for (int64_t g = 0; g < groups; ++g) {
     const float step = float16_to_float(steps[g]), minimum = float16_to_float(steps[groups + g]);
 #pragma GCC ivdep
@@ -203,17 +210,17 @@ SINGLEPASS_TARGET_CLONES void restore(const uint16_t* steps, int64_t groups, int
   }
 }
 
-void dot(const float* q, int64_t rows, const Rows& tokens, int64_t count, int64_t width, float* scores,
+void dot(const float* q, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim, float* scores,
          int64_t stride) {
   by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
-    dot_rows<n, bits>(q + r * width, tokens.data, count, width, scores + r * stride, stride);
+    dot_rows<n, bits>(q + r * head_dim, tokens.data, count, head_dim, scores + r * stride, stride);
   });
 }
 
-void accumulate(const float* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count, int64_t width,
+void accumulate(const float* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim,
                 float* sums) {
   by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
-    accumulate_rows<n, bits>(weights + r * stride, stride, tokens.data, count, width, sums + r * width);
+    accumulate_rows<n, bits>(weights + r * stride, stride, tokens.data, count, head_dim, sums + r * head_dim);
   });
 }
 
@@ -234,6 +241,7 @@ SINGLEPASS_TARGET_CLONES float largest(const float* scores, int64_t n) {
   return result;
 }
 
+// Exponentials below exp(-87) count as 0. They are summed in a loop of their own, lane by lane, in a fixed order.
 SINGLEPASS_TARGET_CLONES float exponentials(float* scores, int64_t n, float shift) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {

@@ -7,12 +7,12 @@
 #include "kv/problem.h"
 #include "torch/arguments.h"
 
-// The KV cache ops' arguments, checked and turned into what engines take; results are entered by the caller.
+// The KV cache ops: arguments are checked, and turned into what engines take.
 namespace singlepass::registration {
 
 using kv::Axis;
 using kv::Blocks;
-using kv::kMaxWidth;
+using kv::kMaxHeadDim;
 using kv::Packed;
 using kv::PerHead;
 
@@ -21,9 +21,9 @@ inline kv::Tokens tokens_of(const char* op, const char* role, const Tensor& t) {
     fail(op, role, " (batch, heads, tokens, channels) whose channels are neighbours; got ", shape_of(t),
          ". Call .contiguous().");
   }
-  const int64_t width = t.size(3);
-  if (width < 16 || width > kMaxWidth || width % 16 != 0) {
-    fail(op, role, " of 16, 32, ..., ", kMaxWidth, " channels; got ", width, ". Pad channels with zeros.");
+  const int64_t head_dim = t.size(3);
+  if (head_dim < 16 || head_dim > kMaxHeadDim || head_dim % 16 != 0) {
+    fail(op, role, " of 16, 32, ..., ", kMaxHeadDim, " channels; got ", head_dim, ". Pad channels with zeros.");
   }
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, role, t), t.stride(0), t.stride(1), t.stride(2)};
 }
@@ -66,8 +66,8 @@ inline Blocks blocks_of(const char* op, const Tensor& starts, const Tensor& coun
   const Blocks blocks = {static_cast<const int32_t*>(starts.const_data_ptr()),
                          static_cast<const int32_t*>(counts.const_data_ptr()), counts.stride(0), counts.size(1)};
   if (!starts.is_cpu()) return blocks;  // what stands on a device is not read here
-  bool fits = blocks.starts[0] == 0 && blocks.starts[blocks.number] <= slots;
-  for (int64_t i = 0; fits && i < blocks.number; ++i) {
+  bool fits = blocks.starts[0] == 0 && blocks.starts[blocks.num_blocks] <= slots;
+  for (int64_t i = 0; fits && i < blocks.num_blocks; ++i) {
     const int64_t size = blocks.starts[i + 1] - blocks.starts[i];
     fits = size >= 0;
     for (int64_t b = 0; fits && b < batch; ++b) fits = blocks.count(b, i) >= 0 && blocks.count(b, i) <= size;
@@ -77,39 +77,40 @@ inline Blocks blocks_of(const char* op, const Tensor& starts, const Tensor& coun
 }
 
 inline Packed packed_of(const char* op, const Tensor& codes, const Tensor& scales, const Tensor* channels, int64_t bits,
-                        int64_t axis, int64_t batch, int64_t heads, int64_t width, int64_t blocks) {
+                        int64_t axis, int64_t batch, int64_t heads, int64_t head_dim, int64_t blocks) {
   if (bits != 2 && bits != 4 && bits != 8) fail(op, "bits 2, 4 or 8; got ", bits, ". Choose one of them.");
   if (axis != 0 && axis != 1) fail(op, "axis 0 or 1; got ", axis, ". Choose one of them.");
-  check_layout(op, "codes", codes, ScalarType::Byte, {batch, heads, -1, width * bits / 8}, 2);
+  check_layout(op, "codes", codes, ScalarType::Byte, {batch, heads, -1, head_dim * bits / 8}, 2);
   const bool by_channel = axis == 0;
   check_layout(op, "scales", scales, ScalarType::Half,
-               {batch, heads, by_channel ? blocks : codes.size(2), 2, by_channel ? width : -1}, 2);
+               {batch, heads, by_channel ? blocks : codes.size(2), 2, by_channel ? head_dim : -1}, 2);
   const int64_t groups = scales.size(4);
-  if (groups < 1 || width % groups != 0) fail(op, "groups that divide ", width, "; got ", groups, ". Choose others.");
+  if (groups < 1 || head_dim % groups != 0)
+    fail(op, "groups that divide ", head_dim, "; got ", groups, ". Choose others.");
   Packed packed = {per_head<uint8_t>(codes),
                    per_head<uint16_t>(scales),
                    {},
                    static_cast<int>(bits),
                    static_cast<Axis>(axis),
-                   width,
+                   head_dim,
                    groups};
   if (channels != nullptr) {
     if (by_channel) fail(op, "no channels for axis 0; got some. Leave them out.");
-    check_layout(op, "channels", *channels, ScalarType::Half, {batch, heads, blocks, width}, 2);
+    check_layout(op, "channels", *channels, ScalarType::Half, {batch, heads, blocks, head_dim}, 2);
     packed.channels = per_head<uint16_t>(*channels);
   }
   return packed;
 }
 
 // Raises unless what slots hold are tokens.
-inline void check_places(const char* op, const kv::Codec& p) {
+inline void check_places(const char* op, const kv::CodecCall& p) {
   const auto check = [&](int64_t token) {
     if (token < 0 || token >= p.tokens)
       fail(op, "tokens 0 to ", p.tokens - 1, "; got ", token, ". Check index, starts and counts.");
   };
   const bool indexed = p.index.data != nullptr;
   for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t i = 0; i < p.blocks.number; ++i) {
+    for (int64_t i = 0; i < p.blocks.num_blocks; ++i) {
       const int64_t begin = p.blocks.starts[i], end = begin + p.blocks.count(b, i);
       if (!indexed && end > begin) check(end - 1);  // slots are tokens
       for (int64_t h = 0; indexed && h < p.heads; ++h) {
@@ -119,10 +120,10 @@ inline void check_places(const char* op, const kv::Codec& p) {
   }
 }
 
-inline kv::Codec codec_of(const char* op, const Tensor& plain, const std::optional<Tensor>& index, const Tensor& starts,
-                          const Tensor& counts, const Tensor& codes, const Tensor& scales,
-                          const std::optional<Tensor>& channels, int64_t bits, int64_t axis) {
-  kv::Codec p = {};
+inline kv::CodecCall codec_of(const char* op, const Tensor& plain, const std::optional<Tensor>& index,
+                              const Tensor& starts, const Tensor& counts, const Tensor& codes, const Tensor& scales,
+                              const std::optional<Tensor>& channels, int64_t bits, int64_t axis) {
+  kv::CodecCall p = {};
   p.plain = tokens_of(op, "tokens", plain);
   p.batch = plain.size(0);
   p.heads = plain.size(1);
@@ -166,12 +167,12 @@ inline kv::Saliency saliency_of(const Tensor& q, const Tensor& k, const Tensor& 
   kv::Saliency p = {};
   p.q = tokens_of(op, "q", q);
   p.k = tokens_of(op, "k", k);
-  p.group = group_of(op, q, k);
+  p.group_size = group_of(op, q, k);
   p.batch = k.size(0);
   p.heads = k.size(1);
   p.probes = q.size(2);
   p.tokens = k.size(2);
-  p.width = k.size(3);
+  p.head_dim = k.size(3);
   check_device(op, "q", q, k);
   check_device(op, "positions", positions, k);
   check_layout(op, "positions", positions, ScalarType::Long, {p.probes}, 0);
@@ -221,12 +222,12 @@ inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tens
   p.window_k = tokens_of(op, "window_k", window_k);
   p.window_v = tokens_of(op, "window_v", window_v);
   p.window_slots = window_k.size(2);
-  p.group = group_of(op, q, window_k);
+  p.group_size = group_of(op, q, window_k);
   p.batch = window_k.size(0);
   p.heads = window_k.size(1);
   p.queries = q.size(2);
-  p.width = window_k.size(3);
-  p.value_width = window_v.size(3);
+  p.head_dim = window_k.size(3);
+  p.value_dim = window_v.size(3);
   for (const Tensor* t : {&q, &window_v, &window}) check_device(op, "everything", *t, window_k);
   for (int64_t k = 0; k < 3; ++k) {
     if (window_v.size(k) == window_k.size(k)) continue;
@@ -258,6 +259,55 @@ inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tens
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   return p;
+}
+
+template <class Backend>
+void kv_quantize_(Tensor x, std::optional<Tensor> index, Tensor starts, Tensor counts, Tensor codes, Tensor scales,
+                  std::optional<Tensor> channels, int64_t bits, int64_t axis) {
+  const char* op = "kv_quantize_";
+  const Backend on(op, x);
+  kv::quantize(codec_of(op, x, index, starts, counts, codes, scales, channels, bits, axis), on.where());
+}
+
+template <class Backend>
+void kv_dequantize_(Tensor codes, Tensor scales, std::optional<Tensor> channels, std::optional<Tensor> index,
+                    Tensor starts, Tensor counts, Tensor out, int64_t bits, int64_t axis) {
+  const char* op = "kv_dequantize_";
+  const Backend on(op, out);
+  kv::dequantize(codec_of(op, out, index, starts, counts, codes, scales, channels, bits, axis), on.where());
+}
+
+template <class Backend>
+Tensor kv_saliency(Tensor q, Tensor k, Tensor positions, std::optional<Tensor> mask, std::optional<Tensor> lse,
+                   double scale, double softcap) {
+  const Backend on("kv_saliency", k);
+  kv::Saliency p = saliency_of(q, k, positions, mask, lse, scale, softcap);
+  const Tensor sums = torch::stable::new_empty(k, {p.batch, p.heads, p.tokens}, ScalarType::Float);
+  p.sums = static_cast<float*>(sums.data_ptr());
+  kv::saliency(p, on.where());
+  return sums;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> kv_decode(Tensor q, Tensors segments, Tensor window_k, Tensor window_v, Tensor window,
+                                     std::optional<Tensor> sinks, std::optional<Tensor> first,
+                                     std::vector<int64_t> bits, int64_t key_axis, double scale, double softcap) {
+  const Backend on("kv_decode", q);
+  kv::Decode p = decode_of(q, segments, window_k, window_v, window, sinks, first, bits, key_axis, scale, softcap);
+  const Tensor out = torch::stable::new_empty(q, {p.batch, q.size(1), p.queries, p.value_dim});
+  const Tensor lse = torch::stable::new_empty(q, {p.batch, q.size(1), p.queries}, ScalarType::Float);
+  p.out = tokens_of("kv_decode", "out", out);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  kv::decode(p, on.where());
+  return {out, lse};
+}
+
+template <class Backend, class Library>
+void register_kv(Library& m) {
+  m.impl("kv_quantize_", TORCH_BOX(&kv_quantize_<Backend>));
+  m.impl("kv_dequantize_", TORCH_BOX(&kv_dequantize_<Backend>));
+  m.impl("kv_saliency", TORCH_BOX(&kv_saliency<Backend>));
+  m.impl("kv_decode", TORCH_BOX(&kv_decode<Backend>));
 }
 
 }  // namespace singlepass::registration

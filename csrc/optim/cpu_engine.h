@@ -9,7 +9,7 @@
 #include "common/convert.h"
 #include "common/philox.h"
 #include "common/sums.h"
-#include "optim/cpu.h"
+#include "optim/step.h"
 #include "optim/table.h"
 
 // One CPU engine for every rule. Threads take chunks of tensors; a chunk whose tensors are all float32 runs the rule
@@ -18,6 +18,13 @@ namespace singlepass::optim {
 
 inline constexpr int64_t kCpuChunk = 32768;
 inline constexpr int64_t kTile = 1024;
+
+// The random bits of one tensor at one step, from its element `start` (a multiple of 8) on.
+struct RandomStream {
+  uint64_t seed;
+  uint32_t id, step;
+  uint64_t start;
+};
 
 SINGLEPASS_TARGET_CLONES void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random);
 
@@ -149,8 +156,8 @@ int64_t end_of_wave(const std::vector<TensorRecord>& tensors, int64_t first) {
 }
 
 template <class Rule>
-void step_cpu(const std::vector<TensorRecord>& tensors, const typename Rule::Hyper& hyper, const StepOptions& options,
-              const ParallelFor& parallel_for) {
+void step(const std::vector<TensorRecord>& tensors, const typename Rule::Hyper& hyper, const StepOptions& options,
+          const ParallelFor& parallel_for) {
   if (options.found_inf != nullptr && *options.found_inf != 0.0f) return;
   const double lr = options.lr.device == nullptr ? options.lr.value : static_cast<double>(*options.lr.device);
   const int64_t count = static_cast<int64_t>(tensors.size());

@@ -6,10 +6,10 @@
 #include "common/philox.h"
 #include "common/raw.h"
 #include "common/reduce.h"
-#include "optim/cuda.h"
+#include "optim/step.h"
 
-// One CUDA engine for every rule. A block owns one chunk of one tensor; a thread owns eight neighbouring elements at a
-// time and has all loads of them in flight before it converts the first.
+// One CUDA engine for every rule. A thread block owns one chunk of one tensor. A thread takes eight neighbouring
+// elements at a time and starts all their loads before it converts the first.
 namespace singlepass::optim {
 
 inline constexpr int kThreads = 256;
@@ -19,7 +19,7 @@ struct Rounding {
   uint64_t seed, stream;  // the Philox key, and the counter's high half: tensor and step
 };
 
-// Element i takes half i % 2 of word (i % 8) / 2 of block i / 8.
+// Rounds to bfloat16 at random. Element i takes 16 random bits: half i % 2 of word (i % 8) / 2 of Philox block i / 8.
 template <int kWidth>
 __device__ __forceinline__ void round_stochastic(const float* values, int64_t i, const Rounding& rounding,
                                                  uint16_t* half) {
@@ -34,6 +34,7 @@ __device__ __forceinline__ void round_stochastic(const float* values, int64_t i,
   }
 }
 
+// Rounds stochastically if that is wanted and the dtype is bfloat16, else to the nearest.
 template <int kWidth>
 __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, int64_t i, const Rounding& rounding) {
   if (dtype != DType::kBFloat16 || !rounding.stochastic) return singlepass::encode<kWidth>(values, dtype);
@@ -42,7 +43,8 @@ __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, 
   return pack<kWidth>(half);
 }
 
-// What a block holds of its tensor. kFloat32 makes every dtype a constant.
+// What a thread needs to process elements of its tensor in one pass of a rule, and its sums of squares for the norms.
+// kFloat32 makes every dtype a constant.
 template <class Rule, Pass pass, bool kFloat32>
 struct Tile {
   static constexpr Access kAccess = access<Rule, pass>();
@@ -54,7 +56,8 @@ struct Tile {
 
   __device__ __forceinline__ static DType dtype(DType stored) { return kFloat32 ? DType::kFloat32 : stored; }
 
-  // Elements [i, i + kWidth).
+  // Elements [i, i + kWidth): loads what the pass reads, runs the rule element by element in registers, and stores what
+  // the pass writes. K are the states that the pass touches.
   template <int kWidth, size_t... K>
   __device__ __forceinline__ void run(int64_t i, std::index_sequence<K...> states) {
     Raw<kWidth> raw_param, raw_grad, raw_state[kMaxStates];
@@ -92,10 +95,11 @@ struct Tile {
   }
 };
 
-// The states that a pass touches: LARS measures norms before it looks at its momentum.
+// The states that a pass touches: all of the rule's, or none. The norm pass of LARS, for one, needs no momentum.
 template <class Rule, Pass pass>
 using TouchedStates = std::make_index_sequence<(access<Rule, pass>().reads >= kState) ? Rule::kStates : 0>;
 
+// Whether all tensors of the record allow vector accesses.
 template <class Rule>
 __device__ bool is_aligned(const TensorRecord& t) {
   uintptr_t bits = reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad);
@@ -103,6 +107,7 @@ __device__ bool is_aligned(const TensorRecord& t) {
   return bits % 16 == 0;
 }
 
+// The rule's coefficients. Learning rate, step and scale may stand in device memory.
 template <class Rule>
 __device__ typename Rule::Coefficients device_coefficients(const TensorRecord& t, const typename Rule::Hyper& hyper,
                                                            const StepOptions& options) {
@@ -111,7 +116,8 @@ __device__ typename Rule::Coefficients device_coefficients(const TensorRecord& t
   return Rule::coefficients(hyper, lr, step, t.scale == nullptr ? 1.0 : static_cast<double>(*t.scale));
 }
 
-// Adds the block's sums to its tensor's; the tensor's last block adds the blocks' sums in their order.
+// Writes the thread block's sums to `partials`, (chunks, kNorms). The last thread block of a tensor to get here adds
+// the sums of all its chunks, in an order that does not depend on which thread block that is.
 __device__ inline void reduce_norms(const DeviceTable& table, const Chunk& chunk, unsigned block, unsigned blocks,
                                     const double* squares) {
   double* partials = table.partials + static_cast<int64_t>(block) * kNorms;
@@ -129,15 +135,17 @@ __device__ inline void reduce_norms(const DeviceTable& table, const Chunk& chunk
   }
 }
 
+// One pass over all tensors, on a grid of one thread block for each chunk of the table.
 template <class Rule, Pass pass, bool kFloat32>
 __global__ void __launch_bounds__(kThreads, 2)
     step_kernel(const DeviceTable table, const typename Rule::Hyper hyper, const StepOptions options) {
   if (options.found_inf != nullptr && *options.found_inf != 0.0f) return;
-  // The update pass of a rule with norms goes backwards, to meet in the cache what the norm pass touched last.
+  // The update pass of a rule with norms goes backwards, because the cache holds what the norm pass touched last.
   const unsigned block = pass == kUpdatePass && kHasNorms<Rule> ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const Chunk chunk = table.chunks[block];
   const TensorRecord t = table.records[chunk.tensor];
 
+  // Stage 1: the coefficients take double precision, so one thread computes them.
   SINGLEPASS_SHARED(typename Rule::Coefficients, shared_coefficients);
   if (threadIdx.x == 0) {
     typename Rule::Coefficients c = device_coefficients<Rule>(t, hyper, options);
@@ -149,6 +157,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
   const typename Rule::Coefficients c = shared_coefficients;
 
+  // Stage 2: the chunk's elements. Vectors come first, if all tensors are aligned, then what is left, one by one.
   Tile<Rule, pass, kFloat32> tile = {t, c, grad_factor(options.maximize, options.grad_scale), {}};
   if (options.stochastic_rounding) {
     tile.rounding = {true, options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id};
@@ -162,6 +171,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   for (int64_t i = vectors_end + threadIdx.x; i < end; i += blockDim.x) tile.template run<1>(i, kStatesTouched);
 
+  // Stage 3: the norm pass sums squares over the tensor. In the update pass, the tensor's last thread block counts the
+  // step, because no other thread block reads the count any more.
   const unsigned blocks = static_cast<unsigned>(chunk_count(t.numel, table.shape.chunk));
   if constexpr (pass == kNormPass) {
     reduce_norms(table, chunk, block, blocks, tile.squares);
@@ -171,22 +182,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class Rule, Pass pass>
-cudaError_t launch_pass(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options,
-                        cudaStream_t stream) {
+void launch_pass(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options,
+                 const Gpu& gpu) {
   const auto kernel = table.all_float32 ? &step_kernel<Rule, pass, true> : &step_kernel<Rule, pass, false>;
-  return launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, stream, table,
-                hyper, options);
+  launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, gpu, table, hyper,
+         options);
 }
 
 template <class Rule>
-cudaError_t launch_step(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options,
-                        cudaStream_t stream) {
-  if (table.chunk_count == 0) return cudaSuccess;
-  if constexpr (kHasNorms<Rule>) {
-    const cudaError_t error = launch_pass<Rule, kNormPass>(table, hyper, options, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return launch_pass<Rule, kUpdatePass>(table, hyper, options, stream);
+void step(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options, const Gpu& gpu) {
+  if (table.chunk_count == 0) return;
+  if constexpr (kHasNorms<Rule>) launch_pass<Rule, kNormPass>(table, hyper, options, gpu);
+  launch_pass<Rule, kUpdatePass>(table, hyper, options, gpu);
 }
 
 }  // namespace singlepass::optim

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "optim/cuda_engine.h"
+#include "optim/grad_norm.h"
 
 namespace singlepass::optim {
 namespace {
@@ -41,10 +42,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result,
-                             cudaStream_t stream) {
-  return launch(&grad_norm_kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, stream,
-                table, options, result);
+void grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result, const Gpu& gpu) {
+  launch(&grad_norm_kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, gpu, table,
+         options, result);
 }
 
 }  // namespace singlepass::optim

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/parallel.h"
-#include "optim/table.h"
+#include <vector>
+
+#include "optim/device_table.h"
 
 namespace singlepass::optim {
 
@@ -29,7 +30,9 @@ SINGLEPASS_HD GradNorm finish_grad_norm(double sum_of_squares, const ClipOptions
 }
 
 // Reads grad, grad_dtype and numel of each record.
-GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptions& options,
-                       const ParallelFor& parallel_for);
+// Reads all gradients once and writes `result`, on the device of the gradients.
+void grad_norm(const std::vector<TensorRecord>& tensors, const ClipOptions& options, GradNorm* result,
+               const ParallelFor& parallel_for);
+void grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result, const Gpu& gpu);
 
 }  // namespace singlepass::optim

@@ -25,8 +25,8 @@ void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStrea
   }
 }
 
-GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptions& options,
-                       const ParallelFor& parallel_for) {
+void grad_norm(const std::vector<TensorRecord>& tensors, const ClipOptions& options, GradNorm* result,
+               const ParallelFor& parallel_for) {
   const std::vector<Chunk> chunks = make_chunks(tensors.data(), 0, static_cast<int64_t>(tensors.size()), kCpuChunk);
   const int64_t n = static_cast<int64_t>(chunks.size());
   std::vector<double> partials(n, 0.0);
@@ -45,12 +45,12 @@ GradNorm grad_norm_cpu(const std::vector<TensorRecord>& tensors, const ClipOptio
                         });
   double sum = 0.0;
   for (const double partial : partials) sum += partial;
-  return finish_grad_norm(sum, options);
+  *result = finish_grad_norm(sum, options);
 }
 
-#define SINGLEPASS_INSTANTIATE(...)                                                                         \
-  template void step_cpu<__VA_ARGS__>(const std::vector<TensorRecord>&, const typename __VA_ARGS__::Hyper&, \
-                                      const StepOptions&, const ParallelFor&);
+#define SINGLEPASS_INSTANTIATE(...)                                                                     \
+  template void step<__VA_ARGS__>(const std::vector<TensorRecord>&, const typename __VA_ARGS__::Hyper&, \
+                                  const StepOptions&, const ParallelFor&);
 SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
 
 }  // namespace singlepass::optim

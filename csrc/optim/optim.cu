@@ -4,9 +4,9 @@
 
 namespace singlepass::optim {
 
-#define SINGLEPASS_INSTANTIATE(...)                                                                     \
-  template cudaError_t launch_step<__VA_ARGS__>(const DeviceTable&, const typename __VA_ARGS__::Hyper&, \
-                                                const StepOptions&, cudaStream_t);
+#define SINGLEPASS_INSTANTIATE(...)                                                                           \
+  template void step<__VA_ARGS__>(const DeviceTable&, const typename __VA_ARGS__::Hyper&, const StepOptions&, \
+                                  const Gpu&);
 SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
 
 }  // namespace singlepass::optim

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "optim/cuda.h"
+#include "common/cuda.h"
+#include "optim/device_table.h"
 
 namespace singlepass::optim {
 namespace {
 
-// Kernel arguments may fill 4 KiB.
+// Kernel arguments are limited to 4 KiB.
 constexpr int kPieceRecords = 3840 / sizeof(TensorRecord);
 
+// Records that travel to the device together, as an argument of one launch.
 struct Piece {
   TensorRecord records[kPieceRecords];
 };
 
-// Where a piece's first tensor, and that tensor's first chunk, stand in the whole table.
+// The number of a piece's first tensor in the whole table, and of that tensor's first chunk.
 struct PieceStart {
   int64_t first_tensor, first_chunk;
 };
@@ -22,7 +24,8 @@ SINGLEPASS_HD int64_t chunks_of(const TensorRecord& t, const LaunchShape& shape)
   return chunk_count(t.numel, chunk_size(t, shape.chunk));
 }
 
-// One block per record: copies it, zeroes its ticket and lists its chunks.
+// A thread block for each record copies it, sets its ticket to zero and lists its chunks. Chunks of earlier records of
+// the piece come first.
 __global__ void expand_piece(const Piece piece, const PieceStart start, const DeviceTable table) {
   int64_t first = start.first_chunk;
   for (unsigned i = 0; i < blockIdx.x; ++i) first += chunks_of(piece.records[i], table.shape);
@@ -43,7 +46,7 @@ constexpr int64_t words_of(int64_t bytes) {
   return (bytes + 7) / 8;
 }
 
-// Offsets of the parts, in 8-byte words.
+// Offsets of the table's parts in the workspace, in 8-byte words. The records are at 0.
 struct Layout {
   int64_t chunks, tickets, norms, partials, end;
 
@@ -83,20 +86,17 @@ DeviceTable place_table(const HostTable& table, void* workspace) {
           table.all_float32};
 }
 
-cudaError_t upload_table(const HostTable& table, void* workspace, cudaStream_t stream) {
+void upload_table(const HostTable& table, void* workspace, const Gpu& gpu) {
   const DeviceTable device = place_table(table, workspace);
   PieceStart start = {0, 0};
   while (start.first_tensor < table.tensor_count) {
     Piece piece = {};
     const int64_t count = std::min<int64_t>(kPieceRecords, table.tensor_count - start.first_tensor);
     std::copy_n(table.records.begin() + start.first_tensor, count, piece.records);
-    const cudaError_t error =
-        launch(&expand_piece, dim3(static_cast<unsigned>(count)), dim3(128), 0, stream, piece, start, device);
-    if (error != cudaSuccess) return error;
+    launch(&expand_piece, dim3(static_cast<unsigned>(count)), dim3(128), 0, gpu, piece, start, device);
     for (int64_t i = 0; i < count; ++i) start.first_chunk += chunks_of(piece.records[i], table.shape);
     start.first_tensor += count;
   }
-  return cudaSuccess;
 }
 
 }  // namespace singlepass::optim

@@ -7,11 +7,12 @@
 #include <type_traits>
 #include <utility>
 
+#include "optim/grad_norm.h"
 #include "optim/rules.h"
-#include "optim/table.h"
+#include "optim/step.h"
 #include "torch/arguments.h"
 
-// The optimizer ops' arguments, checked and turned into records. Nothing is changed before all of them are checked.
+// The optimizer ops: arguments are checked, and turned into records. Nothing is changed before all of them are checked.
 namespace singlepass::registration {
 
 using optim::TensorRecord;
@@ -135,6 +136,11 @@ inline Step make_step(const StepArguments& a) {
   return step;
 }
 
+template <class Rule>
+std::string op_name() {
+  return std::string(Rule::kName) + "_step_";
+}
+
 template <size_t>
 struct ListArgument {
   using Type = Tensors;
@@ -143,13 +149,13 @@ struct ListArgument {
 template <class Rule>
 inline constexpr size_t kLists = Rule::kStates + (Rule::kScaled ? 1 : 0);
 
-// The op of a rule, with the argument list of its schema. Engine::run<Rule>(step, hyper) does the work.
-template <class Engine, class Rule, class Lists = std::make_index_sequence<kLists<Rule>>,
+// The op of a rule, with the argument list of its schema.
+template <class Backend, class Rule, class Lists = std::make_index_sequence<kLists<Rule>>,
           class HyperTypes = typename Rule::HyperTypes>
 struct StepOp;
 
-template <class Engine, class Rule, size_t... K, class... H>
-struct StepOp<Engine, Rule, std::index_sequence<K...>, std::tuple<H...>> {
+template <class Backend, class Rule, size_t... K, class... H>
+struct StepOp<Backend, Rule, std::index_sequence<K...>, std::tuple<H...>> {
   static void call(Tensors params, Tensors grads, typename ListArgument<K>::Type... lists, Tensors steps, Tensor lr,
                    H... hyper, bool maximize, std::optional<int64_t> seed, std::vector<int64_t> ids,
                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
@@ -164,16 +170,20 @@ struct StepOp<Engine, Rule, std::index_sequence<K...>, std::tuple<H...>> {
       plain = states.back()->empty();
       if (plain) states.pop_back();
     }
-    const Step step = make_step({std::string(Rule::kName) + "_step_", params, grads, states, scales, steps, lr,
-                                 maximize, seed, ids, grad_scale, found_inf});
+    const std::string op = op_name<Rule>();
+    const Step step =
+        make_step({op, params, grads, states, scales, steps, lr, maximize, seed, ids, grad_scale, found_inf});
     if (step.records.empty()) return;
+    const Backend on(op.c_str(), *step.like);
     if constexpr (requires { typename Rule::Plain; }) {
-      if (plain) {
-        Engine::template run<typename Rule::Plain>(step, {hyper...});
-        return;
-      }
+      if (plain) return run<typename Rule::Plain>(on, step, {hyper...});
     }
-    Engine::template run<Rule>(step, {hyper...});
+    run<Rule>(on, step, {hyper...});
+  }
+
+  template <class R>
+  static void run(const Backend& on, const Step& step, const typename R::Hyper& hyper) {
+    optim::step<R>(on.table(step.records, R::kStates), hyper, step.options, on.where());
   }
 };
 
@@ -195,20 +205,32 @@ inline std::vector<TensorRecord> grad_records(const Tensors& grads, Tensors& kep
   return records;
 }
 
-template <class Engine, class Rule, class Library>
+template <class Backend>
+Tensor grad_norm(Tensors grads, double max_norm, double eps, std::optional<Tensor> grad_scale) {
+  Tensors kept;
+  const std::vector<TensorRecord> records = grad_records(grads, kept);
+  const float* scale = scalar_pointer("grad_norm", "grad_scale", grad_scale, grads[0]);
+  const Backend on("grad_norm", grads[0]);
+  Tensor result = torch::stable::new_empty(grads[0], {3}, ScalarType::Float);
+  optim::grad_norm(on.table(records, 0), {max_norm, eps, scale}, static_cast<optim::GradNorm*>(result.data_ptr()),
+                   on.where());
+  return result;
+}
+
+template <class Backend, class Rule, class Library>
 void register_step(Library& m) {
   if constexpr (requires { typename Rule::Plain; }) {
     if constexpr (std::is_same_v<Rule, typename Rule::Plain>) return;  // runs under the op of the rule with a maximum
   }
-  m.impl((std::string(Rule::kName) + "_step_").c_str(), TORCH_BOX((&StepOp<Engine, Rule>::call)));
+  m.impl(op_name<Rule>().c_str(), TORCH_BOX((&StepOp<Backend, Rule>::call)));
 }
 
-// The engine's op for every rule, under its name in the schema.
-template <class Engine, class Library>
-void register_steps(Library& m) {
-#define SINGLEPASS_REGISTER(...) register_step<Engine, __VA_ARGS__>(m);
+template <class Backend, class Library>
+void register_optim(Library& m) {
+#define SINGLEPASS_REGISTER(...) register_step<Backend, __VA_ARGS__>(m);
   SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_REGISTER)
 #undef SINGLEPASS_REGISTER
+  m.impl("grad_norm", TORCH_BOX(&grad_norm<Backend>));
 }
 
 }  // namespace singlepass::registration

@@ -7,8 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "kv/cpu.h"
-#include "kv/cuda.h"
+#include "kv/problem.h"
 #include "placement.h"
 
 namespace singlepass::pybind {
@@ -20,7 +19,7 @@ using OptionalArray = std::optional<py::array>;
 // of them; with `transposed` the array is (batch, tokens, heads, channels).
 struct TokenArray {
   py::array array;
-  int64_t heads, tokens, width;
+  int64_t heads, tokens, head_dim;
   bool transposed;
   int misalignment;  // in elements
 };
@@ -34,9 +33,9 @@ class Memory {
 
   kv::Tokens tokens(const TokenArray& t) {
     const DeviceArray& array = add(t.array, t.misalignment);
-    const int64_t outer = t.array.shape(1), inner = t.array.shape(2), width = t.array.shape(3);
-    return {array.data(), array.dtype(), outer * inner * width, (t.transposed ? 1 : inner) * width,
-            (t.transposed ? inner : 1) * width};
+    const int64_t outer = t.array.shape(1), inner = t.array.shape(2), head_dim = t.array.shape(3);
+    return {array.data(), array.dtype(), outer * inner * head_dim, (t.transposed ? 1 : inner) * head_dim,
+            (t.transposed ? inner : 1) * head_dim};
   }
 
   // Contiguous; heads and sequences beyond those that the op knows of are room that nothing may touch.
@@ -72,14 +71,14 @@ struct PackedArrays {
   int bits, axis, misalignment;
 };
 
-kv::Packed packed(const PackedArrays& a, int64_t width, Memory& memory) {
+kv::Packed packed(const PackedArrays& a, int64_t head_dim, Memory& memory) {
   kv::Packed p = {};
   p.codes = memory.per_head<uint8_t>(a.codes, a.misalignment);
   p.scales = memory.per_head<uint16_t>(a.scales, a.misalignment);
   if (a.channels) p.channels = memory.per_head<uint16_t>(*a.channels, a.misalignment);
   p.bits = a.bits;
   p.axis = static_cast<kv::Axis>(a.axis);
-  p.width = width;
+  p.head_dim = head_dim;
   p.groups = a.scales.shape(4);
   return p;
 }
@@ -88,12 +87,12 @@ kv::Blocks blocks(const PackedArrays& a, Memory& memory) {
   return {memory.values<int32_t>(a.starts), memory.values<int32_t>(a.counts), a.counts.shape(1), a.counts.shape(1)};
 }
 
-kv::Codec codec(const TokenArray& plain, const OptionalArray& index, const PackedArrays& a, Memory& memory) {
-  kv::Codec p = {};
+kv::CodecCall codec(const TokenArray& plain, const OptionalArray& index, const PackedArrays& a, Memory& memory) {
+  kv::CodecCall p = {};
   p.batch = plain.array.shape(0);
   p.heads = plain.heads;
   p.tokens = plain.tokens;
-  p.packed = packed(a, plain.width, memory);
+  p.packed = packed(a, plain.head_dim, memory);
   p.blocks = blocks(a, memory);
   if (index) p.index = memory.per_head<const int32_t>(*index);
   p.plain = memory.tokens(plain);
@@ -106,7 +105,7 @@ using Quantized = std::tuple<py::array, py::array, OptionalArray>;
 Quantized kv_quantize(const Placement& place, const TokenArray& x, const OptionalArray& index, const PackedArrays& to) {
   place.check();
   Memory memory, results;
-  kv::Codec p = codec(x, index, to, memory);
+  kv::CodecCall p = codec(x, index, to, memory);
   // What is written, a second time, so that it can be told apart.
   const DeviceArray& codes = results.add(to.codes, to.misalignment);
   const DeviceArray& scales = results.add(to.scales, to.misalignment);
@@ -115,9 +114,9 @@ Quantized kv_quantize(const Placement& place, const TokenArray& x, const Optiona
   const DeviceArray* channels = to.channels ? &results.add(*to.channels, to.misalignment) : nullptr;
   if (channels != nullptr) p.packed.channels.data = static_cast<uint16_t*>(channels->data());
   if (place.device == "simt") {
-    check_launch("kv_quantize_", kv::launch_quantize(p, nullptr));
+    kv::quantize(p, SimtGpu().where("kv_quantize_"));
   } else {
-    kv::quantize_cpu(p, parallel_for(place.workers));
+    kv::quantize(p, parallel_for(place.workers));
   }
   memory.check_guards();
   results.check_guards();
@@ -129,13 +128,13 @@ py::array kv_dequantize(const Placement& place, const PackedArrays& from, const 
                         const TokenArray& out) {
   place.check();
   Memory memory, results;
-  kv::Codec p = codec(out, index, from, memory);
+  kv::CodecCall p = codec(out, index, from, memory);
   const DeviceArray& written = results.add(out.array, out.misalignment);
   p.plain.data = written.data();
   if (place.device == "simt") {
-    check_launch("kv_dequantize_", kv::launch_dequantize(p, nullptr));
+    kv::dequantize(p, SimtGpu().where("kv_dequantize_"));
   } else {
-    kv::dequantize_cpu(p, parallel_for(place.workers));
+    kv::dequantize(p, parallel_for(place.workers));
   }
   memory.check_guards();
   results.check_guards();
@@ -149,10 +148,10 @@ py::array kv_saliency(const Placement& place, const TokenArray& q, const TokenAr
   kv::Saliency p = {};
   p.batch = q.array.shape(0);
   p.heads = k.heads;
-  p.group = q.heads / k.heads;
+  p.group_size = q.heads / k.heads;
   p.probes = q.tokens;
   p.tokens = k.tokens;
-  p.width = k.width;
+  p.head_dim = k.head_dim;
   p.q = memory.tokens(q);
   p.k = memory.tokens(k);
   p.positions = memory.values<int64_t>(positions);
@@ -164,11 +163,11 @@ py::array kv_saliency(const Placement& place, const TokenArray& q, const TokenAr
   const DeviceArray& sums = results.add(py::array_t<float>({p.batch, p.heads, p.tokens}));
   p.sums = static_cast<float*>(sums.data());
   if (place.device == "simt") {
-    simt::GuardedMemory workspace(static_cast<std::size_t>(kv::saliency_workspace(p)));
-    check_launch("kv_saliency", kv::launch_saliency(p, workspace.data(), nullptr));
-    if (!workspace.intact()) guards_overwritten("the rows' sums");
+    SimtGpu gpu;
+    kv::saliency(p, gpu.where("kv_saliency"));
+    gpu.check_guards();
   } else {
-    kv::saliency_cpu(p, parallel_for(place.workers));
+    kv::saliency(p, parallel_for(place.workers));
   }
   memory.check_guards();
   results.check_guards();
@@ -191,13 +190,13 @@ std::tuple<py::array, py::array> kv_decode(const Placement& place, const TokenAr
   kv::Decode p = {};
   p.batch = q.array.shape(0);
   p.heads = a.window_k.heads;
-  p.group = q.heads / p.heads;
+  p.group_size = q.heads / p.heads;
   p.queries = q.tokens;
-  p.width = q.width;
-  p.value_width = a.window_v.width;
+  p.head_dim = q.head_dim;
+  p.value_dim = a.window_v.head_dim;
   p.q = memory.tokens(q);
   for (const auto& [keys, values] : a.segments) {
-    p.segments.push_back({packed(keys, p.width, memory), packed(values, p.value_width, memory), blocks(keys, memory),
+    p.segments.push_back({packed(keys, p.head_dim, memory), packed(values, p.value_dim, memory), blocks(keys, memory),
                           keys.codes.shape(2)});
   }
   p.window_k = memory.tokens(a.window_k);
@@ -214,11 +213,11 @@ std::tuple<py::array, py::array> kv_decode(const Placement& place, const TokenAr
   const DeviceArray& lse = results.add(py::array_t<float>(rows));
   p.lse = static_cast<float*>(lse.data());
   if (place.device == "simt") {
-    simt::GuardedMemory workspace(static_cast<std::size_t>(kv::decode_workspace(p, cut)));
-    check_launch("kv_decode", kv::launch_decode(p, workspace.data(), nullptr, cut));
-    if (!workspace.intact()) guards_overwritten("the spans' results");
+    SimtGpu gpu;
+    kv::decode(p, gpu.where("kv_decode"), cut);
+    gpu.check_guards();
   } else {
-    kv::decode_cpu(p, parallel_for(place.workers));
+    kv::decode(p, parallel_for(place.workers));
   }
   memory.check_guards();
   results.check_guards();
@@ -231,9 +230,9 @@ void define_decode(py::module_& m) {
       .def(py::init<Segments, TokenArray, TokenArray, py::array, OptionalArray, OptionalArray, float, float>(),
            py::arg("segments"), py::arg("window_k"), py::arg("window_v"), py::arg("window"), py::arg("sinks"),
            py::arg("first"), py::kw_only(), py::arg("scale"), py::arg("softcap"));
-  py::class_<kv::DecodeCut>(m, "KvDecodeCut", "Into how many spans of slots the work of a head is cut.")
-      .def(py::init<int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("spans"), py::arg("least"),
-           py::arg("window_least"));
+  py::class_<kv::DecodeCut>(m, "KvDecodeCut", "Into how many splits the slots of a head are cut.")
+      .def(py::init<int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("splits"), py::arg("min_slots"),
+           py::arg("min_window_slots"));
   m.def("kv_decode", &kv_decode, py::arg("placement"), py::arg("q"), py::arg("attention"), py::arg("out"),
         py::arg("cut"), "Results, written over a copy of `out`, and the logarithms of sums.");
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <deque>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -37,12 +38,26 @@ inline ParallelFor parallel_for(int workers) {
   };
 }
 
-inline void check_launch(const char* what, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
 [[noreturn]] inline void guards_overwritten(const char* what) {
   throw std::runtime_error(std::string(what) + " were stored to out of bounds");
 }
+
+// Runs launchers on the CPU. The device memory that they ask for is guarded.
+class SimtGpu {
+ public:
+  Gpu where(const char* op) {
+    return {op, nullptr, [this](int64_t bytes) {
+              return static_cast<void*>(memory_.emplace_back(static_cast<std::size_t>(bytes)).data());
+            }};
+  }
+
+  void check_guards() const {
+    for (const simt::GuardedMemory& memory : memory_)
+      if (!memory.intact()) guards_overwritten("workspaces");
+  }
+
+ private:
+  std::deque<simt::GuardedMemory> memory_;
+};
 
 }  // namespace singlepass::pybind

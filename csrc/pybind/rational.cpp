@@ -7,8 +7,7 @@
 #include <optional>
 
 #include "placement.h"
-#include "rational/cpu.h"
-#include "rational/cuda.h"
+#include "rational/problem.h"
 
 namespace singlepass::pybind {
 namespace {
@@ -70,21 +69,20 @@ class Call {
 
   void forward() {
     if (options_.placement.device == "simt") {
-      check_launch("rational", rational::launch_forward(problem, nullptr, options_.shape));
+      rational::forward(problem, SimtGpu().where("rational"), options_.shape);
     } else {
-      rational::forward_cpu(problem, parallel_for(options_.placement.workers));
+      rational::forward(problem, parallel_for(options_.placement.workers));
     }
     check_guards();
   }
 
   void backward() {
     if (options_.placement.device == "simt") {
-      const int64_t bytes = rational::backward_workspace(problem, options_.shape);
-      simt::GuardedMemory workspace(static_cast<std::size_t>(bytes));
-      check_launch("rational_backward", rational::launch_backward(problem, workspace.data(), nullptr, options_.shape));
-      if (!workspace.intact()) guards_overwritten("partial sums");
+      SimtGpu gpu;
+      rational::backward(problem, gpu.where("rational_backward"), options_.shape);
+      gpu.check_guards();
     } else {
-      rational::backward_cpu(problem, parallel_for(options_.placement.workers));
+      rational::backward(problem, parallel_for(options_.placement.workers));
     }
     check_guards();
   }

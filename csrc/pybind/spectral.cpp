@@ -10,9 +10,9 @@
 #include <tuple>
 
 #include "placement.h"
-#include "spectral/cpu.h"
-#include "spectral/cuda.h"
 #include "spectral/lorentz.h"
+#include "spectral/problem.h"
+#include "spectral/step.h"
 
 namespace singlepass::pybind {
 namespace {
@@ -40,25 +40,21 @@ class Arena {
   // Null where there is none.
   DeviceFloat* add(std::optional<float> value) { return value ? &floats_.emplace_back(*value) : nullptr; }
 
-  // `count` doubles that hold NaN, aligned as an allocator gives them.
-  double* doubles(int64_t count) { return reinterpret_cast<double*>(bytes(count * 8)); }
-
-  void* bytes(int64_t count) { return memory_.emplace_back(static_cast<std::size_t>(count)).data(); }
+  Gpu where(const char* op) { return gpu_.where(op); }
 
   void check_guards() const {
     for (const DeviceArray& array : arrays_)
       if (!array.intact()) guards_overwritten("tensors");
     for (const DeviceFloat& value : floats_)
       if (!value.intact()) guards_overwritten("scalars");
-    for (const simt::GuardedMemory& memory : memory_)
-      if (!memory.intact()) guards_overwritten("workspaces");
+    gpu_.check_guards();
   }
 
  private:
   int misalignment_;
   std::deque<DeviceArray> arrays_;
   std::deque<DeviceFloat> floats_;
-  std::deque<simt::GuardedMemory> memory_;
+  SimtGpu gpu_;
 };
 
 py::array floats(int64_t count) {
@@ -73,15 +69,12 @@ std::tuple<py::array, py::array> spectral_scale(const py::array& q, const py::ar
                        {device_t.data(), device_t.dtype(), t.shape(1)},
                        static_cast<const float*>(arena.add(s).data()),
                        static_cast<float*>(sums.data()),
-                       nullptr,
                        q.shape(0),
                        s.size()};
   if (options.simt()) {
-    p.partials = arena.doubles(spectral::scale_partials(p, options.blocks));
-    check_launch("spectral_scale_", spectral::launch_scale(p, nullptr, options.blocks));
+    spectral::scale(p, arena.where("spectral_scale_"), options.blocks);
   } else {
-    p.partials = arena.doubles(spectral::block_count(p.tokens) * p.values);
-    spectral::scale_cpu(p, options.workers());
+    spectral::scale(p, options.workers());
   }
   arena.check_guards();
   return {device_q.to_numpy(), sums.to_numpy()};
@@ -141,14 +134,14 @@ std::tuple<Arrays, Arrays, Arrays, std::vector<float>> spectral_step(
   if (options.simt()) {
     const optim::LaunchShape shape = {options.placement.threads, options.placement.chunk};
     const optim::HostTable table = optim::make_table(records, spectral::Rule::kStates, shape);
-    void* const workspace = arena.bytes(table.workspace_size);
-    check_launch("upload_table", optim::upload_table(table, workspace, nullptr));
+    const Gpu gpu = arena.where("spectral_step_");
+    void* const workspace = gpu.allocate(table.workspace_size);
+    optim::upload_table(table, workspace, gpu);
     for (int i = 0; i < settings.repeats; ++i) {
-      check_launch("spectral_step_",
-                   spectral::launch_step(optim::place_table(table, workspace), values, step, nullptr, options.held));
+      spectral::step(optim::place_table(table, workspace), values, step, gpu, options.held);
     }
   } else {
-    for (int i = 0; i < settings.repeats; ++i) spectral::step_cpu(records, values, step, options.workers());
+    for (int i = 0; i < settings.repeats; ++i) spectral::step(records, values, step, options.workers());
   }
   arena.check_guards();
   Arrays results[3];
@@ -172,11 +165,9 @@ Arrays spectral_sample(const Arrays& s, const std::vector<int64_t>& ranks, const
   }
   const spectral::DrawOptions draws = {seed, draw, uniform};
   if (options.simt()) {
-    void* const workspace = arena.bytes(spectral::sample_workspace(layers));
-    check_launch("spectral_sample",
-                 spectral::launch_sample(layers, draws, workspace, nullptr, options.placement.threads));
+    spectral::sample(layers, draws, arena.where("spectral_sample"), options.placement.threads);
   } else {
-    spectral::sample_cpu(layers, draws, options.workers());
+    spectral::sample(layers, draws, options.workers());
   }
   arena.check_guards();
   Arrays results;
@@ -200,9 +191,9 @@ std::tuple<Arrays, Arrays, Arrays> spectral_swap(const Arrays& active, const Arr
     for (int k = 0; k < 3; ++k) written[k].push_back(k == 0 ? &a : k == 1 ? &f : &factors);
   }
   if (options.simt()) {
-    check_launch("spectral_swap_", spectral::launch_swap(pairs, nullptr, options.placement.threads));
+    spectral::swap(pairs, arena.where("spectral_swap_"), options.placement.threads);
   } else {
-    spectral::swap_cpu(pairs, options.workers());
+    spectral::swap(pairs, options.workers());
   }
   arena.check_guards();
   Arrays results[3];
@@ -221,7 +212,6 @@ std::tuple<py::array, float> lorentz(const std::optional<py::array>& grad, const
   spectral::Lorentz p = {device_z.data(),
                          grad ? arena.add(*grad).data() : nullptr,
                          out.data(),
-                         arena.doubles(spectral::lorentz_blocks(rows)),
                          grad_scale->get(),
                          scale->get(),
                          device_z.dtype(),
@@ -231,10 +221,10 @@ std::tuple<py::array, float> lorentz(const std::optional<py::array>& grad, const
                          z.shape(1)};
   const int threads = options.placement.threads;
   if (options.simt()) {
-    check_launch("lorentz", grad ? spectral::launch_lorentz_backward(p, nullptr, threads)
-                                 : spectral::launch_lorentz(p, nullptr, threads));
+    const Gpu gpu = arena.where("lorentz");
+    grad ? spectral::lorentz_backward(p, gpu, threads) : spectral::lorentz(p, gpu, threads);
   } else {
-    grad ? spectral::lorentz_backward_cpu(p, options.workers()) : spectral::lorentz_cpu(p, options.workers());
+    grad ? spectral::lorentz_backward(p, options.workers()) : spectral::lorentz(p, options.workers());
   }
   arena.check_guards();
   return {out.to_numpy(), *grad_scale->get()};

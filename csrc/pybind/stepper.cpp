@@ -4,8 +4,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "optim/cpu.h"
+#include "optim/grad_norm.h"
 #include "optim/rules.h"
+#include "optim/step.h"
 
 namespace singlepass::pybind {
 namespace {
@@ -31,17 +32,16 @@ std::string name_of() {
 
 template <class Rule>
 RuleEntry entry() {
-  return {
-      name_of<Rule>(),
-      Rule::kStates,
-      Rule::kScaled,
-      optim::kHasNorms<Rule>,
-      [](const std::vector<optim::TensorRecord>& records, const py::tuple& hyper, const optim::StepOptions& options,
-         const ParallelFor& parallel_for) {
-        optim::step_cpu<Rule>(records, hyper_from<Rule>(hyper), options, parallel_for);
-      },
-      [](const optim::DeviceTable& table, const py::tuple& hyper, const optim::StepOptions& options,
-         cudaStream_t stream) { return optim::launch_step<Rule>(table, hyper_from<Rule>(hyper), options, stream); }};
+  return {name_of<Rule>(),
+          Rule::kStates,
+          Rule::kScaled,
+          optim::kHasNorms<Rule>,
+          [](const std::vector<optim::TensorRecord>& records, const py::tuple& hyper, const optim::StepOptions& options,
+             const ParallelFor& parallel_for) {
+            optim::step<Rule>(records, hyper_from<Rule>(hyper), options, parallel_for);
+          },
+          [](const optim::DeviceTable& table, const py::tuple& hyper, const optim::StepOptions& options,
+             const Gpu& gpu) { optim::step<Rule>(table, hyper_from<Rule>(hyper), options, gpu); }};
 }
 
 const RuleEntry& find_rule(const std::string& name) {
@@ -50,13 +50,12 @@ const RuleEntry& find_rule(const std::string& name) {
   throw py::value_error("Stepper: expected a rule of singlepass_core.rules(); got '" + name + "'. Check its spelling.");
 }
 
-// A table of `records` in `workspace`.
 optim::DeviceTable upload(const std::vector<optim::TensorRecord>& records, int states, const Placement& placement,
-                          std::optional<simt::GuardedMemory>& workspace) {
+                          const Gpu& gpu) {
   const optim::HostTable table = optim::make_table(records, states, {placement.threads, placement.chunk});
-  workspace.emplace(static_cast<std::size_t>(table.workspace_size));
-  check_launch("upload_table", optim::upload_table(table, workspace->data(), nullptr));
-  return optim::place_table(table, workspace->data());
+  void* const workspace = gpu.allocate(table.workspace_size);
+  optim::upload_table(table, workspace, gpu);
+  return optim::place_table(table, workspace);
 }
 
 }  // namespace
@@ -107,7 +106,7 @@ Stepper::Stepper(const std::string& rule, Placement placement, const std::vector
                             std::to_string(t) + ".");
     records_.push_back(record);
   }
-  if (placement_.device == "simt") table_ = upload(records_, rule_.states, placement_, workspace_);
+  if (placement_.device == "simt") table_ = upload(records_, rule_.states, placement_, gpu_.where("Stepper"));
 }
 
 void Stepper::set_grads(const std::vector<py::array>& grads) {
@@ -129,9 +128,9 @@ void Stepper::step(const py::tuple& hyper, double lr, bool lr_on_device, std::op
   options.maximize = maximize;
   options.stochastic_rounding = stochastic_rounding;
   if (table_) {
-    check_launch("launch_step", rule_.launch_step(*table_, hyper, options, nullptr));
+    rule_.step_on_gpu(*table_, hyper, options, gpu_.where("Stepper"));
   } else {
-    rule_.step_cpu(records_, hyper, options, parallel_for(placement_.workers));
+    rule_.step_on_cpu(records_, hyper, options, parallel_for(placement_.workers));
   }
   if (!device_lr.intact() || !device_scale.intact() || !device_found_inf.intact()) guards_overwritten("scalars");
   check_guards();
@@ -145,7 +144,7 @@ void Stepper::check_guards() const {
     for (const DeviceArray& state : states_[t])
       if (!state.intact()) guards_overwritten("states");
   }
-  if (workspace_ && !workspace_->intact()) guards_overwritten("tables");
+  gpu_.check_guards();
 }
 
 std::vector<py::array> Stepper::params() const {
@@ -191,12 +190,11 @@ std::tuple<float, float, float> grad_norm(Placement placement, const std::vector
   simt::GuardedMemory result(sizeof(optim::GradNorm));
   auto* norm = reinterpret_cast<optim::GradNorm*>(result.data());
   if (placement.device == "simt") {
-    std::optional<simt::GuardedMemory> workspace;
-    const optim::DeviceTable table = upload(records, 0, placement, workspace);
-    check_launch("launch_grad_norm", optim::launch_grad_norm(table, options, norm, nullptr));
-    if (!workspace->intact()) guards_overwritten("tables");
+    SimtGpu gpu;
+    optim::grad_norm(upload(records, 0, placement, gpu.where("grad_norm")), options, norm, gpu.where("grad_norm"));
+    gpu.check_guards();
   } else {
-    *norm = optim::grad_norm_cpu(records, options, parallel_for(placement.workers));
+    optim::grad_norm(records, options, norm, parallel_for(placement.workers));
   }
   if (!result.intact()) guards_overwritten("results");
   return {norm->norm, norm->divisor, norm->found_inf};

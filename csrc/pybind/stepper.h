@@ -7,8 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "optim/cuda.h"
-#include "optim/table.h"
+#include "optim/device_table.h"
 #include "placement.h"
 
 namespace singlepass::pybind {
@@ -18,10 +17,9 @@ struct RuleEntry {
   std::string name;
   int states;
   bool scaled, norms;
-  void (*step_cpu)(const std::vector<optim::TensorRecord>&, const py::tuple& hyper, const optim::StepOptions&,
-                   const ParallelFor&);
-  cudaError_t (*launch_step)(const optim::DeviceTable&, const py::tuple& hyper, const optim::StepOptions&,
-                             cudaStream_t);
+  void (*step_on_cpu)(const std::vector<optim::TensorRecord>&, const py::tuple& hyper, const optim::StepOptions&,
+                      const ParallelFor&);
+  void (*step_on_gpu)(const optim::DeviceTable&, const py::tuple& hyper, const optim::StepOptions&, const Gpu&);
 };
 
 const std::vector<RuleEntry>& rules();
@@ -56,7 +54,7 @@ class Stepper {
   std::deque<std::deque<DeviceArray>> states_;
   std::deque<DeviceFloat> steps_, scales_;
   std::vector<optim::TensorRecord> records_;
-  std::optional<simt::GuardedMemory> workspace_;
+  SimtGpu gpu_;
   std::optional<optim::DeviceTable> table_;
 };
 

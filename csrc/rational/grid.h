@@ -5,28 +5,29 @@
 #include <iterator>
 
 #include "common/raw.h"
-#include "rational/cuda.h"
+#include "rational/problem.h"
 
-// Which elements a thread owns. The coefficients of a thread never change, so they stay in registers with the sums.
+// Which elements a thread owns. All elements of a thread are of one group, so that its coefficients and its sums stay
+// in registers.
 //
-// Where channels are neighbours in memory (inner = 1), a block covers a tile of columns, whole groups or a part of one;
-// a thread keeps its column, a vector of channels of one group, and goes down the rows. Elsewhere a block covers a
-// channel, and its threads go through the channel's planes.
+// If channels are neighbours in memory (inner = 1), a thread block covers a tile of columns: whole groups, or a part of
+// one. A thread keeps its column, a vector of channels of one group, and goes down the rows (the outer dimension).
+// Otherwise a thread block covers one channel, and its threads go through the channel's planes (the inner dimension).
 namespace singlepass::rational {
 
 struct Grid {
   int width;          // elements of a vector
-  int columns, rows;  // threads of a block: thread t has column t % columns and row t / columns
+  int columns, rows;  // of a thread block: thread t has column t % columns and row t / columns
   int threads;        // columns * rows, rounded up to whole warps
   bool planes;
-  int groups_per_tile;    // groups that a block covers
-  int span;               // columns of a block that belong to one group
+  int groups_per_tile;    // groups that a thread block covers
+  int span;               // columns of a thread block that belong to one group
   int64_t group_vectors;  // inner = 1: vectors of a group in a row
-  int64_t parts;          // blocks that share a group at one height
-  int64_t tiles;          // blocks at one height
-  int64_t plane_vectors;  // vectors of a plane; 1 where inner = 1
-  int64_t items;          // vectors on the way of a thread's column
-  int64_t splits;         // blocks that share these
+  int64_t parts;          // tiles that share a group
+  int64_t tiles;          // thread blocks side by side, which together cover all channels
+  int64_t plane_vectors;  // vectors of a plane; 1 if inner = 1
+  int64_t items;          // vectors of a column, or of all planes of a channel
+  int64_t splits;         // thread blocks that share the items of a column
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -39,7 +40,7 @@ inline bool fits_vectors(const Problem& p, const View& view) {
   return aligned && view.outer_stride % kVector == 0 && (p.inner == 1 || view.channel_stride % kVector == 0);
 }
 
-// Whether all accesses can be vectors of kVector elements.
+// Whether kernels can access all tensors in vectors of kVector elements.
 inline bool fits_vectors(const Problem& p) {
   const View views[] = {p.x, p.gate, p.y, p.grad, p.grad_x, p.grad_gate};
   if ((p.inner == 1 ? p.group_size() : p.inner) % kVector != 0) return false;
@@ -59,6 +60,8 @@ inline Grid make_grid(const Problem& p, int width, const LaunchShape& shape) {
   } else {
     g.group_vectors = std::max<int64_t>(1, p.group_size() / width);
     g.plane_vectors = 1;
+    // A group wider than a thread block is shared by several; of narrower groups, a thread block takes as many as fit,
+    // in equal shares.
     if (g.group_vectors > shape.threads) {
       g.parts = ceil_div(g.group_vectors, shape.threads);
       g.columns = static_cast<int>(ceil_div(g.group_vectors, g.parts));
@@ -79,11 +82,12 @@ inline Grid make_grid(const Problem& p, int width, const LaunchShape& shape) {
   return g;
 }
 
+// The second dimension of a CUDA grid has at most 65535 thread blocks.
 inline void set_splits(Grid& g, int64_t splits) {
   g.splits = std::clamp<int64_t>(splits, 1, 65535);
 }
 
-// The numbers of a partial sum: a_0 to a_M, b_0 to b_N.
+// Partial sums of a group: the gradients of a_0 to a_M, then of b_0 to b_N.
 template <int M, int N>
 inline constexpr int kSums = M + 1 + N + 1;
 
@@ -93,11 +97,13 @@ inline Grid forward_grid(const Problem& p, int width, const LaunchShape& shape) 
   return g;
 }
 
-// Doubles of partial sums per split.
+// Partial sums of a split, in doubles: for coefficients, and for channels if there is a bias.
 inline int64_t partial_count(const Problem& p, const Grid& g, int sums) {
   return p.groups() * g.parts * sums + (p.bias.data == nullptr ? 0 : p.channels);
 }
 
+// As many splits as are useful (enough items for each thread), wanted (backward_blocks in all) and affordable (memory
+// of the partial sums).
 inline Grid backward_grid(const Problem& p, int width, int sums, const LaunchShape& shape) {
   Grid g = make_grid(p, width, shape);
   const int64_t useful = ceil_div(g.items, int64_t{g.rows} * shape.backward_items);

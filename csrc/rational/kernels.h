@@ -8,8 +8,8 @@ namespace singlepass::rational {
 
 inline constexpr int kThreads = 256;
 
-// What a kernel is compiled for. kDType is -1 where the dtype is looked up, kFused false where bias, gate and dropout
-// are known to be absent.
+// What a kernel is compiled for. kDType is -1 if the dtype is only known at run time; kFused is false if there is no
+// bias, gate or dropout.
 template <Form kForm, int kM, int kN, int kWidth, int kDType, bool kFused>
 struct Variant {
   static constexpr Form form = kForm;
@@ -20,13 +20,14 @@ struct Variant {
   }
 };
 
-// A thread's place: its channel (the first of its vector's), its group, and its first item.
+// A thread's place in the grid: the first channel of its vector, the group of this channel, and the items (vectors
+// along the free direction) that it takes. Threads that are not active have nothing to do.
 struct Place {
   bool active;
   int column, row;
-  int64_t first_group;  // of the block
-  int64_t group, part, channel;
-  int64_t item, stride;
+  int64_t first_group;           // of the thread block
+  int64_t group, part, channel;  // part: which of the thread blocks that share the group
+  int64_t item, stride;          // the first item, and the step to the next one
 
   __device__ Place(const Problem& p, const Grid& g) {
     const int thread = static_cast<int>(threadIdx.x);
@@ -51,7 +52,7 @@ struct Place {
   }
 };
 
-// Where an item's vector begins in each tensor, and the number of its first element.
+// One vector of elements: where it begins in each tensor, and the number of its first element.
 struct Item {
   int64_t outer, channel, inner;
 
@@ -79,7 +80,7 @@ __device__ __forceinline__ void write(const Problem& p, const View& view, const 
   store(encode_any_nan<V::width>(values, V::dtype(p)), V::dtype(p), view.data, item.offset(view));
 }
 
-// The bias of the channels of a thread's vector.
+// Loads the bias of the thread's channels; 0 without a bias. A vector along a plane has a single channel.
 template <class V>
 __device__ __forceinline__ void read_bias(const Problem& p, const Grid& g, const Place& place, float* bias) {
 #pragma unroll
@@ -89,7 +90,8 @@ __device__ __forceinline__ void read_bias(const Problem& p, const Grid& g, const
   }
 }
 
-// Factors of the elements of a vector that begins at `element`.
+// Draws the dropout factors (0 or the scale) of the vector that begins at `element`. Eight elements share one block of
+// Philox: element i takes 16 bits, half i % 2 of word i % 8 / 2.
 template <class V>
 __device__ __forceinline__ void draw_factors(const Dropout& dropout, uint64_t element, float* factors) {
   const Philox4 random = philox4x32(dropout.seed, element / kVector, 0);
@@ -103,10 +105,12 @@ __device__ __forceinline__ void draw_factors(const Dropout& dropout, uint64_t el
   }
 }
 
+// A dropped element is 0 even if its value is NaN or infinite.
 __device__ __forceinline__ float keep(float value, float factor) {
   return factor == 0.0f ? 0.0f : value * factor;
 }
 
+// f(x) of one element.
 template <class V>
 __device__ __forceinline__ float evaluate(const Coefficients<float, V::M, V::N>& c, float x, uint64_t seed,
                                           uint64_t element) {
@@ -117,6 +121,8 @@ __device__ __forceinline__ float evaluate(const Coefficients<float, V::M, V::N>&
   }
 }
 
+// y = gate * dropout(f(x + bias)), on a grid of (tiles, splits). A thread keeps its group's coefficients in registers
+// and goes through its items, one vector at a time.
 template <class V>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, const Grid g) {
   const Place place(p, g);
@@ -151,13 +157,14 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, cons
   }
 }
 
-// One number of every thread, for each of kCount sums.
+// (sums, threads): the partial sums of all threads of a thread block.
 template <int kCount>
 struct BlockSums {
   float value[kCount][kThreads];
 };
 
-// Sums over the threads of each group that a block covers, in a fixed order: a warp makes one sum after another.
+// Adds the partial sums of the threads of each group that the thread block covers. A warp computes one sum after
+// another, in a fixed order. partials: (splits, groups, parts, kCount).
 template <int kCount>
 __device__ void reduce_groups(const Problem& p, const Grid& g, const Place& place, const BlockSums<kCount>& block,
                               double* partials) {
@@ -177,7 +184,8 @@ __device__ void reduce_groups(const Problem& p, const Grid& g, const Place& plac
   }
 }
 
-// Sums of a block for every channel that it covers.
+// Adds the bias gradients of every channel that the thread block covers. partials: (splits, channels). With planes, all
+// threads have the same channel. Otherwise, the first row of threads adds up its columns in shared memory.
 template <class V, int kCount>
 __device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place, BlockSums<kCount>& block,
                             const float* grad_bias, double* partials) {
@@ -202,6 +210,8 @@ __device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place,
   }
 }
 
+// Writes grad_x and grad_gate, and the partial sums of the gradients of coefficients and bias, on a grid of (tiles,
+// splits). A thread keeps coefficients and sums in registers. Threads without work stay for the barriers.
 template <class V>
 __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
     backward_kernel(const Problem p, const Grid g, double* partials, double* bias_partials) {
@@ -213,6 +223,8 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
   read_bias<V>(p, g, place, bias);
   Sums<float, V::M, V::N> sums = {};
 
+  // Stage 1: each thread goes through its items. The gradient of y first goes back through dropout and gate; f(x),
+  // which grad_gate needs, is computed again.
   for (int64_t i = place.active ? place.item : g.items; i < g.items; i += place.stride) {
     const Item item(g, place, i);
     float x[V::width], grad[V::width], grad_x[V::width];
@@ -238,7 +250,7 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
       }
       write<V>(p, p.grad_gate, item, grad_gate);
     }
-    // A vector has sums of its own, which are then added to the others: shorter chains of additions, smaller roundings.
+    // Each vector is summed by itself before it is added to the thread's sums: shorter chains of additions round less.
     Sums<float, V::M, V::N> own = {};
 #pragma unroll
     for (int k = 0; k < V::width; ++k) {
@@ -256,6 +268,7 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
     write<V>(p, p.grad_x, item, grad_x);
   }
 
+  // Stage 2: sums over the thread block, through shared memory.
   constexpr int kCount = kSums<V::M, V::N>;
   SINGLEPASS_SHARED(BlockSums<kCount>, block);
 #pragma unroll
@@ -267,7 +280,8 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
   if (V::fused && p.bias.data != nullptr) reduce_bias<V, kCount>(p, g, place, block, grad_bias, bias_partials);
 }
 
-// Sums of partials, in a fixed order: a block for each coefficient, then blocks for the channels' biases.
+// Adds the partial sums of all thread blocks in a fixed order and writes the gradients. The first thread blocks take
+// one coefficient each; in the others, each thread takes the bias of one channel.
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const Problem p, const Grid g, int numerator_sums, int sums,
                                                           const double* partials, const double* bias_partials) {
   const int64_t numerators = p.numerator.rows * p.numerator.columns;
@@ -287,7 +301,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Problem p, const
   const int64_t row = entry / table.columns;
   const int64_t column = entry % table.columns;
   const int first = is_numerator ? 0 : numerator_sums + (p.form == Form::kC ? 0 : 1);
-  // A row that all groups share takes the sums of all.
+  // A row of coefficients that all groups share gets the sums of all groups.
   const int64_t per_split = (table.rows == 1 ? p.groups() : 1) * g.parts;
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < g.splits * per_split; i += blockDim.x) {
@@ -296,6 +310,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Problem p, const
   }
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
+  // Form A takes the absolute value of b, so the gradient is multiplied by the sign of b.
   const Table& grad = is_numerator ? p.grad_numerator : p.grad_denominator;
   const float b = p.form == Form::kA && !is_numerator ? table_entry(table, row, column) : 1.0f;
   store_scalar(with_sign_of(b, static_cast<float>(sum)), grad.data, grad.dtype, entry);

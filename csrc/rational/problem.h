@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/parallel.h"
 #include "rational/rational.h"
 
 namespace singlepass::rational {
@@ -49,6 +50,25 @@ struct Problem {
     return {key, dropout_threshold, 65536.0f / static_cast<float>(65536u - dropout_threshold)};
   }
 };
+
+// How many blocks a launch is cut into, in the direction that is free. It depends on shapes alone, so that sums are the
+// same on every GPU.
+struct LaunchShape {
+  int threads = 256;           // at most; a multiple of 32
+  int forward_items = 4;       // per thread, each of them a vector
+  int backward_items = 16;     // at least, per thread: they share the block's last sums
+  int backward_blocks = 2112;  // about, where there is enough to do: more make the chains of additions shorter
+  int64_t partial_bytes = 1 << 20;
+};
+
+// Writes y.
+void forward(const Problem& p, const ParallelFor& parallel_for);
+void forward(const Problem& p, const Gpu& gpu, const LaunchShape& shape = {});
+
+// Writes all gradients. Sums have an order that depends neither on the number of threads nor on the GPU. On GPUs in two
+// launches: sums by blocks, then their sums.
+void backward(const Problem& p, const ParallelFor& parallel_for);
+void backward(const Problem& p, const Gpu& gpu, const LaunchShape& shape = {});
 
 SINGLEPASS_HD float load_scalar(const void* data, DType dtype, int64_t i) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];

@@ -4,7 +4,6 @@
 
 #include "common/convert.h"
 #include "common/vector.h"
-#include "rational/cpu.h"
 #include "rational/cpu_loops.h"
 #include "rational/cpu_sums.h"
 #include "rational/dispatch.h"
@@ -289,7 +288,7 @@ struct Backward {
 
 }  // namespace
 
-void forward_cpu(const Problem& p, const ParallelFor& parallel_for) {
+void forward(const Problem& p, const ParallelFor& parallel_for) {
   if (has_tuned_degrees(p)) {
     dispatch_form<Forward, kTunedNumerator, kTunedDenominator>(p.form, p, parallel_for);
   } else {
@@ -297,7 +296,7 @@ void forward_cpu(const Problem& p, const ParallelFor& parallel_for) {
   }
 }
 
-void backward_cpu(const Problem& p, const ParallelFor& parallel_for) {
+void backward(const Problem& p, const ParallelFor& parallel_for) {
   if (has_tuned_degrees(p)) {
     dispatch_form<Backward, kTunedNumerator, kTunedDenominator>(p.form, p, parallel_for);
   } else {

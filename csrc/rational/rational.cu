@@ -5,8 +5,8 @@
 namespace singlepass::rational {
 namespace {
 
-// A problem takes the tuned kernels, which are compiled for a dtype and read vectors, or the one of its form that does
-// everything element by element.
+// There are two kinds of kernels. Tuned ones are compiled for a dtype and for KAT's degrees, and access vectors. The
+// general one of each form takes any dtype and any degrees, element by element.
 bool is_tuned(const Problem& p) {
   return p.form != Form::kD && has_tuned_degrees(p) && fits_vectors(p);
 }
@@ -15,10 +15,12 @@ bool is_fused(const Problem& p) {
   return p.bias.data != nullptr || p.gate.data != nullptr || p.dropout_threshold > 0;
 }
 
+// Elements that a thread takes at a time.
 int width(const Problem& p) {
   return is_tuned(p) ? kVector : 1;
 }
 
+// Sums that the chosen kernel makes for each group: those of the numerator, and all of them.
 int numerator_sums(const Problem& p) {
   return (is_tuned(p) ? kTunedNumerator : kMaxNumerator) + 1;
 }
@@ -78,34 +80,28 @@ struct PickBackward {
 
 }  // namespace
 
-cudaError_t launch_forward(const Problem& p, cudaStream_t stream, const LaunchShape& shape) {
-  if (p.numel() == 0) return cudaSuccess;
+void forward(const Problem& p, const Gpu& gpu, const LaunchShape& shape) {
+  if (p.numel() == 0) return;
   const Grid g = forward_grid(p, width(p), shape);
   const dim3 blocks(static_cast<unsigned>(g.tiles), static_cast<unsigned>(g.splits));
-  return launch(pick<PickForward>(p), blocks, dim3(g.threads), 0, stream, p, g);
+  launch(pick<PickForward>(p), blocks, dim3(g.threads), 0, gpu, p, g);
 }
 
-int64_t backward_workspace(const Problem& p, const LaunchShape& shape) {
-  const Grid g = backward_grid(p, width(p), sums(p), shape);
-  return g.splits * partial_count(p, g, sums(p)) * static_cast<int64_t>(sizeof(double));
-}
-
-cudaError_t launch_backward(const Problem& p, void* workspace, cudaStream_t stream, const LaunchShape& shape) {
+void backward(const Problem& p, const Gpu& gpu, const LaunchShape& shape) {
   Grid g = backward_grid(p, width(p), sums(p), shape);
-  double* const partials = static_cast<double*>(workspace);
+  const int64_t count = g.splits * partial_count(p, g, sums(p));
+  double* const partials = static_cast<double*>(gpu.allocate(count * static_cast<int64_t>(sizeof(double))));
   double* const bias_partials = partials + g.splits * p.groups() * g.parts * sums(p);
   if (p.numel() == 0) {
-    g.splits = 0;  // sums of nothing
+    g.splits = 0;  // reduce_kernel then writes zeros
   } else {
     const dim3 blocks(static_cast<unsigned>(g.tiles), static_cast<unsigned>(g.splits));
-    const cudaError_t error =
-        launch(pick<PickBackward>(p), blocks, dim3(g.threads), 0, stream, p, g, partials, bias_partials);
-    if (error != cudaSuccess) return error;
+    launch(pick<PickBackward>(p), blocks, dim3(g.threads), 0, gpu, p, g, partials, bias_partials);
   }
   const int64_t coefficients = p.numerator.rows * p.numerator.columns + p.denominator.rows * p.denominator.columns;
   const int64_t channels = p.bias.data == nullptr ? 0 : ceil_div(p.channels, shape.threads);
-  return launch(&reduce_kernel, dim3(static_cast<unsigned>(coefficients + channels)), dim3(shape.threads), 0, stream, p,
-                g, numerator_sums(p), sums(p), partials, bias_partials);
+  launch(&reduce_kernel, dim3(static_cast<unsigned>(coefficients + channels)), dim3(shape.threads), 0, gpu, p, g,
+         numerator_sums(p), sums(p), partials, bias_partials);
 }
 
 }  // namespace singlepass::rational

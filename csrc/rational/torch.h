@@ -7,7 +7,7 @@
 #include "rational/problem.h"
 #include "torch/arguments.h"
 
-// The rational ops' arguments, checked and turned into a Problem.
+// The rational ops: arguments are checked, and turned into a Problem.
 namespace singlepass::registration {
 
 using rational::Problem;
@@ -182,6 +182,36 @@ inline RationalGradients rational_gradients(const RationalArguments& a, const Te
   if (a.bias.has_value()) p.grad_bias = like_table(p.bias, std::get<3>(result));
   if (a.gate.has_value()) p.grad_gate = call.order.view(std::get<4>(result));
   return result;
+}
+
+template <class Backend>
+Tensor rational_forward(Tensor x, Tensor numerator, Tensor denominator, std::optional<Tensor> bias,
+                        std::optional<Tensor> gate, int64_t form, int64_t channel_dim, double dropout,
+                        std::optional<Tensor> seed) {
+  const Backend on("rational", x);
+  const RationalCall call =
+      rational_call({"rational", x, numerator, denominator, bias, gate, form, channel_dim, dropout, seed});
+  rational::forward(call.problem, on.where());
+  return call.y;
+}
+
+template <class Backend>
+RationalGradients rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator,
+                                    std::optional<Tensor> bias, std::optional<Tensor> gate, int64_t form,
+                                    int64_t channel_dim, double dropout, std::optional<Tensor> seed) {
+  const Backend on("rational_backward", x);
+  const RationalArguments arguments = {"rational_backward", x,       numerator, denominator, bias, gate, form,
+                                       channel_dim,         dropout, seed};
+  RationalCall call = rational_call(arguments);
+  const RationalGradients result = rational_gradients(arguments, grad, call);
+  rational::backward(call.problem, on.where());
+  return result;
+}
+
+template <class Backend, class Library>
+void register_rational(Library& m) {
+  m.impl("rational", TORCH_BOX(&rational_forward<Backend>));
+  m.impl("rational_backward", TORCH_BOX(&rational_backward<Backend>));
 }
 
 }  // namespace singlepass::registration

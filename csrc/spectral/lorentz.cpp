@@ -6,7 +6,6 @@
 
 #include "common/convert.h"
 #include "common/sums.h"
-#include "spectral/cpu.h"
 
 namespace singlepass::spectral {
 namespace {
@@ -81,17 +80,16 @@ void for_each_row(const Lorentz& p, const ParallelFor& parallel_for, const Body&
 
 }  // namespace
 
-void lorentz_cpu(const Lorentz& p, const ParallelFor& parallel_for) {
+void lorentz(const Lorentz& p, const ParallelFor& parallel_for) {
   for_each_row(p, parallel_for, [](Rows& rows, int64_t row, int64_t) { rows.forward(row); });
 }
 
-void lorentz_backward_cpu(const Lorentz& p, const ParallelFor& parallel_for) {
+void lorentz_backward(const Lorentz& p, const ParallelFor& parallel_for) {
   const int64_t blocks = lorentz_blocks(p.rows);
-  std::fill_n(p.partials, blocks, 0.0);
-  for_each_row(p, parallel_for,
-               [&](Rows& rows, int64_t row, int64_t block) { p.partials[block] += rows.backward(row); });
+  std::vector<double> partials(blocks, 0.0);
+  for_each_row(p, parallel_for, [&](Rows& rows, int64_t row, int64_t block) { partials[block] += rows.backward(row); });
   double sum = 0.0;
-  for (int64_t block = 0; block < blocks; ++block) sum += p.partials[block];
+  for (const double partial : partials) sum += partial;
   *p.grad_scale = static_cast<float>(sum);
 }
 

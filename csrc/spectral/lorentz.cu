@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/reduce.h"
-#include "spectral/cuda.h"
 #include "spectral/cuda_variant.h"
 #include "spectral/lorentz.h"
 
-// A warp works on one row after another. Its lanes keep the row's first elements in registers between the sums and the
-// result; what a row has beyond them is read twice, the second time from a cache.
+// A warp works on one row after another, in two sweeps: sums over the row, then the result. The first kHeldByLane
+// elements of each lane stay in registers in between; the rest of a long row is read again, then from a cache.
 namespace singlepass::spectral {
 namespace {
 
@@ -18,7 +17,7 @@ __device__ __forceinline__ double warp_sum(double value) {
   return value;
 }
 
-// A row of z and, in the backward pass, of the gradient.
+// A row of z and, in the backward pass, of the gradient, divided among the lanes of a warp.
 template <class V, bool kBackward>
 class Row {
  public:
@@ -30,7 +29,7 @@ class Row {
     }
   }
 
-  // body(i, z, grad) for the lane's elements, V::width neighbours at a time of which i is the first.
+  // Calls body(i, z, grad) for the lane's elements, V::width neighbours from element i on at a time.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
 #pragma unroll
@@ -44,6 +43,7 @@ class Row {
     }
   }
 
+  // Element 0 of the row (the time), in every lane.
   __device__ __forceinline__ float first(const void* base) const {
     Raw<1> raw;
     float value;
@@ -82,19 +82,21 @@ class Row {
   Raw<V::width> z_[kHeld], grad_[kBackward ? kHeld : 1];
 };
 
-// Returns, in every lane, the row's part of the gradient of log_scale.
+// Maps a row, or computes its gradients. Returns, in every lane, the row's part of the gradient of log_scale.
 template <class V, bool kBackward>
 __device__ __forceinline__ double map_row(const Lorentz& p, int64_t index) {
   const Row<V, kBackward> row(p, index);
+  // Stage 1: |z|^2 and grad . z over all elements but the first, which is the time.
   double square = 0.0, along = 0.0;
   row.for_each([&](int64_t i, const float* z, const float* grad) {
 #pragma unroll
     for (int k = 0; k < V::width; ++k) {
-      if (i + k == 0) continue;  // the time
+      if (i + k == 0) continue;
       square += static_cast<double>(z[k]) * z[k];
       if constexpr (kBackward) along += static_cast<double>(grad[k]) * z[k];
     }
   });
+  // Stage 2: the row's numbers (time, root, gradients), in every lane.
   const LorentzRow x(p, row.first(p.z), warp_sum(square));
   float first = x.time, pull = 0.0f, grad_time = 0.0f;
   if constexpr (kBackward) {
@@ -103,6 +105,7 @@ __device__ __forceinline__ double map_row(const Lorentz& p, int64_t index) {
     first = x.grad_first(grad_time);
     pull = x.pull(along);
   }
+  // Stage 3: the result, element by element.
   row.for_each([&](int64_t i, const float* z, const float* grad) {
     float out[V::width];
 #pragma unroll
@@ -115,22 +118,24 @@ __device__ __forceinline__ double map_row(const Lorentz& p, int64_t index) {
   return kBackward ? x.grad_scale(grad_time) : 0.0;
 }
 
-// A thread block owns kLorentzRows rows.
+// A thread block owns kLorentzRows rows, which its warps share. In the backward pass it writes their part of the
+// gradient of log_scale.
 template <class V, bool kBackward>
-__global__ void __launch_bounds__(kThreads) lorentz_kernel(const Lorentz p) {
+__global__ void __launch_bounds__(kThreads) lorentz_kernel(const Lorentz p, double* partials) {
   const int64_t begin = blockIdx.x * kLorentzRows, warp = threadIdx.x / kWarp;
   const int64_t end = begin + kLorentzRows < p.rows ? begin + kLorentzRows : p.rows;
   double sum = 0.0;
   for (int64_t row = begin + warp; row < end; row += blockDim.x / kWarp) sum += map_row<V, kBackward>(p, row);
   if constexpr (kBackward) {
     sum = block_sum(threadIdx.x % kWarp == 0 ? sum : 0.0);
-    if (threadIdx.x == 0) p.partials[blockIdx.x] = sum;
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
   }
 }
 
-__global__ void __launch_bounds__(kThreads) add_partials_kernel(const Lorentz p) {
+// One thread block adds these parts, in a fixed order.
+__global__ void __launch_bounds__(kThreads) add_partials_kernel(const Lorentz p, const double* partials) {
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < lorentz_blocks(p.rows); i += blockDim.x) sum += p.partials[i];
+  for (int64_t i = threadIdx.x; i < lorentz_blocks(p.rows); i += blockDim.x) sum += partials[i];
   sum = block_sum(sum);
   if (threadIdx.x == 0) *p.grad_scale = static_cast<float>(sum);
 }
@@ -146,23 +151,24 @@ struct Backward {
 };
 
 template <template <class> class Kernel>
-cudaError_t launch_rows(const Lorentz& p, cudaStream_t stream, int threads) {
-  if (p.rows == 0) return cudaSuccess;
+void launch_rows(const Lorentz& p, double* partials, const Gpu& gpu, int threads) {
+  if (p.rows == 0) return;
   const bool vectors = p.columns % kVector == 0 && is_aligned(p.z) && is_aligned(p.grad) && is_aligned(p.out);
   const dim3 grid(static_cast<unsigned>(lorentz_blocks(p.rows)));
-  return launch(pick<Kernel>(vectors, p.dtype), grid, dim3(threads), 0, stream, p);
+  launch(pick<Kernel>(vectors, p.dtype), grid, dim3(threads), 0, gpu, p, partials);
 }
 
 }  // namespace
 
-cudaError_t launch_lorentz(const Lorentz& p, cudaStream_t stream, int threads) {
-  return launch_rows<Forward>(p, stream, threads);
+void lorentz(const Lorentz& p, const Gpu& gpu, int threads) {
+  launch_rows<Forward>(p, nullptr, gpu, threads);
 }
 
-cudaError_t launch_lorentz_backward(const Lorentz& p, cudaStream_t stream, int threads) {
-  const cudaError_t error = launch_rows<Backward>(p, stream, threads);
-  if (error != cudaSuccess) return error;
-  return launch(&add_partials_kernel, dim3(1), dim3(threads), 0, stream, p);
+void lorentz_backward(const Lorentz& p, const Gpu& gpu, int threads) {
+  const int64_t bytes = lorentz_blocks(p.rows) * static_cast<int64_t>(sizeof(double));
+  double* const partials = static_cast<double*>(gpu.allocate(bytes));
+  launch_rows<Backward>(p, partials, gpu, threads);
+  launch(&add_partials_kernel, dim3(1), dim3(threads), 0, gpu, p, partials);
 }
 
 }  // namespace singlepass::spectral

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <vector>
+
 #include "common/dtype.h"
+#include "common/parallel.h"
 
 // What the ops of sparse spectral training work on; python/singlepass/_ops/spectral.py says what they do.
 namespace singlepass::spectral {
@@ -17,27 +20,19 @@ struct Matrix {
 };
 
 // q *= s by columns, and the column sums of q * t: (tokens, values). Sums are made block by block of rows, then over
-// the blocks: `partials` has room for `values` numbers of each, block_count(tokens) blocks on the CPU.
+// the blocks.
 struct Scale {
   Matrix q, t;
   const float* s;
   float* sums;
-  double* partials;
   int64_t tokens, values;
 };
 
+// Rows whose sums are float; sums over those are double.
 inline constexpr int64_t kScaleRows = 32;
-inline constexpr int64_t kScaleBlocks = 64;
 
-// The rows of a block, a multiple of kScaleRows, depend on the number of tokens alone, and so do the sums' bits.
-SINGLEPASS_HD int64_t block_rows(int64_t tokens) {
-  const int64_t units = (tokens + kScaleRows - 1) / kScaleRows;
-  return (units + kScaleBlocks - 1) / kScaleBlocks * kScaleRows;
-}
-
-SINGLEPASS_HD int64_t block_count(int64_t tokens) {
-  return tokens == 0 ? 0 : (tokens + block_rows(tokens) - 1) / block_rows(tokens);
-}
+// Into about how many thread blocks the tokens of a product are cut. Sizes alone decide, and so do the sums' bits.
+inline constexpr int64_t kScaleLaunch = 1024;
 
 // Draws of one layer: `rank` of `count` places. `exchange` (rank,): the frozen row that comes to each place, or -1.
 struct Draw {
@@ -67,17 +62,35 @@ struct Swap {
 };
 
 // HyboNet's map of rows (rows, columns), contiguous. In the forward pass grad and grad_scale are null; in the backward
-// pass `out` is the gradient of z, and `partials` has room for lorentz_blocks(rows) numbers.
+// pass `out` is the gradient of z.
 struct Lorentz {
   const void* z;
   const void* grad;
   void* out;
-  double* partials;
   float* grad_scale;
   const float* log_scale;
   DType dtype;
   float least, offset;  // times: sqrt(k), and what is added to every one
   int64_t rows, columns;
 };
+
+void scale(const Scale& p, const ParallelFor& parallel_for);
+void sample(const std::vector<Draw>& layers, const DrawOptions& options, const ParallelFor& parallel_for);
+void swap(const std::vector<Swap>& pairs, const ParallelFor& parallel_for);
+void lorentz(const Lorentz& p, const ParallelFor& parallel_for);
+void lorentz_backward(const Lorentz& p, const ParallelFor& parallel_for);
+
+// In two launches: the product with partial sums, and their sums.
+void scale(const Scale& p, const Gpu& gpu, int64_t blocks = kScaleLaunch);
+
+// A thread block for each layer; one launch for every kPieceLayers of them.
+void sample(const std::vector<Draw>& layers, const DrawOptions& options, const Gpu& gpu, int threads = 1024);
+
+// A warp for each row that is exchanged; one launch for every kPiecePairs pairs.
+void swap(const std::vector<Swap>& pairs, const Gpu& gpu, int threads = 256);
+
+// A warp for each row; the backward pass adds up partial sums in a second launch.
+void lorentz(const Lorentz& p, const Gpu& gpu, int threads = 256);
+void lorentz_backward(const Lorentz& p, const Gpu& gpu, int threads = 256);
 
 }  // namespace singlepass::spectral

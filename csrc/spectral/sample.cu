@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/raw.h"
 #include "common/reduce.h"
-#include "spectral/cuda.h"
 #include "spectral/sample.h"
 
-// A thread block draws the places of one layer. Times are not negative, so their bits are ordered as they are: the
-// rank-th smallest is found digit by digit, and whatever comes before it is drawn.
+// A thread block draws the places of one layer. Every place gets a race time, and the `rank` places with the smallest
+// times are drawn. Times are not negative, so their bits, read as an integer (the key), have the same order. A radix
+// select finds the rank-th smallest key, one digit of eight bits at a time.
 namespace singlepass::spectral {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kDigit = 256;
+constexpr int kDigit = 256;  // values of a digit
 
-// `keys` has room for a number of each place.
+// keys: (count,), one for each place.
 struct Layer : Draw {
   uint64_t* keys;
 };
 
-// Kernel arguments may fill 4 KiB.
+// Kernel arguments are limited to 4 KiB.
 constexpr int kPieceLayers = 3840 / sizeof(Layer);
 
 struct Piece {
@@ -32,14 +32,14 @@ struct DigitCounts {
   unsigned count[kDigit];
 };
 
-// The last key that is drawn, and how many of its equals are.
+// The largest key that is drawn, and how many of the keys equal to it are drawn.
 struct Threshold {
   uint64_t key;
   int64_t equals;
 };
 
-// How many threads before this one have the flag, and how many in the block. All threads call it, and whatever they
-// read before it was read before any of them goes on.
+// Returns how many threads before this one have the flag; `all` is how many in the thread block have it. All threads
+// must call it. Its barriers let threads write after the call what others read before it.
 __device__ __forceinline__ unsigned count_before(bool flag, unsigned& all) {
   SINGLEPASS_SHARED(WarpCounts, warps);
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -64,6 +64,7 @@ __device__ __forceinline__ double weight_at(const Layer& layer, int64_t place) {
   return weight_of(s);
 }
 
+// Stage 1: sums the weights in a fixed order and computes the key of every place.
 __device__ void make_keys(const Layer& layer, const DrawOptions& options) {
   SINGLEPASS_SHARED(double, total);
   double sum = 0.0;
@@ -78,6 +79,9 @@ __device__ void make_keys(const Layer& layer, const DrawOptions& options) {
   __syncthreads();
 }
 
+// Stage 2: radix select, from the highest digit down. Each round counts the keys that begin with the digits found so
+// far by their next digit. Then one thread goes through the counts to the digit of the rank-th key; `equals` is what
+// remains of the rank after the smaller keys.
 __device__ Threshold find_threshold(const Layer& layer) {
   SINGLEPASS_SHARED(DigitCounts, digits);
   SINGLEPASS_SHARED(Threshold, found);
@@ -101,8 +105,9 @@ __device__ Threshold find_threshold(const Layer& layer) {
   return found;
 }
 
-// Makes keys of active places one if they were drawn and else zero, and those that follow the rows that come, counted
-// from 0, in their order. Among equal keys the lower places are drawn.
+// Stage 3: replaces keys by results. Keys of active places (the first `rank`) become 1 if the place was drawn, else 0.
+// After them come the frozen rows that were drawn, counted from 0, in ascending order. Among equal keys, lower places
+// are drawn first. The thread block goes through the places in order, one for each thread at a time.
 __device__ void mark_drawn(const Layer& layer, const Threshold& last) {
   int64_t equals = 0, coming = 0;
   for (int64_t first = 0; first < layer.count; first += blockDim.x) {
@@ -116,13 +121,15 @@ __device__ void mark_drawn(const Layer& layer, const Threshold& last) {
     const bool comes = drawn && place >= layer.rank;
     const int64_t row = coming + count_before(comes, all);
     coming += all;
-    // A row is written no further back than where it was found, so what has not been read stays.
+    // A row is never written beyond the place it was read from, so no key is overwritten before it has been read.
     if (place < layer.rank) layer.keys[place] = drawn;
     if (comes) layer.keys[layer.rank + row] = static_cast<uint64_t>(place - layer.rank);
   }
   __syncthreads();
 }
 
+// Stage 4: the active places that were not drawn leave. The n-th of them gets the n-th frozen row that was drawn; other
+// places get -1.
 __device__ void write_exchange(const Layer& layer) {
   int64_t leaving = 0;
   for (int64_t first = 0; first < layer.rank; first += blockDim.x) {
@@ -145,15 +152,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t sample_workspace(const std::vector<Draw>& layers) {
+// Layers are launched in pieces of as many as fit in kernel arguments.
+void sample(const std::vector<Draw>& layers, const DrawOptions& options, const Gpu& gpu, int threads) {
   int64_t places = 0;
   for (const Draw& layer : layers) places += layer.count;
-  return places * static_cast<int64_t>(sizeof(uint64_t));
-}
-
-cudaError_t launch_sample(const std::vector<Draw>& layers, const DrawOptions& options, void* workspace,
-                          cudaStream_t stream, int threads) {
-  uint64_t* keys = static_cast<uint64_t*>(workspace);
+  uint64_t* keys = static_cast<uint64_t*>(gpu.allocate(places * static_cast<int64_t>(sizeof(uint64_t))));
   Piece piece = {};
   unsigned filled = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -161,11 +164,9 @@ cudaError_t launch_sample(const std::vector<Draw>& layers, const DrawOptions& op
     piece.layers[filled++].keys = keys;
     keys += layers[i].count;
     if (filled < kPieceLayers && i + 1 < layers.size()) continue;
-    const cudaError_t error = launch(&sample_kernel, dim3(filled), dim3(threads), 0, stream, piece, options);
-    if (error != cudaSuccess) return error;
+    launch(&sample_kernel, dim3(filled), dim3(threads), 0, gpu, piece, options);
     filled = 0;
   }
-  return cudaSuccess;
 }
 
 }  // namespace singlepass::spectral

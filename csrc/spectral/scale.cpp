@@ -4,12 +4,23 @@
 #include <vector>
 
 #include "common/convert.h"
-#include "spectral/cpu.h"
+#include "spectral/problem.h"
 
 namespace singlepass::spectral {
 namespace {
 
 constexpr int64_t kColumns = 512;  // of a tile whose rows stay in the first-level cache
+constexpr int64_t kScaleBlocks = 64;
+
+// The rows of a block, a multiple of kScaleRows, depend on the number of tokens alone, and so do the sums' bits.
+int64_t block_rows(int64_t tokens) {
+  const int64_t units = (tokens + kScaleRows - 1) / kScaleRows;
+  return (units + kScaleBlocks - 1) / kScaleBlocks * kScaleRows;
+}
+
+int64_t block_count(int64_t tokens) {
+  return tokens == 0 ? 0 : (tokens + block_rows(tokens) - 1) / block_rows(tokens);
+}
 
 SINGLEPASS_TARGET_CLONES void scale_row(float* q, const float* t, const float* s, float* sums, int64_t n) {
 #pragma GCC ivdep
@@ -37,10 +48,9 @@ float* floats(const Matrix& m, int64_t row, int64_t column, int64_t n, float* bu
 }
 
 // Sums in float over kScaleRows rows, in double over those.
-void scale_block(const Scale& p, int64_t block) {
+void scale_block(const Scale& p, int64_t block, double* totals) {
   alignas(64) float q_buffer[kColumns], t_buffer[kColumns], sums[kColumns];
   const int64_t begin = block * block_rows(p.tokens), end = std::min(p.tokens, begin + block_rows(p.tokens));
-  double* totals = p.partials + block * p.values;
   std::fill_n(totals, p.values, 0.0);
   for (int64_t first = begin; first < end; first += kScaleRows) {
     for (int64_t column = 0; column < p.values; column += kColumns) {
@@ -58,14 +68,15 @@ void scale_block(const Scale& p, int64_t block) {
 
 }  // namespace
 
-void scale_cpu(const Scale& p, const ParallelFor& parallel_for) {
+void scale(const Scale& p, const ParallelFor& parallel_for) {
   const int64_t blocks = block_count(p.tokens);
+  const auto partials = std::make_unique_for_overwrite<double[]>(blocks * p.values);
   parallel_for_elements(parallel_for, blocks, p.tokens * p.values, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) scale_block(p, block);
+    for (int64_t block = begin; block < end; ++block) scale_block(p, block, &partials[block * p.values]);
   });
   for (int64_t i = 0; i < p.values; ++i) {
     double sum = 0.0;
-    for (int64_t block = 0; block < blocks; ++block) sum += p.partials[block * p.values + i];
+    for (int64_t block = 0; block < blocks; ++block) sum += partials[block * p.values + i];
     p.sums[i] = static_cast<float>(sum);
   }
 }

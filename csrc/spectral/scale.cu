@@ -2,32 +2,36 @@
 #include <algorithm>
 
 #include "common/reduce.h"
-#include "spectral/cuda.h"
 #include "spectral/cuda_variant.h"
+#include "spectral/problem.h"
 
-// A thread block covers a tile of columns over a stretch of rows. A thread keeps its vector of columns and takes every
-// kRows-th row; its sums are float over kScaleRows of them, double over those, as all sums after them are.
+// q *= s by columns, and the column sums of q * t. A thread block covers a tile of columns over a stretch of rows. Its
+// threads are (kRows, kColumns): each keeps one vector of columns and takes every kRows-th row. It sums kScaleRows rows
+// in float32 at a time; these sums, and all sums of sums, are in double.
 namespace singlepass::spectral {
 namespace {
 
 constexpr int kThreads = 256, kColumns = kWarp, kRows = kThreads / kColumns;
 constexpr int64_t kLeastRows = 32, kMaxParts = 256;  // rows of a stretch, and stretches
 
-// How columns and rows are cut: `parts` stretches of `rows` rows, for each of `tiles`.
+// How a launch is divided: `tiles` tiles of columns times `parts` stretches of `rows` rows. sums: (parts, values).
 struct Cut {
   int64_t tiles, parts, rows;
+  double* sums;
 };
 
-// One number for each column of the tile and each row of threads; neighbouring threads write to neighbouring banks.
+// The sums of all threads, (rows of threads, elements of a vector, columns of threads). Neighbouring threads write to
+// neighbouring banks.
 template <int kWidth>
 struct TileSums {
   double value[kRows][kWidth][kColumns];
 };
 
-// Rows of which a thread has all loads in flight before it converts the first.
+// Rows that a thread loads together, so that their loads are all in flight at once.
 template <class V>
 constexpr int kBatch = 8 / V::bytes;
 
+// kBatch rows of a thread: adds q * t to its sums and writes q * s.
 template <class V>
 __device__ __forceinline__ void scale_batch(const Scale& p, int64_t row, int64_t end, int64_t column, const float* s,
                                             float* sums) {
@@ -56,12 +60,14 @@ __device__ __forceinline__ void scale_batch(const Scale& p, int64_t row, int64_t
   }
 }
 
+// Runs on a grid of (tiles of columns, stretches of rows).
 template <class V>
 __global__ void __launch_bounds__(kThreads, 2) scale_kernel(const Scale p, const Cut cut) {
   SINGLEPASS_SHARED(TileSums<V::width>, tile);
   const int own_column = static_cast<int>(threadIdx.x) % kColumns, own_row = static_cast<int>(threadIdx.x) / kColumns;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kColumns * V::width, column = first + own_column * V::width;
   const int64_t begin = blockIdx.y * cut.rows, end = begin + cut.rows < p.tokens ? begin + cut.rows : p.tokens;
+  // Stage 1: each thread goes down its rows.
   double totals[V::width] = {};
   if (column < p.values) {
     float s[V::width];
@@ -77,24 +83,26 @@ __global__ void __launch_bounds__(kThreads, 2) scale_kernel(const Scale p, const
       for (int k = 0; k < V::width; ++k) totals[k] += sums[k];
     }
   }
+  // Stage 2: adds the sums of the rows of threads in their order, and writes one partial sum for each column.
 #pragma unroll
   for (int k = 0; k < V::width; ++k) tile.value[own_row][k][own_column] = totals[k];
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < kColumns * V::width && first + i < p.values; i += kThreads) {
     double sum = 0.0;
     for (int row = 0; row < kRows; ++row) sum += tile.value[row][i % V::width][i / V::width];
-    p.partials[blockIdx.y * p.values + first + i] = sum;
+    cut.sums[blockIdx.y * p.values + first + i] = sum;
   }
 }
 
-// Sums over the parts: a row of threads takes every kRows-th, then the rows' sums are added in their order.
-__global__ void __launch_bounds__(kThreads) reduce_kernel(const Scale p, const int64_t parts) {
+// Adds the partial sums of the stretches, for kColumns columns. Each row of threads adds every kRows-th stretch; then
+// the sums of these rows are added in their order.
+__global__ void __launch_bounds__(kThreads) reduce_kernel(const Scale p, const Cut cut) {
   SINGLEPASS_SHARED(TileSums<1>, tile);
   const int own_column = static_cast<int>(threadIdx.x) % kColumns, own_row = static_cast<int>(threadIdx.x) / kColumns;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + own_column;
   double sum = 0.0;
-  for (int64_t part = own_row; part < parts && column < p.values; part += kRows) {
-    sum += p.partials[part * p.values + column];
+  for (int64_t part = own_row; part < cut.parts && column < p.values; part += kRows) {
+    sum += cut.sums[part * p.values + column];
   }
   tile.value[own_row][0][own_column] = sum;
   __syncthreads();
@@ -120,31 +128,27 @@ int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// About `blocks` thread blocks in all, with at least kLeastRows rows each.
 Cut make_cut(const Scale& p, int64_t blocks) {
   const int64_t tiles = divide_up(p.values, kColumns * (takes_vectors(p) ? kVector : 1));
   const int64_t most = std::min(kMaxParts, divide_up(p.tokens, kLeastRows));
   const int64_t wanted = std::clamp<int64_t>(blocks / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(most, 1));
   const int64_t rows = std::max(kLeastRows, divide_up(p.tokens, wanted));
-  return {tiles, divide_up(p.tokens, rows), rows};
+  return {tiles, divide_up(p.tokens, rows), rows, nullptr};
 }
 
 }  // namespace
 
-int64_t scale_partials(const Scale& p, int64_t blocks) {
-  return make_cut(p, blocks).parts * p.values;
-}
-
-cudaError_t launch_scale(const Scale& p, cudaStream_t stream, int64_t blocks) {
-  if (p.values == 0) return cudaSuccess;
-  const Cut cut = make_cut(p, blocks);
+void scale(const Scale& p, const Gpu& gpu, int64_t blocks) {
+  if (p.values == 0) return;
+  Cut cut = make_cut(p, blocks);
+  cut.sums = static_cast<double*>(gpu.allocate(cut.parts * p.values * static_cast<int64_t>(sizeof(double))));
   if (cut.parts > 0) {
     const dim3 grid(static_cast<unsigned>(cut.tiles), static_cast<unsigned>(cut.parts));
-    const auto kernel = pick<Kernel>(takes_vectors(p), p.q.dtype);
-    const cudaError_t error = launch(kernel, grid, dim3(kThreads), 0, stream, p, cut);
-    if (error != cudaSuccess) return error;
+    launch(pick<Kernel>(takes_vectors(p), p.q.dtype), grid, dim3(kThreads), 0, gpu, p, cut);
   }
   const dim3 grid(static_cast<unsigned>(divide_up(p.values, kColumns)));
-  return launch(&reduce_kernel, grid, dim3(kThreads), 0, stream, p, cut.parts);
+  launch(&reduce_kernel, grid, dim3(kThreads), 0, gpu, p, cut);
 }
 
 }  // namespace singlepass::spectral

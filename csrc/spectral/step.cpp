@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "spectral/step.h"
+
 #include <algorithm>
 #include <vector>
 
 #include "optim/cpu_engine.h"
-#include "spectral/cpu.h"
 
 namespace singlepass::spectral {
 namespace {
@@ -98,8 +99,8 @@ class Spans {
 
 }  // namespace
 
-void step_cpu(const std::vector<TensorRecord>& tensors, const Rule::Hyper& hyper, const StepOptions& options,
-              const ParallelFor& parallel_for) {
+void step(const std::vector<TensorRecord>& tensors, const Rule::Hyper& hyper, const StepOptions& options,
+          const ParallelFor& parallel_for) {
   if (options.shared.found_inf != nullptr && *options.shared.found_inf != 0.0f) return;
   std::vector<Span> spans;
   int64_t elements = 0;

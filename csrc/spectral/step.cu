@@ -2,11 +2,12 @@
 #include <algorithm>
 
 #include "optim/cuda_engine.h"
-#include "spectral/cuda.h"
+#include "spectral/step.h"
 
-// A thread block owns a chunk of whole rows, or of singular values. It updates a row, keeping the new elements in
-// shared memory in float32, adds up their squares, and writes them once they have their length. A thread owns the same
-// elements of a row throughout; barriers stand around sums, and between rows, which may be dealt out otherwise.
+// AdamW with a constraint. A thread block owns a chunk: whole rows, which become unit vectors, or singular values. It
+// updates a row, holds the new elements in shared memory in float32, adds up their squares, and writes the elements
+// divided by their norm. Each thread owns the same elements of a row from beginning to end, so barriers are only needed
+// around sums, and between rows, which may be divided among threads differently (as vectors, or element by element).
 namespace singlepass::spectral {
 namespace {
 
@@ -15,10 +16,10 @@ using optim::TensorRecord;
 
 struct LaunchOptions {
   StepOptions step;
-  int held;  // elements of a row in shared memory, a multiple of kVector
+  int held;  // elements of a row that fit in shared memory, a multiple of kVector
 };
 
-// Elements that one constraint ties together: `t` begins with them and has no others.
+// One row, or a chunk of singular values: all elements of `t`.
 template <bool kFloat32>
 class Span {
  public:
@@ -27,7 +28,7 @@ class Span {
     vectors_end_ = optim::is_aligned<Rule>(t) ? t.numel - t.numel % kVector : 0;
   }
 
-  // From here on the gradient's part along the parameter is taken from it.
+  // Projects the gradient: from here on, update() subtracts its part along the row, (g . p) p.
   __device__ __forceinline__ void project() {
     double sum = 0.0;
     for_each([&]<int kWidth>(int64_t i) {
@@ -44,18 +45,22 @@ class Span {
     projects_ = true;
   }
 
+  // Updates a row and divides it by its norm.
   __device__ __forceinline__ void make_unit() {
-    __syncthreads();  // what was held of the row before has been given back
+    __syncthreads();  // all threads have read the previous row from shared memory
+    // Stage 1: new elements and their squares. Elements beyond held_ are not kept, and their states are not written
+    // yet, so that stage 2 can update them again.
     double squares = 0.0;
     for_each([&]<int kWidth>(int64_t i) {
       Element<kWidth> e;
       update(i, e);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) squares += static_cast<double>(e.p[k]) * e.p[k];
-      if (i >= held_) return;  // to be made again: its states are what they were
+      if (i >= held_) return;
       write_states(i, e);
       hold(i, e);
     });
+    // Stage 2: elements divided by the norm.
     const float factor = inverse_norm(shared_sum(squares));
     for_each([&]<int kWidth>(int64_t i) {
       Element<kWidth> e;
@@ -71,6 +76,7 @@ class Span {
     });
   }
 
+  // Updates singular values; those below zero become zero.
   __device__ __forceinline__ void make_not_negative() {
     for_each([&]<int kWidth>(int64_t i) {
       Element<kWidth> e;
@@ -83,7 +89,7 @@ class Span {
   }
 
  private:
-  // kWidth neighbours.
+  // kWidth neighbouring elements.
   template <int kWidth>
   struct Element {
     float p[kWidth], states[Rule::kStates][kWidth];
@@ -91,7 +97,7 @@ class Span {
 
   __device__ __forceinline__ static DType dtype(DType stored) { return kFloat32 ? DType::kFloat32 : stored; }
 
-  // In every thread. The barrier at its end lets the next call write again.
+  // Sum over the thread block, returned to every thread. The last barrier lets the next call write `sum` again.
   __device__ __forceinline__ static double shared_sum(double value) {
     SINGLEPASS_SHARED(double, sum);
     value = block_sum(value);
@@ -102,6 +108,7 @@ class Span {
     return value;
   }
 
+  // Calls body for the thread's elements: vectors first, where the row is aligned, then single elements.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
     for (int64_t i = threadIdx.x * kVector; i < vectors_end_; i += blockDim.x * kVector) {
@@ -110,6 +117,7 @@ class Span {
     for (int64_t i = vectors_end_ + threadIdx.x; i < t_.numel; i += blockDim.x) body.template operator()<1>(i);
   }
 
+  // Starts all loads before it converts the first, and computes the update in registers. Nothing is written.
   template <int kWidth>
   __device__ __forceinline__ void update(int64_t i, Element<kWidth>& e) const {
     Raw<kWidth> raw_p, raw_g, raw_m, raw_v;
@@ -147,7 +155,8 @@ class Span {
     store(encode<kWidth>(e.p, to), to, t_.param, i);
   }
 
-  // Where element i is held. Fours that a warp's threads access together are neighbours, so that they meet all banks.
+  // Where element i is held. A vector of eight is two float4: first come the low ones of all vectors, then the high
+  // ones, so that the float4 which a warp accesses together are neighbours, without bank conflicts.
   __device__ __forceinline__ float* held_at(int64_t i) const {
     return dynamic_shared<float>() + (i % kVector / 4 * (held_ / kVector) + i / kVector) * 4 + i % 4;
   }
@@ -183,6 +192,7 @@ class Span {
   float along_ = 0.0f;
 };
 
+// Moves the pointers of a record forward.
 __device__ __forceinline__ void move(TensorRecord& t, int64_t elements) {
   t.param = static_cast<char*>(t.param) + elements * size_of(t.param_dtype);
   t.grad = static_cast<const char*>(t.grad) + elements * size_of(t.grad_dtype);
@@ -192,6 +202,7 @@ __device__ __forceinline__ void move(TensorRecord& t, int64_t elements) {
   }
 }
 
+// A thread block takes one chunk of one tensor and goes through its rows. kFloat32 makes every dtype a constant.
 template <bool kFloat32>
 __global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
     unit_step_kernel(const optim::DeviceTable table, const Rule::Hyper hyper, const LaunchOptions options) {
@@ -200,11 +211,13 @@ __global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
   const optim::Chunk chunk = table.chunks[blockIdx.x];
   const TensorRecord& t = table.records[chunk.tensor];
 
+  // The coefficients take double precision, so one thread computes them.
   SINGLEPASS_SHARED(Rule::Coefficients, shared_coefficients);
   if (threadIdx.x == 0) shared_coefficients = optim::device_coefficients<Rule>(t, hyper, shared);
   __syncthreads();
   const Rule::Coefficients c = shared_coefficients;
 
+  // Rows of the chunk, one after another; singular values (columns = 0) are updated all at once.
   const float factor = optim::grad_factor(shared.maximize, shared.grad_scale);
   const int64_t size = optim::chunk_size(t, table.shape.chunk), begin = chunk.index * size;
   const int64_t end = begin + size < t.numel ? begin + size : t.numel, step = t.columns > 0 ? t.columns : size;
@@ -221,24 +234,25 @@ __global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
     }
   }
 
+  // The last thread block of a tensor counts its step, because no other reads the count any more.
   const unsigned blocks = static_cast<unsigned>(optim::chunk_count(t.numel, size));
   if (is_last_block(&table.tickets[chunk.tensor], blocks) && threadIdx.x == 0) *t.step += 1.0f;
 }
 
 }  // namespace
 
-cudaError_t launch_step(const optim::DeviceTable& table, const Rule::Hyper& hyper, const StepOptions& options,
-                        cudaStream_t stream, int64_t held) {
-  if (table.chunk_count == 0) return cudaSuccess;
+void step(const optim::DeviceTable& table, const Rule::Hyper& hyper, const StepOptions& options, const Gpu& gpu,
+          int64_t held) {
+  if (table.chunk_count == 0) return;
   const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
   const int64_t row = round_up(table.longest_row, kVector);
-  // Singular values alone take all threads.
+  // No more threads than the longest row has vectors, in whole warps; all threads if there are only singular values.
   const int64_t useful = row == 0 ? table.shape.threads : round_up(row / kVector, kWarp);
   const dim3 threads(static_cast<unsigned>(std::min<int64_t>(table.shape.threads, useful)));
   const LaunchOptions launch_options = {options, static_cast<int>(std::min(row, held))};
   const auto kernel = table.all_float32 ? &unit_step_kernel<true> : &unit_step_kernel<false>;
-  return launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), threads, launch_options.held * sizeof(float),
-                stream, table, hyper, launch_options);
+  launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), threads, launch_options.held * sizeof(float), gpu,
+         table, hyper, launch_options);
 }
 
 }  // namespace singlepass::spectral

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "common/convert.h"
-#include "spectral/cpu.h"
 #include "spectral/sample.h"
 
 namespace singlepass::spectral {
@@ -71,13 +70,13 @@ void swap_row(const Swap& pair, int64_t place, std::vector<float>& coming, std::
 
 }  // namespace
 
-void sample_cpu(const std::vector<Draw>& layers, const DrawOptions& options, const ParallelFor& parallel_for) {
+void sample(const std::vector<Draw>& layers, const DrawOptions& options, const ParallelFor& parallel_for) {
   parallel_for(static_cast<int64_t>(layers.size()), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) draw(layers[i], options);
   });
 }
 
-void swap_cpu(const std::vector<Swap>& pairs, const ParallelFor& parallel_for) {
+void swap(const std::vector<Swap>& pairs, const ParallelFor& parallel_for) {
   parallel_for(static_cast<int64_t>(pairs.size()), [&](int64_t begin, int64_t end) {
     std::vector<float> coming, leaving;
     for (int64_t i = begin; i < end; ++i) {

@@ -3,11 +3,11 @@
 
 #include "common/raw.h"
 #include "common/reduce.h"
-#include "spectral/cuda.h"
 #include "spectral/swap.h"
 
-// A warp exchanges one row, two blocks of kBlock columns at a time: sixteen lanes share a block and its factor, and
-// each has eight columns of it, neighbours where they are read as a vector.
+// A warp exchanges one active row with one frozen row, two blocks of kBlock columns at a time. Sixteen lanes share a
+// block, which has one factor if frozen rows are int8 codes. Each lane has eight of its columns; with vectors, these
+// are neighbours.
 namespace singlepass::spectral {
 namespace {
 
@@ -15,17 +15,17 @@ constexpr int kThreads = 256;
 constexpr int kLanes = 16;
 static_assert(kLanes * kVector == kBlock);
 
-// Kernel arguments may fill 4 KiB.
+// Kernel arguments are limited to 4 KiB.
 constexpr int kPiecePairs = 3840 / sizeof(Swap);
 
 struct Piece {
   Swap pairs[kPiecePairs];
 };
 
-// The columns of a lane. Those beyond the row's end are neither read nor written.
+// The eight columns of a lane. Columns beyond the end of the row read as zeros and are not written.
 template <bool kVectors>
 struct Columns {
-  int64_t begin, end;  // of the block, and of the row
+  int64_t begin, end;  // the first column of the block, and the end of the row
 
   __device__ __forceinline__ int64_t at(int k) const {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
@@ -92,7 +92,7 @@ struct Columns {
   }
 };
 
-// The largest magnitude among the lanes of a block; NaN where there is one.
+// The largest magnitude in a block, returned to its sixteen lanes; NaN if there is a NaN.
 __device__ __forceinline__ float largest_of(const float* values) {
   float largest = 0.0f;
 #pragma unroll
@@ -103,11 +103,13 @@ __device__ __forceinline__ float largest_of(const float* values) {
   return largest;
 }
 
+// Exchanges the active row `place` with the frozen row `row`, converting between their dtypes. A lane reads its columns
+// of both rows before it writes either. Lanes without columns go on, because all lanes take part in the shuffles.
 template <bool kVectors>
 __device__ __forceinline__ void swap_row(const Swap& pair, int64_t place, int64_t row) {
   const int64_t n = pair.columns, active = place * n, frozen = row * n;
   const int half = static_cast<int>(threadIdx.x) % kWarp / kLanes;
-  for (int64_t begin = 0; begin < n; begin += 2 * kBlock) {  // all lanes go on: they meet in shuffles
+  for (int64_t begin = 0; begin < n; begin += 2 * kBlock) {
     const Columns<kVectors> columns = {begin + half * kBlock, n};
     float leaving[kVector], coming[kVector];
     columns.read(pair.active, pair.active_dtype, active, leaving);
@@ -115,12 +117,13 @@ __device__ __forceinline__ void swap_row(const Swap& pair, int64_t place, int64_
       columns.read(pair.frozen, pair.frozen_dtype, frozen, coming);
       columns.write(leaving, pair.frozen, pair.frozen_dtype, frozen);
     } else {
+      // Restores the frozen row's codes, then quantises the active row with a new factor.
       int8_t* const codes = global_memory(static_cast<int8_t*>(pair.frozen) + frozen);
       float* const factor = global_memory(pair.scales + row * factor_count(n) + columns.begin / kBlock);
       const bool exists = columns.begin < n;
       columns.read_codes(codes, exists ? *factor : 0.0f, coming);
       const float fresh = factor_of(largest_of(leaving));
-      __syncwarp();  // the old factor has been read
+      __syncwarp();  // all lanes have read the old factor
       if (exists && threadIdx.x % kLanes == 0) *factor = fresh;
       columns.write_codes(leaving, inverse_of(fresh), codes);
     }
@@ -134,7 +137,8 @@ __device__ __forceinline__ bool takes_vectors(const Swap& pair) {
          frozen % (pair.scales == nullptr ? 16 : 8) == 0;
 }
 
-// Blocks (places of a pair, pairs).
+// Runs on a grid of (places of a pair / warps of a thread block, pairs), with a warp for each active place. Warps of
+// places that do not change return at once.
 __global__ void __launch_bounds__(kThreads) swap_kernel(const __grid_constant__ Piece piece) {
   const Swap& pair = piece.pairs[blockIdx.y];
   const int64_t place = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) swap_kernel(const __grid_constant__ 
 
 }  // namespace
 
-cudaError_t launch_swap(const std::vector<Swap>& pairs, cudaStream_t stream, int threads) {
+void swap(const std::vector<Swap>& pairs, const Gpu& gpu, int threads) {
   const int64_t warps = threads / kWarp;
   for (size_t first = 0; first < pairs.size(); first += kPiecePairs) {
     Piece piece = {};
@@ -160,10 +164,8 @@ cudaError_t launch_swap(const std::vector<Swap>& pairs, cudaStream_t stream, int
       places = std::max(places, pairs[first + i].rank);
     }
     const dim3 grid(static_cast<unsigned>((places + warps - 1) / warps), static_cast<unsigned>(count));
-    const cudaError_t error = launch(&swap_kernel, grid, dim3(threads), 0, stream, piece);
-    if (error != cudaSuccess) return error;
+    launch(&swap_kernel, grid, dim3(threads), 0, gpu, piece);
   }
-  return cudaSuccess;
 }
 
 }  // namespace singlepass::spectral

@@ -5,18 +5,14 @@
 #include <tuple>
 
 #include "optim/torch.h"
-#include "spectral/lorentz.h"
+#include "spectral/problem.h"
 #include "spectral/step.h"
 
-// The arguments of the ops of sparse spectral training, checked and turned into what kernels work on.
+// The ops of sparse spectral training: arguments are checked, and turned into what kernels work on.
 namespace singlepass::registration {
 
 inline Tensor new_sums(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, {count}, ScalarType::Float);
-}
-
-inline Tensor new_doubles(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Double);
 }
 
 // Contiguous, float32 and on the device of `like`: small tensors that may have to be copied for it.
@@ -28,7 +24,7 @@ inline Tensor as_floats(const char* op, const char* role, const Tensor& t, const
 
 struct ScaleCall {
   spectral::Scale problem;
-  Tensor s, sums, partials;  // keep what the problem points to
+  Tensor s, sums;  // keep what the problem points to
 };
 
 inline spectral::Matrix matrix_of(const char* op, const char* role, const Tensor& t, const Tensor& like) {
@@ -53,21 +49,14 @@ inline ScaleCall scale_call(const Tensor& q, const Tensor& t, const Tensor& s) {
   check_rows(op, q);
   const int64_t tokens = q.size(0), values = q.size(1);
   if (s.dim() != 1 || s.size(0) != values) fail(op, "s of shape (", values, ",); got ", shape_of(s), ". Check k.");
-  ScaleCall call = {{}, as_floats(op, "s", s, q), new_sums(q, values), {}};
+  ScaleCall call = {{}, as_floats(op, "s", s, q), new_sums(q, values)};
   call.problem = {matrix_of(op, "q", q, q),
                   matrix_of(op, "t", t, q),
                   static_cast<const float*>(call.s.const_data_ptr()),
                   static_cast<float*>(call.sums.data_ptr()),
-                  nullptr,
                   tokens,
                   values};
   return call;
-}
-
-// How many partial sums there are is the engine's to say.
-inline void make_partials(ScaleCall& call, int64_t count) {
-  call.partials = new_doubles(call.s, count);
-  call.problem.partials = static_cast<double*>(call.partials.data_ptr());
 }
 
 struct SpectralStep {
@@ -189,7 +178,7 @@ inline std::vector<spectral::Swap> swap_pairs(const Tensors& active, const Tenso
 
 struct LorentzCall {
   spectral::Lorentz problem;
-  Tensor z, grad, log_scale, out, partials, grad_scale;
+  Tensor z, grad, log_scale, out, grad_scale;
 };
 
 inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor& z, const Tensor& log_scale, double k,
@@ -199,13 +188,8 @@ inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor
   if (log_scale.numel() != 1) fail(op, "log_scale as one element; got ", shape_of(log_scale), ". Reshape it.");
   const int64_t rows = z.numel() / columns;
   const Tensor dense = torch::stable::contiguous(z);
-  LorentzCall call = {{},
-                      dense,
-                      dense,
-                      as_floats(op, "log_scale", log_scale, z),
-                      torch::stable::empty_like(dense),
-                      new_doubles(z, spectral::lorentz_blocks(rows)),
-                      new_sums(z, 1)};
+  LorentzCall call = {
+      {}, dense, dense, as_floats(op, "log_scale", log_scale, z), torch::stable::empty_like(dense), new_sums(z, 1)};
   if (grad != nullptr) {
     check_device(op, "grad", *grad, z);
     if (!same_shape(*grad, z) || dtype_of(op, "grad", *grad) != dtype_of(op, "z", z)) {
@@ -216,7 +200,6 @@ inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor
   call.problem = {call.z.const_data_ptr(),
                   grad == nullptr ? nullptr : call.grad.const_data_ptr(),
                   call.out.data_ptr(),
-                  static_cast<double*>(call.partials.data_ptr()),
                   static_cast<float*>(call.grad_scale.data_ptr()),
                   static_cast<const float*>(call.log_scale.const_data_ptr()),
                   dtype_of(op, "z", z),
@@ -230,6 +213,70 @@ inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor
 // The gradient of log_scale as log_scale is stored.
 inline Tensor grad_scale_of(const LorentzCall& call, const Tensor& log_scale) {
   return torch::stable::view(torch::stable::to(call.grad_scale, log_scale.scalar_type()), log_scale.sizes());
+}
+
+template <class Backend>
+Tensor spectral_scale_(Tensor q, Tensor t, Tensor s) {
+  const Backend on("spectral_scale_", q);
+  const ScaleCall call = scale_call(q, t, s);
+  spectral::scale(call.problem, on.where());
+  return call.sums;
+}
+
+template <class Backend>
+void spectral_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors steps, Tensor lr,
+                    double beta1, double beta2, double eps, double weight_decay, bool project, bool maximize,
+                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+  const SpectralStep call =
+      spectral_step(params, grads, exp_avg, exp_avg_sq, steps, lr, project, maximize, grad_scale, found_inf);
+  if (call.step.records.empty()) return;
+  const Backend on("spectral_step_", params[0]);
+  const auto& table = on.table(call.step.records, spectral::Rule::kStates, spectral::kStepShape);
+  spectral::step(table, {beta1, beta2, eps, weight_decay}, call.options, on.where());
+}
+
+template <class Backend>
+Tensors spectral_sample(Tensors s, std::vector<int64_t> ranks, std::vector<int64_t> ids, int64_t seed, int64_t draw,
+                        double uniform) {
+  const SampleCall call = sample_call(s, ranks, ids, seed, draw, uniform);
+  if (s.empty()) return {};
+  const Backend on("spectral_sample", s[0]);
+  spectral::sample(call.layers, call.options, on.where());
+  return call.exchanges;
+}
+
+template <class Backend>
+void spectral_swap_(Tensors active, Tensors frozen, Tensors scales, Tensors exchange) {
+  const std::vector<spectral::Swap> pairs = swap_pairs(active, frozen, scales, exchange);
+  if (active.empty()) return;
+  const Backend on("spectral_swap_", active[0]);
+  spectral::swap(pairs, on.where());
+}
+
+template <class Backend>
+Tensor lorentz(Tensor z, Tensor log_scale, double k, double offset) {
+  const Backend on("lorentz", z);
+  const LorentzCall call = lorentz_call("lorentz", nullptr, z, log_scale, k, offset);
+  spectral::lorentz(call.problem, on.where());
+  return call.out;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> lorentz_backward(Tensor grad, Tensor z, Tensor log_scale, double k, double offset) {
+  const Backend on("lorentz_backward", z);
+  const LorentzCall call = lorentz_call("lorentz_backward", &grad, z, log_scale, k, offset);
+  spectral::lorentz_backward(call.problem, on.where());
+  return {call.out, grad_scale_of(call, log_scale)};
+}
+
+template <class Backend, class Library>
+void register_spectral(Library& m) {
+  m.impl("spectral_scale_", TORCH_BOX(&spectral_scale_<Backend>));
+  m.impl("spectral_step_", TORCH_BOX(&spectral_step_<Backend>));
+  m.impl("spectral_sample", TORCH_BOX(&spectral_sample<Backend>));
+  m.impl("spectral_swap_", TORCH_BOX(&spectral_swap_<Backend>));
+  m.impl("lorentz", TORCH_BOX(&lorentz<Backend>));
+  m.impl("lorentz_backward", TORCH_BOX(&lorentz_backward<Backend>));
 }
 
 }  // namespace singlepass::registration

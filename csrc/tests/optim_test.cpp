@@ -8,9 +8,10 @@
 #include <vector>
 
 #include "check.h"
-#include "optim/cpu.h"
-#include "optim/cuda.h"
+#include "common/cuda.h"
+#include "optim/grad_norm.h"
 #include "optim/rules.h"
+#include "optim/step.h"
 #include "simt/simt_memory.h"
 
 namespace {
@@ -21,6 +22,7 @@ using namespace singlepass::optim;
 const ParallelFor kSerial = [](std::int64_t n, const std::function<void(std::int64_t, std::int64_t)>& body) {
   body(0, n);
 };
+const Gpu kGpu = {"optim_test", nullptr, nullptr};
 
 template <class Rule>
 typename Rule::Hyper hyper();
@@ -143,7 +145,7 @@ StepOptions options_for(bool stochastic_rounding) {
 
 template <class Rule>
 void run_cpu(Tensors& tensors, const StepOptions& options, int steps) {
-  for (int i = 0; i < steps; ++i) step_cpu<Rule>(tensors.records, hyper<Rule>(), options, kSerial);
+  for (int i = 0; i < steps; ++i) step<Rule>(tensors.records, hyper<Rule>(), options, kSerial);
 }
 
 // The table is uploaded once for all steps.
@@ -151,9 +153,9 @@ template <class Rule>
 void run_simt(Tensors& tensors, const StepOptions& options, int steps, LaunchShape shape) {
   const HostTable host = make_table(tensors.records, Rule::kStates, shape);
   simt::GuardedMemory workspace(static_cast<std::size_t>(host.workspace_size));
-  CHECK_EQUAL(upload_table(host, workspace.data(), nullptr), cudaSuccess);
+  upload_table(host, workspace.data(), kGpu);
   const DeviceTable table = place_table(host, workspace.data());
-  for (int i = 0; i < steps; ++i) CHECK_EQUAL(launch_step<Rule>(table, hyper<Rule>(), options, nullptr), cudaSuccess);
+  for (int i = 0; i < steps; ++i) step<Rule>(table, hyper<Rule>(), options, kGpu);
   CHECK(workspace.intact());
 }
 
@@ -205,10 +207,9 @@ TEST(a_step_over_300_tensors_is_one_launch_or_two_with_norms) {
                     DType::kFloat32, 0);
     const HostTable host = make_table(tensors.records, Rule::kStates);
     simt::GuardedMemory workspace(static_cast<std::size_t>(host.workspace_size));
-    CHECK_EQUAL(upload_table(host, workspace.data(), nullptr), cudaSuccess);
+    upload_table(host, workspace.data(), kGpu);
     const std::uint64_t before = simt::launches();
-    CHECK_EQUAL(launch_step<Rule>(place_table(host, workspace.data()), hyper<Rule>(), options_for(false), nullptr),
-                cudaSuccess);
+    step<Rule>(place_table(host, workspace.data()), hyper<Rule>(), options_for(false), kGpu);
     return simt::launches() - before;
   };
   CHECK_EQUAL(launches(AdamW<false>{}), 1u);
@@ -233,14 +234,15 @@ TEST(gradient_norms_agree) {
   const ClipOptions options = {1.0, 1e-6, nullptr};
   const HostTable host = make_table(tensors.records, 0, {128, 1024});
   simt::GuardedMemory workspace(static_cast<std::size_t>(host.workspace_size));
-  CHECK_EQUAL(upload_table(host, workspace.data(), nullptr), cudaSuccess);
+  upload_table(host, workspace.data(), kGpu);
   const DeviceTable table = place_table(host, workspace.data());
-  const GradNorm cpu = grad_norm_cpu(tensors.records, options, kSerial);
+  GradNorm cpu = {};
+  grad_norm(tensors.records, options, &cpu, kSerial);
   CHECK(cpu.norm > 1.0f);
   for (std::uint64_t seed = 0; seed < 5; ++seed) {
     GradNorm norm = {};
     simt::set_seed(seed);
-    CHECK_EQUAL(launch_grad_norm(table, options, &norm, nullptr), cudaSuccess);
+    grad_norm(table, options, &norm, kGpu);
     CHECK_EQUAL(norm.norm, cpu.norm);
     CHECK_EQUAL(norm.divisor, cpu.divisor);
     CHECK_EQUAL(norm.found_inf, 0.0f);

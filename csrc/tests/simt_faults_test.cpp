@@ -42,7 +42,7 @@ std::set<float> sums_over_seeds(void (*kernel)(const float*, float*)) {
   for (std::uint64_t seed = 0; seed < 20; ++seed) {
     float out = -1.0f;
     simt::set_seed(seed);
-    CHECK_EQUAL(launch(kernel, 1, 128, 0, nullptr, in.data(), &out), cudaSuccess);
+    CHECK_EQUAL(simt::launch(kernel, 1, 128, 0, nullptr, in.data(), &out), cudaSuccess);
     sums.insert(out);
   }
   return sums;
@@ -98,7 +98,7 @@ int seeds_that_see_the_next_step(void (*kernel)(int*, unsigned*, int*)) {
     unsigned ticket = 0;
     std::vector<int> seen(3 * 256);
     simt::set_seed(seed);
-    CHECK_EQUAL(launch(kernel, 3, 256, 0, nullptr, &step, &ticket, seen.data()), cudaSuccess);
+    CHECK_EQUAL(simt::launch(kernel, 3, 256, 0, nullptr, &step, &ticket, seen.data()), cudaSuccess);
     CHECK_EQUAL(step, 1);
     count += std::count(seen.begin(), seen.end(), 1) > 0;
   }
@@ -121,7 +121,7 @@ TEST(a_store_out_of_bounds_is_caught) {
     simt::GuardedMemory in(1000 * sizeof(float)), out(1000 * sizeof(float));
     auto* source = reinterpret_cast<float*>(in.data());
     std::fill_n(source, 1000, 1.0f);
-    launch(copy_kernel, 8, 128, 0, nullptr, source, reinterpret_cast<float*>(out.data()), 1000, overrun);
+    simt::launch(copy_kernel, 8, 128, 0, nullptr, source, reinterpret_cast<float*>(out.data()), 1000, overrun);
     if (!out.intact()) throw simt::Error("guards overwritten");
   };
   CHECK_EQUAL(check::thrown_message<simt::Error>([&] { faulty(0); }), "");
@@ -142,7 +142,9 @@ __global__ void shared_overrun_kernel(unsigned length, bool dynamic) {
 
 TEST(a_store_beside_shared_memory_is_caught) {
   for (const bool dynamic : {false, true}) {
-    const auto run = [=](unsigned length) { launch(shared_overrun_kernel, 1, 96, 256, nullptr, length, dynamic); };
+    const auto run = [=](unsigned length) {
+      simt::launch(shared_overrun_kernel, 1, 96, 256, nullptr, length, dynamic);
+    };
     CHECK_EQUAL(check::thrown_message<simt::Error>([&] { run(64); }), "");
     if (kSanitized) {
       CHECK_CONTAINS(check::death_message([&] { run(65); }), "AddressSanitizer");
@@ -154,11 +156,11 @@ TEST(a_store_beside_shared_memory_is_caught) {
 
 TEST(a_dropped_tail_leaves_elements_unwritten) {
   const int n = 1000;
-  const auto unwritten = [](unsigned blocks) {
+  const auto unwritten = [n](unsigned blocks) {
     std::vector<float> in(n, 1.0f);
     simt::GuardedMemory out(n * sizeof(float));
     auto* result = reinterpret_cast<float*>(out.data());
-    launch(copy_kernel, blocks, 128, 0, nullptr, in.data(), result, n, 0);
+    simt::launch(copy_kernel, blocks, 128, 0, nullptr, in.data(), result, n, 0);
     return std::count_if(result, result + n, [](float x) { return std::isnan(x); });
   };
   CHECK_EQUAL(unwritten((n + 127) / 128), 0);
@@ -181,7 +183,7 @@ __global__ void divergent_kernel(Divergence divergence) {
 
 TEST(a_divergent_barrier_is_reported) {
   const auto message = [](Divergence divergence) {
-    return check::thrown_message<simt::Error>([=] { launch(divergent_kernel, 2, 64, 0, nullptr, divergence); });
+    return check::thrown_message<simt::Error>([=] { simt::launch(divergent_kernel, 2, 64, 0, nullptr, divergence); });
   };
   for (std::uint64_t seed = 0; seed < 10; ++seed) {
     simt::set_seed(seed);
@@ -212,7 +214,7 @@ __global__ void warp_fault_kernel(WarpFault fault) {
 
 TEST(a_divergent_warp_collective_is_reported) {
   const auto message = [](WarpFault fault, unsigned block) {
-    return check::thrown_message<simt::Error>([=] { launch(warp_fault_kernel, 1, block, 0, nullptr, fault); });
+    return check::thrown_message<simt::Error>([=] { simt::launch(warp_fault_kernel, 1, block, 0, nullptr, fault); });
   };
   for (std::uint64_t seed = 0; seed < 10; ++seed) {
     simt::set_seed(seed);
@@ -232,7 +234,7 @@ __global__ void spin_kernel(int* flag) {
 
 TEST(a_wait_without_end_is_reported) {
   int flag = 0;
-  const auto run = [&] { launch(spin_kernel, 1, 2, 0, nullptr, &flag); };
+  const auto run = [&] { simt::launch(spin_kernel, 1, 2, 0, nullptr, &flag); };
   CHECK_CONTAINS(check::thrown_message<simt::Error>(run), "spins without end");
 }
 
@@ -248,7 +250,7 @@ __global__ void uninitialised_kernel(float* out) {
 TEST(uninitialised_shared_memory_reads_as_nan) {
   std::vector<float> out(32, 0.0f);
   for (int again = 0; again < 2; ++again) {  // nor does a block see what the last one left
-    launch(uninitialised_kernel, 2, 32, 0, nullptr, out.data());
+    simt::launch(uninitialised_kernel, 2, 32, 0, nullptr, out.data());
     for (const float sum : out) CHECK(std::isnan(sum));
   }
 }
@@ -263,7 +265,7 @@ TEST(a_misaligned_16_byte_access_is_caught) {
   const auto run = [](std::size_t misalignment) {
     simt::GuardedMemory in(64, misalignment);
     float out;
-    launch(load_four_kernel, 1, 1, 0, nullptr, reinterpret_cast<const float*>(in.data()), &out);
+    simt::launch(load_four_kernel, 1, 1, 0, nullptr, reinterpret_cast<const float*>(in.data()), &out);
   };
   CHECK_EQUAL(check::death_message([&] { run(16); }), "");
   CHECK_CONTAINS(check::death_message([&] { run(4); }), "misaligned address");
@@ -276,16 +278,16 @@ __global__ void too_much_shared_kernel() {
 }
 
 TEST(too_much_static_shared_memory_is_reported) {
-  const auto run = [] { launch(too_much_shared_kernel, 1, 1, 0, nullptr); };
+  const auto run = [] { simt::launch(too_much_shared_kernel, 1, 1, 0, nullptr); };
   CHECK_CONTAINS(check::thrown_message<simt::Error>(run), "too much shared memory: 49156 bytes");
 }
 
 TEST(the_harness_goes_on_after_a_fault) {
   for (int i = 0; i < 3; ++i) {
     CHECK(!check::thrown_message<simt::Error>([] {
-             launch(divergent_kernel, 1, 1024, 0, nullptr, Divergence::kExit);
+             simt::launch(divergent_kernel, 1, 1024, 0, nullptr, Divergence::kExit);
            }).empty());
-    CHECK_EQUAL(launch(divergent_kernel, 1, 1024, 0, nullptr, Divergence::kNone), cudaSuccess);
+    CHECK_EQUAL(simt::launch(divergent_kernel, 1, 1024, 0, nullptr, Divergence::kNone), cudaSuccess);
   }
 }
 

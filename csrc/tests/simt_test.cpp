@@ -25,7 +25,7 @@ TEST(every_thread_of_a_three_dimensional_grid_runs_once) {
   const dim3 grid(3, 2, 2), block(5, 3, 2);
   std::vector<int> out(3 * 2 * 2 * 5 * 3 * 2, -1), expected(out.size());
   std::iota(expected.begin(), expected.end(), 0);
-  CHECK_EQUAL(launch(write_index_kernel, grid, block, 0, nullptr, out.data()), cudaSuccess);
+  CHECK_EQUAL(simt::launch(write_index_kernel, grid, block, 0, nullptr, out.data()), cudaSuccess);
   CHECK(out == expected);
 }
 
@@ -38,7 +38,7 @@ std::vector<unsigned> order_under_seed(std::uint64_t seed) {
   std::vector<unsigned> order(4 * 64);
   unsigned count = 0;
   simt::set_seed(seed);
-  launch(record_order_kernel, 4, 64, 0, nullptr, order.data(), &count);
+  simt::launch(record_order_kernel, 4, 64, 0, nullptr, order.data(), &count);
   return order;
 }
 
@@ -78,7 +78,7 @@ TEST(a_block_reduction_is_right_under_every_schedule) {
   std::iota(in.begin(), in.end(), 1.0f);
   for (std::uint64_t seed = 0; seed < 50; ++seed) {
     simt::set_seed(seed);
-    CHECK_EQUAL(launch(two_sums_kernel<256>, 1, 256, 0, nullptr, in.data(), out.data()), cudaSuccess);
+    CHECK_EQUAL(simt::launch(two_sums_kernel<256>, 1, 256, 0, nullptr, in.data(), out.data()), cudaSuccess);
     for (const float sum : out) CHECK_EQUAL(sum, 3.0f * 256 * 257 / 2);
   }
 }
@@ -100,7 +100,7 @@ template <class T>
 void check_shuffles() {
   std::vector<T> in(32), out(8 * 32);
   for (int i = 0; i < 32; ++i) in[i] = static_cast<T>(100 + i);
-  CHECK_EQUAL(launch(shuffles_kernel<T>, 1, 32, 0, nullptr, in.data(), out.data()), cudaSuccess);
+  CHECK_EQUAL(simt::launch(shuffles_kernel<T>, 1, 32, 0, nullptr, in.data(), out.data()), cudaSuccess);
   for (int i = 0; i < 32; ++i) {
     CHECK_EQUAL(out[i], in[5]);
     CHECK_EQUAL(out[32 + i], in[i < 3 ? i : i - 3]);
@@ -138,7 +138,7 @@ __global__ void votes_kernel(unsigned* out) {
 
 TEST(votes_see_the_lanes_of_their_mask) {
   std::vector<unsigned> out(4 * 64);
-  CHECK_EQUAL(launch(votes_kernel, 1, 64, 0, nullptr, out.data()), cudaSuccess);
+  CHECK_EQUAL(simt::launch(votes_kernel, 1, 64, 0, nullptr, out.data()), cudaSuccess);
   for (unsigned i = 0; i < 64; ++i) {
     CHECK_EQUAL(out[4 * i], 0xaaaaaaaau);
     CHECK_EQUAL(out[4 * i + 1], i < 32 ? 0u : 1u);
@@ -166,7 +166,8 @@ TEST(atomics_lose_nothing_and_vary_their_order) {
     unsigned tickets[2] = {0, 0};
     int last_block = -1;
     std::vector<int> order(4 * 32, -1);
-    CHECK_EQUAL(launch(last_block_kernel, 4, 32, 0, nullptr, &tickets[0], order.data(), &last_block), cudaSuccess);
+    CHECK_EQUAL(simt::launch(last_block_kernel, 4, 32, 0, nullptr, &tickets[0], order.data(), &last_block),
+                cudaSuccess);
     CHECK_EQUAL(tickets[0], 4u);
     CHECK_EQUAL(tickets[1], 128u);
     orders.insert(order);
@@ -185,7 +186,7 @@ __global__ void atomic_operations_kernel(int* out) {
 
 TEST(atomic_max_cas_and_exchange) {
   int out[3] = {-1, -1, -1};
-  CHECK_EQUAL(launch(atomic_operations_kernel, 1, 100, 0, nullptr, &out[0]), cudaSuccess);
+  CHECK_EQUAL(simt::launch(atomic_operations_kernel, 1, 100, 0, nullptr, &out[0]), cudaSuccess);
   CHECK_EQUAL(out[0], 99);
   CHECK_EQUAL(out[1], 7);
   CHECK_EQUAL(out[2], 9);
@@ -203,7 +204,7 @@ __global__ void wait_for_neighbour_kernel(int* flag) {
 
 TEST(a_thread_may_wait_for_another_of_its_block) {
   int flag = 0;
-  CHECK_EQUAL(launch(wait_for_neighbour_kernel, 1, 2, 0, nullptr, &flag), cudaSuccess);
+  CHECK_EQUAL(simt::launch(wait_for_neighbour_kernel, 1, 2, 0, nullptr, &flag), cudaSuccess);
 }
 
 __global__ void reverse_kernel(float* data) {
@@ -216,7 +217,7 @@ __global__ void reverse_kernel(float* data) {
 TEST(dynamic_shared_memory_is_one_array_of_the_block) {
   std::vector<float> data(1000);
   std::iota(data.begin(), data.end(), 0.0f);
-  CHECK_EQUAL(launch(reverse_kernel, 1, 1000, 4000, nullptr, data.data()), cudaSuccess);
+  CHECK_EQUAL(simt::launch(reverse_kernel, 1, 1000, 4000, nullptr, data.data()), cudaSuccess);
   for (int i = 0; i < 1000; ++i) CHECK_EQUAL(data[i], 999.0f - i);
 }
 
@@ -235,7 +236,7 @@ __global__ void sites_kernel(void** out) {
 
 TEST(shared_variables_are_one_per_site_and_instantiation) {
   std::vector<void*> out(8);
-  CHECK_EQUAL(launch(sites_kernel, 1, 2, 0, nullptr, out.data()), cudaSuccess);
+  CHECK_EQUAL(simt::launch(sites_kernel, 1, 2, 0, nullptr, out.data()), cudaSuccess);
   for (int i = 0; i < 4; ++i) CHECK_EQUAL(out[i], out[4 + i]);
   CHECK_EQUAL(std::set<void*>(out.begin(), out.end()).size(), 4u);
 }
@@ -243,7 +244,7 @@ TEST(shared_variables_are_one_per_site_and_instantiation) {
 __global__ void empty_kernel() {}
 
 TEST(launches_that_a_device_refuses_return_its_error) {
-  const auto shape = [](dim3 grid, dim3 block) { return launch(empty_kernel, grid, block, 0, nullptr); };
+  const auto shape = [](dim3 grid, dim3 block) { return simt::launch(empty_kernel, grid, block, 0, nullptr); };
   CHECK_EQUAL(shape(1, 1024), cudaSuccess);
   CHECK_EQUAL(shape(1, 1025), cudaErrorInvalidConfiguration);
   CHECK_EQUAL(shape(1, dim3(32, 33)), cudaErrorInvalidConfiguration);
@@ -259,19 +260,19 @@ TEST(launches_that_a_device_refuses_return_its_error) {
 __global__ void opted_in_kernel() {}
 
 TEST(dynamic_shared_memory_over_48_KiB_must_be_asked_for) {
-  CHECK_EQUAL(launch(opted_in_kernel, 1, 1, 48 << 10, nullptr), cudaSuccess);
-  CHECK_EQUAL(launch(opted_in_kernel, 1, 1, (48 << 10) + 1, nullptr), cudaErrorInvalidValue);
+  CHECK_EQUAL(simt::launch(opted_in_kernel, 1, 1, 48 << 10, nullptr), cudaSuccess);
+  CHECK_EQUAL(simt::launch(opted_in_kernel, 1, 1, (48 << 10) + 1, nullptr), cudaErrorInvalidValue);
   const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
   CHECK_EQUAL(cudaFuncSetAttribute(opted_in_kernel, attribute, 228 << 10), cudaErrorInvalidValue);
   CHECK_EQUAL(cudaFuncSetAttribute(opted_in_kernel, attribute, 227 << 10), cudaSuccess);
-  CHECK_EQUAL(launch(opted_in_kernel, 1, 1, 227 << 10, nullptr), cudaSuccess);
-  CHECK_EQUAL(launch(empty_kernel, 1, 1, 227 << 10, nullptr), cudaErrorInvalidValue);
+  CHECK_EQUAL(simt::launch(opted_in_kernel, 1, 1, 227 << 10, nullptr), cudaSuccess);
+  CHECK_EQUAL(simt::launch(empty_kernel, 1, 1, 227 << 10, nullptr), cudaErrorInvalidValue);
 }
 
 TEST(launches_are_counted) {
   const std::uint64_t before = simt::launches();
-  launch(empty_kernel, 3, 32, 0, nullptr);
-  launch(empty_kernel, 1, 0, 0, nullptr);
+  simt::launch(empty_kernel, 3, 32, 0, nullptr);
+  simt::launch(empty_kernel, 1, 0, 0, nullptr);
   CHECK_EQUAL(simt::launches() - before, 1u);
 }
 

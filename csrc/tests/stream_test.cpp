@@ -9,14 +9,14 @@
 #include <vector>
 
 #include "check.h"
-#include "common/stream_cuda.h"
+#include "common/cuda.h"
 
 namespace {
 
 using namespace singlepass;
 using Stream = std::function<void(const std::vector<const float*>&, const std::vector<float*>&, std::int64_t)>;
 
-void check_stream(const Stream& stream, const std::vector<std::int64_t>& sizes) {
+void check_stream(const Stream& run, const std::vector<std::int64_t>& sizes) {
   for (const std::int64_t n : sizes) {
     for (std::size_t reads = 0; reads <= kMaxReads; ++reads) {
       for (std::size_t updates = 1; updates <= kMaxUpdates; updates += 3) {
@@ -26,13 +26,13 @@ void check_stream(const Stream& stream, const std::vector<std::int64_t>& sizes) 
         std::vector<float*> update_pointers;
         for (auto& values : read) read_pointers.push_back(values.data());
         for (auto& values : update) update_pointers.push_back(values.data());
-        stream(read_pointers, update_pointers, n);
+        run(read_pointers, update_pointers, n);
         for (const auto& values : update) CHECK(values == std::vector<float>(n, 5.0f));
         for (std::int64_t i : {std::int64_t{0}, n / 2, n - 1}) {
           for (auto& values : read) {
             if (n == 0) continue;
             values[i] = NAN;
-            stream(read_pointers, update_pointers, n);
+            run(read_pointers, update_pointers, n);
             values[i] = 3.0f;
             for (auto& updated : update) {
               float sum = 0.0f;
@@ -51,13 +51,13 @@ TEST(the_cpu_stream_reads_everything_and_changes_nothing) {
   const ParallelFor serial = [](std::int64_t n, const std::function<void(std::int64_t, std::int64_t)>& body) {
     body(0, n);
   };
-  check_stream([&](const auto& reads, const auto& updates, std::int64_t n) { stream_cpu(reads, updates, n, serial); },
+  check_stream([&](const auto& reads, const auto& updates, std::int64_t n) { stream(reads, updates, n, serial); },
                {0, 1, 7, 32768, 32769});
 }
 
 TEST(the_cuda_stream_reads_everything_and_changes_nothing) {
   check_stream([](const auto& reads, const auto& updates,
-                  std::int64_t n) { CHECK_EQUAL(launch_stream(reads, updates, n, nullptr), cudaSuccess); },
+                  std::int64_t n) { stream(reads, updates, n, Gpu{"stream_", nullptr, nullptr}); },
                {0, 1, 7, 1024, 3001});
 }
 

@@ -35,4 +35,16 @@ inline StreamPointers stream_pointers(const Tensors& reads, const Tensors& updat
   return result;
 }
 
+template <class Backend>
+void stream_(Tensors reads, Tensors updates) {
+  const StreamPointers streams = stream_pointers(reads, updates);
+  const Backend on("stream_", reads.empty() ? updates[0] : reads[0]);
+  stream(streams.reads, streams.updates, streams.n, on.where());
+}
+
+template <class Backend, class Library>
+void register_stream(Library& m) {
+  m.impl("stream_", TORCH_BOX(&stream_<Backend>));
+}
+
 }  // namespace singlepass::registration

@@ -50,7 +50,7 @@ def test_holds_exactly_the_modules_of_the_tree(wheel: Path, root: Path) -> None:
         for package, folder in FOLDERS.items()
         for path in (root / folder).rglob("*.py")
     }
-    data = {"singlepass/py.typed", "singlepass/nn/tables.json"}
+    data = {"singlepass/py.typed", "singlepass/rational/tables.json"}
     extras = data | {"singlepass/build_info.json", "singlepass/_C_cpu.so", "singlepass/_C_cuda.so"}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names - extras == expected

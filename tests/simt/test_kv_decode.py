@@ -61,7 +61,7 @@ class Case:
     sinks: Array | None = None
     scale: float = 1.0
     softcap: float = 0.0
-    cut: dict[str, int] = field(default_factory=lambda: {"spans": 4, "least": 16, "window_least": 8})
+    cut: dict[str, int] = field(default_factory=lambda: {"splits": 4, "min_slots": 16, "min_window_slots": 8})
 
     def run(self, core: ModuleType, device: str) -> tuple[Array, Array]:
         parts = [(keys.argument(core), values.argument(core)) for keys, values in self.segments]
@@ -281,13 +281,13 @@ def test_poison_that_is_seen_shows(core: ModuleType, device: str, codec: str) ->
 
 
 @each_device
-def test_spans_hardly_matter(core: ModuleType, device: str) -> None:
+def test_splits_hardly_matter(core: ModuleType, device: str) -> None:
     """However a head's slots are cut, also amid blocks."""
     for codec in ("zipcache", "groups"):
         one = case(core, (RAGGED, Part(2, (0, 3, 90))), codec=codec, queries=3)
-        for spans, least, window_least in ((1, 128, 32), (64, 7, 1), (3, 33, 5)):
-            one.cut = {"spans": spans, "least": least, "window_least": window_least}
-            one.check(core, device, f"{spans} spans")
+        for splits, slots, window_slots in ((1, 128, 32), (64, 7, 1), (3, 33, 5)):
+            one.cut = {"splits": splits, "min_slots": slots, "min_window_slots": window_slots}
+            one.check(core, device, f"{splits} splits")
 
 
 def test_a_sequence_knows_nothing_of_the_others_nor_of_the_schedule(core: ModuleType) -> None:
@@ -327,5 +327,5 @@ def test_launches(core: ModuleType) -> None:
 def test_more_segments_than_there_is_room_for(core: ModuleType) -> None:
     one = case(core, (Part(4, (0, 2)),) * 5)
     one.check(core, "cpu")
-    with pytest.raises(RuntimeError, match="kv_decode: invalid argument"):
+    with pytest.raises(RuntimeError, match="kv_decode: expected at most 4 segments on CUDA; got 5"):
         one.run(core, "simt")

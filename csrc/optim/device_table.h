@@ -3,8 +3,7 @@
 
 #include <vector>
 
-#include "common/cuda.h"
-#include "optim/grad_norm.h"
+#include "common/parallel.h"
 #include "optim/table.h"
 
 namespace singlepass::optim {
@@ -13,6 +12,8 @@ namespace singlepass::optim {
 struct LaunchShape {
   int threads = 256;
   int chunk = 16384;
+
+  bool operator==(const LaunchShape&) const = default;
 };
 
 // What the kernels read of a list of tensors, in device memory. It depends on addresses, sizes and dtypes alone, so a
@@ -44,15 +45,6 @@ DeviceTable place_table(const HostTable& table, void* workspace);
 
 // Copies the records through kernel arguments, and makes the rest of the table on the device: no pinned memory, no
 // synchronisation, and a CUDA graph that captures the upload carries the contents with it.
-cudaError_t upload_table(const HostTable& table, void* workspace, cudaStream_t stream);
-
-// One optimizer step over all tensors of the table: one launch, two for rules with norms.
-template <class Rule>
-cudaError_t launch_step(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options,
-                        cudaStream_t stream);
-
-// Writes a GradNorm to `result`.
-cudaError_t launch_grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result,
-                             cudaStream_t stream);
+void upload_table(const HostTable& table, void* workspace, const Gpu& gpu);
 
 }  // namespace singlepass::optim

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <vector>
+
+#include "optim/device_table.h"
+
+namespace singlepass::optim {
+
+// One optimizer step over all tensors, which counts the step of each. On GPUs in one launch, in two for rules with
+// norms.
+template <class Rule>
+void step(const std::vector<TensorRecord>& tensors, const typename Rule::Hyper& hyper, const StepOptions& options,
+          const ParallelFor& parallel_for);
+template <class Rule>
+void step(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options, const Gpu& gpu);
+
+}  // namespace singlepass::optim

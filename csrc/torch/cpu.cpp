@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <functional>
+
+#include "common/parallel.h"
+#include "kv/torch.h"
+#include "optim/torch.h"
+#include "rational/torch.h"
+#include "spectral/torch.h"
+#include "torch/stream.h"
+
+namespace singlepass::registration {
+namespace {
+
+// Runs ops on torch's threads.
+class Cpu {
+ public:
+  Cpu(const char*, const Tensor&) {}
+
+  const ParallelFor& where() const {
+    static const ParallelFor parallel_for = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+      torch::stable::parallel_for(0, n, 1, body);
+    };
+    return parallel_for;
+  }
+
+  const std::vector<TensorRecord>& table(const std::vector<TensorRecord>& records, int, optim::LaunchShape = {}) const {
+    return records;
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(singlepass, CPU, m) {
+  register_kv<Cpu>(m);
+  register_optim<Cpu>(m);
+  register_rational<Cpu>(m);
+  register_spectral<Cpu>(m);
+  register_stream<Cpu>(m);
+}
+
+}  // namespace singlepass::registration

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <utility>
+
+#include "common/cuda.h"
+#include "optim/device_table.h"
+#include "torch/arguments.h"
+
+namespace singlepass::registration {
+
+inline Tensor device_memory(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// Tables of tensors on the device by their contents, kept from one step to the next. An entry belongs to one stream:
+// its memory comes from that stream's pool and is only used on it, so that dropping the entry needs no synchronisation.
+class TableCache {
+ public:
+  // A table, and the memory that it stands in, which the caller keeps until it has launched what reads it.
+  std::pair<optim::DeviceTable, Tensor> get(const std::vector<optim::TensorRecord>& records, int state_count,
+                                            optim::LaunchShape shape, const Tensor& like, const Gpu& gpu) {
+    if (is_capturing(gpu)) {
+      // The graph owns the memory and uploads the contents again at every replay.
+      const Entry entry = make(records, state_count, shape, like, gpu);
+      return {entry.place(), entry.memory};
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto same = [&](const Entry& e) {
+      return e.device == like.get_device_index() && e.stream == gpu.stream && e.table.shape == shape &&
+             e.table.records.size() == records.size() &&
+             std::memcmp(e.table.records.data(), records.data(), records.size() * sizeof(optim::TensorRecord)) == 0;
+    };
+    const auto found = std::find_if(entries_.begin(), entries_.end(), same);
+    if (found == entries_.end()) {
+      entries_.push_front(make(records, state_count, shape, like, gpu));
+      if (entries_.size() > kCapacity) entries_.pop_back();
+    } else {
+      entries_.splice(entries_.begin(), entries_, found);
+    }
+    return {entries_.front().place(), entries_.front().memory};
+  }
+
+ private:
+  static constexpr size_t kCapacity = 64;
+
+  struct Entry {
+    int32_t device;
+    cudaStream_t stream;
+    optim::HostTable table;
+    Tensor memory;
+
+    optim::DeviceTable place() const { return optim::place_table(table, memory.data_ptr()); }
+  };
+
+  static bool is_capturing(const Gpu& gpu) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_cuda(gpu.op, cudaStreamIsCapturing(gpu.stream, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  static Entry make(const std::vector<optim::TensorRecord>& records, int state_count, optim::LaunchShape shape,
+                    const Tensor& like, const Gpu& gpu) {
+    const optim::HostTable table = optim::make_table(records, state_count, shape);
+    const Tensor memory = device_memory(like, table.workspace_size);
+    optim::upload_table(table, memory.data_ptr(), gpu);
+    return {like.get_device_index(), gpu.stream, table, memory};
+  }
+
+  std::mutex mutex_;
+  std::list<Entry> entries_;
+};
+
+}  // namespace singlepass::registration
