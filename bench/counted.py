@@ -14,7 +14,7 @@ from .registry import dtype_name
 
 def traffic_grid() -> Grid:
     """The passes of each optimizer's floor and their bytes for a parameter."""
-    from .cases.optim import RULES
+    from .optim.cases import RULES
 
     dtypes = (torch.float32, torch.bfloat16)
     head = ["optimizer", "passes: read only / read and written", *(f"p, g, h in {dtype_name(d)}" for d in dtypes)]

@@ -50,9 +50,9 @@ def sweeps(p: Pass) -> list[Pass]:
 
 def require_stream(device: torch.device) -> None:
     """Raises ValueError where the stream op has no kernel: its eager stand-in is no floor."""
-    from singlepass._dispatch import rejection
+    from singlepass._ops.optim import stream_
 
-    if reason := rejection("stream_", "native", device.type):
+    if reason := stream_.rejection("native", device.type):
         raise ValueError(
             f"bench: expected the native stream that measures the floor; got: {reason}. See singlepass info"
         )

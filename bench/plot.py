@@ -6,8 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import activations, caches, layers, models
+from .kv import caches
+from .optim import models
+from .rational import activations
 from .results import Row, Run
+from .spectral import layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

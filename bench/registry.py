@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -125,6 +126,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def missing(package: str, device: torch.device) -> str | None:
+    """Why a provider that needs a package can't run, or None."""
+    return None if importlib.util.find_spec(package) else "not installed"
+
+
 def cases(device: torch.device) -> Iterator[Case]:
     """All cases of all families that make sense on a device."""
     for family in FAMILIES:
@@ -143,4 +149,4 @@ def fitting(sizes: Sequence[Size], seconds: Callable[[Size], float], limit: floa
 
 
 def module_of(family: str) -> Any:
-    return importlib.import_module(f".cases.{family}", __package__)
+    return importlib.import_module(f".{family}.cases", __package__)

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from singlepass.optim import AdamW
 from singlepass.spectral import SST, SSTLinear, convert
-from singlepass.spectral.decompose import drift
+from singlepass.spectral._decompose import drift
 
 METHODS = ("full rank", "SST", "LoRA", "ReLoRA")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from singlepass.nn.tables import TARGETS, Table, table
+from singlepass.rational._tables import TARGETS, Table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from singlepass import _dispatch
+from singlepass._ops.optim import stream_
 from singlepass.bench.registry import Case, Provider, cases, dtype_name
 
 OURS = ("native", "triton")
@@ -42,9 +42,8 @@ def main(device: torch.device) -> int:
             verdict = f"WRONG: {type(caught).__name__}: {caught}"
         failed += verdict != "ok"
         print(f"{name}: {verdict}", flush=True)
-    stream = _dispatch.implementation("stream_", "native")
     values = torch.ones(1000, device=device)
-    stream([values.clone()], [values])
+    stream_.on("native")([values.clone()], [values])
     print(f"stream_/native: {'ok' if bool((values == 1).all()) else 'WRONG'}")
     return int(failed > 0)
 

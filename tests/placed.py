@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from singlepass import _dispatch
+from singlepass._ops import OPS
 
 
 class _Copies:
@@ -71,7 +71,7 @@ def implementation(name: str, backend: str) -> Callable[..., Any]:
     """The op itself."""
 
     def run(*args: Any, backend: str, **options: Any) -> Any:
-        return _dispatch.implementation(name, backend)(*args, **options)
+        return OPS[name].on(backend)(*args, **options)
 
     def call(*args: Any, **options: Any) -> Any:
         return placed(run)(*args, backend=backend, **options)

@@ -10,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from singlepass import _dispatch, _native, optim
+from singlepass import _native, optim
+from singlepass._ops import BACKENDS, OPS, op, requested
 
 FLOAT32 = frozenset((torch.float32,))
-OP = "lion_step_"
+OP = OPS["lion_step_"]
 
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test finds out for itself what can run, and has the log to itself."""
-    monkeypatch.setattr(_dispatch, "_obstacles", {})
-    monkeypatch.setattr(_dispatch, "_logged", set())
+    monkeypatch.setattr(OP, "_obstacles", {})
+    monkeypatch.setattr(OPS["stream_"], "_obstacles", {})
+    monkeypatch.setattr(op, "_logged", set())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -55,30 +57,30 @@ def test_the_automatic_order(
     monkeypatch: pytest.MonkeyPatch, device: str, there: dict[str, bool], expected: str
 ) -> None:
     pretend(monkeypatch, **there)
-    assert _dispatch.choose(OP, device, FLOAT32, None) == expected
+    assert OP.choose(device, FLOAT32, None) == expected
 
 
 def test_a_library_without_the_ops_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    monkeypatch.setattr(_native, "has_kernel", lambda name, device: name != OP)
-    assert _dispatch.choose(OP, "cuda", FLOAT32, None) == "triton"
+    monkeypatch.setattr(_native, "has_kernel", lambda name, device: name != OP.name)
+    assert OP.choose("cuda", FLOAT32, None) == "triton"
     with pytest.raises(RuntimeError, match="the native library for cuda has no kernel for this op"):
-        _dispatch.choose(OP, "cuda", FLOAT32, "native")
+        OP.choose("cuda", FLOAT32, "native")
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float64,), (torch.float32, torch.float64)], ids=str)
 def test_dtypes_that_kernels_do_not_take_go_to_eager(dtypes: tuple[torch.dtype, ...]) -> None:
-    assert _dispatch.choose(OP, "cpu", frozenset(dtypes), None) == "eager"
+    assert OP.choose("cpu", frozenset(dtypes), None) == "eager"
     with pytest.raises(RuntimeError, match=r"not torch\.float64"):
-        _dispatch.choose(OP, "cpu", frozenset(dtypes), "native")
+        OP.choose("cpu", frozenset(dtypes), "native")
 
 
 def test_the_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pretend(monkeypatch, cuda=False)
     with caplog.at_level(logging.INFO, "singlepass"):
         for _ in range(3):
-            _dispatch.choose(OP, "cuda", FLOAT32, None)
-            _dispatch.choose(OP, "cpu", FLOAT32, None)
+            OP.choose("cuda", FLOAT32, None)
+            OP.choose("cpu", FLOAT32, None)
     assert [record.getMessage() for record in caplog.records] == [
         "lion_step_ on cuda: triton; native: not built",
         "lion_step_ on cpu: native",
@@ -98,7 +100,7 @@ def test_steps_log_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_an_explicit_choice_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "singlepass"):
-        _dispatch.choose(OP, "cpu", FLOAT32, "eager")
+        OP.choose("cpu", FLOAT32, "eager")
     assert not caplog.records
 
 
@@ -111,23 +113,23 @@ def test_an_explicit_choice_is_not_logged(caplog: pytest.LogCaptureFixture) -> N
 )
 def test_a_wish_that_cannot_be_met_is_refused(monkeypatch, backend: str, device: str, reason: str) -> None:
     pretend(monkeypatch)
-    with pytest.raises(RuntimeError, match=rf"^{OP}: expected backend '{backend}' to be usable; got {reason}\. "):
-        _dispatch.choose(OP, device, FLOAT32, backend)
-    assert _dispatch.rejection(OP, backend, device) == reason
+    with pytest.raises(RuntimeError, match=rf"^{OP.name}: expected backend '{backend}' to be usable; got {reason}\. "):
+        OP.choose(device, FLOAT32, backend)
+    assert OP.rejection(backend, device) == reason
 
 
 def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cpu=False, cuda=False, triton=False)
-    assert _dispatch.rejection(OP, "native", "cpu") == "not built"
-    assert _dispatch.rejection(OP, "native", "cuda") == "not built"
-    assert _dispatch.rejection(OP, "triton", "cuda") == "triton is not installed"
-    assert _dispatch.rejection("stream_", "triton", "cuda") == "there is no Triton kernel for this op"
-    assert _dispatch.rejection(OP, "eager", "anything") is None
+    assert OP.rejection("native", "cpu") == "not built"
+    assert OP.rejection("native", "cuda") == "not built"
+    assert OP.rejection("triton", "cuda") == "triton is not installed"
+    assert OPS["stream_"].rejection("triton", "cuda") == "there is no Triton kernel for this op"
+    assert OP.rejection("eager", "anything") is None
 
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^lion_step_: expected backend among native, triton, eager; got 'fpga'\. "):
-        _dispatch.choose(OP, "cpu", FLOAT32, "fpga")
+        OP.choose("cpu", FLOAT32, "fpga")
 
 
 @pytest.mark.parametrize("environment", ["triton", "fpga"])
@@ -151,7 +153,7 @@ def test_the_argument_goes_before_the_environment(
 ) -> None:
     if environment is not None:
         monkeypatch.setenv("SINGLEPASS_BACKEND", environment)
-    assert _dispatch.requested(argument) == expected
+    assert requested(argument) == expected
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
@@ -159,9 +161,9 @@ def test_the_argument_goes_before_the_environment(
 def test_the_wish_is_what_runs(monkeypatch: pytest.MonkeyPatch, backend: str, by: str) -> None:
     calls: list[str] = []
     for name in ("native", "eager"):
-        function = _dispatch.implementation(OP, name)
+        function = OP.on(name)
         spy = lambda *a, _name=name, _function=function, **k: (calls.append(_name), _function(*a, **k))[0]  # noqa: E731
-        monkeypatch.setitem(_dispatch._implementations, (OP, name), spy)
+        monkeypatch.setitem(OP._functions, name, spy)
     if by == "environment":
         monkeypatch.setenv("SINGLEPASS_BACKEND", backend)
     p = torch.nn.Parameter(torch.ones(3))
@@ -170,7 +172,12 @@ def test_the_wish_is_what_runs(monkeypatch: pytest.MonkeyPatch, backend: str, by
     assert calls == [backend]
 
 
-def test_every_implementation_can_be_called_directly() -> None:
-    for name in _dispatch.ops():
-        for backend in ("native", "eager"):
-            assert callable(_dispatch.implementation(name, backend))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_every_implementation_can_be_called_directly(name: str, backend: str) -> None:
+    """Triton's launchers, too, which register when they are imported."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        if not OPS[name].has_triton:
+            return
+    assert callable(OPS[name].on(backend))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from singlepass import _check, _dispatch, _native, cli, info, kv, nn, optim, spectral
+from singlepass import _check, _cli, _info, _native, kv, nn, optim, spectral
+from singlepass._ops import OPS
 
 Output = pytest.CaptureFixture[str]
 
@@ -20,20 +21,20 @@ Output = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def _cpu_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("gpu") is None:
-        monkeypatch.setattr(info, "_devices", lambda: ["cpu"])
+        monkeypatch.setattr(_info, "_devices", lambda: ["cpu"])
 
 
 def without_library(monkeypatch: pytest.MonkeyPatch, remedy: str) -> None:
     """As if the CPU library had not been loaded, and, with a remedy, should have been."""
     status = _native.LibraryStatus(False, Path("_C_cpu.so"), "_C_cpu.so is missing from here", remedy)
     monkeypatch.setitem(_native._statuses, "cpu", status)
-    for op in _dispatch.ops():
-        monkeypatch.setitem(_dispatch._obstacles, (op, "native", "cpu"), status.reason)
+    for op in OPS.values():
+        monkeypatch.setitem(op._obstacles, ("native", "cpu"), status.reason)
 
 
 def checked(output: Output, *options: str) -> tuple[int, dict[str, str], list[str]]:
     """Exit status, the outcome of each line, and the lines below."""
-    status = cli.main(["info", "--check", *options])
+    status = _cli.main(["info", "--check", *options])
     lines = output.readouterr().out.partition("\ncheck: ")[2].splitlines()[1:]
     results = {line[2:42].strip(): line[43:] for line in lines if " on cpu (" in line}
     return status, results, lines[len(results) :]
@@ -48,7 +49,7 @@ def test_kernels_are_checked_and_named(capsys: Output) -> None:
 
 @pytest.mark.gpu
 def test_kernels_are_checked_on_a_gpu() -> None:
-    results = info.check()
+    results = _info.check()
     assert {(r["name"], r["device"]) for r in results} == {(n, d) for n in _check.CASES for d in ("cpu", "cuda")}
     assert {r["outcome"] for r in results} == {"ok"}
     assert "eager" not in {r["backend"] for r in results}
@@ -58,7 +59,7 @@ def test_the_check_runs_every_op_and_class() -> None:
     with _check.recorded() as ran:
         for case in _check.CASES.values():
             case(torch.float32, "cpu")
-    assert ran == {(op, "native") for op in _dispatch.ops() if op != "stream_"}  # of the bench alone
+    assert ran == {(op, "native") for op in OPS if op != "stream_"}  # of the bench alone
     public = {*optim.__all__, "GroupRational", "quantize, dequantize", "probe_saliency", "ZipCacheLayer"}
     assert set(_check.CASES) == public | {"SSTLinear", "LorentzLinear", "SST"}
     assert all(any(hasattr(m, name.split(",")[0]) for m in (optim, nn, kv, spectral)) for name in _check.CASES)
@@ -73,7 +74,7 @@ def test_a_library_that_should_be_there_fails(monkeypatch: pytest.MonkeyPatch, c
     )
     assert results == {f"{name} on cpu (eager)": "ok" for name in _check.CASES}
     assert rest == ["  On cpu there are no kernels: everything ran in eager PyTorch, which is many times slower."]
-    assert cli.main(["info"]) == 0
+    assert _cli.main(["info"]) == 0
     assert "native cpu: not loaded: _C_cpu.so is missing from here. Install or build" in capsys.readouterr().out
 
 
@@ -86,7 +87,7 @@ def test_without_a_library_eager_is_checked_and_named(monkeypatch: pytest.Monkey
 
 
 def test_a_kernel_that_the_library_lacks_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
-    monkeypatch.setitem(_dispatch._obstacles, ("grad_norm", "native", "cpu"), "no kernel for this op")
+    monkeypatch.setitem(OPS["grad_norm"]._obstacles, ("native", "cpu"), "no kernel for this op")
     status, results, _ = checked(capsys)
     assert status == 1
     assert results.pop("LAMB on cpu (native, eager)") == "grad_norm ran on eager: no kernel for this op"
@@ -94,11 +95,11 @@ def test_a_kernel_that_the_library_lacks_fails(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
-    monkeypatch.setitem(_dispatch._implementations, ("lion_step_", "native"), lambda *_, **__: None)
-    monkeypatch.setitem(_dispatch._implementations, ("rational", "native"), lambda *_, **__: 1 / 0)
-    backward = _dispatch.implementation("lorentz_backward", "native")
+    monkeypatch.setitem(OPS["lion_step_"]._functions, "native", lambda *_, **__: None)
+    monkeypatch.setitem(OPS["rational"]._functions, "native", lambda *_, **__: 1 / 0)
+    backward = OPS["lorentz_backward"].on("native")
     nan = lambda *args, **options: [t.mul(float("nan")) for t in backward(*args, **options)]  # noqa: E731
-    monkeypatch.setitem(_dispatch._implementations, ("lorentz_backward", "native"), nan)
+    monkeypatch.setitem(OPS["lorentz_backward"]._functions, "native", nan)
     status, results, _ = checked(capsys)
     assert status == 1
     assert results["LorentzLinear on cpu (native)"] == "differs from float64 by nan"
@@ -124,16 +125,16 @@ def test_a_backend_that_cannot_run_fails(monkeypatch: pytest.MonkeyPatch, capsys
         "RuntimeError: adamw_step_: expected backend 'triton' to be usable"
     )
     monkeypatch.setenv("SINGLEPASS_BACKEND", "fpga")
-    assert cli.main(["info", "--check"]) == 2
+    assert _cli.main(["info", "--check"]) == 2
     assert capsys.readouterr().err.startswith("SINGLEPASS_BACKEND: expected native, triton, eager; got 'fpga'. ")
 
 
 def test_json_has_the_same(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     without_library(monkeypatch, "Build singlepass on this machine.")
-    assert cli.main(["info", "--check", "--json"]) == 1
+    assert _cli.main(["info", "--check", "--json"]) == 1
     data = json.loads(capsys.readouterr().out)
     assert data["libraries"]["cpu"]["remedy"] == "Build singlepass on this machine."
-    assert data["check"] == info.check()
+    assert data["check"] == _info.check()
     assert data["check"][0] == {"name": "LAMB", "device": "cpu", "backend": "eager", "outcome": "ok"}
     assert data["check"][-1]["name"] == "native library"
 
@@ -147,7 +148,7 @@ def test_a_reader_that_stops_reading_ends_the_command() -> None:
 
 
 def test_unknown_commands_are_named(capsys: Output) -> None:
-    assert cli.main(["bnech"]) == 2
+    assert _cli.main(["bnech"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err == "singlepass: expected a command among info, bench; got 'bnech'. See singlepass --help.\n"
@@ -155,5 +156,5 @@ def test_unknown_commands_are_named(capsys: Output) -> None:
 
 @pytest.mark.parametrize(("argv", "status"), [(["--help"], 0), (["-h"], 0), ([], 2)])
 def test_usage(capsys: Output, argv: list[str], status: int) -> None:
-    assert cli.main(argv) == status
+    assert _cli.main(argv) == status
     assert "info     show which backend runs each op here" in capsys.readouterr().out

@@ -5,70 +5,23 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch._library.simple_registry import singleton
 
-from singlepass import _dispatch
-from singlepass._ops import NAMESPACE, op
+from singlepass._ops import OPS
+from singlepass._ops.op import NAMESPACE
 
-from .kv import test_attention as test_attention_kv
-from .kv import test_compile as test_compile_kv
-from .kv import test_functional as test_functional_kv
-from .kv import test_saliency as test_saliency_kv
-from .optim import test_compile, test_grad_norm, test_rules, test_stream
-from .optim.steps import rule_of
-from .rational import test_compile as test_compile_rational
-from .rational import test_functional
-from .simt.truth import CASES
-from .spectral import test_compile as test_compile_spectral
-from .spectral import test_ops as test_ops_spectral
+from .kv import samples as kv
+from .optim import samples as optim
+from .rational import samples as rational
+from .spectral import samples as spectral
 
 README = Path(__file__).parents[1] / "README.md"
 
-# What runs over the cases runs for every op that has one.
-_STEPS = {rule_of(case).op_name for case in CASES}
-
-FLOAT64_TESTS: dict[str, Callable[..., None]] = {
-    **dict.fromkeys(_STEPS, test_rules.test_ten_steps_in_every_mix_of_dtypes),
-    "grad_norm": test_grad_norm.test_norm_and_divisor,
-    "kv_decode": test_attention_kv.test_against_float64,
-    "kv_dequantize_": test_functional_kv.test_against_float64,
-    "kv_quantize_": test_functional_kv.test_against_float64,
-    "kv_saliency": test_saliency_kv.test_against_float64,
-    "rational": test_functional.test_against_float64,
-    "rational_backward": test_functional.test_against_float64,
-    "lorentz": test_ops_spectral.test_lorentz,
-    "lorentz_backward": test_ops_spectral.test_lorentz,
-    "spectral_sample": test_ops_spectral.test_draws_follow_the_distribution,
-    "spectral_scale_": test_ops_spectral.test_scale,
-    "spectral_step_": test_ops_spectral.test_step,
-    "spectral_swap_": test_ops_spectral.test_swap,
-    "stream_": test_stream.test_values_stay,
-}
-OPCHECKS: dict[str, Callable[..., None]] = {
-    **dict.fromkeys(_STEPS, test_compile.test_step_ops_pass_opcheck),
-    "grad_norm": test_compile.test_grad_norm_passes_opcheck,
-    "kv_decode": test_compile_kv.test_decode_op_passes_opcheck,
-    "kv_dequantize_": test_compile_kv.test_codec_ops_pass_opcheck,
-    "kv_quantize_": test_compile_kv.test_codec_ops_pass_opcheck,
-    "kv_saliency": test_compile_kv.test_saliency_op_passes_opcheck,
-    "rational": test_compile_rational.test_ops_pass_opcheck,
-    "rational_backward": test_compile_rational.test_ops_pass_opcheck,
-    **dict.fromkeys(
-        ("lorentz", "lorentz_backward", "spectral_sample", "spectral_scale_", "spectral_step_", "spectral_swap_"),
-        test_compile_spectral.test_ops_pass_opcheck,
-    ),
-    "stream_": test_compile.test_stream_passes_opcheck,
-}
-# Of the ops that have a backward op.
-GRADIENT_TESTS: dict[str, Callable[..., None]] = {
-    "lorentz": test_ops_spectral.test_lorentz_gradients_in_float64,
-    "rational": test_functional.test_gradcheck,
-}
+FAMILIES = {"kv": kv, "optim": optim, "rational": rational, "spectral": spectral}
 
 # Measured inside the steps that use it; and the op that measures the others.
 MEASURED_WITHIN = {"grad_norm": "lamb_step_"}
@@ -88,12 +41,12 @@ def has_kernel(name: str, key: str) -> bool:
 
 
 def test_the_dispatcher_knows_all_ops() -> None:
-    assert sorted(_dispatch.ops()) == registered()
+    assert sorted(OPS) == registered()
 
 
 @each_op
 def test_schema(name: str) -> None:
-    schema = op(name)._schema
+    schema = OPS[name].overload._schema
     assert [r.alias_info for r in schema.returns] == [None] * len(schema.returns)
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     assert bool(written) == name.endswith("_"), "in-place ops, and only they, end in an underscore"
@@ -112,7 +65,7 @@ def test_fake(name: str) -> None:
 
 @each_op
 def test_reference(name: str) -> None:
-    reference = _dispatch.implementation(name, "eager")
+    reference = OPS[name].on("eager")
     assert reference.__module__.startswith("singlepass.reference")
     assert reference.__doc__
     assert has_kernel(name, "CompositeExplicitAutograd"), "the reference is the fallback on every device"
@@ -125,18 +78,25 @@ def test_fast_implementation(name: str) -> None:
 
 @each_op
 def test_compared_with_float64(name: str) -> None:
-    assert callable(FLOAT64_TESTS.get(name)), f"no test compares {name} with float64"
+    family = FAMILIES[OPS[name].family]
+    assert callable(family.FLOAT64.get(OPS[name])), f"no test compares {name} with float64"
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @each_op
-def test_opcheck(name: str) -> None:
-    assert callable(OPCHECKS.get(name)), f"no test runs torch.library.opcheck on {name}"
+def test_opcheck(name: str, device: str) -> None:
+    op = OPS[name]
+    samples = [sample for sample in FAMILIES[op.family].samples(device) if sample.op is op]
+    assert samples, f"tests/{op.family}/samples.py has no arguments for {name}"
+    for sample in samples:
+        torch.library.opcheck(op.overload, sample.arguments, sample.options)
 
 
 @each_op
 def test_gradients(name: str) -> None:
     if f"{name}_backward" in registered():
-        assert callable(GRADIENT_TESTS.get(name)), f"{name} can be differentiated, and no test checks its gradient"
+        tests = FAMILIES[OPS[name].family].GRADIENTS
+        assert callable(tests.get(OPS[name])), f"{name} can be differentiated, and no test checks its gradient"
 
 
 @each_op
@@ -162,4 +122,4 @@ def test_row_in_the_support_table(name: str) -> None:
     cells = dict(zip(header.split("|"), rows[0].split("|"), strict=True))
     assert all(cell.strip() for cell in list(cells.values())[1:-1])
     triton = {key.strip(): cell.strip() for key, cell in cells.items()}["Triton"]
-    assert (triton == "no") == (_dispatch.rejection(name, "triton", "cuda") == "there is no Triton kernel for this op")
+    assert (triton == "no") == (not OPS[name].has_triton)

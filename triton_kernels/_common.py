@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels share: storage types, exact scalars, rounding, random bits, and the ticket that finds the last program.
+"""Shared by all kernels: storage types, exact scalars, rounding, random bits, and the ticket of the last program.
 
-Storage types go by name ("fp32", "bf16", "fp16") and arithmetic is float32. bfloat16 is read and written as integers:
-the bits are then the ones that ``csrc/common/dtype.h`` gives, on a GPU and in the interpreter alike.
+Kernels name storage types "fp32", "bf16" and "fp16", and compute in float32. They load and store bfloat16 as integers,
+so that the bits equal those of ``csrc/common/dtype.h``, on a GPU and in the interpreter alike.
 """
 
 import torch
@@ -11,33 +11,33 @@ import triton.language as tl
 
 STORAGE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-# Kernels compute what the source says: with these options a multiplication and an addition stay two roundings.
+# Kernels compute exactly what the source says: a multiplication and an addition are not fused.
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-# Sums of products, whose last bits no other implementation shares.
+# For sums of products, whose last bits need not match another implementation.
 FUSED_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def is_interpreted() -> bool:
-    """Whether kernels run on the CPU, in Triton's interpreter (TRITON_INTERPRET=1)."""
+    """True if kernels run on the CPU, in Triton's interpreter (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def double(x):
-    """A float64 scalar with all digits of a float64 argument, which arithmetic would otherwise take for a float32."""
+    """Returns a float64 argument as a scalar with all its digits. Plain arithmetic would treat it as a float32."""
     return tl.full((), x, tl.float64)
 
 
 @triton.jit
 def load_scalar(address, default):
-    """The float32 at an address, or the default where the address is null, as float64."""
+    """Loads the float32 at an address, or returns the default if the address is null, as float64."""
     p_value = address.to(tl.pointer_type(tl.float32))
     return tl.load(p_value, mask=address != 0, other=default).to(tl.float64)
 
 
 @triton.jit
 def learning_rate(lr, a_lr):
-    """That at an address, or ``lr`` where the address is null; float64."""
+    """The learning rate stored at ``a_lr``, or ``lr`` if that address is null, as float64."""
     rate = double(lr)
     if a_lr != 0:
         rate = load_scalar(a_lr.to(tl.int64), 0.0)
@@ -46,16 +46,16 @@ def learning_rate(lr, a_lr):
 
 @triton.jit
 def gradient_factor(direction, a_grad_scale):
-    """What gradients are multiplied by: ``direction``, which is -1 to maximize, over the loss scale."""
+    """The factor for gradients: ``direction``, which is -1 to maximise, divided by the loss scale."""
     scale = load_scalar(a_grad_scale.to(tl.int64), 1.0).to(tl.float32)
     return double(direction).to(tl.float32) * tl.div_rn(1.0, scale)
 
 
 @triton.jit
 def element_pointer(address, index, STORAGE: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Pointers to elements of a tensor, known to be aligned to so many bytes.
+    """Pointers to elements of a tensor, with the hint that they are aligned to ALIGNMENT bytes.
 
-    The hint stands here: Triton before 3.9 forgets one that is given to what a function returned.
+    The hint must be given here: Triton before 3.9 drops a hint on the return value of a function.
     """
     if STORAGE == "fp32":
         p_element = (address + index * 4).to(tl.pointer_type(tl.float32))
@@ -68,7 +68,7 @@ def element_pointer(address, index, STORAGE: tl.constexpr, ALIGNMENT: tl.constex
 
 @triton.jit
 def tile_pointers(address, start, STORAGE: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to elements [start, start + BLOCK) of a tensor, aligned to 16 bytes where the tile is full."""
+    """Pointers to elements [start, start + BLOCK) of a tensor. A full tile is aligned to 16 bytes."""
     return element_pointer(address, start, STORAGE, 16 if FULL else 1) + tl.arange(0, BLOCK)
 
 
@@ -118,34 +118,36 @@ def bfloat16_bits_stochastic(x, random):
 
 @triton.jit
 def random_halves(seed, low, high, start, BLOCK: tl.constexpr):
-    """16 random bits for each of BLOCK elements from ``start`` on, a multiple of 8.
+    """16 random bits for each of the BLOCK elements from ``start``, a multiple of 8.
 
-    Element i has half i % 2 of word (i % 8) / 2 of the Philox4x32-10 block with the counter (i / 8, low, high).
+    Element i uses half i % 2 of word (i % 8) / 2 of the Philox4x32-10 block with the counter (i / 8, low, high).
     """
     counter = start // 8 + tl.arange(0, BLOCK // 8)
     c0 = counter.to(tl.uint32)
     c1 = (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(seed.to(tl.uint64), c0, c1, zero + low.to(tl.uint32), zero + high.to(tl.uint32))
-    # join() adds a last dimension: the axes of `words` are the block, bit 1 and bit 0 of the word's number.
+    # [BLOCK / 8, 2, 2]: join() adds a last axis, so the axes are the Philox block and bits 1 and 0 of the word's index.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
 
 
 @triton.jit
 def sign(x):
+    """-1, 0 or 1; 0 for NaN."""
     return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
 
 
 @triton.jit
 def maximum(a, b):
-    """The larger one, or ``a`` where it is NaN."""
+    """The larger of ``a`` and ``b``; NaN if either is NaN."""
     return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
 def one_plus_exp_negative(a):
-    """1 + exp(-a) for a >= 0, by the polynomial of ``csrc/common/math.h``, to the same bits."""
+    """1 + exp(-a) for a >= 0, with the polynomial of ``csrc/common/math.h`` and the same bits."""
+    # exp(-a) = 2^x = 2^i 2^f. Adding 1.5 * 2^23 rounds x to the integer i and leaves i in the low bits.
     x = tl.where(a > 87.0, 87.0, a) * -1.44269504
     shifted = x + 12582912.0
     f = x - (shifted - 12582912.0)
@@ -162,8 +164,8 @@ def one_plus_exp_negative(a):
 def is_last_program(p_ticket, count):
     """True in the last of ``count`` programs that draw this ticket, which is then zero again.
 
-    All threads of a program are past their loads and stores when it draws. What a program stored before, the last one
-    can load, if it loads volatile.
+    A barrier keeps a program from drawing before all its threads have finished their loads and stores. The last program
+    can therefore read what the others stored, provided that its loads are volatile.
     """
     tl.debug_barrier()
     last = tl.atomic_add(p_ticket, 1, sem="acq_rel", scope="gpu") == count - 1
@@ -175,7 +177,7 @@ def is_last_program(p_ticket, count):
 
 @triton.jit
 def square(x, mask):
-    """Squares in float64, where no float32 overflows; zero where masked."""
+    """Squares in float64, in which no float32 overflows; zeros where masked."""
     x = x.to(tl.float64)
     if mask is None:
         return x * x
@@ -185,7 +187,7 @@ def square(x, mask):
 
 @triton.jit
 def sum_partials(p_first, count, BLOCK: tl.constexpr):
-    """Sum of every second of 2 * count float64 values, in an order that depends on ``count`` alone."""
+    """Adds one column of partial sums [count, 2] in float64, in an order that depends on ``count`` alone."""
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
         i = start + tl.arange(0, BLOCK)

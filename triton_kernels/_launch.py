@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What launchers share: the checks that memory safety needs, made before anything is changed, and a cache of tables."""
+"""Shared by all launchers: the checks that memory safety needs, made before anything is changed, and a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _get_dtype = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 def require_device(op: str, lists: Sequence[Sequence[Tensor]]) -> torch.device:
-    """The one device of all tensors, on which Triton can run."""
+    """Checks that all tensors are on one device on which Triton can run, and returns it."""
     devices = {t.device for tensors in lists for t in tensors}
     names = ", ".join(sorted(map(str, devices)))
     require(len(devices) == 1, op, "tensors on one device", names, "Call it once for each device.")
@@ -36,7 +36,7 @@ def require_dtypes(op: str, tensors: Sequence[Tensor]) -> None:
 
 
 def require_scalar(op: str, name: str, value: Tensor | None, device: torch.device) -> int:
-    """Address of an optional float32 scalar on the device; 0 if there is none."""
+    """The address of an optional float32 scalar on the device; 0 if there is none."""
     if value is None:
         return 0
     holds = value.device == device and value.dtype == torch.float32 and value.numel() == 1
@@ -52,7 +52,7 @@ def require_lengths(op: str, params: Sequence[Tensor], lists: Iterable[Sequence[
 
 
 def address_of_lr(op: str, lr: Tensor, device: torch.device) -> int:
-    """0 for a learning rate that the host passes by value."""
+    """The address of a learning rate on the device; 0 for one on the CPU, which the launcher passes by value."""
     if lr.device == device and lr.dtype == torch.float32:
         return require_scalar(op, "lr", lr, device)
     contract = f"lr on the CPU, or as a float32 on {device}"
@@ -65,30 +65,29 @@ def log_of(beta: float) -> float:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the device the current one, on whose current stream Triton launches."""
+    """Makes the device the current one, because Triton launches on the current stream of the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream records a CUDA graph instead of running."""
+    """True if the current stream captures a CUDA graph instead of running."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def identities(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
-    """Addresses and dtypes."""
+    """The addresses and dtypes of tensors."""
     return tuple(map(Tensor.data_ptr, tensors)), tuple(map(_get_dtype, tensors))
 
 
 def layouts(tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
-    """Shapes and strides."""
+    """The shapes and strides of tensors."""
     return tuple(map(Tensor.size, tensors)), tuple(map(Tensor.stride, tensors))
 
 
 class Cache(Generic[T]):
-    """Keeps what was made from a content, for the stream that it was made on; the least recently used goes first.
+    """A least-recently-used cache of values, each made from some content on some stream and valid for these alone.
 
-    Nothing that is made while a CUDA graph is captured is kept, and nothing that was kept is used then: the graph could
-    outlive it.
+    While a CUDA graph is captured, the cache is neither read nor filled, because the graph could outlive an entry.
     """
 
     def __init__(self, capacity: int = 64) -> None:
@@ -96,7 +95,7 @@ class Cache(Generic[T]):
         self._entries: OrderedDict[object, tuple[object, T]] = OrderedDict()
 
     def get(self, key: object, content: object, device: torch.device, make: Callable[[], T]) -> T:
-        """``key`` is a part of the content, cheap to hash; the whole content is compared."""
+        """``key`` is a part of the content that is cheap to hash. An entry counts only if all its content is equal."""
         if is_capturing(device):
             return make()
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device tables: where the tensors of one launch are, and which program owns which part of which tensor.
+"""Device tables: the addresses of all tensors of a launch, and the part of a tensor that each program owns.
 
-A tensor is cut into chunks of CHUNK elements, or of as many as its record says, and one program owns one chunk; an
-empty tensor has one empty chunk, whose program counts its step. A table depends on addresses, shapes and dtypes alone:
-callers keep it while these stay.
+A tensor is cut into chunks of CHUNK elements, or of the size in its record, and each program owns one chunk. An empty
+tensor has one empty chunk, whose program counts its step. A table depends on addresses, shapes and dtypes alone, so
+callers keep it until one of these changes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CHUNK = 16384
 BLOCK = 512
 MAX_STATES = 4
 
-# A record is a row of int64: addresses first. Kernels read these names as constants.
-PARAM = tl.constexpr(0)  # then the gradient and the states
+# The columns of a record, which is a row of int64.
+PARAM = tl.constexpr(0)  # the addresses: parameter, gradient, states
 STEP = tl.constexpr(2 + MAX_STATES)
 SCALE = tl.constexpr(3 + MAX_STATES)
 NUMEL = tl.constexpr(4 + MAX_STATES)
@@ -38,9 +38,9 @@ WIDTH = tl.constexpr(9 + MAX_STATES)
 
 @dataclass(frozen=True)
 class Record:
-    """One tensor's row. ``addresses`` are those of parameter, gradient and states that kernels access by vectors.
+    """The row of one tensor. ``addresses``: parameter, gradient and states, which kernels access as vectors.
 
-    ``chunk_size`` is 0 for chunks of CHUNK elements.
+    A ``chunk_size`` of 0 stands for CHUNK elements.
     """
 
     addresses: tuple[int, ...]
@@ -63,14 +63,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Table:
-    """What kernels read of a list of tensors, and their scratch memory, all on the device."""
+    """The records and chunks of a list of tensors, and scratch memory for its kernels, all on the device."""
 
     records: Tensor  # int64 [tensors, WIDTH]
-    chunks: Tensor  # int64 [chunks]: the tensor's number in the upper half, the chunk's number in the lower
+    chunks: Tensor  # int64 [chunks]: index of the tensor in the upper 32 bits, of its chunk in the lower
     tickets: Tensor  # int32 [tensors], zero between launches
     norms: Tensor  # float64 [tensors, 2]
     partials: Tensor  # float64 [chunks, 2]
-    chunk: int  # elements in each but the last chunk of a tensor whose record says nothing else
+    chunk: int  # elements of a chunk, unless the record has a size of its own
 
     @property
     def chunk_count(self) -> int:
@@ -79,7 +79,7 @@ class Table:
 
 @triton.jit(do_not_specialize=["p_records", "p_chunks"])
 def list_chunks_kernel(p_records, p_chunks, BLOCK: tl.constexpr):
-    """Each program lists the chunks of one tensor."""
+    """Fills Table.chunks. Each program lists the chunks of one tensor."""
     i_tensor = tl.program_id(0).to(tl.int64)
     p_record = p_records + i_tensor * WIDTH
     count = tl.maximum(tl.cdiv(tl.load(p_record + NUMEL), tl.load(p_record + CHUNK_SIZE)), 1)
@@ -90,7 +90,7 @@ def list_chunks_kernel(p_records, p_chunks, BLOCK: tl.constexpr):
 
 
 def make_table(records: Sequence[Record], device: torch.device) -> Table:
-    """Uploads the records and lists their chunks, on the current stream and without waiting for it."""
+    """Uploads the records and lists their chunks on the current stream, without waiting for it."""
     words: list[int] = []
     chunk_count = 0
     for record in records:
@@ -109,10 +109,10 @@ def make_table(records: Sequence[Record], device: torch.device) -> Table:
 
 
 def upload(words: list[int], device: torch.device) -> Tensor:
-    """An int64 tensor on the device.
+    """Copies words to an int64 tensor on the device.
 
-    A CUDA graph must carry the contents itself, because host memory that it copied from would have to outlive it: there
-    the words travel as the scalars of a foreach operation, which go by value through the arguments of its kernels.
+    A CUDA graph must contain the words, because host memory that it copied from would have to outlive it. While one is
+    captured, they are therefore the scalars of a foreach operation, whose kernels take them by value as arguments.
     """
     if is_capturing(device):
         uploaded = torch.zeros(len(words), dtype=torch.int64, device=device)
@@ -123,7 +123,7 @@ def upload(words: list[int], device: torch.device) -> Tensor:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each in a place of its own."""
+    """True if the elements fill one stretch of memory without gaps, each at an offset of its own."""
     if t.is_contiguous():
         return True
     filled = 1
@@ -135,7 +135,7 @@ def is_dense(t: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether equal indices stand at equal offsets."""
+    """True if both tensors have equal indices at equal offsets."""
     if a.shape != b.shape:
         return False
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
@@ -143,7 +143,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def laid_out_like(op: str, grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient, or a copy in its parameter's layout."""
+    """Returns the gradient, or a copy of it in the layout of its parameter."""
     got = f"{tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}"
     require(grad.shape == param.shape, op, "gradients of their parameters' shapes", got, "Reshape the gradient.")
     return grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)

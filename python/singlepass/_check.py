@@ -13,7 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from . import _dispatch, _native, kv, nn, optim, spectral
+from . import _native, kv, nn, optim, spectral
+from ._ops import BACKENDS, ENV, OPS, Op, requested
 
 # The largest error, relative to the largest number of the tensor where that is above 1.
 TOLERANCE = 1e-5
@@ -96,20 +97,17 @@ CASES: dict[str, Case] = {
 @contextmanager
 def recorded() -> Iterator[set[tuple[str, str]]]:
     """The (op, backend) of every implementation that runs within."""
-    kept, seen = dict(_dispatch._implementations), set[tuple[str, str]]()
+    find, seen = Op.on, set[tuple[str, str]]()
 
-    def noting(key: tuple[str, str]) -> Callable:
+    def on(op: Op, backend: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen.add(key)
-            return kept[key](*args, **kwargs)
+            seen.add((op.name, backend))
+            return find(op, backend)(*args, **kwargs)
 
         return call
 
-    _dispatch._implementations.update({key: noting(key) for key in kept})
-    try:
+    with mock.patch.object(Op, "on", on):
         yield seen
-    finally:
-        _dispatch._implementations.update(kept)
 
 
 def _error(got: list[Tensor], truth: list[Tensor]) -> float:
@@ -120,10 +118,10 @@ def _error(got: list[Tensor], truth: list[Tensor]) -> float:
 
 def _slower(ran: set[tuple[str, str]], device: str) -> str:
     """What ran on another backend though the native library is loaded and nobody asked for another; else empty."""
-    if _dispatch.requested(None) is not None or not _native.status(device).loaded:
+    if requested(None) is not None or not _native.status(device).loaded:
         return ""
     others = sorted((op, backend) for op, backend in ran if backend != "native")
-    return "; ".join(f"{op} ran on {backend}: {_dispatch.rejection(op, 'native', device)}" for op, backend in others)
+    return "; ".join(f"{op} ran on {backend}: {OPS[op].rejection('native', device)}" for op, backend in others)
 
 
 def run(name: str, device: str) -> dict[str, str]:
@@ -132,10 +130,10 @@ def run(name: str, device: str) -> dict[str, str]:
     try:
         with recorded() as ran:
             got = case(torch.float32, device)
-        with mock.patch.dict(os.environ, {_dispatch.ENV: "eager"}):
+        with mock.patch.dict(os.environ, {ENV: "eager"}):
             error = _error(got, case(torch.float64, device))
         outcome = _slower(ran, device) or ("ok" if error < TOLERANCE else f"differs from float64 by {error:.1e}")
     except Exception as error:  # the report names every class, also after one that fails
         outcome = " ".join(f"{type(error).__name__}: {error}".split())
-    backends = [backend for backend in _dispatch.BACKENDS if any(backend == b for _, b in ran)]
+    backends = [backend for backend in BACKENDS if any(backend == b for _, b in ran)]
     return {"name": name, "device": device, "backend": ", ".join(backends) or "none", "outcome": outcome}

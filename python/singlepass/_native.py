@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from ._errors import message
-from ._ops import NAMESPACE
 
 _FLOOR = "2.10"  # of torch, as in pyproject.toml
 _PACKAGE = Path(__file__).parent
@@ -65,7 +64,7 @@ def status(device: str) -> LibraryStatus:
 
 def has_kernel(name: str, device: str) -> bool:
     """Whether a library that is loaded has registered the op for its device."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{__package__}::{name}", device.upper())
 
 
 @functools.cache

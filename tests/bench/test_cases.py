@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from singlepass.bench import models, registry
-from singlepass.bench.cases import optim, peers
-from singlepass.bench.cases.steps import gate, prepare
+from singlepass.bench import registry
+from singlepass.bench.optim import cases as optim
+from singlepass.bench.optim import models, peers
+from singlepass.bench.optim.steps import gate, prepare
 from singlepass.bench.registry import COLUMNS, Pass
 
 CPU = torch.device("cpu")
@@ -59,10 +60,10 @@ def test_every_optimizer_has_a_case() -> None:
 
 
 def test_every_op_is_measured() -> None:
-    import singlepass._dispatch
+    from singlepass._ops import OPS
 
     measured = {op for case in registry.cases(CPU) for op in case.ops}
-    assert measured | {"stream_"} == set(singlepass._dispatch.ops())
+    assert measured | {"stream_"} == set(OPS)
 
 
 def test_cases_are_told_apart() -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from singlepass.bench import cli, models, registry, results, run
-from singlepass.bench.cases import optim
+from singlepass.bench import cli, registry, results, run
 from singlepass.bench.floor import require_stream
+from singlepass.bench.optim import cases as optim
+from singlepass.bench.optim import models
 from singlepass.bench.probe import Probe
 from singlepass.bench.registry import Gate, Tier
 from singlepass.bench.results import Row, Run

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.bench import caches, checks, counted, registry, tables
-from singlepass.bench.caches import DECODE, QUANTIZE, CacheShape
-from singlepass.bench.cases import kv
+from singlepass.bench import checks, counted, registry, tables
+from singlepass.bench.kv import caches
+from singlepass.bench.kv import cases as kv
+from singlepass.bench.kv.caches import DECODE, QUANTIZE, CacheShape
 from singlepass.bench.results import Row, Run
 from singlepass.kv import Codec, cache_nbytes
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.bench import activations, registry
-from singlepass.bench.activations import BACKWARD, FORWARD, GROUPS
-from singlepass.bench.cases import rational
-from singlepass.bench.cases.calls import Function, Inputs, caller, gate, make_inputs, prepare, with_coefficients
+from singlepass.bench import registry
+from singlepass.bench.rational import activations
+from singlepass.bench.rational import cases as rational
+from singlepass.bench.rational.activations import BACKWARD, FORWARD, GROUPS
+from singlepass.bench.rational.calls import Function, Inputs, caller, gate, make_inputs, prepare, with_coefficients
 from singlepass.functional import rational as ours
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

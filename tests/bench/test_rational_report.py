@@ -10,11 +10,11 @@ import torch
 
 from singlepass.bench import checks, cli, documents, registry, tables
 from singlepass.bench import run as bench_run
-from singlepass.bench.activations import BACKWARD, FORWARD, Activation
-from singlepass.bench.cases import rational
 from singlepass.bench.floor import require_stream
 from singlepass.bench.plot import draw
 from singlepass.bench.probe import Probe
+from singlepass.bench.rational import cases as rational
+from singlepass.bench.rational.activations import BACKWARD, FORWARD, Activation
 from singlepass.bench.results import Row, Run
 
 MakeRow = Callable[..., Row]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from singlepass.bench import checks, counted, registry, tables
-from singlepass.bench.cases import spectral
-from singlepass.bench.layers import DECOMPOSE, MODEL, MODEL_NAME, SCALE, SHAPES, TRAIN, UPDATE, LayerShape
 from singlepass.bench.results import Row, Run
+from singlepass.bench.spectral import cases as spectral
+from singlepass.bench.spectral.layers import DECOMPOSE, MODEL, MODEL_NAME, SCALE, SHAPES, TRAIN, UPDATE, LayerShape
 
 CPU = torch.device("cpu")
 MakeRow = Callable[..., Row]

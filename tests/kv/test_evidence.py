@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from singlepass.kv import ZipCacheLayer
-from singlepass.kv.selection import PADDING, REGULAR, SALIENT
+from singlepass.kv._selection import PADDING, REGULAR, SALIENT
 
 from .inputs import each_cpu_backend, generator
 from .layers import drawn, kinds, part, stream

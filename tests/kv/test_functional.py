@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from singlepass.kv import Quantized
-from singlepass.kv.functional import quantize_into
+from singlepass.kv._functional import quantize_into
 from singlepass.reference import kv as reference
 
 from ..placed import implementation

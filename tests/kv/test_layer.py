@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from singlepass.kv import Codec, ZipCacheLayer
-from singlepass.kv.prompt import rotate
-from singlepass.kv.selection import probe_count, probe_positions
-from singlepass.kv.store import PADDING, REGULAR, SALIENT
+from singlepass.kv._prompt import rotate
+from singlepass.kv._selection import probe_count, probe_positions
+from singlepass.kv._store import PADDING, REGULAR, SALIENT
 
 from ..tolerances import assert_same_bits
 from .inputs import NAMES, each_cpu_backend, each_dtype, generator

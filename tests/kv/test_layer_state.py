@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from singlepass.kv import Codec, ZipCacheLayer
-from singlepass.kv.store import REGULAR
+from singlepass.kv._store import REGULAR
 
 from ..tolerances import assert_same_bits
 from .inputs import each_dtype

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", minversion="5.24")
 from transformers import DynamicCache, PreTrainedModel
 
 from singlepass.kv import ZipCache
-from singlepass.kv.masks import read_mask
+from singlepass.kv._masks import read_mask
 
 from .inputs import generator
 from .models import BYTES, MODELS, ROUNDINGS, build, error, prompt, run, steps

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from singlepass import _dispatch
+from singlepass._ops import OPS
 
 from .inputs import (
     NAMES,
@@ -98,7 +98,7 @@ def test_there_and_back(case: Case) -> None:
         q = quantized(case.x, case.index, case.starts, case.counts, backend=backend, **case.options)
         want = check_codes(q, case.x, case.index)
         _spoil(q)
-        run = _dispatch.implementation("kv_dequantize_", backend)
+        run = OPS["kv_dequantize_"].on(backend)
         out = case.out.clone(memory_format=torch.preserve_format)
         parts = (q.codes, q.scales, q.channels, case.index, q.starts, q.counts, out)
         run(*parts, bits=q.bits, axis=int(q.axis == "token"))

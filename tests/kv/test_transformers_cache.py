@@ -151,6 +151,16 @@ def test_crops_that_some_layers_refuse_change_none() -> None:
     assert cache.get_seq_length() == cache.get_seq_length(1) == 30
 
 
+def test_its_representation_tells_tokens_bits_and_bytes() -> None:
+    model = build(**MODELS["qwen2-sliding"])
+    cache = ZipCache(model.config, salient_ratio=0.5, regular_bits=4)
+    kinds = [layer.is_sliding for layer in cache.layers]
+    head = f"ZipCache(salient_ratio=0.5, bits=(4, 4), layers={len(kinds)}, compressed={kinds.count(False)}, "
+    assert repr(cache) == f"{head}tokens=0, nbytes={cache.nbytes})"
+    run(model, prompt(2, 20), [], cache)
+    assert repr(cache) == f"{head}tokens=20, nbytes={cache.nbytes})"
+
+
 @pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
 @pytest.mark.parametrize("name", ["llama-16", "qwen2-sliding"])
 def test_bytes_told_are_bytes_held(name: str, implementation: str) -> None:

@@ -46,7 +46,7 @@ def test_wrong_configs() -> None:
         ZipCache(T5Config())
     with pytest.raises(ValueError, match="salient_ratio from 0 to 1"):
         ZipCache(model.config, salient_ratio=60)
-    with pytest.raises(ValueError, match="no scale and softcap"):
+    with pytest.raises(TypeError, match="scale"):  # which comes from the model
         ZipCache(model.config, scale=1.0)
     with pytest.raises(ValueError, match="layers among"):
         ZipCache(LlamaConfig(num_hidden_layers=1, layer_types=["hybrid"]))

@@ -15,8 +15,8 @@ pytest.importorskip("transformers", minversion="5.24")
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from singlepass import kv
-from singlepass.kv import ZipCache, hf
-from singlepass.kv.hf_layer import CompressedLayer
+from singlepass.kv import ZipCache, _hf
+from singlepass.kv._hf_layer import CompressedLayer
 
 from .models import build, greedy, prompt
 
@@ -120,7 +120,7 @@ def test_flags_of_a_cache() -> None:
 
 
 def test_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("singlepass.kv.hf_again", hf.__file__)
+    spec = importlib.util.spec_from_file_location("singlepass.kv.hf_again", _hf.__file__)
     assert spec is not None
     assert spec.loader is not None
     again = importlib.util.module_from_spec(spec)

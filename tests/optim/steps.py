@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass._dispatch import choose, implementation
-from singlepass._ops.optim import RULES, Rule
-from singlepass.reference.optim import STEPS
+from singlepass._ops import OPS
+from singlepass._ops.optim import RULES, StepOp
 
 from ..simt.bounded import Bounded
 from ..simt.truth import CASES, Case
@@ -33,8 +32,9 @@ class Place:
     backend: str
     device: str = "cpu"
 
-    def function(self, op_name: str) -> Callable[..., None]:
-        return implementation(op_name, choose(op_name, self.device, frozenset(), self.backend))
+    def function(self, op_name: str) -> Callable[..., Any]:
+        op = OPS[op_name]
+        return op.on(op.choose(self.device, frozenset(), self.backend))
 
 
 GPU_PLACES = [
@@ -63,7 +63,7 @@ class Mix:
 MIXES = [Mix(param, grad, state) for param in DTYPES for grad in DTYPES for state in DTYPES]
 
 
-def rule_of(case: Case) -> Rule:
+def rule_of(case: Case) -> StepOp:
     return RULES[case.rule.removesuffix("_amsgrad")]
 
 
@@ -148,10 +148,10 @@ def step_and_check(place: Place, case: Case, tensors: Tensors, t: int, *, factor
 
     ``factor`` is what ``options`` (``maximize``, ``grad_scale``) make of the gradients.
     """
-    op_name = rule_of(case).op_name
+    op_name = rule_of(case).name
     before, eager = tensors.clone(), tensors.clone()
     call(place.function(op_name), case, tensors, **options)
-    call(STEPS[op_name], case, eager, **options)
+    call(OPS[op_name].on("eager"), case, eager, **options)
     for i, p in enumerate(before.params):
         old = [values[i] for values in before.states]
         state_dtype = old[0].dtype

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from singlepass import optim
-from singlepass._ops import op
+from singlepass._ops import OPS
 
 from ..simt.truth import CASES, Case
 from ..tolerances import assert_same_bits
@@ -34,36 +34,6 @@ def arguments(case: Case, device: str, layout=LAYOUTS["contiguous"], mix: Mix | 
     return tensors, (*tensors.arguments(case), torch.tensor(case.lr, dtype=torch.float64))
 
 
-@each_device
-@one_case_a_rule
-def test_step_ops_pass_opcheck(case: Case, device: str) -> None:
-    _, args = arguments(case, device)
-    torch.library.opcheck(op(rule_of(case).op_name), args, hyper_of(case, torch.float32))
-
-
-@each_device
-@one_case_a_rule
-def test_step_ops_pass_opcheck_with_every_option(case: Case, device: str) -> None:
-    _, args = arguments(case, device, LAYOUTS["permuted"], Mix(torch.bfloat16, torch.float16))
-    one = torch.ones((), device=device)
-    options = {"maximize": True, "seed": 3, "ids": [0, 1], "grad_scale": 2 * one, "found_inf": 0 * one}
-    torch.library.opcheck(op(rule_of(case).op_name), args, hyper_of(case, torch.float32) | options)
-
-
-@each_device
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_grad_norm_passes_opcheck(layout: str, device: str) -> None:
-    grads = [LAYOUTS[layout](normal((3, 4, 5), i, device=device)) for i in range(3)]
-    torch.library.opcheck(op("grad_norm"), (grads,))
-    torch.library.opcheck(op("grad_norm"), (grads,), {"max_norm": 1.0, "grad_scale": torch.ones((), device=device)})
-
-
-@each_device
-def test_stream_passes_opcheck(device: str) -> None:
-    tensors = [normal((64,), i, device=device) for i in range(4)]
-    torch.library.opcheck(op("stream_"), (tensors[:2], tensors[2:]))
-
-
 @each_kernel
 @pytest.mark.parametrize("case", [c for c in CASES if c.rule in ("lion", "adamw", "sgdsai")], ids=lambda case: case.id)
 def test_step_ops_compile_into_one_graph(case: Case, place: Place) -> None:
@@ -72,7 +42,7 @@ def test_step_ops_compile_into_one_graph(case: Case, place: Place) -> None:
     hyper = hyper_of(case, torch.float32)
 
     def step(*args: object) -> None:
-        op(rule_of(case).op_name)(*args, **hyper)
+        rule_of(case).overload(*args, **hyper)
 
     torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
     step(*expected.arguments(case), args[-1])
@@ -86,7 +56,7 @@ COMPILED = [pytest.param(name, None, id=name) for name in sorted(CLASSES)]
 @each_kernel
 @pytest.mark.parametrize(("name", "dynamic"), [*COMPILED, pytest.param("adamw", True, id="adamw-dynamic")])
 def test_optimizer_steps_compile_into_one_graph(name: str, dynamic: bool | None, place: Place) -> None:
-    case = next(c for c in CASES if rule_of(c).name == name)
+    case = next(c for c in CASES if rule_of(c).rule == name)
     compiled_params, plain_params = (make_params([(5, 7), (64,), ()], device=place.device) for _ in range(2))
     compiled, plain = (make_optimizer(case, ps, backend=place.backend) for ps in (compiled_params, plain_params))
     step = torch.compile(compiled.step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -114,13 +84,13 @@ def test_a_learning_rate_that_changes_does_not_compile_again() -> None:
 
 class Norm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return op("grad_norm")([x], max_norm=1.0)
+        return OPS["grad_norm"].overload([x], max_norm=1.0)
 
 
 class Step(torch.nn.Module):
     def forward(self, p: Tensor, g: Tensor, m: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
         p, m = p.clone(), m.clone()
-        op("lion_step_")([p], [g], [m], [], lr, beta1=0.9, beta2=0.99, weight_decay=0.0)
+        OPS["lion_step_"].overload([p], [g], [m], [], lr, beta1=0.9, beta2=0.99, weight_decay=0.0)
         return p, m
 
 
@@ -151,10 +121,10 @@ def test_vmap_is_refused_clearly(case: Case) -> None:
     batched = [[t.unsqueeze(0).repeat(2, *[1] * t.dim()) for t in values] for values in lists]
 
     def step(lists: list[list[Tensor]]) -> None:
-        op(rule_of(case).op_name)(*lists, lr, **hyper_of(case, torch.float32))
+        rule_of(case).overload(*lists, lr, **hyper_of(case, torch.float32))
 
     before = [t.clone() for values in batched for t in values]
-    with pytest.raises(RuntimeError, match=f"[Bb]atching rule not implemented for singlepass::{rule_of(case).op_name}"):
+    with pytest.raises(RuntimeError, match=f"[Bb]atching rule not implemented for singlepass::{rule_of(case).name}"):
         torch.vmap(step)(batched)
     for t, old in zip((t for values in batched for t in values), before, strict=True):
         assert torch.equal(t, old)
@@ -165,7 +135,7 @@ def test_fakes_change_nothing(case: Case) -> None:
     tensors, args = arguments(case, "cpu")
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [[mode.from_tensor(t) for t in values] for values in args[:-1]]
-        assert op(rule_of(case).op_name)(*fakes, mode.from_tensor(args[-1]), **hyper_of(case, torch.float32)) is None
-        norm = op("grad_norm")(fakes[1])
+        assert rule_of(case).overload(*fakes, mode.from_tensor(args[-1]), **hyper_of(case, torch.float32)) is None
+        norm = OPS["grad_norm"].overload(fakes[1])
         assert (norm.shape, norm.dtype, norm.device.type) == ((3,), torch.float32, "cpu")
     assert torch.equal(tensors.steps[0], torch.zeros(()))

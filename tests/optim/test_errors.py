@@ -311,8 +311,8 @@ def test_ops_refuse_what_they_cannot_take(case: Case, kind: str, place: Place) -
     options = spoil_arguments(kind, tensors)
     written = [t for t in tensors.written() if t.device.type == place.device and t.layout == torch.strided]
     before = [t.clone() for t in written]
-    with refused((RuntimeError, ValueError), match=f"{rule_of(case).op_name}: "):
-        call(place.function(rule_of(case).op_name), case, tensors, **options)
+    with refused((RuntimeError, ValueError), match=f"{rule_of(case).name}: "):
+        call(place.function(rule_of(case).name), case, tensors, **options)
     for t, old in zip(written, before, strict=True):
         assert torch.equal(t, old)
 

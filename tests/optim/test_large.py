@@ -65,7 +65,7 @@ def test_every_element_is_updated_once(rule: str, place: Place) -> None:
         return Tensors([p[part].clone()], [g[part].clone()], [[s[part].clone()] for s in states], [], [step])
 
     expected = [window(part) for part in WINDOWS]
-    function = place.function(rule_of(case).op_name)
+    function = place.function(rule_of(case).name)
     for values in (tensors, *expected):
         for _ in range(2):
             call(function, case, values)

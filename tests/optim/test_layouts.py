@@ -82,7 +82,7 @@ def test_a_thousand_tensors(case: Case, place: Place) -> None:
     tensors = make_tensors(case, [(i % 7,) for i in range(1000)], Mix(), device=place.device)
     set_grads(tensors, 1)
     before, eager = tensors.clone(), tensors.clone()
-    op_name = rule_of(case).op_name
+    op_name = rule_of(case).name
     call(place.function(op_name), case, tensors)
     call(Place("eager", place.device).function(op_name), case, eager)
     for a, b, old in zip(tensors.written(), eager.written(), before.written(), strict=True):
@@ -209,4 +209,4 @@ def test_misaligned_storage_between_sentinels(case: Case, mix: Mix, offset: int,
 @each_case
 @pytest.mark.parametrize("place", [EAGER, *GPU_PLACES])
 def test_a_step_of_no_tensors_does_nothing(case: Case, place: Place) -> None:
-    call(place.function(rule_of(case).op_name), case, make_tensors(case, [], Mix(), device=place.device))
+    call(place.function(rule_of(case).name), case, make_tensors(case, [], Mix(), device=place.device))

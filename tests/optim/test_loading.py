@@ -25,7 +25,7 @@ def test_hooks_see_and_change_what_is_loaded(case: Case) -> None:
     """The hooks before see the saved states and may return others; those after see the optimizer as it is now."""
     source, target = fresh(case, "bfloat16-float32-states"), fresh(case, "bfloat16-float32-states")
     train(source, 2)
-    name = target._rule.states[0]
+    name = target.rule.states[0]
     calls = []
 
     def halve(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def test_what_others_keep_in_states_and_groups_is_loaded(case: Case) -> None:
         assert_same_bits(state["slow"], torch.full_like(p, float(i)))
         assert state["note"]["count"] == i
         for name, value in source.state[source.param_groups[0]["params"][i]].items():
-            if name in (*source._rule.lists, "step"):
+            if name in (*source.rule.lists, "step"):
                 assert_same_bits(state[name], value)
 
 

@@ -18,7 +18,7 @@ each_class = pytest.mark.parametrize("name", sorted(CLASSES))
 
 
 def optimizer_of(name: str, params, **options):
-    case = next(case for case in CASES if rule_of(case).name == name)
+    case = next(case for case in CASES if rule_of(case).rule == name)
     return make_optimizer(case, params, **options)
 
 
@@ -46,7 +46,7 @@ def test_ops_divide_by_the_scale(case: Case, options: dict, place: Place) -> Non
 @each_case
 def test_ops_change_nothing_where_an_overflow_was_found(case: Case, place: Place) -> None:
     tensors = make_tensors(case, SHAPES, Mix(), device=place.device)
-    function = place.function(rule_of(case).op_name)
+    function = place.function(rule_of(case).name)
     for t, found in ((1, 0.0), (2, 1.0), (3, 0.0)):
         set_grads(tensors, t)
         before = tensors.clone().written()

@@ -21,7 +21,7 @@ from .trajectory import give_grads, make_optimizer, make_params, train
 
 BFLOAT16 = Mix(torch.bfloat16, torch.bfloat16)
 SIZES = [(1,), (7,), (8,), (9, 13), (1025,), (32777,)]
-SAME_BITS = [case for case in CASES if TOLERANCES[rule_of(case).op_name].n == 0]
+SAME_BITS = [case for case in CASES if TOLERANCES[rule_of(case).name].n == 0]
 
 
 def one_step(p: Tensor, lr: float, place: Place, seed: int = 0, first_id: int = 0) -> Tensor:
@@ -99,7 +99,7 @@ def test_steps_too_small_for_bfloat16_add_up(place: Place) -> None:
 def test_the_same_bits_as_eager(case: Case, place: Place) -> None:
     eager = make_tensors(case, SIZES, BFLOAT16, device=place.device)
     actual = eager.clone()
-    op_name = rule_of(case).op_name
+    op_name = rule_of(case).name
     for t in range(1, 4):
         for tensors, where in ((eager, Place("eager")), (actual, place)):
             set_grads(tensors, t)
@@ -125,7 +125,7 @@ def test_every_rule_rounds_to_a_neighbour(case: Case, place: Place) -> None:
     rounded.params = [p.bfloat16() for p in rounded.params]
     set_grads(exact, 1)
     set_grads(rounded, 1)
-    function = place.function(rule_of(case).op_name)
+    function = place.function(rule_of(case).name)
     call(function, case, exact)
     call(function, case, rounded, seed=1, ids=[0])
     down, up = (stochastic_bfloat16(exact.params[0], torch.full((1000,), r, dtype=torch.int32)) for r in (0, 0xFFFF))

@@ -37,7 +37,7 @@ def arguments_of(case: Case, state_dtype: torch.dtype = torch.float32) -> dict[s
 def make_optimizer(case: Case, params: Any, **options: Any) -> FusedOptimizer:
     state_dtype = options.get("state_dtype")
     state_dtype = state_dtype if isinstance(state_dtype, torch.dtype) else torch.float32
-    optimizer: FusedOptimizer = CLASSES[rule_of(case).name](params, **arguments_of(case, state_dtype) | options)
+    optimizer: FusedOptimizer = CLASSES[rule_of(case).rule](params, **arguments_of(case, state_dtype) | options)
     return optimizer
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 from proof import kernels, place, profile, small, stages
 from proof.stage import NOT_MEASURED, PROVED, REFUTED, Outcome, Stage, call, first_object, run
-from singlepass import _dispatch
+from singlepass._ops import OPS
 from singlepass.bench import results
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ def test_small_runs_cover_every_op() -> None:
     import torch
 
     covered = {op for _, case, provider in small.checks(torch.device("cpu")) for op in case.ops}
-    assert covered | {"stream_"} == set(_dispatch.ops())
+    assert covered | {"stream_"} == set(OPS)
 
 
 USAGE = """

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from singlepass._ops import op
 from singlepass.functional import rational
 from singlepass.nn import KATMLP, GroupRational
 
 from ..tolerances import assert_same_bits
-from .inputs import LAYOUTS, Inputs, Place, each_kernel, make
+from .inputs import Place, each_kernel, make
 
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -22,24 +21,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def arguments(inputs: Inputs) -> tuple[tuple[Tensor | None, ...], dict[str, object]]:
-    tensors = (inputs.x, inputs.numerator, inputs.denominator, inputs.bias, inputs.gate)
-    seed = torch.tensor([5], device=inputs.x.device)
-    options = {"form": "ABCD".index(inputs.form), "channel_dim": inputs.channel_dim, "dropout": inputs.dropout}
-    return tensors, options | {"seed": seed}
-
-
-@each_device
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_ops_pass_opcheck(layout: str, fused: bool, device: str) -> None:
-    for form in "AD":
-        inputs = make(layout, form, fused=fused, device=device, requires_grad=False)
-        tensors, options = arguments(inputs)
-        torch.library.opcheck(op("rational"), tensors, options)
-        torch.library.opcheck(op("rational_backward"), (inputs.grad, *tensors), options)
 
 
 @each_kernel

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from singlepass.nn import KATMLP, GroupRational, fit_rational, kat_from_vit, no_weight_decay, table
-from singlepass.nn.convert import _SAME
-from singlepass.nn.tables import TARGETS
+from singlepass.rational._convert import _SAME
+from singlepass.rational._tables import TARGETS
 
 
 class Mlp(nn.Module):

@@ -20,8 +20,9 @@ pytest.importorskip("scipy", reason="the fit extra is not installed")
 from scipy import integrate, special
 from scipy.optimize import least_squares
 
-from singlepass.nn import Table, fit_rational, make_tables, table
-from singlepass.nn.tables import TARGETS, dump, load, shipped
+from singlepass.nn import Table, fit_rational, table
+from singlepass.rational import _make_tables
+from singlepass.rational._tables import TARGETS, dump, load, shipped
 
 FORMS = "ABC"
 each_table = pytest.mark.parametrize("key", sorted(shipped()), ids=lambda key: f"{key[0]}-{key[1]}")
@@ -78,7 +79,7 @@ def evaluate(entry: Table, x: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def made() -> dict[tuple[str, str], Table]:
-    return make_tables.make()
+    return _make_tables.make()
 
 
 @each_table

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from singlepass.functional import rational
 from singlepass.nn import GRKAN, KATMLP, GroupRational, Table, fit_rational, no_weight_decay, table
-from singlepass.nn.tables import TARGETS
+from singlepass.rational._tables import TARGETS
 
 FORMS = "ABCD"
 THEIRS = {"KAT": ("weight_numerator", "weight_denominator"), "FlashKAT": ("numerator_v", "denominator_v")}

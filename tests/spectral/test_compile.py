@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 from singlepass import spectral
-from singlepass._ops import op
 from singlepass.spectral import LorentzLinear
 
 from ..tolerances import assert_same_bits
@@ -22,27 +20,6 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-@each_device
-def test_ops_pass_opcheck(device: str) -> None:
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device)
-
-    torch.library.opcheck(op("spectral_scale_"), (random(9, 5), random(9, 5), random(5)))
-    params = [normalize(random(3, 7)), random(4).abs()]
-    lists = [params, [random(3, 7), random(4)], *([torch.zeros_like(p) for p in params] for _ in "mv")]
-    counts = [torch.zeros((), device=device) for _ in params]
-    hyper = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
-    torch.library.opcheck(op("spectral_step_"), (*lists, counts, torch.tensor(0.1)), hyper)
-    draws = {"ranks": [2], "ids": [0], "seed": 1, "draw": 0, "uniform": 0.5}
-    torch.library.opcheck(op("spectral_sample"), ([random(6).abs()],), draws)
-    exchange = torch.tensor([-1, 3], device=device)
-    torch.library.opcheck(op("spectral_swap_"), ([random(2, 5)], [random(4, 5)], [random(0)], [exchange]))
-    options = {"k": 1.0, "offset": 1.1}
-    log_scale = torch.tensor(0.3, device=device)
-    torch.library.opcheck(op("lorentz"), (random(3, 4, 5), log_scale), options)
-    torch.library.opcheck(op("lorentz_backward"), (random(3, 4, 5), random(3, 4, 5), log_scale), options)
 
 
 @pytest.mark.parametrize("frozen_dtype", [None, torch.int8], ids=str)

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from singlepass import _dispatch
+from singlepass._ops import Op
 from singlepass.reference import spectral as reference
 from singlepass.spectral import SSTLinear, lorentz, sst_linear
-from singlepass.spectral.product import Sizes, evaluation_of, flops
+from singlepass.spectral._product import Sizes, evaluation_of, flops
 
 from ..tolerances import assert_same_bits, assert_within, ulp
 from .backends import UNIT
@@ -240,13 +242,13 @@ def test_bad_input_of_lorentz_is_refused() -> None:
 def test_an_explicit_backend_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_of("tall", evaluation="factored"), torch.randn(3, 24, requires_grad=True)
     called = []
-    real = _dispatch.implementation
+    real = Op.on
 
-    def spied(name: str, backend: str):
-        called.append((name, backend))
-        return real(name, backend)
+    def spied(op: Op, backend: str) -> Callable[..., Any]:
+        called.append((op.name, backend))
+        return real(op, backend)
 
-    monkeypatch.setattr(_dispatch, "implementation", spied)
+    monkeypatch.setattr(Op, "on", spied)
     for backend in ("native", "eager"):
         layer.backend = backend
         layer(x).sum().backward()

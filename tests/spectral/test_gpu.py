@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from singlepass import _dispatch, spectral
+from singlepass import spectral
+from singlepass._ops import OPS
 from singlepass.spectral import SST, LorentzLinear, SSTLinear
 
 from ..tolerances import assert_same_bits
@@ -49,7 +50,7 @@ def test_forward_and_backward_in_a_graph(evaluation: str, backend: str) -> None:
 
 @each_backend
 def test_the_update_in_a_graph(backend: str) -> None:
-    step = _dispatch.implementation("spectral_step_", backend)
+    step = OPS["spectral_step_"].on(backend)
     shapes = ((16, 256), (16, 192), (192,))
     params = [torch.nn.functional.normalize(torch.randn(*shape, device="cuda"), dim=-1).abs() for shape in shapes]
     grads = [torch.randn_like(p) for p in params]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from singlepass.spectral import LorentzLinear, SSTLinear, convert, merge, training_nbytes
-from singlepass.spectral.decompose import decompose, drift
+from singlepass.spectral._decompose import decompose, drift
 
 from ..tolerances import assert_same_bits, assert_within
 from .backends import UNIT

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from singlepass import _dispatch
+from singlepass._ops import OPS
 from singlepass.reference import spectral as reference
-from singlepass.spectral.frozen import freeze, thaw
+from singlepass.spectral._frozen import freeze, thaw
 
 from ..placed import implementation
 from ..tolerances import assert_close, assert_same_bits, assert_within, ulp
@@ -297,13 +297,15 @@ def test_rows_that_are_not_there_stay(backend: str) -> None:
 
 
 @each_backend
-def test_nan_survives_storage_in_int8(backend: str) -> None:
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_what_is_not_finite_is_nan_once_stored_in_int8(backend: str, poison: float) -> None:
     active, (codes, scales) = random(1, 300), freeze(random(2, 300, seed=1), torch.int8)
-    active[0, 140] = float("nan")
+    active[0, 140] = poison
     implementation("spectral_swap_", backend)([active], [codes], [scales], [torch.tensor([1])])
     assert active.isfinite().all()
     back = thaw(codes, scales)
     assert back[0].isfinite().all()
+    assert not codes[1, 128:256].any()
     assert back[1, 128:256].isnan().all()
     assert back[1, :128].isfinite().all()
 
@@ -391,4 +393,4 @@ def test_native_ops_refuse_what_they_cannot_read(name: str, arguments, text: str
     if name == "spectral_sample":
         options |= {"seed": 0, "draw": 0, "uniform": 0.5}
     with pytest.raises(RuntimeError, match=rf"{name}: expected .*{text}"):
-        _dispatch.implementation(name, "native")(*positional, **options)
+        OPS[name].on("native")(*positional, **options)

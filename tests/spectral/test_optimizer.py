@@ -11,8 +11,8 @@ from torch import nn
 
 from singlepass.optim import AdamW
 from singlepass.spectral import SST, SSTLinear
-from singlepass.spectral.decompose import drift
-from singlepass.spectral.schedule import warmup_factor
+from singlepass.spectral._decompose import drift
+from singlepass.spectral._schedule import warmup_factor
 
 from ..tolerances import assert_same_bits, assert_within, ulp
 from .backends import UNIT

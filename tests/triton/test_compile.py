@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 
-from singlepass._dispatch import implementation
+from singlepass._ops import OPS
 from singlepass.kv import dequantize, probe_saliency, quantize
 
 from ..kv.inputs import attention
@@ -48,7 +48,7 @@ each_arch = pytest.mark.parametrize(
 
 def step(case: Case, mix: Mix) -> None:
     options = {"seed": 0, "ids": [0]} if mix.param == torch.bfloat16 else {}
-    call(implementation(rule_of(case).op_name, "triton"), case, make_tensors(case, [(1,)], mix), **options)
+    call(rule_of(case).on("triton"), case, make_tensors(case, [(1,)], mix), **options)
 
 
 def stack_bytes(cubin: bytes, folder: Path) -> int:
@@ -100,7 +100,7 @@ def test_more_dtypes(param: torch.dtype, dtype: torch.dtype, recorded: dict[str,
 @each_arch
 def test_gradient_norm_and_table(arch: int, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    implementation("grad_norm", "triton")([torch.zeros(1, dtype=dtype) for dtype in dtypes])
+    OPS["grad_norm"].on("triton")([torch.zeros(1, dtype=dtype) for dtype in dtypes])
     assert len(recorded["grad_norm_kernel"]) == 3
     for launch in recorded["grad_norm_kernel"] + recorded["list_chunks_kernel"]:
         check(launch, arch, tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass._dispatch import implementation
+from singlepass._ops import OPS
 from singlepass.reference import rational as reference_rational
 from singlepass.triton_kernels._table import CHUNK
 from singlepass.triton_kernels.optim import grad_norm
@@ -35,7 +35,7 @@ SHAPES = [(0,), (1,), (7,), (1000,), (3, CHUNK + 5)]
 
 
 def run(backend: str, case: Case, tensors: Tensors, **options: Any) -> None:
-    call(implementation(rule_of(case).op_name, backend), case, tensors, **options)
+    call(rule_of(case).on(backend), case, tensors, **options)
 
 
 def assert_all_same(a: Tensors, b: Tensors) -> None:
@@ -158,7 +158,7 @@ def test_gradient_norm_same_bits_as_cpp_on_the_cpu() -> None:
     grads = [torch.randn(shape) for shape in SHAPES] + [torch.randn(1001).bfloat16(), torch.randn(1001)[1:]]
     for options in ({}, {"max_norm": 1.0, "eps": 1e-6}):
         ours = grad_norm.grad_norm([g.cuda() for g in grads], **options)
-        assert_same_bits(ours, implementation("grad_norm", "native")(grads, **options))
+        assert_same_bits(ours, OPS["grad_norm"].on("native")(grads, **options))
 
 
 def to_cuda(t: Tensor | None) -> Tensor | None:
@@ -275,7 +275,7 @@ def test_a_captured_spectral_step_follows_its_inputs(dtype: torch.dtype, project
 def test_spectral_sums_have_the_same_bits_again() -> None:
     torch.manual_seed(0)
     q, t, s = torch.randn(10007, 1000, device="cuda"), torch.randn(10007, 1000, device="cuda"), torch.rand(1000).cuda()
-    scale, backward = implementation("spectral_scale_", "triton"), implementation("lorentz_backward", "triton")
+    scale, backward = OPS["spectral_scale_"].on("triton"), OPS["lorentz_backward"].on("triton")
     sums, grads = scale(q.clone(), t, s), backward(q, t, s[:1], k=1.0, offset=1.1)
     for _ in range(3):
         assert_same_bits(scale(q.clone(), t, s), sums)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from triton.backends.compiler import GPUTarget
 
-from singlepass import _dispatch
-from singlepass._dispatch import implementation
+from singlepass._ops import OPS
 from singlepass.kv import dequantize, probe_saliency, quantize
 from singlepass.triton_kernels import _launch, _table
 from singlepass.triton_kernels._table import CHUNK, IS_ALIGNED
@@ -28,7 +27,7 @@ BY_ID = {case.id: case for case in CASES}
 
 
 def step(case: Case, tensors: Any, **options: Any) -> None:
-    call(implementation(rule_of(case).op_name, "triton"), case, tensors, **options)
+    call(rule_of(case).on("triton"), case, tensors, **options)
 
 
 @pytest.mark.parametrize(("name", "launches"), [("adamw", 1), ("adan", 1), ("lamb", 2), ("lars", 2)])
@@ -53,7 +52,7 @@ def test_one_launch_for_each_combination_of_dtypes(recorded: dict[str, list[Any]
 
 
 def test_gradient_norm_launches(recorded: dict[str, list[Any]]) -> None:
-    norm = implementation("grad_norm", "triton")
+    norm = OPS["grad_norm"].on("triton")
     grads = [torch.zeros(5), torch.zeros(2 * CHUNK), torch.zeros(0)]
     for _ in range(2):
         norm(grads)
@@ -94,7 +93,7 @@ def test_nothing_is_compiled_again(name: str, recorded: dict[str, list[Any]]) ->
 
 
 def test_gradient_norm_is_not_compiled_again(recorded: dict[str, list[Any]]) -> None:
-    norm = implementation("grad_norm", "triton")
+    norm = OPS["grad_norm"].on("triton")
     for numel in (1, 16, 1000):
         for max_norm in (0.0, 1.0, 16.0):
             norm([torch.zeros(numel), torch.zeros(numel + 1)[1:]], max_norm=max_norm, eps=max_norm)
@@ -119,7 +118,8 @@ def record_kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What the launchers of the KV cache would launch."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
-    monkeypatch.setattr(_dispatch, "_obstacles", {})
+    for op in OPS.values():
+        monkeypatch.setattr(op, "_obstacles", {})
     recorders = {}
     for name in ("codec_kernel", "decode_kernel", "merge_kernel", "log_sums_kernel", "column_sums_kernel"):
         recorders[name] = Recorder(getattr(kv, name))
@@ -158,8 +158,8 @@ def call_rational(
         torch.empty_like(x) if gate else None,
     )
     options = {"form": form, "channel_dim": channel_dim, "dropout": dropout, "seed": torch.zeros(1, dtype=torch.int64)}
-    implementation("rational", "triton")(*inputs, **options)
-    implementation("rational_backward", "triton")(torch.empty_like(x), *inputs, **options)
+    OPS["rational"].on("triton")(*inputs, **options)
+    OPS["rational_backward"].on("triton")(torch.empty_like(x), *inputs, **options)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -275,29 +275,29 @@ def call_spectral_step(
     steps = [torch.zeros(()) for _ in shapes]
     hyper = {"beta1": 0.9, "beta2": 0.999, "eps": eps, "weight_decay": eps}
     tensors = params, grads, exp_avg, exp_avg_sq, steps
-    implementation("spectral_step_", "triton")(*tensors, torch.tensor(lr), **hyper, **options)
+    OPS["spectral_step_"].on("triton")(*tensors, torch.tensor(lr), **hyper, **options)
 
 
 def call_exchange(count: int, rank: int, columns: int, frozen: torch.dtype = torch.float32) -> None:
     """The draw for a layer of so many singular values, and the swap of two pairs."""
     draw = {"ranks": [rank], "ids": [count], "seed": rank, "draw": count, "uniform": 0.5}
-    (exchange,) = implementation("spectral_sample", "triton")([torch.empty(count, dtype=torch.bfloat16)], **draw)
+    (exchange,) = OPS["spectral_sample"].on("triton")([torch.empty(count, dtype=torch.bfloat16)], **draw)
     active, rest = torch.empty(rank, columns), torch.empty(count - rank, columns, dtype=frozen)
     scales = torch.empty(count - rank, -(-columns // 128))
     values = torch.empty(count)
     pairs = [active, values[:rank]], [rest, values[rank:]], [scales, scales], [exchange, exchange]
-    implementation("spectral_swap_", "triton")(*pairs)
+    OPS["spectral_swap_"].on("triton")(*pairs)
 
 
 def call_scale(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
     q = torch.empty(rows, columns, dtype=dtype)
-    implementation("spectral_scale_", "triton")(q, q, torch.empty(columns))
+    OPS["spectral_scale_"].on("triton")(q, q, torch.empty(columns))
 
 
 def call_lorentz(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
     z, log_scale = torch.empty(rows, columns, dtype=dtype), torch.empty(1)
-    implementation("lorentz", "triton")(z, log_scale, k=1.0, offset=1.1)
-    implementation("lorentz_backward", "triton")(z, z, log_scale, k=16.0, offset=4.5)
+    OPS["lorentz"].on("triton")(z, log_scale, k=1.0, offset=1.1)
+    OPS["lorentz_backward"].on("triton")(z, z, log_scale, k=16.0, offset=4.5)
 
 
 def test_spectral_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:

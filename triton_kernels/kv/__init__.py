@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV caches on GPUs, in Triton."""
 
-from .launchers import OPS
+from . import launchers
 
-__all__ = ["OPS"]
+__all__ = ["launchers"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV cache's arguments: the checks that memory safety needs, and how tensors go to kernels."""
+"""Arguments of the KV cache's kernels: the checks that memory safety needs, and how tensors are passed."""
 
 from __future__ import annotations
 
@@ -12,52 +12,54 @@ from torch import Tensor
 from ..._errors import require
 from .._launch import require_device, require_dtypes
 
-MAX_WIDTH = 512
+MAX_HEAD_DIM = 512
 ANY = -1
 
 
 def unspecialized(number: int) -> int:
-    """An integer in a tuple of arguments, packed so that no value of it has code compiled of its own: odd, and of 64
-    bits. ``functions.integer`` unpacks it."""
+    """Packs an integer that is passed within a tuple, so that Triton does not compile code for its value.
+
+    Triton specialises integers in tuples, except odd ones of 64 bits. ``functions.integer`` unpacks it.
+    """
     return 1 << 62 | number << 1 | 1
 
 
 def strides(t: Tensor) -> tuple[int, ...]:
-    """Of sequences, heads and tokens, in elements."""
+    """The strides of sequences, heads and tokens, in elements."""
     return tuple(unspecialized(t.stride(d)) for d in range(3))
 
 
 def place(t: Tensor | None) -> tuple[int, ...]:
-    """Address and the strides of sequences and heads, in bytes."""
+    """The address, and the strides of sequences and heads in bytes."""
     numbers = (0, 0, 0) if t is None else (t.data_ptr(), t.stride(0) * t.itemsize, t.stride(1) * t.itemsize)
     return tuple(map(unspecialized, numbers))
 
 
 def is_aligned(t: Tensor) -> bool:
-    """Whether each head's bytes begin at a multiple of 16."""
+    """True if the bytes of each head begin at a multiple of 16."""
     return not any(number % 16 for number in (t.data_ptr(), t.stride(0) * t.itemsize, t.stride(1) * t.itemsize))
 
 
 def vector_of(*tensors: Tensor) -> int:
-    """How many elements of a token come in one access of 16 bytes; 1 if a tensor is not aligned so."""
+    """How many elements of a token one 16-byte access takes; 1 if a tensor is not aligned to 16 bytes."""
     widest = min(16 // t.itemsize for t in tensors)
     aligned = all(not t.data_ptr() % 16 and not any(n % widest for n in t.stride()[:3]) for t in tensors)
     return widest if aligned else 1
 
 
 def check_tokens(op: str, role: str, t: Tensor) -> None:
-    """Tokens (batch, heads, tokens, channels)."""
+    """Checks tokens (batch, heads, tokens, channels)."""
     dense = t.dim() == 4 and (t.numel() == 0 or t.stride(3) == 1)
     contract = f"{role} (batch, heads, tokens, channels) whose channels are neighbours"
     require(dense, op, contract, f"shape {tuple(t.shape)}", "Call .contiguous().")
-    width = t.shape[3]
-    fits = 16 <= width <= MAX_WIDTH and width % 16 == 0
-    require(fits, op, f"{role} of 16, 32, ..., {MAX_WIDTH} channels", width, "Pad channels with zeros.")
+    head_dim = t.shape[3]
+    fits = 16 <= head_dim <= MAX_HEAD_DIM and head_dim % 16 == 0
+    require(fits, op, f"{role} of 16, 32, ..., {MAX_HEAD_DIM} channels", head_dim, "Pad channels with zeros.")
     require_dtypes(op, [t])
 
 
 def check_layout(op: str, role: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], dense: int) -> None:
-    """A tensor of that dtype and shape (ANY: of any size there), contiguous from dimension ``dense`` on."""
+    """Checks dtype and shape (ANY: any size), and that the tensor is contiguous from dimension ``dense`` on."""
     fits = t.dtype == dtype and t.dim() == len(shape)
     fits = fits and all(wanted in (ANY, n) for wanted, n in zip(shape, t.shape, strict=True))
     expected = 1
@@ -71,16 +73,16 @@ def check_layout(op: str, role: str, t: Tensor, dtype: torch.dtype, shape: tuple
 
 @dataclass(frozen=True)
 class Packed:
-    """What is known of packed tokens beside addresses: ``groups`` is 0 where steps belong to channels of a block."""
+    """The layout of packed tokens. ``groups`` is 0 if scales belong to the channels of a block, not to tokens."""
 
     bits: int
     groups: int
-    width: int
+    head_dim: int
     separable: bool
 
     @property
     def bytes(self) -> int:
-        return self.width * self.bits // 8
+        return self.head_dim * self.bits // 8
 
     @property
     def block_w(self) -> int:
@@ -98,24 +100,24 @@ class Packed:
         bits: int,
         axis: int,
     ) -> Packed:
-        """Checks packed tokens that stand for those of ``like``."""
+        """Checks packed tokens that represent tokens with the shape of ``like``."""
         require(bits in (2, 4, 8), op, "bits 2, 4 or 8", bits, "Choose one of them.")
         require(axis in (0, 1), op, "axis 0 or 1", axis, "Choose one of them.")
-        heads, width = tuple(like.shape[:2]), like.shape[3]
-        check_layout(op, "codes", codes, torch.uint8, (*heads, ANY, width * bits // 8), 2)
-        shape = (blocks, 2, width) if axis == 0 else (codes.shape[2], 2, ANY)
+        heads, head_dim = tuple(like.shape[:2]), like.shape[3]
+        check_layout(op, "codes", codes, torch.uint8, (*heads, ANY, head_dim * bits // 8), 2)
+        shape = (blocks, 2, head_dim) if axis == 0 else (codes.shape[2], 2, ANY)
         check_layout(op, "scales", scales, torch.float16, (*heads, *shape), 2)
         groups = scales.shape[4] if axis == 1 else 0
-        divided = axis == 0 or (groups > 0 and width % groups == 0)
-        require(divided, op, f"groups that divide {width}", groups, "Choose others.")
+        divided = axis == 0 or (groups > 0 and head_dim % groups == 0)
+        require(divided, op, f"groups that divide {head_dim}", groups, "Choose others.")
         if channels is not None:
             require(axis == 1, op, "no channels for axis 0", "some", "Leave them out.")
-            check_layout(op, "channels", channels, torch.float16, (*heads, blocks, width), 2)
-        return cls(bits, groups, width, channels is not None)
+            check_layout(op, "channels", channels, torch.float16, (*heads, blocks, head_dim), 2)
+        return cls(bits, groups, head_dim, channels is not None)
 
 
 def check_blocks(op: str, starts: Tensor, counts: Tensor, batch: int) -> int:
-    """The number of blocks. What they hold is not read here."""
+    """Checks the blocks and returns how many there are. Their values stay on the device and are not read."""
     check_layout(op, "counts", counts, torch.int32, (batch, ANY), 1)
     check_layout(op, "starts", starts, torch.int32, (counts.shape[1] + 1,), 0)
     return counts.shape[1]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches the KV cache's kernels. Arguments and results are those of ``singlepass._ops.kv``.
 
-What is compiled depends on dtypes, widths and bits, on groups, on which inputs there are, and on whether codes are
-aligned to 16 bytes. Nothing on the device is read here, so a CUDA graph can hold any of these calls.
+The compiled code depends on dtypes, head dimensions, bits and groups, on which optional inputs are present, and on the
+alignment of codes to 16 bytes. Launchers read nothing from the device, so a CUDA graph can capture any of these calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..._errors import require
-from ..._ops.kv import SEGMENT
+from ..._ops import kv as ops
 from .._common import FUSED_OPTIONS, LAUNCH_OPTIONS, STORAGE
 from .._launch import device_guard
 from .arguments import (
@@ -34,13 +34,13 @@ from .decode import decode_kernel, merge_kernel
 from .functions import ROWS
 from .saliency import column_sums_kernel, log_sums_kernel
 
-TILE_SIZE, CODEC_TILE_SIZE = 4096, 2048  # numbers that a program works on together, as many as registers hold
-LEAST_TILE = 16  # slots or rows, as tensor cores want
-# Blocks of a split: as many splits as keep a GPU busy with one sequence, but work enough to pay for their sums. They
-# depend on a segment's blocks alone, so that sequences get the same bits in any batch.
+TILE_SIZE, CODEC_TILE_SIZE = 4096, 2048  # elements of a tile, limited by registers
+LEAST_TILE = 16  # slots or rows, the fewest that tensor cores take
+# A split has up to BLOCKS blocks, which pays for merging it, if that leaves SPLITS splits, enough to keep a GPU busy
+# with one sequence. This depends on the blocks of a segment alone: a sequence gets the same bits in any batch.
 BLOCKS, SPLITS = 8, 64
 MERGED_SPLITS, MERGED_CHANNELS = 32, 64
-SALIENCY_TILES = 4096, 8192  # numbers of a tile of rows and of one of tokens
+SALIENCY_TILES = 4096, 8192  # elements of a tile of rows, and of a tile of tokens
 
 
 def _run_codec(
@@ -71,13 +71,22 @@ def _run_codec(
             *(plain.data_ptr(), a_index, codes.data_ptr(), scales.data_ptr()),
             *(0 if channels is None else channels.data_ptr(), starts.data_ptr(), counts.data_ptr()),
             *(*plain.stride()[:3], *strides, counts.stride(0), heads, blocks),
-            *(quantizes, index is not None, STORAGE[plain.dtype], packed.width, bits, packed.groups, packed.separable),
+            *(
+                quantizes,
+                index is not None,
+                STORAGE[plain.dtype],
+                packed.head_dim,
+                bits,
+                packed.groups,
+                packed.separable,
+            ),
             *(vector_of(plain), 16 if is_aligned(codes) else 1, packed.block_w),
             max(1, CODEC_TILE_SIZE // (2 if packed.groups > 1 else 1) // (8 // bits * packed.block_w)),
             **LAUNCH_OPTIONS,
         )
 
 
+@ops.quantize_.triton
 def kv_quantize_(
     x: Tensor,
     index: Tensor | None,
@@ -94,6 +103,7 @@ def kv_quantize_(
     _run_codec("kv_quantize_", True, x, index, starts, counts, codes, scales, channels, bits, axis)
 
 
+@ops.dequantize_.triton
 def kv_dequantize_(
     codes: Tensor,
     scales: Tensor,
@@ -113,7 +123,7 @@ def kv_dequantize_(
 def _segment(
     parts: list[Tensor], bits: int, key_axis: int, window_k: Tensor, window_v: Tensor
 ) -> tuple[tuple, tuple, int]:
-    """What decode_kernel takes of a segment: its addresses and sizes, its layout, and its number of splits."""
+    """Checks a segment. Returns what decode_kernel takes: addresses and sizes, the layout, and the number of splits."""
     op = "kv_decode"
     key_codes, key_scales, value_codes, value_scales, value_channels, starts, counts = parts
     factors = value_channels if value_channels.dim() == 4 else None
@@ -132,6 +142,7 @@ def _segment(
     return (*places, *map(unspecialized, numbers)), layout, splits
 
 
+@ops.decode.triton
 def kv_decode(
     q: Tensor,
     segments: list[Tensor],
@@ -146,54 +157,55 @@ def kv_decode(
     scale: float,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``kv_decode`` in Triton: splits of every head's tokens in one launch, their sums in another."""
+    """``kv_decode`` in Triton: one launch attends to the splits of all heads, another merges them."""
     op = "kv_decode"
     device = check_device(op, q, *segments, window_k, window_v, window, sinks, first)
     for role, t in (("q", q), ("window_k", window_k), ("window_v", window_v)):
         check_tokens(op, role, t)
     check_queries(op, q, window_k)
     batch, heads = window_k.shape[:2]
-    query_heads, queries, width, value_width = *q.shape[1:], window_v.shape[3]
+    query_heads, queries, head_dim, value_dim = *q.shape[1:], window_v.shape[3]
     same = window_v.shape[:3] == window_k.shape[:3] and window_v.dtype == window_k.dtype
     contract = f"window_v {tuple(window_k.shape[:3])} of {window_k.dtype}, as window_k"
     require(same, op, contract, f"{tuple(window_v.shape)} of {window_v.dtype}", "Only channels may differ.")
     check_layout(op, "window", window, torch.int32, (batch, 2), 1)
     a_sinks = check_option(op, "sinks", sinks, torch.float32, (query_heads,))
     a_first = check_option(op, "first", first, torch.int32, (len(bits), batch, heads))
-    tensors, count = len(SEGMENT), len(bits)
+    tensors, count = len(ops.SEGMENT), len(bits)
     contract = f"{tensors} tensors for each of {count} segments"
     require(len(segments) == tensors * count, op, contract, len(segments), "See the op's schema.")
     parts = [segments[tensors * i : tensors * (i + 1)] for i in range(count)]
     made = [_segment(part, b, key_axis, window_k, window_v) for part, b in zip(parts, bits, strict=True)]
 
-    out = q.new_empty((batch, query_heads, queries, value_width))
+    out = q.new_empty((batch, query_heads, queries, value_dim))
     lse = q.new_empty((batch, query_heads, queries), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     rows = query_heads // heads * queries
-    blocks = triton.next_power_of_2(width), triton.next_power_of_2(value_width)
+    blocks = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
     row_tiles, splits = -(-rows // ROWS.value), sum(n for _, _, n in made) + 1
     with device_guard(device):
         programs = batch * heads * row_tiles * splits
-        partials = torch.empty(programs * ROWS.value * (value_width + 2), dtype=torch.float32, device=device)
+        partials = torch.empty(programs * ROWS.value * (value_dim + 2), dtype=torch.float32, device=device)
         decode_kernel[(programs,)](
             *(q.data_ptr(), strides(q), tuple(numbers for numbers, _, _ in made)),
             *(window_k.data_ptr(), strides(window_k), window_v.data_ptr(), strides(window_v)),
             *(window.data_ptr(), window.stride(0), a_first, partials),
             *(batch, heads, query_heads // heads, queries, row_tiles, splits, scale, softcap),
             *(tuple(layout for _, layout, _ in made), first is not None, softcap > 0),
-            *(STORAGE[q.dtype], STORAGE[window_k.dtype], vector_of(window_k, window_v), width, value_width),
+            *(STORAGE[q.dtype], STORAGE[window_k.dtype], vector_of(window_k, window_v), head_dim, value_dim),
             *(*blocks, max(LEAST_TILE, TILE_SIZE // max(blocks))),
             **FUSED_OPTIONS,
         )
-        merge_kernel[(lse.numel(), -(-value_width // MERGED_CHANNELS))](
+        merge_kernel[(lse.numel(), -(-value_dim // MERGED_CHANNELS))](
             *(partials, a_sinks, out.data_ptr(), lse, rows, queries, query_heads, row_tiles, splits),
-            *(STORAGE[q.dtype], value_width, MERGED_SPLITS, MERGED_CHANNELS),
+            *(STORAGE[q.dtype], value_dim, MERGED_SPLITS, MERGED_CHANNELS),
             **FUSED_OPTIONS,
         )
     return out, lse
 
 
+@ops.saliency.triton
 def kv_saliency(
     q: Tensor,
     k: Tensor,
@@ -204,13 +216,13 @@ def kv_saliency(
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """``kv_saliency`` in Triton: the logarithms of the rows' sums, where they are not given, then the columns' sums."""
+    """``kv_saliency`` in Triton: one launch computes the rows' log-sums, unless given, another the column sums."""
     op = "kv_saliency"
     device = check_device(op, q, k, positions, mask, lse)
     check_tokens(op, "q", q)
     check_tokens(op, "k", k)
     check_queries(op, q, k)
-    batch, heads, length, width = k.shape
+    batch, heads, length, head_dim = k.shape
     probes, rows = q.shape[2], q.shape[1] // heads * q.shape[2]
     check_layout(op, "positions", positions, torch.int64, (probes,), 0)
     a_mask = check_option(op, "mask", mask, torch.bool, (batch, length), 1)
@@ -218,8 +230,8 @@ def kv_saliency(
     sums = k.new_zeros((batch, heads, length), dtype=torch.float32)
     if sums.numel() == 0 or rows == 0:
         return sums
-    block_d = triton.next_power_of_2(width)
-    scarce = 2 if torch.float32 in (q.dtype, k.dtype) else 1  # three products of parts of numbers take more registers
+    block_d = triton.next_power_of_2(head_dim)
+    scarce = 2 if torch.float32 in (q.dtype, k.dtype) else 1  # tf32x3 products take more registers
     block_r, block_t = (max(LEAST_TILE, size // block_d // scarce) for size in SALIENCY_TILES)
     with device_guard(device):
         given = lse is not None
@@ -230,7 +242,7 @@ def kv_saliency(
         )
         constants = (
             *(mask is not None, softcap > 0, STORAGE[q.dtype], STORAGE[k.dtype]),
-            *(width, vector_of(q, k), block_d, block_r, block_t),
+            *(head_dim, vector_of(q, k), block_d, block_r, block_t),
         )
         if not given:
             programs = batch * heads * -(-rows // block_r)
@@ -238,11 +250,3 @@ def kv_saliency(
         programs = batch * heads * -(-length // block_t)
         column_sums_kernel[(programs,)](*arguments, sums, *constants, **FUSED_OPTIONS)
     return sums
-
-
-OPS = {
-    "kv_decode": kv_decode,
-    "kv_dequantize_": kv_dequantize_,
-    "kv_quantize_": kv_quantize_,
-    "kv_saliency": kv_saliency,
-}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much attention tokens get from probes: the logarithms of the probes' sums, then the columns' sums.
+"""The attention that tokens receive from probes, in two passes over the keys.
 
-Rows are the probes of a head's query heads, one query head after another. No probability outlives a tile.
+The first pass computes the log-sum of each row, which is the logarithm of the sum of exp of its logits; the second adds
+the probabilities of each column. Rows are the probes of all query heads that share a head of keys, one query head after
+another. Both passes compute the logits tile by tile and store none.
 """
 
 import triton
@@ -16,7 +18,7 @@ SCALARS = ["a_q", "a_k", "a_positions", "a_mask", "a_lse", *INTEGERS, "scale", "
 
 @triton.jit
 def load_mask(a_mask, i_batch, mask_stride, token, m_token, HAS_MASK: tl.constexpr):
-    """Which of the tokens are no padding."""
+    """The mask of tokens that are not padding."""
     if HAS_MASK:
         p_mask = a_mask.to(tl.int64).to(tl.pointer_type(tl.int8)) + (i_batch * mask_stride + token)
         return m_token & (tl.load(p_mask, mask=m_token, other=0) != 0)
@@ -27,16 +29,18 @@ def load_mask(a_mask, i_batch, mask_stride, token, m_token, HAS_MASK: tl.constex
 @triton.jit
 def load_probes(
     a_q, q_batch, q_head, q_token, a_positions, a_mask, mask_stride, i_batch, i_head, row, rows, probes, length,
-    HAS_MASK: tl.constexpr, STORAGE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_MASK: tl.constexpr, STORAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Queries of rows, and how many tokens each sees, those that are padding included."""
+    """The queries of rows, [BLOCK_R, BLOCK_D], and how many tokens each row sees, padding included, [BLOCK_R]."""
+    # Row r is probe r % probes of query head r / probes of the group.
     m_row = row < rows
     probe = row % probes
     head = i_head * (rows // probes) + row // probes
     o_row = i_batch * q_batch + head * q_head + probe.to(tl.int64) * q_token
     channel = tl.arange(0, BLOCK_D)
-    q = load_rows(a_q, o_row, m_row, channel, channel < WIDTH, STORAGE, VECTOR)
+    q = load_rows(a_q, o_row, m_row, channel, channel < HEAD_DIM, STORAGE, VECTOR)
+    # A probe sees the tokens up to its own, and none if its own is padding.
     position = tl.load(a_positions.to(tl.int64).to(tl.pointer_type(tl.int64)) + probe, mask=m_row, other=-1)
     own = load_mask(a_mask, i_batch, mask_stride, position, m_row & (position >= 0) & (position < length), HAS_MASK)
     return q, tl.where(own, position + 1, 0)
@@ -45,20 +49,21 @@ def load_probes(
 @triton.jit
 def load_keys(
     a_k, k_batch, k_head, k_token, a_mask, mask_stride, i_batch, i_head, token, length,
-    HAS_MASK: tl.constexpr, STORAGE: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_MASK: tl.constexpr, STORAGE: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys of tokens, and which of them are no padding."""
+    """The keys of tokens, [BLOCK_T, BLOCK_D], and the mask of those that are not padding, [BLOCK_T]."""
     m_token = token < length
     channel = tl.arange(0, BLOCK_D)
     o_row = i_batch * k_batch + i_head * k_head + token * k_token
-    k = load_rows(a_k, o_row, m_token, channel, channel < WIDTH, STORAGE, VECTOR)
+    k = load_rows(a_k, o_row, m_token, channel, channel < HEAD_DIM, STORAGE, VECTOR)
     return k, load_mask(a_mask, i_batch, mask_stride, token, m_token, HAS_MASK)
 
 
 @triton.jit
 def logits_of(q, k, visible, token, held, scale, softcap, CAPPED: tl.constexpr, ARE_HALVES: tl.constexpr):
-    """Of rows and tokens; -inf where a row does not see one. tf32 holds every 16-bit number."""
+    """Logits [BLOCK_R, BLOCK_T], -inf where a row does not see a token."""
+    # tf32 represents every 16-bit number exactly; float32 takes three products of tf32 parts.
     logits = tl.dot(q, tl.trans(k), input_precision="tf32" if ARE_HALVES else "tf32x3") * scale
     if CAPPED:
         logits = capped(logits, softcap)
@@ -89,36 +94,42 @@ def log_sums_kernel(
     CAPPED: tl.constexpr,
     Q_STORAGE: tl.constexpr,
     STORAGE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """A program has BLOCK_R rows of a head and reads the keys that one of them sees. VECTOR channels are aligned."""
+    """Each program computes the log-sums of BLOCK_R rows of one head. VECTOR channels are aligned."""
     ARE_HALVES: tl.constexpr = (Q_STORAGE != "fp32") and (STORAGE != "fp32")
+    # Sequence, head and tile of rows of the program.
     tiles = (rows + BLOCK_R - 1) // BLOCK_R
     i_head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     i_batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    # The queries [BLOCK_R, BLOCK_D] stay in registers.
     row = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     q, visible = load_probes(
         a_q, q_batch, q_head, q_token, a_positions, a_mask, mask_stride, i_batch, i_head, row, rows, probes, length,
-        HAS_MASK, Q_STORAGE, WIDTH, VECTOR, BLOCK_D,
+        HAS_MASK, Q_STORAGE, HEAD_DIM, VECTOR, BLOCK_D,
     )  # fmt: skip
-    most = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    row_max = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
+    # Online softmax over tiles of BLOCK_T keys, up to the last that one of the rows sees.
     for first in range(0, tl.max(visible), BLOCK_T):
         token = first + tl.arange(0, BLOCK_T).to(tl.int64)
         k, held = load_keys(
             a_k, k_batch, k_head, k_token, a_mask, mask_stride, i_batch, i_head, token, length,
-            HAS_MASK, STORAGE, WIDTH, VECTOR, BLOCK_D,
+            HAS_MASK, STORAGE, HEAD_DIM, VECTOR, BLOCK_D,
         )  # fmt: skip
         logits = logits_of(q, k, visible, token, held, scale, softcap, CAPPED, ARE_HALVES)
-        now = tl.maximum(most, tl.max(logits, 1))
+        # Scale the old sum [BLOCK_R] to the new row max and add the weights of this tile [BLOCK_R, BLOCK_T].
+        now = tl.maximum(row_max, tl.max(logits, 1))
+        # A row that has seen no token subtracts 0, which avoids -inf - -inf.
         shift = tl.where(now == float("-inf"), 0.0, now)
-        total = total * tl.exp(most - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
-        most = now
-    lse = tl.where(total == 0.0, float("-inf"), most + tl.log(total))
+        total = total * tl.exp(row_max - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        row_max = now
+    # A row that sees nothing gets -inf.
+    lse = tl.where(total == 0.0, float("-inf"), row_max + tl.log(total))
     tl.store(p_lse + ((i_batch * heads + i_head) * rows + row), lse, mask=row < rows)
 
 
@@ -147,31 +158,35 @@ def column_sums_kernel(
     CAPPED: tl.constexpr,
     Q_STORAGE: tl.constexpr,
     STORAGE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """A program has BLOCK_T tokens of a head and meets its rows in their order."""
+    """Each program adds up the probabilities of BLOCK_T tokens of one head, in the order of the rows."""
     ARE_HALVES: tl.constexpr = (Q_STORAGE != "fp32") and (STORAGE != "fp32")
+    # Sequence, head and tile of tokens of the program.
     tiles = (length + BLOCK_T - 1) // BLOCK_T
     i_head = tl.program_id(0) // tiles % heads
     i_batch = tl.program_id(0) // tiles // heads
+    # The keys [BLOCK_T, BLOCK_D] stay in registers.
     first = tl.program_id(0) % tiles * BLOCK_T
     token = first + tl.arange(0, BLOCK_T)
     k, held = load_keys(
         a_k, k_batch, k_head, k_token, a_mask, mask_stride, i_batch, i_head, token, length,
-        HAS_MASK, STORAGE, WIDTH, VECTOR, BLOCK_D,
+        HAS_MASK, STORAGE, HEAD_DIM, VECTOR, BLOCK_D,
     )  # fmt: skip
     sums = tl.zeros((BLOCK_T,), tl.float32)
+    # Tile by tile of BLOCK_R rows. A tile whose rows all end before these tokens is skipped.
     for first_row in range(0, rows, BLOCK_R):
         row = first_row + tl.arange(0, BLOCK_R)
         q, visible = load_probes(
             a_q, q_batch, q_head, q_token, a_positions, a_mask, mask_stride, i_batch, i_head, row, rows, probes,
-            length, HAS_MASK, Q_STORAGE, WIDTH, VECTOR, BLOCK_D,
+            length, HAS_MASK, Q_STORAGE, HEAD_DIM, VECTOR, BLOCK_D,
         )  # fmt: skip
         if tl.max(visible) > first:
+            # Probabilities exp(logit - lse), [BLOCK_R, BLOCK_T]. A row that sees nothing has lse -inf and adds nothing.
             p_row = p_lse + ((i_batch * heads + i_head) * rows + row)
             lse = tl.load(p_row, mask=row < rows, other=float("-inf"))
             logits = logits_of(q, k, visible, token, held, scale, softcap, CAPPED, ARE_HALVES)

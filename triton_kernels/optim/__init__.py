@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizer steps on GPUs, in Triton."""
 
-from .launchers import OPS
+from . import grad_norm, launchers
 
-__all__ = ["OPS"]
+__all__ = ["grad_norm", "launchers"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norm, divisor and non-finite flag of all gradients, from one read of them."""
+"""The norm, divisor and non-finite flag of all gradients, from a single read of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._errors import require
+from ..._ops import optim as ops
 from .._common import (
     LAUNCH_OPTIONS,
     STORAGE,
@@ -29,7 +30,7 @@ from .._table import BLOCK, IS_ALIGNED, NUMEL, PARAM, WIDTH, Record, Table, is_d
 
 @triton.jit
 def square_tile(address, start, end, squares, STORAGE: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Adds the squares of elements [start, start + BLOCK): a full tile by aligned vectors, any other with a mask."""
+    """Adds the squares of elements [start, start + BLOCK): a full tile as aligned vectors, any other with a mask."""
     mask = None if FULL else start + tl.arange(0, BLOCK) < end
     return squares + square(load(tile_pointers(address, start, STORAGE, FULL, BLOCK), mask, STORAGE), mask)
 
@@ -52,13 +53,17 @@ def grad_norm_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The chunks from ``first`` on, all of one storage type; the last of all ``total`` programs finishes the result."""
+    """Each program sums the squares of one chunk; the last of all ``total`` programs computes the result.
+
+    A launch serves the chunks of one storage type, from ``first`` on. The result is [norm, divisor, non-finite flag].
+    """
     i_program = first + tl.program_id(0)
     chunk = tl.load(p_chunks + i_program)
     p_record = p_records + (chunk >> 32) * WIDTH
     address = tl.load(p_record + PARAM)
     begin = (chunk & 0xFFFFFFFF) * CHUNK
     end = tl.minimum(begin + CHUNK, tl.load(p_record + NUMEL))
+    # Full tiles up to full_end as aligned vectors, the rest with a mask.
     full_end = begin
     if tl.load(p_record + IS_ALIGNED) != 0:
         full_end = end - (end - begin) % BLOCK
@@ -69,6 +74,7 @@ def grad_norm_kernel(
         squares = square_tile(address, start, end, squares, STORAGE, False, BLOCK)
     tl.store(p_partials + i_program * 2, tl.sum(squares))
 
+    # The ticket counts the programs of all launches. Gradients are to be divided by loss scale / clip, if clip < 1.
     if is_last_program(p_tickets, total):
         squared = sum_partials(p_partials, total, BLOCK)
         scale = load_scalar(a_grad_scale.to(tl.int64), 1.0)
@@ -82,7 +88,7 @@ def grad_norm_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """A table in which gradients of one storage type stand together, and the number of chunks of each type."""
+    """A table with the gradients of each storage type next to each other, and the number of chunks of each type."""
 
     table: Table
     chunk_counts: dict[str, int]
@@ -101,6 +107,7 @@ def _make_plan(op: str, grads: Sequence[Tensor]) -> Plan:
     return Plan(table, {storage: sum(r.chunk_count for r in rows) for storage, rows in records.items()})
 
 
+@ops.grad_norm.triton
 def grad_norm(
     grads: Sequence[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
 ) -> Tensor:
@@ -112,7 +119,7 @@ def grad_norm(
     device = grads[0].device
     a_grad_scale = require_scalar(op, "grad_scale", grad_scale, device)
     with device_guard(device):
-        # Any order of the elements has the same norm.
+        # The norm does not depend on the order of elements.
         flat = [g if is_dense(g) else g.contiguous() for g in grads]
         content = identities(flat), layouts(flat)
         plan = _plans.get(content[0], content, device, lambda: _make_plan(op, flat))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One Triton engine for every optimizer rule, and the launchers of the ops, whose arguments ``singlepass._ops.optim``
-defines.
+"""One Triton kernel for all optimizer rules, and the launchers of the ops. ``singlepass._ops.optim`` defines their
+arguments.
 
-A step over any number of tensors of the same dtypes is one launch, two for rules with norms. Step counts, learning
-rate, loss scale and the non-finite flag are read on the device, for which the host never waits: a CUDA graph can replay
-a step. Make one step before a graph is captured, so that its kernels are compiled and loaded.
+A step over any number of tensors of the same dtypes is one launch, or two for rules with norms. The kernel reads step
+counts, learning rate, loss scale and the non-finite flag on the device, and the host never waits for it, so a CUDA
+graph can replay a step. Take one step before capturing a graph, so that the kernels are compiled and loaded.
 """
 
 from __future__ import annotations
@@ -63,10 +63,7 @@ from .._table import (
     make_table,
     same_layout,
 )
-from .grad_norm import grad_norm
 from .rules import RULES, Pass
-
-__all__ = ["OPS", "STEPS", "grad_norm"]
 
 
 @triton.jit
@@ -90,7 +87,11 @@ def run_tile(
     FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements [start, start + BLOCK) of a tensor: a full tile by aligned vectors, any other with a mask."""
+    """Applies a rule to elements [start, start + BLOCK): a full tile as aligned vectors, any other with a mask.
+
+    Returns ``squares0`` and ``squares1`` [BLOCK] with the squares of a norm pass added.
+    """
+    # Load a tile [BLOCK] of each tensor that this pass reads: parameter, gradient, states. The others count as 0.
     mask = None if FULL else start + tl.arange(0, BLOCK) < end
     pointers = ()
     values = ()
@@ -101,6 +102,7 @@ def run_tile(
         else:
             values = values + (0.0,)
 
+    # Apply the rule in float32. A norm pass adds up the squares of the two vectors whose norms the rule needs.
     p = values[0]
     g = values[1] * factor
     if IS_NORM_PASS:
@@ -110,6 +112,7 @@ def run_tile(
     else:
         p, s = FUNCTION(c, p, g, values[2:])
 
+    # Store what this pass writes, in each tensor's own type. Only a bfloat16 parameter is rounded stochastically.
     values = (p, g) + s
     for k in tl.static_range(len(STORAGES)):
         if WRITES[k]:
@@ -161,17 +164,19 @@ def step_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pass over all tensors of a table; each program does one chunk of one tensor.
+    """One pass over all tensors of a table. Each program takes one chunk of one tensor.
 
-    ``h`` are the rule's hyperparameters, ``direction`` is -1 to maximize, ``a_*`` are addresses of float32 scalars or
-    null. FUNCTION is the rule's norm_terms or update.
+    ``h*`` are the rule's hyperparameters, ``direction`` is -1 to maximise, and ``a_*`` are addresses of float32
+    scalars, or null. FUNCTION is the rule's norm_terms or update.
     """
+    # A step with non-finite gradients changes nothing, step counts included.
     if load_scalar(a_found_inf.to(tl.int64), 0.0) != 0.0:
         return
 
+    # Find the tensor and the chunk of the program.
     i_program = tl.program_id(0)
     if APPLY_NORMS is not None and not IS_NORM_PASS:
-        # Backwards, to meet in the cache what the norm pass touched last.
+        # The update goes backwards, so that it starts with what the norm pass has left in the cache.
         i_program = tl.num_programs(0) - 1 - i_program
     chunk = tl.load(p_chunks + i_program)
     i_tensor = chunk >> 32
@@ -182,6 +187,8 @@ def step_kernel(
     for k in tl.static_range(len(STORAGES)):
         addresses = addresses + (tl.load(p_record + PARAM + k),)
 
+    # Compute the rule's coefficients in float64 and round them to float32 scalars. `finished` counts earlier steps.
+    # Every program repeats this, which costs little next to a chunk.
     finished = double(0.0)
     if COUNTS:
         p_step = tl.load(p_record + STEP).to(tl.pointer_type(tl.float32))
@@ -190,12 +197,16 @@ def step_kernel(
     rate = learning_rate(lr, a_lr)
     c = COEFFICIENTS(h, rate, finished + 1.0, load_scalar(tl.load(p_record + SCALE), 1.0), FLAGS)
     if APPLY_NORMS is not None and not IS_NORM_PASS:
+        # The norm pass has left the two squared norms of the tensor.
         p_norm = p_norms + i_tensor * 2
         c = APPLY_NORMS(h, c, (tl.load(p_norm), tl.load(p_norm + 1)), FLAGS)
     factor = gradient_factor(direction, a_grad_scale)
 
+    # The random bits of an element depend on seed, tensor id, step and index alone.
     low = tl.load(p_record + ID)
     high = finished.to(tl.int64)
+    # Tile by tile over the elements [begin, end) of the chunk: full tiles up to full_end as aligned vectors; the rest,
+    # or everything in a tensor that is not aligned, with a mask.
     begin = i_chunk * CHUNK
     end = tl.minimum(begin + CHUNK, numel)
     full_end = begin
@@ -214,8 +225,11 @@ def step_kernel(
             FUNCTION, IS_NORM_PASS, STORAGES, READS, WRITES, STOCHASTIC, False, BLOCK)
     # fmt: on
 
+    # The last program of a tensor finishes it: after a norm pass it adds the partial sums [chunks, 2] of all programs,
+    # after an update it counts the step, when no program needs the old count any more.
     count = tl.maximum(tl.cdiv(numel, CHUNK), 1)
     if IS_NORM_PASS:
+        # Chunks of a tensor are neighbours in the table, so that its partial sums are contiguous.
         p_partial = p_partials + i_program.to(tl.int64) * 2
         tl.store(p_partial, tl.sum(squares0))
         tl.store(p_partial + 1, tl.sum(squares1))
@@ -230,7 +244,7 @@ def step_kernel(
 
 @dataclass(frozen=True)
 class Bucket:
-    """The tensors of one combination of dtypes: one launch for each pass."""
+    """The tensors of one combination of dtypes, which share a launch in each pass."""
 
     table: Table
     storages: tuple[str, ...]
@@ -248,7 +262,7 @@ def _make_buckets(
     steps: Sequence[Tensor],
     ids: Sequence[int],
 ) -> list[Bucket]:
-    """Checks what memory safety needs and builds the tables. Gradients are laid out like parameters already."""
+    """Checks what memory safety needs and builds the tables. Gradients already have the layouts of their parameters."""
     device = require_device(op, [params, grads, *states, scales, steps])
     records: dict[tuple[str, ...], list[Record]] = {}
     for i, p in enumerate(params):
@@ -273,16 +287,16 @@ def _make_buckets(
 
 
 def _touched(memory_pass: Pass, states: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-    """Which tensors of a record a pass reads, and which it writes."""
+    """Two flags for each tensor of a record: the pass reads it, the pass writes it."""
     kinds = "pg" + "s" * states
     return tuple(k in memory_pass.reads for k in kinds), tuple(k in memory_pass.writes for k in kinds)
 
 
 def _make_step(name: str) -> Callable[..., None]:
+    """Makes the launcher of one rule's op."""
     op, rule = ops.RULES[name], RULES[name]
-    declarations = [declaration.split() for declaration in op.hyper.split(",")]
-    floats = [hyper for kind, hyper in declarations if kind == "float"]
-    flags = [hyper for kind, hyper in declarations if kind == "bool"]
+    floats = [name for name, kind in op.hyper.items() if kind == "float"]
+    flags = [name for name, kind in op.hyper.items() if kind == "bool"]
     betas = [hyper for hyper in floats if hyper.startswith("beta")]
     passes = [rule.update] if rule.norm is None else [rule.norm, rule.update]
 
@@ -300,27 +314,29 @@ def _make_step(name: str) -> Callable[..., None]:
         if not params:
             return
         *lists, steps, lr = args
-        # Only the maximum of AMSGrad may be missing.
+        # Only the state for AMSGrad's maximum is optional.
         states = [s for s, key in zip(lists, op.states, strict=False) if s or not key.startswith("max_")]
         scales = lists[len(op.states)] if op.scale else []
         counters = [steps, ids] if seed is not None else [values for values in (steps, ids) if values]
-        require_lengths(op.op_name, params, (grads, *states, *([scales] if op.scale else []), *counters))
+        require_lengths(op.name, params, (grads, *states, *([scales] if op.scale else []), *counters))
         device = params[0].device
-        a_lr = address_of_lr(op.op_name, lr, device)
-        a_grad_scale = require_scalar(op.op_name, "grad_scale", grad_scale, device)
-        a_found_inf = require_scalar(op.op_name, "found_inf", found_inf, device)
+        a_lr = address_of_lr(op.name, lr, device)
+        a_grad_scale = require_scalar(op.name, "grad_scale", grad_scale, device)
+        a_found_inf = require_scalar(op.name, "found_inf", found_inf, device)
 
         with device_guard(device):
             layout = layouts(params)
             if layouts(grads) != layout:
-                grads = [laid_out_like(op.op_name, g, p) for g, p in zip(grads, params, strict=True)]
+                grads = [laid_out_like(op.name, g, p) for g, p in zip(grads, params, strict=True)]
             lists = [params, grads, *states, scales, steps]
+            # Tables are kept while addresses, dtypes and layouts stay the same.
             buckets = _buckets.get(
                 (name, *map(Tensor.data_ptr, grads)),
                 (*map(identities, lists), layout, *map(layouts, states), tuple(ids)),
                 device,
-                lambda: _make_buckets(op.op_name, params, grads, states, scales, steps, ids),
+                lambda: _make_buckets(op.name, params, grads, states, scales, steps, ids),
             )
+            # The float hyperparameters, then the logarithms of the betas, padded to the slots of the kernel.
             h = [hyper[key] for key in floats]
             h += [log_of(hyper[key]) for key in betas]
             h += [0.0] * (HYPER_SLOTS - len(h))
@@ -355,10 +371,10 @@ def _make_step(name: str) -> Callable[..., None]:
                         **LAUNCH_OPTIONS,
                     )
 
-    step_.__name__ = step_.__qualname__ = op.op_name
-    step_.__doc__ = f"{op.op_name} in Triton. Arguments as in ``singlepass._ops.optim``."
+    step_.__name__ = step_.__qualname__ = op.name
+    step_.__doc__ = f"{op.name} in Triton. Arguments as in ``singlepass._ops.optim``."
     return step_
 
 
-STEPS = {ops.RULES[name].op_name: _make_step(name) for name in RULES}
-OPS = {**STEPS, "grad_norm": grad_norm}
+for _name in RULES:
+    ops.RULES[_name].triton(_make_step(_name))

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The update rules, one pair of functions each: the counterpart of ``csrc/optim/<rule>.h``.
+"""The update rules, the counterparts of ``csrc/optim/<rule>.h``. Each has two functions:
 
-* ``coefficients(h, lr, step, scale, FLAGS)``: float64 scalars in, a tuple of float32 scalars out. ``h`` has the op's
-  float hyperparameters in the schema's order, then the logarithms of its betas; FLAGS has the bool ones. ``step``
-  counts from 1.
-* ``update(c, p, g, s)``: one tile on registers; returns the new parameter and the tuple of new states. The order of
-  operations is the header's, so that the bits are the same.
+* ``coefficients(h, lr, step, scale, FLAGS)`` takes float64 scalars and returns a tuple of float32 scalars. ``h`` has
+  the op's float hyperparameters in the order of its schema, then the logarithms of its betas. FLAGS has the bool
+  hyperparameters. ``step`` counts from 1.
+* ``update(c, p, g, s)`` works on one tile in registers. It returns the new parameter and the tuple of new states. The
+  order of operations is that of the header, so that the bits are the same.
 
-Rules that need norms of the whole tensor first (LAMB, LARS) have a pass before the update, and two more functions:
+Rules that need norms of the whole tensor first (LAMB, LARS) have a norm pass before the update, and two more functions:
 
-* ``norm_terms(c, p, g, s)``: returns the two vectors whose norms are wanted, and the states.
-* ``apply_norms(h, c, squares, FLAGS)``: brings the two squared norms into the coefficients.
+* ``norm_terms(c, p, g, s)`` returns the two vectors whose norms are needed, and the states.
+* ``apply_norms(h, c, squares, FLAGS)`` returns the coefficients with the two squared norms applied.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .._common import double, maximum, one_plus_exp_negative, sign
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass over memory. It reads and writes "p" the parameter, "g" the gradient, "s" the states."""
+    """One pass over memory. ``reads`` and ``writes`` name "p" the parameter, "g" the gradient and "s" the states."""
 
     function: Any
     reads: str
@@ -112,7 +112,7 @@ def adabelief_coefficients(h, lr, step, scale, FLAGS: tl.constexpr):
         n_max = 2.0 / (1.0 - beta2) - 1.0
         n = n_max - 2.0 * step * (1.0 - correction2) / correction2
         adaptive = n >= 5.0
-        inverse_root2 = double(1.0)  # the correction is part of the rectification
+        inverse_root2 = double(1.0)  # the ratio contains the correction
         ratio = correction2 * (n - 4.0) / (n_max - 4.0) * (n - 2.0) / n * n_max / (n_max - 2.0)
         fallback = step_size if degenerated_to_sgd else double(0.0)
         step_size = tl.where(adaptive, step_size * tl.sqrt(tl.abs(ratio)), fallback)
@@ -184,7 +184,7 @@ def adan_update(c, p, g, s):
     n = beta3 * s[2] + rest3 * (lookahead * lookahead)
     denominator = tl.sqrt_rn(n) * inverse3 + eps
     step = tl.div_rn(step_size * m + difference_step_size * v, denominator)
-    # Triton 3.6 takes -g for 0 - g, and loses the sign of zero.
+    # Triton 3.6 compiles -g as 0 - g, which loses the sign of zero.
     return (p * decay - step) * shrink, (m, v, n, g * -1.0)
 
 
@@ -309,7 +309,7 @@ RULES = {
     "adabelief": Rule(adabelief_coefficients, Pass(adabelief_update, "pgs", "ps")),
     "adan": Rule(adan_coefficients, Pass(adan_update, "pgs", "ps")),
     "diffgrad": Rule(diffgrad_coefficients, Pass(diffgrad_update, "pgs", "ps")),
-    # The norm pass updates the moments; the update pass makes the direction again from them.
+    # The norm pass updates the moments; the update pass computes the direction again from them.
     "lamb": Rule(lamb_coefficients, Pass(lamb_update, "ps", "p"), Pass(lamb_norm_terms, "pgs", "s"), lamb_apply_norms),
     "lars": Rule(lars_coefficients, Pass(lars_update, "pgs", "ps"), Pass(lars_norm_terms, "pg", ""), lars_apply_norms),
     "sgdsai": Rule(sgdsai_coefficients, Pass(sgdsai_update, "pgs", "ps")),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rational activations compute on a tile of registers: the function, its coefficients and random numbers.
+"""Rational activations on a tile in registers: the function, its coefficients and its random numbers.
 
-The mathematics is that of ``csrc/rational/rational.h``. Additions of products are fused on purpose:
-they are spelled ``fma``.
+The mathematics is that of ``csrc/rational/rational.h``. Products are fused with additions only where the code says
+``fma``.
 """
 
 import triton
@@ -11,12 +11,12 @@ import triton.language as tl
 from .._common import element_pointer, load
 
 A, B, C, D = (tl.constexpr(form) for form in range(4))
-_NUMERATOR, _DENOMINATOR = tl.constexpr(1), tl.constexpr(2)  # streams of random numbers; dropout's is 0
+_NUMERATOR, _DENOMINATOR = tl.constexpr(1), tl.constexpr(2)  # streams of random numbers; dropout uses 0
 
 
 @triton.jit
 def polynomial(c, x):
-    """c[0] + c[1] x + ..., of degree one at least, and its derivative."""
+    """c[0] + c[1] x + ..., of degree one or more, and its derivative, both by Horner's rule."""
     DEGREE: tl.constexpr = len(c) - 1
     slope = c[DEGREE]
     value = tl.fma(x, slope, c[DEGREE - 1])
@@ -28,7 +28,7 @@ def polynomial(c, x):
 
 @triton.jit
 def inner_polynomial(b, x, FORM: tl.constexpr):
-    """What the denominator takes the absolute value of; in form A the denominator itself. And the derivative."""
+    """The polynomial inside the denominator's absolute value (form A: the denominator itself), and its derivative."""
     if FORM == A:
         return polynomial(b, tl.abs(x))
     else:
@@ -56,7 +56,7 @@ def read_coefficients(address, first, COUNT: tl.constexpr, STORAGE: tl.constexpr
 
 @triton.jit
 def read_denominator(address, first, COUNT: tl.constexpr, FORM: tl.constexpr, STORAGE: tl.constexpr):
-    """b from the constant up, which only form C stores. Form A has absolute values."""
+    """Coefficients b from the constant up. Only form C stores the constant; form A takes absolute values."""
     b = read_coefficients(address, first, COUNT, STORAGE)
     if FORM == C:
         return b
@@ -79,7 +79,7 @@ def random_words(seed, counter, stream):
 
 @triton.jit
 def noise(seed, element, stream, COUNT: tl.constexpr):
-    """COUNT factors from [0.9, 1.1) for every element."""
+    """COUNT factors in [0.9, 1.1) for every element, each from 16 random bits."""
     words = random_words(seed, element, stream)
     factors = ()
     for k in tl.static_range(COUNT):
@@ -90,7 +90,7 @@ def noise(seed, element, stream, COUNT: tl.constexpr):
 
 @triton.jit
 def draw_noise(seed, element, COUNT_A: tl.constexpr, COUNT_B: tl.constexpr):
-    """Factors for a and for b, whose constant has none."""
+    """Factors for a and for b. The constant of b has the factor 1."""
     one = (tl.full((), 1.0, tl.float32),)
     return noise(seed, element, _NUMERATOR, COUNT_A), one + noise(seed, element, _DENOMINATOR, COUNT_B - 1)
 
@@ -105,9 +105,12 @@ def multiply(c, factors):
 
 @triton.jit
 def are_kept(seed, first, threshold, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which elements of a tile dropout keeps; ``first`` are the numbers of its rows' first elements. Random bits come
-    by eights: DROPOUT is "blocks" where a tile has them whole, "elements" where every element draws its own eight.
+    """The mask of elements of a tile that dropout keeps. ``first`` [BLOCK_R, 1]: the index of each row's first element.
+
+    One Philox block serves eight elements. DROPOUT is "blocks" if tiles consist of whole blocks, and "elements" if each
+    element must compute the block that it lies in.
     """
+    # Element i uses half i % 2 of word (i % 8) / 2.
     if DROPOUT == "blocks":
         w0, w1, w2, w3 = random_words(seed, first // 8 + tl.arange(0, BLOCK_C // 8)[None, :], 0)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
@@ -124,7 +127,7 @@ def are_kept(seed, first, threshold, DROPOUT: tl.constexpr, BLOCK_R: tl.constexp
 
 @triton.jit
 def add_powers(sums, weight, x):
-    """Adds weight * x^k to the k-th sum."""
+    """Adds weight * x^k to sum k."""
     new = (sums[0] + weight,)
     power = x
     for k in tl.static_range(1, len(sums)):
@@ -135,6 +138,7 @@ def add_powers(sums, weight, x):
 
 @triton.jit
 def add_noisy_powers(sums, weight, x, factors):
+    """Adds weight * x^k * factor k to sum k."""
     new = ()
     for k in tl.static_range(len(sums)):
         new = new + (tl.fma(weight, factors[k], sums[k]),)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tensors of any strides become rows, channels and columns, and how these are divided among programs."""
+"""Views tensors of any strides as rows, channels and columns, and divides these among programs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NARROW = (16, 32, 64, 128)  # widths of tiles, next to one row
+NARROW = (16, 32, 64, 128)  # widths of tiles, besides a tile of a single row
 MOST_BIAS_PARTIALS = 1 << 17
 
 
 class Layout(NamedTuple):
-    """What a launch has to know of a tensor; ``misaligned`` by so many bytes of sixteen."""
+    """All that a launch depends on of a tensor but its address. ``misaligned``: the address modulo 16."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
 @dataclass
 class View:
-    """A tensor of (rows, channels, columns), the columns next to each other."""
+    """A tensor as (rows, channels, columns), the columns contiguous: strides of rows (``outer``) and of channels."""
 
     outer: int
     channel: int
@@ -46,14 +46,14 @@ class View:
 
 
 class Order:
-    """The dimensions in the order of the result's memory: those before the channels, the channels, those after them."""
+    """The dimensions in the order of the result's memory: those before the channels, the channels, those after."""
 
     def __init__(self, y: Layout, channel_dim: int) -> None:
         self.y, self.channel = y, channel_dim
         dims = [d for d in range(len(y.shape)) if d == channel_dim or y.shape[d] != 1]
         dims.sort(key=y.stride.__getitem__, reverse=True)
         place = dims.index(channel_dim)
-        # One channel alone stands anywhere: in front of all others, it leaves the longest runs.
+        # A single channel can be anywhere. In front of all other dimensions it leaves the longest runs of columns.
         self.outer, self.inner = dims[:place], dims[place + 1 :]
         self.channels = y.shape[channel_dim]
         if self.channels == 1:
@@ -62,7 +62,7 @@ class Order:
         self.columns = math.prod(y.shape[d] for d in self.inner)
 
     def view(self, t: Layout) -> View:
-        """Of a copy in the result's layout where strides can't be expressed."""
+        """The view of a tensor, or of a copy in the result's layout if its strides do not fit a view."""
         fits = self._fits(t)
         seen = t if fits else self.y
         outer = seen.stride[self.outer[-1]] if self.outer else 0
@@ -80,7 +80,7 @@ class Order:
 
 @dataclass
 class Geometry:
-    """The shape of the work. Without a bias, a group's channels are one, and rows too if they follow each other."""
+    """The shape of the work. Without a bias, channels of a group become columns where contiguous, and so may rows."""
 
     rows: int
     channels: int
@@ -110,7 +110,7 @@ class Geometry:
         return self.channels // self.groups
 
     def strides(self, views: list[View]) -> Iterator[int]:
-        """All strides that take part, in elements: rows and channels start at multiples of their common divisor."""
+        """All strides in use, in elements. Rows and channels start at multiples of their greatest common divisor."""
         for v in views:
             if self.rows > 1:
                 yield v.outer
@@ -118,7 +118,7 @@ class Geometry:
                 yield v.channel
 
     def block(self, tile: int) -> tuple[int, int]:
-        """The widest tile that covers few columns in vain. Rows have no say: batches of any size take the same code."""
+        """The widest tile that wastes few columns. Rows do not matter: batches of any size run the same code."""
         covered = {width: -(-self.columns // width) * width for width in (*NARROW, tile)}
         width = max(width for width in covered if covered[width] <= 1.0625 * min(covered.values()))
         return tile // width, width
@@ -126,7 +126,7 @@ class Geometry:
 
 @dataclass
 class Parts:
-    """How a group's work is divided among programs: units of tiles, all with as many."""
+    """The division of a group's work among programs. Each of the ``units`` has the same number of ``tiles``."""
 
     units: int
     tiles: int

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rational activations on tiles of registers: forward, backward, and the sums of what backward's programs leave.
+"""Rational activations on tiles in registers: forward, backward, and the reduction of backward's partial sums.
 
-Tensors are (rows, channels, columns): element (r, c, i) stands at r * outer_stride + c * channel_stride + i. A program
-does tiles of [BLOCK_R, BLOCK_C] rows and columns within one group of channels, whose coefficients it reads once. Its
-units are the group's channels; where BIAS is "columns", columns are themselves the channels of a group, and the units
-are tiles of columns. So a program meets all rows of one channel, whose bias gradient it sums, before the next one.
+Tensors are (rows, channels, columns): element (r, c, i) is at r * outer_stride + c * channel_stride + i. A program
+belongs to one group of channels, whose coefficients it reads once. It works on some units, and in each unit on some
+tiles of [BLOCK_R, BLOCK_C] rows and columns. The units are the channels of the group; where BIAS is "columns", the
+columns are themselves the channels of the group, and a unit is a tile of columns. A program finishes one unit before
+it starts the next, so that it needs accumulators for the bias gradient of one unit only.
 """
 
 import triton
@@ -29,7 +30,8 @@ from .functions import (
 
 @triton.jit
 def span(i_part, units, tiles, unit_parts, tile_parts):
-    """First and end of a part's units and tiles. Parts differ by one at most."""
+    """Begin and end of the units, and of the tiles, of a part. The sizes of parts differ by one at most."""
+    # Part i of n has the units [i * units / n, (i + 1) * units / n).
     unit = units.to(tl.int64) * (i_part % unit_parts)
     tile = tiles.to(tl.int64) * (i_part // unit_parts)
     return unit // unit_parts, (unit + units) // unit_parts, tile // tile_parts, (tile + tiles) // tile_parts
@@ -37,14 +39,15 @@ def span(i_part, units, tiles, unit_parts, tile_parts):
 
 @triton.jit
 def unit_channel(i_group, unit, group_size, BIAS: tl.constexpr):
-    """The first channel of a unit's tensors."""
+    """The channel at which a unit's pointers start. Where columns are channels, that is the first of the group."""
     first = i_group.to(tl.int64) * group_size
     return first if BIAS == "columns" else first + unit
 
 
 @triton.jit
 def tile_place(unit, tile, column_tiles, BIAS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A tile's rows, (BLOCK_R, 1), and its first column."""
+    """The rows [BLOCK_R, 1] of a tile, and its first column."""
+    # A unit that is a tile of columns has one tile for each tile of rows. Other units count tiles row by row.
     i_row, i_column = tile, unit
     if BIAS != "columns":
         i_row = tl.cast(tile, tl.int32) // column_tiles
@@ -55,21 +58,22 @@ def tile_place(unit, tile, column_tiles, BIAS: tl.constexpr, BLOCK_R: tl.constex
 
 @triton.jit
 def tile_mask(row, column, rows, columns, VECTOR: tl.constexpr):
-    # A multiplication by VECTOR shows that no vector is cut.
+    # The multiplication by VECTOR proves to the compiler that the mask cuts no vector.
     return (row < rows) & (column < columns // VECTOR * VECTOR)
 
 
 @triton.jit
 def pointers(address, channel, row, column, strides, STORAGE: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to a tile, VECTOR elements of a row aligned."""
+    """Pointers to a tile, whose rows consist of aligned vectors of VECTOR elements."""
     WIDTH: tl.constexpr = 4 if STORAGE == "fp32" else 2
+    # The multiplication by VECTOR proves to the compiler that rows start at whole vectors.
     p_channel = element_pointer(address, channel * strides[1], STORAGE, VECTOR * WIDTH)
     return p_channel + (row * (strides[0] // VECTOR * VECTOR) + column)
 
 
 @triton.jit
 def load_bias(a_bias, channel, unit, columns, BIAS: tl.constexpr, STORAGE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A unit's bias: (1, BLOCK_C) or a scalar."""
+    """The bias of a unit: [1, BLOCK_C] where columns are channels, else a scalar."""
     if BIAS == "columns":
         column = tl.cast(unit, tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
         return load(element_pointer(a_bias, channel, STORAGE, 1) + column, column < columns, STORAGE)
@@ -136,24 +140,29 @@ def forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """y = dropout(P(x + bias) / Q(x + bias)) * gate. COUNT_A and COUNT_B: how many coefficients a group stores."""
+    # Load the coefficients of the group, which stay in registers. A stride of 0 shares one table among all groups.
     i_group = tl.program_id(0) % groups
     a = read_coefficients(a_numerator, i_group * numerator_stride, COUNT_A, STORAGE_A)
     b = read_denominator(a_denominator, i_group * denominator_stride, COUNT_B, FORM, STORAGE_B)
     if FORM == D or DROPOUT is not None:
         seed = load_seed(a_seed)
+    # Unit by unit, and tile by tile within it.
     unit_begin, unit_end, begin, end = span(tl.program_id(0) // groups, units, tiles, unit_parts, tile_parts)
     for unit in range(unit_begin, unit_end):
         channel = unit_channel(i_group, unit, group_size, BIAS)
         if BIAS is not None:
             bias = load_bias(a_bias, channel, unit, columns, BIAS, STORAGE_BIAS, BLOCK_C)
         for tile in range(begin, end):
+            # Load x, [BLOCK_R, BLOCK_C].
             row, first = tile_place(unit, tile, column_tiles, BIAS, BLOCK_R, BLOCK_C)
             column = first + tl.arange(0, BLOCK_C)[None, :]
             m_tile = tile_mask(row, column, rows, columns, VECTOR)
             x = load(pointers(a_x, channel, row, column, (x_outer, x_channel), STORAGE, VECTOR), m_tile, STORAGE)
             if BIAS is not None:
                 x += bias
-            first += channel * y_channel + row * y_outer  # the numbers of the rows' first elements
+            # [BLOCK_R, 1]: the offsets in y of the rows' first elements, which count the random numbers.
+            first += channel * y_channel + row * y_outer
+            # P(x), and the polynomial inside Q(x). Form D multiplies the coefficients by noise for every element.
             if FORM == D:
                 noise_a, noise_b = draw_noise(seed, first + tl.arange(0, BLOCK_C)[None, :], len(a), len(b))
                 p, _ = polynomial(multiply(a, noise_a), x)
@@ -161,6 +170,7 @@ def forward_kernel(
             else:
                 p, _ = polynomial(a, x)
                 q, _ = inner_polynomial(b, x, FORM)
+            # Divide, drop, multiply by the gate, and store y.
             y = p / denominator_of(q, FORM)
             if DROPOUT is not None:
                 y = tl.where(are_kept(seed, first, threshold, DROPOUT, BLOCK_R, BLOCK_C), y * keep_scale, 0.0)
@@ -172,6 +182,7 @@ def forward_kernel(
 
 @triton.jit
 def zeros(COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """A tuple of COUNT tiles of zeros."""
     tiles = ()
     for _ in tl.static_range(COUNT):
         tiles = tiles + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
@@ -225,20 +236,23 @@ def backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """x's gradient, stored at ``a_y``, the gate's, and each program's sums of the others' terms.
+    """Stores the gradients of x (at ``a_y``) and of the gate, and partial sums of those of coefficients and bias.
 
     With r = 1/Q, f = P r and g' = g r: dx = g' (P' - f Q'), da_k = g' x^k, db_k = -f g' dQ/db_k.
     """
     i_group = tl.program_id(0) % groups
     i_part = tl.program_id(0) // groups
     parts = unit_parts * tile_parts
+    # The coefficients of the group. Only form C stores the constant b_0, so others sum the terms of b from b_1 on.
     a = read_coefficients(a_numerator, i_group * numerator_stride, COUNT_A, STORAGE_A)
     b = read_denominator(a_denominator, i_group * denominator_stride, COUNT_B, FORM, STORAGE_B)
     FIRST_B: tl.constexpr = len(b) - COUNT_B
     if FORM == D or DROPOUT is not None:
         seed = load_seed(a_seed)
+    # An accumulator [BLOCK_R, BLOCK_C] for each coefficient, kept over all units and reduced once at the end.
     sums_a = zeros(len(a), BLOCK_R, BLOCK_C)
     sums_b = zeros(COUNT_B, BLOCK_R, BLOCK_C)
+    # Unit by unit, each with accumulators [BLOCK_R, BLOCK_C] of its own for the bias, and tile by tile within it.
     unit_begin, unit_end, begin, end = span(i_part, units, tiles, unit_parts, tile_parts)
     for unit in range(unit_begin, unit_end):
         channel = unit_channel(i_group, unit, group_size, BIAS)
@@ -249,17 +263,19 @@ def backward_kernel(
             row, first = tile_place(unit, tile, column_tiles, BIAS, BLOCK_R, BLOCK_C)
             column = first + tl.arange(0, BLOCK_C)[None, :]
             m_tile = tile_mask(row, column, rows, columns, VECTOR)
-            # Masked elements have x = 0 and grad = 0: they add nothing to the sums.
+            # Load x and the gradient of y, [BLOCK_R, BLOCK_C]. Where masked, both are 0 and add nothing to the sums.
             x = load(pointers(a_x, channel, row, column, (x_outer, x_channel), STORAGE, VECTOR), m_tile, STORAGE)
             if BIAS is not None:
                 x = tl.where(m_tile, x + bias, 0.0)
             p_grad = pointers(a_grad, channel, row, column, (grad_outer, grad_channel), STORAGE, VECTOR)
             grad = load(p_grad, m_tile, STORAGE)
-            first += channel * y_channel + row * y_outer  # the numbers of the rows' first elements
+            # Repeat the dropout of the forward pass: the same offsets give the same random numbers.
+            first += channel * y_channel + row * y_outer
             if DROPOUT is not None:
                 kept = are_kept(seed, first, threshold, DROPOUT, BLOCK_R, BLOCK_C)
                 grad = tl.where(kept, grad * keep_scale, 0.0)
 
+            # f = P / Q, and the derivatives of P and Q.
             if FORM == D:
                 noise_a, noise_b = draw_noise(seed, first + tl.arange(0, BLOCK_C)[None, :], len(a), len(b))
                 p, dp = polynomial(multiply(a, noise_a), x)
@@ -267,19 +283,23 @@ def backward_kernel(
             else:
                 p, dp = polynomial(a, x)
                 q, dq = inner_polynomial(b, x, FORM)
-            inside = x if FORM == A else q  # the sign of what stands between the bars
+            inside = x if FORM == A else q  # what Q takes the absolute value of: its sign is in the derivatives
             dq = tl.where(inside < 0.0, -dq, dq)
             r = 1.0 / denominator_of(q, FORM)
             f = p * r
+            # The gate's gradient is grad * f; that of f is grad * gate.
             if HAS_GATE:
                 p_gate = pointers(a_gate, channel, row, column, (gate_outer, gate_channel), STORAGE, VECTOR)
                 p_grad_gate = pointers(a_grad_gate, channel, row, column, (y_outer, y_channel), STORAGE, VECTOR)
                 store(p_grad_gate, grad * f, m_tile, STORAGE)
                 grad *= load(p_gate, m_tile, STORAGE)
+            # dx = g' (P' - f Q')
             scaled = grad * r
             dx = scaled * tl.fma(-f, dq, dp)
             store(pointers(a_y, channel, row, column, (y_outer, y_channel), STORAGE, VECTOR), dx, m_tile, STORAGE)
 
+            # Add the terms of the coefficients: g' x^k for a_k. For b_k they are -f g' |x|^k in form A, where
+            # finish_kernel applies the sign of b_k, else -f g' x^k with the sign of the polynomial inside Q.
             weight = -f * scaled
             if FORM != A:
                 weight = tl.where(inside < 0.0, -weight, weight)
@@ -298,14 +318,16 @@ def backward_kernel(
                 bias_sums += dx
 
         if BIAS is not None:
-            # A row of channels for each part of the tiles, behind the partial sums of the coefficients.
+            # The bias gradient of the unit: [tile parts, channels] behind the partial sums of the coefficients.
             p_row = p_partials + (COUNT_A + COUNT_B) * groups.to(tl.int64) * parts
             p_row += (i_part // unit_parts).to(tl.int64) * groups * group_size + channel
+            # Its sums run over rows where columns are channels, else over the whole tile.
             if BIAS == "columns":
                 column = unit * BLOCK_C + tl.arange(0, BLOCK_C)
                 tl.store(p_row + column, tl.sum(bias_sums, axis=0), mask=column < columns)
             else:
                 tl.store(p_row, tl.sum(bias_sums))
+    # The partial sums of the coefficients: [COUNT_A + COUNT_B, groups, parts].
     p_part = p_partials + i_group * parts + i_part
     for k in tl.static_range(COUNT_A):
         tl.store(p_part + k * groups.to(tl.int64) * parts, tl.sum(sums_a[k]))
@@ -315,7 +337,8 @@ def backward_kernel(
 
 @triton.jit
 def total(p_partials, coefficient, row, table_rows, groups, parts, BLOCK: tl.constexpr):
-    """Sum over a group's partial sums of a coefficient, or over those of all groups that share it."""
+    """Adds the partial sums of a coefficient over the parts of its group, or of all groups that share the table."""
+    # The parts of consecutive groups are contiguous, so that a shared table is a longer sum.
     count = tl.where(table_rows == 1, groups, 1) * parts
     p_first = p_partials + (coefficient.to(tl.int64) * groups + row) * parts
     sums = tl.zeros((BLOCK,), tl.float64)
@@ -347,23 +370,30 @@ def finish_kernel(
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Adds the partial sums in float64: one program for each coefficient, then one for each BLOCK of channels."""
+    """Adds the partial sums in float64. One program takes one coefficient, or BLOCK channels of the bias.
+
+    Programs are numbered by coefficients of the numerator, then of the denominator, then blocks of channels.
+    """
+    # The index among the coefficients of the denominator, then among the blocks of channels: negative before these.
     i = tl.program_id(0)
     i_denominator = i - numerator_rows * COUNT_A
     i_bias = i_denominator - denominator_rows * COUNT_B
     if i_denominator < 0:
+        # Coefficient i % COUNT_A of table row i / COUNT_A.
         sum_a = total(p_partials, i % COUNT_A, i // COUNT_A, numerator_rows, groups, parts, BLOCK)
         store(element_pointer(a_grad_numerator, i.to(tl.int64), STORAGE_A, 1), sum_a, None, STORAGE_A)
     elif i_bias < 0:
         coefficient = COUNT_A + i_denominator % COUNT_B
         sum_b = total(p_partials, coefficient, i_denominator // COUNT_B, denominator_rows, groups, parts, BLOCK)
         at = i_denominator.to(tl.int64)
+        # Form A has |b_k|, whose derivative is the sign of b_k.
         if FORM == A:
             sum_b = tl.where(
                 load(element_pointer(a_denominator, at, STORAGE_B, 1), None, STORAGE_B) < 0.0, -sum_b, sum_b
             )
         store(element_pointer(a_grad_denominator, at, STORAGE_B, 1), sum_b, None, STORAGE_B)
     elif BIAS is not None:
+        # The column sums of [tile_parts, channels].
         channel = i_bias.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         m_channel = channel < channels
         p_row = p_partials + (COUNT_A + COUNT_B) * groups.to(tl.int64) * parts + channel

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launches the kernels of rational activations. Arguments and results are those of ``singlepass._ops.rational``.
 
-A forward pass is one launch, a backward pass two. What is compiled depends on dtypes, form, degrees, on which inputs
-there are, on the alignment of rows and on which of five tiles fits the columns, which no batch but a tiny one changes.
+A forward pass is one launch, a backward pass two. The compiled code depends on dtypes, form and degrees, on which
+optional inputs are present, on the alignment of rows, and on which of five tiles fits the columns. Only a very small
+batch can change the tile.
 """
 
 from __future__ import annotations
@@ -16,27 +17,28 @@ import torch
 from torch import Tensor
 
 from ..._errors import require
+from ..._ops import rational as ops
 from .._common import LAUNCH_OPTIONS, STORAGE
 from .._launch import device_guard, require_device, require_dtypes
 from .functions import C, D
 from .geometry import Geometry, Layout, Order, Parts, View
 from .kernels import backward_kernel, finish_kernel, forward_kernel
 
-MAX_COUNTS = (8, 6)  # of a and of b, which has one more in form C
+MAX_COUNTS = (8, 6)  # coefficients of a and of b, which has one more in form C
 
-# Elements of a tile, and most of them in one vector. Backward keeps an accumulator per element and coefficient.
+# Elements of a tile, and the most in a vector. Backward keeps an accumulator per element and coefficient.
 FORWARD_TILE, FORWARD_VECTOR = 1024, 8
 BACKWARD_TILE, BACKWARD_VECTOR = 512, 4
-# A program's tiles: enough to pay for its coefficients and sums, few where programs would be too few.
+# The most tiles of a program: enough to pay for its coefficients and sums. Small tensors get fewer, for more programs.
 FORWARD_TILES, BACKWARD_TILES = 8, 16
-PROGRAMS = 1024  # as many before a program gets more than one tile
+PROGRAMS = 1024  # at least so many before a program gets a second tile
 MOST_BACKWARD_PROGRAMS = 4096
 FINISH_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The layouts of a call's tensors, and its options. The result is allocated already."""
+    """The layouts of the tensors of a call, the allocated result included, and its options."""
 
     op: str
     x: Layout
@@ -60,7 +62,7 @@ class Inputs:
         return min(int(self.dropout * 65536.0 + 0.5), 65535)
 
     def check(self) -> None:
-        """What memory safety needs."""
+        """Checks what memory safety needs."""
         tensors: list[Any] = [self.x, self.numerator, self.denominator, self.bias, self.gate, self.grad]
         tensors = [t for t in tensors if t is not None]
         require_device(self.op, [tensors])
@@ -109,7 +111,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Plan:
-    """All about a launch but addresses. ``copied``: which of x, gate and grad."""
+    """All of a launch but addresses. ``copied``: which of x, gate and grad need a copy."""
 
     copied: tuple[bool, bool, bool]
     grid: tuple[int]
@@ -123,7 +125,7 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def make_plan(inputs: Inputs, sizes: tuple[int, ...]) -> Plan | None:
-    """Checks a call and divides its work; None where there is none."""
+    """Checks a call and divides its work. Returns None if there is no work."""
     inputs.check()
     x, y, gate, grad = inputs.x, inputs.y, inputs.gate, inputs.grad
     if x.shape.numel() == 0:
@@ -172,7 +174,7 @@ def make_plan(inputs: Inputs, sizes: tuple[int, ...]) -> Plan | None:
 
 
 def _address(t: Tensor | None, is_copy: bool, y: Tensor, kept: list[Tensor]) -> int:
-    """Of a tensor or of its copy in the result's layout, which ``kept`` holds until the launch."""
+    """The address of a tensor, or of its copy in the result's layout, which ``kept`` holds until the launch."""
     if t is None:
         return 0
     if is_copy:
@@ -181,6 +183,7 @@ def _address(t: Tensor | None, is_copy: bool, y: Tensor, kept: list[Tensor]) -> 
     return t.data_ptr()
 
 
+@ops.rational.triton
 def rational(
     x: Tensor,
     numerator: Tensor,
@@ -213,6 +216,7 @@ def rational(
     return y
 
 
+@ops.rational_backward.triton
 def rational_backward(
     grad: Tensor,
     x: Tensor,
@@ -226,7 +230,7 @@ def rational_backward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``rational_backward`` in Triton: partial sums of a fixed division of the work, then their sums."""
+    """``rational_backward`` in Triton: gradients and partial sums of a fixed division of the work, then their sums."""
     grad_x = torch.empty_like(x)
     layouts = map(Layout.of, (x, numerator, denominator, bias, gate, grad, seed, grad_x))
     inputs = Inputs("rational_backward", *layouts, form, channel_dim, dropout)  # type: ignore[arg-type, call-arg]
@@ -254,6 +258,3 @@ def rational_backward(
             addresses = [t.data_ptr() for t in (*tables, denominator)]
             finish_kernel[plan.finish_grid](partials, *addresses, *plan.finish, **LAUNCH_OPTIONS)
     return grad_x, *tables, grad_gate
-
-
-OPS = {"rational": rational, "rational_backward": rational_backward}

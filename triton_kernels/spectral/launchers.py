@@ -2,9 +2,9 @@
 """Launches the kernels of sparse spectral training. Arguments and results are those of ``singlepass._ops.spectral``.
 
 A step over any number of layers is one launch for each combination of dtypes and class of rows: three widths, longer
-rows, and those that are not aligned. The draw for all layers is one launch, and so is the exchange of all vectors. What
-is compiled depends on dtypes and on these classes. Nothing on the device is read here, so a CUDA graph can hold any of
-these calls.
+rows, and rows that are not aligned. The draw for all layers is one launch, and so is the swap of all vectors. The
+compiled code depends on dtypes and on these classes. Launchers read nothing from the device, so a CUDA graph can
+capture any of these calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._errors import require
-from ..._ops.spectral import BLOCK
+from ..._ops import spectral as ops
 from .._common import LAUNCH_OPTIONS, STORAGE
 from .._launch import (
     Cache,
@@ -41,21 +41,21 @@ from .rows import (
 )
 from .step import VECTOR, step_kernel
 
-# Widths of the step's tiles, and their warps: a thread has at most 16 numbers of each tensor; 8 if tensors are not
-# aligned, where every number has a pointer of its own. Longer rows take several of the widest.
+# Widths of the step's tiles, and their warps. A thread holds at most 16 elements of each tensor, and only 8 where
+# tensors are not aligned, because every element then has its own pointer. Longer rows take several of the widest tiles.
 ALIGNED_TILES, MISALIGNED_TILES = {1024: 4, 4096: 8, 8192: 16}, {1024: 4, 4096: 16}
-DRAW_TILE = 2048  # places; their logarithms in float64 take many registers
-SWAP_GROUPS, SWAP_PROGRAMS = 8, 64  # groups of columns in a tile, programs that share a pair
+DRAW_TILE = 2048  # places; logarithms in float64 take many registers
+SWAP_GROUPS, SWAP_PROGRAMS = 8, 64  # groups of columns in a tile, most programs that share a pair
 SCALE_BLOCK = 16, 64  # rows and columns
-SCALE_PARTS, SCALE_TILES = 128, 32  # parts before one gets more than one tile, and the most that it gets
+SCALE_PARTS, SCALE_TILES = 128, 32  # parts before one gets a second tile, most tiles of a part
 LORENTZ_TILE, LORENTZ_WIDTHS = 1024, (32, 128, 512, 1024)
-LORENTZ_PROGRAMS = 1024  # of the backward pass before one gets more than one tile
+LORENTZ_PROGRAMS = 1024  # of the backward pass before one gets a second tile
 SUM_BLOCK = 32, 32  # parts and columns
 NUMBERS_BLOCK = 1024
 
 
 class _Kind(NamedTuple):
-    """What the tensors of one launch of the step have in common."""
+    """What all tensors of one launch of the step have in common."""
 
     storages: tuple[str, ...]
     rows: bool
@@ -104,6 +104,7 @@ def _make_buckets(
     return [(kind, make_table(rows, device)) for kind, rows in records.items()]
 
 
+@ops.step_.triton
 def step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -121,7 +122,7 @@ def step_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """``spectral_step_`` in Triton. Make one step before a graph is captured, so that its kernels are compiled."""
+    """``spectral_step_`` in Triton. Take one step before capturing a graph, so that the kernels are compiled."""
     op = "spectral_step_"
     if not params:
         return
@@ -152,10 +153,11 @@ def step_(
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of a word modulo 2^64."""
+    """The int64 with the bits of a word, taken modulo 2^64."""
     return (word + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
+@ops.sample.triton
 def sample(
     s: Sequence[Tensor], *, ranks: Sequence[int], ids: Sequence[int], seed: int, draw: int, uniform: float
 ) -> list[Tensor]:
@@ -202,7 +204,7 @@ def _swap_record(active: Tensor, frozen: Tensor, scales: Tensor, exchange: Tenso
     is_coded = frozen.dtype == torch.int8
     require_dtypes(op, [active] if is_coded else [active, frozen])
     if is_coded:
-        shape = frozen.shape[0], -(-columns // BLOCK)
+        shape = frozen.shape[0], -(-columns // ops.BLOCK)
         fits = scales.dtype == torch.float32 and scales.shape == shape and scales.is_contiguous()
         contract, got = f"float32 scales of shape {shape}", f"{tuple(scales.shape)} of {scales.dtype}"
         require(fits, op, contract, got, "Make them with the codes.")
@@ -213,6 +215,7 @@ def _swap_record(active: Tensor, frozen: Tensor, scales: Tensor, exchange: Tenso
     ]
 
 
+@ops.swap_.triton
 def swap_(
     active: Sequence[Tensor], frozen: Sequence[Tensor], scales: Sequence[Tensor], exchange: Sequence[Tensor]
 ) -> None:
@@ -236,14 +239,15 @@ def swap_(
 
 
 def _vector_of(columns: int, *tensors: Tensor) -> int:
-    """How many elements of rows come in one access of 16 bytes; 1 if some are not aligned so."""
+    """How many elements of a row one 16-byte access takes; 1 if rows are not aligned to 16 bytes."""
     vector = 16 // tensors[0].itemsize
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % vector == 0 for t in tensors)
     return vector if aligned and columns % vector == 0 else 1
 
 
+@ops.scale_.triton
 def scale_(q: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """``spectral_scale_`` in Triton: the product with partial sums of a fixed division of rows, then their sums."""
+    """``spectral_scale_`` in Triton: one launch for product and partial sums, another that adds these."""
     op = "spectral_scale_"
     device = require_device(op, [[q, t, s]])
     require_dtypes(op, [q, t, s])
@@ -257,7 +261,7 @@ def scale_(q: Tensor, t: Tensor, s: Tensor) -> Tensor:
         return q.new_zeros(columns, dtype=torch.float32)
     s = s.contiguous()
     row_tiles, column_tiles = -(-rows // SCALE_BLOCK[0]), -(-columns // SCALE_BLOCK[1])
-    # The number of rows alone decides on the order of sums.
+    # The order of sums depends on the number of rows alone.
     tiles = max(1, min(SCALE_TILES, row_tiles // SCALE_PARTS))
     parts = -(-row_tiles // tiles)
     sums = q.new_empty(columns, dtype=torch.float32)
@@ -276,7 +280,7 @@ def scale_(q: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def _as_rows(t: Tensor) -> Tensor:
-    """(rows, columns), the columns next to each other; a copy where strides can't say so."""
+    """Views a tensor as (rows, columns) with contiguous columns, or copies it if strides do not allow that."""
     rows = t.reshape(-1, t.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -297,6 +301,7 @@ def _lorentz_constants(z: Tensor, log_scale: Tensor, *others: Tensor) -> tuple[s
     return STORAGE[z.dtype], STORAGE[log_scale.dtype], vector, is_long, LORENTZ_TILE // width, width
 
 
+@ops.lorentz.triton
 def lorentz(z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> Tensor:
     """``lorentz`` in Triton."""
     device = _check_lorentz("lorentz", z, log_scale)
@@ -313,8 +318,9 @@ def lorentz(z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> Tensor:
     return out
 
 
+@ops.lorentz_backward.triton
 def lorentz_backward(grad: Tensor, z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> tuple[Tensor, Tensor]:
-    """``lorentz_backward`` in Triton: gradients and partial sums of a fixed division of rows, then their sum."""
+    """``lorentz_backward`` in Triton: one launch for gradients and partial sums, another that adds these."""
     op = "lorentz_backward"
     device = _check_lorentz(op, z, log_scale)
     same = grad.shape == z.shape and grad.dtype == z.dtype and grad.device == z.device
@@ -339,13 +345,3 @@ def lorentz_backward(grad: Tensor, z: Tensor, log_scale: Tensor, *, k: float, of
             *(partials, grad_scale.data_ptr(), programs, STORAGE[log_scale.dtype], NUMBERS_BLOCK), **LAUNCH_OPTIONS
         )
     return grad_z, grad_scale
-
-
-OPS = {
-    "lorentz": lorentz,
-    "lorentz_backward": lorentz_backward,
-    "spectral_sample": sample,
-    "spectral_scale_": scale_,
-    "spectral_step_": step_,
-    "spectral_swap_": swap_,
-}

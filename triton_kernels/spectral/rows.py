@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that pass once over rows of activations: the product with singular values, and HyboNet's map.
 
-Rows have contiguous elements and any distance; VECTOR of them are aligned. Sums over rows are made part by part in a
-fixed order, and those of the parts in another launch.
+The elements of a row are contiguous, in aligned vectors of VECTOR elements; the stride of rows is free. Programs sum
+over their rows in a fixed order, and a second launch adds these partial sums.
 """
 
 import triton
@@ -13,22 +13,27 @@ from .._common import element_pointer, load, store
 
 @triton.jit
 def tile_pointers(address, row, stride, column, STORAGE: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to a tile of rows (BLOCK_R, 1) and columns (1, BLOCK_C), the first of which is a multiple of VECTOR."""
+    """Pointers to a tile: rows [BLOCK_R, 1], and columns [1, BLOCK_C] that start at a multiple of VECTOR."""
     WIDTH: tl.constexpr = 4 if STORAGE == "fp32" else 2
+    # The multiplication by VECTOR proves to the compiler that rows start at whole vectors.
     return element_pointer(address, 0, STORAGE, VECTOR * WIDTH) + (row * (stride // VECTOR * VECTOR) + column)
 
 
 @triton.jit
 def tile_mask(row, column, rows, columns, VECTOR: tl.constexpr):
-    # A multiplication by VECTOR shows that no vector is cut.
+    # The multiplication by VECTOR proves to the compiler that the mask cuts no vector.
     return (row < rows) & (column < columns // VECTOR * VECTOR)
 
 
 @triton.jit
 def column_sums(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums (1, COLUMNS) of up to 255 rows, halves added to halves: tl.sum adds as threads happen to hold rows."""
+    """Column sums [1, COLUMNS] of up to 128 rows, a power of two, in a fixed order: one half is added to the other.
+
+    The order of tl.sum depends on how rows are distributed among threads.
+    """
     for k in tl.static_range(1, 8):
         if ROWS >> k > 0:
+            # [2n, COLUMNS] becomes [n, COLUMNS], n = ROWS >> k.
             halves = tl.reshape(x, (2, ROWS >> k, COLUMNS))
             upper, lower = tl.split(tl.permute(halves, (1, 2, 0)))
             x = upper + lower
@@ -56,14 +61,17 @@ def scale_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """q *= s by columns, and sums of q * t before: a program does ``tiles`` tiles below each other.
+    """Multiplies the columns of q by s in place, and sums q * t, with q from before, over the rows of each part.
 
-    Row ``part`` of the partial sums, (parts, columns), is those of the rows from part * tiles * BLOCK_R on, in an order
-    that depends on the number of rows alone.
+    Each program takes ``tiles`` tiles [BLOCK_R, BLOCK_C], one below the other: a part of the rows in BLOCK_C columns.
+    The partial sums are [parts, columns]. Their order depends on the number of rows alone.
     """
+    # The part of the rows, and the columns [1, BLOCK_C], of the program.
     i_part = (tl.program_id(0) // column_tiles).to(tl.int64)
     column = (tl.program_id(0) % column_tiles).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    # The singular values [1, BLOCK_C] stay in registers.
     s = load(element_pointer(a_s, 0, STORAGE_S, 1) + column, column < columns, STORAGE_S)
+    # Tile by tile: q and t are read once, q is written once. Sums stay apart for BLOCK_R rows.
     first = i_part * tiles * BLOCK_R
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(first, tl.minimum(first + tiles.to(tl.int64) * BLOCK_R, rows), BLOCK_R):
@@ -73,6 +81,7 @@ def scale_kernel(
         q = load(p_q, mask, STORAGE)
         sums += q * load(tile_pointers(a_t, row, t_stride, column, STORAGE, VECTOR), mask, STORAGE)
         store(p_q, q * s, mask, STORAGE)
+    # Reduce [BLOCK_R, BLOCK_C] to [1, BLOCK_C].
     p_sums = p_partials + i_part * columns + column
     tl.store(p_sums, column_sums(sums, BLOCK_R, BLOCK_C), mask=column < columns)
 
@@ -81,7 +90,8 @@ def scale_kernel(
 def sum_parts_kernel(
     p_partials, p_sums, parts: tl.int64, columns: tl.int64, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """Column sums of (parts, columns), BLOCK_C of them to a program."""
+    """Adds partial sums [parts, columns]. Each program takes BLOCK_C columns."""
+    # BLOCK_P parts at a time into [BLOCK_P, BLOCK_C], reduced once at the end.
     column = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, parts, BLOCK_P):
@@ -93,19 +103,23 @@ def sum_parts_kernel(
 
 @triton.jit
 def point(first, square, scale, k, offset):
-    """Gate, time, clamped square and root of rows, from their first elements and the others' sums of squares."""
+    """Gate, time, clamped square and root of rows, all [BLOCK_R]. ``square``: |z_1..|^2, the elements after the first.
+
+    gate = sigmoid(z_0), time = gate scale + offset, root = sqrt(max(time^2 - k, 0) / max(square, 1e-8)).
+    """
     one = tl.full(first.shape, 1.0, tl.float32)
     gate = tl.div_rn(one, 1.0 + tl.exp(-first))
     time = gate * scale + offset
     held = tl.where(square < 1e-8, 1e-8, square)  # NaN stays NaN
     least = tl.sqrt_rn(one * k)
+    # time^2 - k in factors, which do not cancel as the difference of squares would.
     beyond = (time - least) * (time + least)
     return gate, time, held, tl.sqrt_rn(tl.div_rn(tl.where(beyond < 0.0, 0.0, beyond), held))
 
 
 @triton.jit
 def exponential(a_number, STORAGE: tl.constexpr):
-    """exp of one number, rounded once."""
+    """exp of one number, computed in float64 and rounded once."""
     return tl.exp(load(element_pointer(a_number, 0, STORAGE, 1), None, STORAGE).to(tl.float64)).to(tl.float32)
 
 
@@ -114,7 +128,7 @@ def load_rows(
     address, row, stride, start, rows, columns,
     STORAGE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Columns from ``start`` on of rows (BLOCK_R, 1), with zero for the first of a row."""
+    """Loads [BLOCK_R, BLOCK_C] from column ``start`` on, with 0 for the first element of a row."""
     column = start + tl.arange(0, BLOCK_C)[None, :]
     mask = tile_mask(row, column, rows, columns, VECTOR)
     x = load(tile_pointers(address, row, stride, column, STORAGE, VECTOR), mask, STORAGE)
@@ -126,7 +140,7 @@ def store_rows(
     address, row, start, rows, columns, x, first,
     STORAGE: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Into contiguous rows, with ``first`` for the first of a row."""
+    """Stores x [BLOCK_R, BLOCK_C] to contiguous rows, with ``first`` [BLOCK_R] for the first element of a row."""
     column = start + tl.arange(0, BLOCK_C)[None, :]
     mask = tile_mask(row, column, rows, columns, VECTOR)
     x = tl.where(column > 0, x, first[:, None])
@@ -153,10 +167,12 @@ def lorentz_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """BLOCK_R rows to a program; rows longer than BLOCK_C (LONG) come a second time, from the cache."""
+    """HyboNet's map of BLOCK_R rows in each program. Rows longer than BLOCK_C (LONG) are read again from the cache."""
+    # The rows [BLOCK_R] of the program.
     i_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = i_row[:, None]
     scale = exponential(a_log_scale, STORAGE_S)
+    # The first elements [BLOCK_R], and the sums of squares of the others, which the first tile has whole unless LONG.
     first = load(element_pointer(a_z, 0, STORAGE, 1) + i_row * z_stride, i_row < rows, STORAGE)
     x = load_rows(a_z, row, z_stride, 0, rows, columns, STORAGE, VECTOR, BLOCK_C)
     squares = x * x
@@ -164,6 +180,7 @@ def lorentz_kernel(
         for start in range(BLOCK_C, columns, BLOCK_C):
             z = load_rows(a_z, row, z_stride, start, rows, columns, STORAGE, VECTOR, BLOCK_C)
             squares += z * z
+    # Store the time, and the other elements times root. The first tile is still in registers.
     _, time, _, root = point(first, tl.sum(squares, 1), scale, k, offset)
     store_rows(a_out, row, 0, rows, columns, x * root[:, None], time, STORAGE, VECTOR, BLOCK_C)
     if LONG:
@@ -193,13 +210,16 @@ def lorentz_backward_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``tiles`` times BLOCK_R rows to a program, and the float64 sum of their parts of the gradient of log_scale."""
+    """Gradient of z for ``tiles`` * BLOCK_R rows in each program, and a partial sum of the gradient of log_scale."""
     scale = exponential(a_log_scale, STORAGE_S)
+    # Tile by tile of BLOCK_R rows. Sums of the gradient of log_scale stay apart for each of them.
     sums = tl.zeros((BLOCK_R,), tl.float64)
     begin = tl.program_id(0).to(tl.int64) * tiles * BLOCK_R
     for tile in range(begin, tl.minimum(begin + tiles.to(tl.int64) * BLOCK_R, rows), BLOCK_R):
         i_row = tile + tl.arange(0, BLOCK_R)
         row, m_row = i_row[:, None], i_row < rows
+        # First pass over the rows: z and grad, their first elements [BLOCK_R] apart from the others [BLOCK_R, BLOCK_C].
+        # The first tile of both stays in registers for the second pass.
         first = load(element_pointer(a_z, 0, STORAGE, 1) + i_row * z_stride, m_row, STORAGE)
         grad_first = load(element_pointer(a_grad, 0, STORAGE, 1) + i_row * grad_stride, m_row, STORAGE)
         x = load_rows(a_z, row, z_stride, 0, rows, columns, STORAGE, VECTOR, BLOCK_C)
@@ -210,13 +230,17 @@ def lorentz_backward_kernel(
                 z = load_rows(a_z, row, z_stride, start, rows, columns, STORAGE, VECTOR, BLOCK_C)
                 squares += z * z
                 products += z * load_rows(a_grad, row, grad_stride, start, rows, columns, STORAGE, VECTOR, BLOCK_C)
+        # [BLOCK_R]: |z_1..|^2, and the sum of grad_i z_i over the same elements.
         square, along = tl.sum(squares, 1), tl.sum(products, 1)
         gate, time, held, root = point(first, square, scale, k, offset)
-        # d root / d time = time / (held root), d root / d z_i = -root z_i / held where the square is not clamped.
+        # d root / d time = time / (held root), or 0 where root is 0. d root / d z_i = -root z_i / held, or 0 where the
+        # square is clamped.
         grad_time = tl.where(root > 0.0, grad_first + tl.div_rn(along * time, held * root), grad_first)
+        # time = gate e^log_scale + offset: d time / d log_scale = gate scale.
         sums += tl.where(m_row, grad_time * gate * scale, 0.0).to(tl.float64)
         pull = tl.where(square > 1e-8, tl.div_rn(along * root, held), 0.0)[:, None]
         into_first = grad_time * scale * gate * (1.0 - gate)
+        # Second pass: the gradient of z_i is grad_i root - pull z_i, that of z_0 goes through the gate.
         out = g * root[:, None] - pull * x
         store_rows(a_out, row, 0, rows, columns, out, into_first, STORAGE, VECTOR, BLOCK_C)
         if LONG:

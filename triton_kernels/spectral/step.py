@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW within a constraint: rows of unit length, a program to a row, or singular values that are not negative.
+"""AdamW with a constraint: rows of unit length, one in each program, or singular values that are not negative.
 
-A row that fits a tile stays in registers between the update and its norm. A longer one is read twice, three times with
-``project``, and updated anew each time: what is written depends on nothing that was rounded, and comes from the cache.
+A row that fits a tile stays in registers between the update and its norm. A longer row is read twice, or three times
+with ``project``. Each pass computes the update again, because a stored one would be rounded. All passes but the first
+read from the cache.
 """
 
 import triton
@@ -22,14 +23,15 @@ from .._common import (
 from .._table import CHUNK_SIZE, NUMEL, PARAM, STEP, WIDTH
 from ..optim.rules import adamw_coefficients, adamw_update
 
-VECTOR = tl.constexpr(8)  # elements, 16 bytes at least, of which no aligned tensor has a part
+VECTOR = tl.constexpr(8)  # elements, at least 16 bytes; rows of aligned tensors are whole vectors
 
 
 @triton.jit
 def tile_mask(start, end, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The mask [BLOCK] of the elements of a tile that are before ``end``."""
     left = end - start
     if ALIGNED:
-        # A multiplication by VECTOR shows that no vector is cut.
+        # The multiplication by VECTOR proves to the compiler that the mask cuts no vector.
         left = left // VECTOR * VECTOR
     return tl.arange(0, BLOCK) < left
 
@@ -39,7 +41,7 @@ def load_tile(
     addresses, start, end, FIRST: tl.constexpr, LAST: tl.constexpr,
     STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Elements [start, end) of the tensors from FIRST to LAST: of parameter, gradient and two moments."""
+    """Loads elements [start, end) of tensors FIRST to LAST out of parameter, gradient and two moments: [BLOCK] each."""
     mask = tile_mask(start, end, ALIGNED, BLOCK)
     values = ()
     for k in tl.static_range(FIRST, LAST + 1):
@@ -52,6 +54,7 @@ def load_tile(
 def store_tile(
     addresses, start, end, p, s, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Stores elements [start, end) of the parameter and of its states, but not of the gradient."""
     mask = tile_mask(start, end, ALIGNED, BLOCK)
     values = (p, p) + s
     for k in tl.static_range(4):
@@ -62,12 +65,13 @@ def store_tile(
 
 @triton.jit
 def products(g, p):
+    """Products in float64, in which those of float32 numbers are exact."""
     return g.to(tl.float64) * p.to(tl.float64)
 
 
 @triton.jit
 def inverse_norm(squares):
-    """What makes a row of this sum of squares a unit vector; a row of zeros stays, one with a NaN becomes NaN."""
+    """The factor that makes a row with this sum of squares a unit vector; 1 for zeros, NaN for a row with a NaN."""
     return tl.where(squares == 0.0, 1.0, 1.0 / tl.sqrt(squares)).to(tl.float32)
 
 
@@ -76,11 +80,14 @@ def update_short_row(
     addresses, begin, end, c, factor,
     ROWS: tl.constexpr, PROJECT: tl.constexpr, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row, or a stretch of singular values, in one tile."""
+    """Updates a row, or a stretch of singular values, that fits one tile [BLOCK]."""
+    # Load parameter, gradient and both moments, each [BLOCK] in float32.
     p, g, m, v = load_tile(addresses, begin, end, 0, 3, STORAGES, ALIGNED, BLOCK)
     g = g * factor
+    # Remove the gradient's part along the row.
     if ROWS and PROJECT:
         g = g - tl.sum(products(g, p)).to(tl.float32) * p
+    # Update, then apply the constraint before anything is rounded to storage.
     p, s = adamw_update(c, p, g, (m, v))
     if ROWS:
         p = p * inverse_norm(tl.sum(square(p, tile_mask(begin, end, ALIGNED, BLOCK))))
@@ -94,7 +101,7 @@ def updated_tile(
     addresses, start, end, c, factor, along,
     PROJECT: tl.constexpr, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile after AdamW, with the part ``along`` the row taken from the gradient."""
+    """Computes AdamW on a tile [BLOCK], after removing the part ``along`` the row from the gradient."""
     p, g, m, v = load_tile(addresses, start, end, 0, 3, STORAGES, ALIGNED, BLOCK)
     g = g * factor
     if PROJECT:
@@ -107,7 +114,8 @@ def update_long_row(
     addresses, begin, end, c, factor,
     PROJECT: tl.constexpr, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row of any length, tile by tile."""
+    """Updates a row of any length, tile by tile, in two or three passes."""
+    # First pass, with PROJECT only: the dot product of gradient and row. Partial sums are [BLOCK] in float64.
     along = 0.0
     if PROJECT:
         sums = tl.zeros((BLOCK,), tl.float64)
@@ -115,10 +123,12 @@ def update_long_row(
             p, g = load_tile(addresses, start, end, 0, 1, STORAGES, ALIGNED, BLOCK)
             sums += products(g * factor, p)
         along = tl.sum(sums).to(tl.float32)
+    # Second pass: the norm of the updated row, of which nothing is stored yet.
     squares = tl.zeros((BLOCK,), tl.float64)
     for start in range(begin, end, BLOCK):
         p, s = updated_tile(addresses, start, end, c, factor, along, PROJECT, STORAGES, ALIGNED, BLOCK)
         squares += square(p, tile_mask(start, end, ALIGNED, BLOCK))
+    # Third pass: the same update again, this time normalised and stored.
     inverse = inverse_norm(tl.sum(squares))
     for start in range(begin, end, BLOCK):
         p, s = updated_tile(addresses, start, end, c, factor, along, PROJECT, STORAGES, ALIGNED, BLOCK)
@@ -127,7 +137,8 @@ def update_long_row(
 
 @triton.jit
 def count_step(p_record, p_ticket):
-    """Once all programs of a tensor have drawn their ticket. It reads again what need not stay in registers so long."""
+    """Counts the step of a tensor in the last of its programs."""
+    # Read the record again here, so that it does not occupy registers during the update.
     numel = tl.load(p_record + NUMEL)
     if is_last_program(p_ticket, tl.maximum(tl.cdiv(numel, tl.load(p_record + CHUNK_SIZE)), 1)):
         p_step = tl.load(p_record + STEP).to(tl.pointer_type(tl.float32))
@@ -162,13 +173,15 @@ def step_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One step of all tensors of a table, whose chunks are rows (ROWS) or stretches of BLOCK singular values.
+    """One step of all tensors of a table. Each program takes a chunk: a row (ROWS), or a stretch of singular values.
 
-    Scalars as in ``optim.step_kernel``. The last program of a tensor counts its step.
+    The scalars are those of ``optim.step_kernel``.
     """
+    # A step with non-finite gradients changes nothing, step counts included.
     if load_scalar(a_found_inf.to(tl.int64), 0.0) != 0.0:
         return
 
+    # Find the program's tensor and the addresses of its parameter, gradient and two moments.
     chunk = tl.load(p_chunks + tl.program_id(0))
     i_tensor = chunk >> 32
     p_record = p_records + i_tensor * WIDTH
@@ -178,11 +191,13 @@ def step_kernel(
     for k in tl.static_range(4):
         addresses = addresses + (tl.load(p_record + PARAM + k),)
 
+    # Coefficients in float64 from hyperparameters and the steps finished so far, as float32 scalars.
     finished = load_scalar(tl.load(p_record + STEP), 0.0)
     h = [tl.full((), x, tl.float64) for x in (beta1, beta2, eps, weight_decay, log_beta1, log_beta2)]
     c = adamw_coefficients(h, learning_rate(lr, a_lr), finished + 1.0, double(1.0), ())
     factor = gradient_factor(direction, a_grad_scale)
 
+    # Update elements [begin, end): a whole row, or a stretch of up to `size` singular values.
     begin = (chunk & 0xFFFFFFFF) * size
     end = tl.minimum(begin + size, numel)
     if LONG:

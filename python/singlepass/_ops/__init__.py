@@ -1,16 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of every op: schemas and fakes, which exist whether or not a binary was built."""
+"""The contract of every op, one :class:`~singlepass._ops.op.Op` each. They exist whether or not a binary was built."""
 
-from __future__ import annotations
+from . import kv, optim, rational, spectral
+from .op import BACKENDS, ENV, OPS, Op, bind, requested
 
-import torch
-
-NAMESPACE = "singlepass"
-
-# Registrations live as long as this object.
-library = torch.library.Library(NAMESPACE, "DEF")
-
-
-def op(name: str) -> torch._ops.OpOverload:
-    """The default overload of a singlepass op, bound once by its callers."""
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+__all__ = ["BACKENDS", "ENV", "OPS", "Op", "bind", "kv", "optim", "rational", "requested", "spectral"]

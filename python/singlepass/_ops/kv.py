@@ -25,107 +25,58 @@ the window and ``out`` must be contiguous from the third dimension on.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from . import NAMESPACE, library
+from .op import Op
 
 AXES = ("channel", "token")
 SEGMENT = ("key_codes", "key_scales", "value_codes", "value_scales", "value_channels", "starts", "counts")
 
-# Fills codes, scales and channels from token index[b, h, slot] of x (B, H, L, D), which is the slot's number where
-# there is no index.
-library.define(
+quantize_ = Op(
+    "kv",
     "kv_quantize_(Tensor x, Tensor? index, Tensor starts, Tensor counts, Tensor(a!) codes, Tensor(b!) scales, "
-    "Tensor(c!)? channels, *, int bits, int axis) -> ()"
+    "Tensor(c!)? channels, *, int bits, int axis) -> ()",
+    None,
+    """Fills codes, scales and channels from token index[b, h, slot] of x (B, H, L, D), which is the slot's number where
+    there is no index.""",
+    used_by="`kv.quantize` and the caches",
 )
 
-# The way back: out[b, h, index[b, h, slot]] = x^, for the slots that hold a token. Other places of out stay.
-library.define(
+dequantize_ = Op(
+    "kv",
     "kv_dequantize_(Tensor codes, Tensor scales, Tensor? channels, Tensor? index, Tensor starts, Tensor counts, "
-    "Tensor(a!) out, *, int bits, int axis) -> ()"
+    "Tensor(a!) out, *, int bits, int axis) -> ()",
+    None,
+    """The way back: out[b, h, index[b, h, slot]] = x^, for the slots that hold a token. Other places of out stay.""",
+    used_by="`kv.dequantize` and the caches",
 )
 
-# How much attention tokens get from probes: column sums, over the P probes q (B, Hq, P, D) and over the query heads
-# of a head, of softmax(cap(scale * q k^T)) for k (B, H, L, D): (B, H, L) in float32. Probe p stands at positions[p]
-# (int64), sees the tokens up to there for which mask (B, L) is true, and counts if its own token is among those.
-# With lse (B, Hq, P), float32, rows are exp(logit - lse) instead. cap(s) = softcap * tanh(s / softcap) if softcap > 0.
-library.define(
+saliency = Op(
+    "kv",
     "kv_saliency(Tensor q, Tensor k, Tensor positions, Tensor? mask, Tensor? lse, *, float scale, float softcap=0.0) "
-    "-> Tensor"
+    "-> Tensor",
+    lambda q, k, *_, **__: k.new_empty(k.shape[:3], dtype=torch.float32),
+    """How much attention tokens get from probes: column sums, over the P probes q (B, Hq, P, D) and over the query
+    heads of a head, of softmax(cap(scale * q k^T)) for k (B, H, L, D): (B, H, L) in float32. Probe p stands at
+    positions[p] (int64), sees the tokens up to there for which mask (B, L) is true, and counts if its own token is
+    among those. With lse (B, Hq, P), float32, rows are exp(logit - lse) instead.
+    cap(s) = softcap * tanh(s / softcap) if softcap > 0.""",
+    used_by="`kv.probe_saliency` and the caches",
 )
 
-# Attention of q (B, Hq, Lq, D) over segments of compressed tokens, seven tensors each in the order of SEGMENT (empty
-# value_channels: c = 1), and over the slots window[b, 0] <= j < window[b, 1] (int32) of window_k (B, H, W, D) and
-# window_v (B, H, W, Dv). The last of those is the last query's own token: query i does not see the Lq - 1 - i slots
-# before window[b, 1]. `first` (segments, B, H), int32: slots before it are not seen. `sinks` (Hq,), float32: a logit
-# more in each row's sum. Returns the result, (B, Hq, Lq, Dv) in q's dtype, and the logarithm of the sums of exp,
-# (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.
-library.define(
+decode = Op(
+    "kv",
     "kv_decode(Tensor q, Tensor[] segments, Tensor window_k, Tensor window_v, Tensor window, Tensor? sinks, "
-    "Tensor? first, *, int[] bits, int key_axis, float scale, float softcap=0.0) -> (Tensor, Tensor)"
+    "Tensor? first, *, int[] bits, int key_axis, float scale, float softcap=0.0) -> (Tensor, Tensor)",
+    lambda q, segments, window_k, window_v, *_, **__: (
+        q.new_empty((*q.shape[:3], window_v.shape[3])),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+    ),
+    """Attention of q (B, Hq, Lq, D) over segments of compressed tokens, seven tensors each in the order of SEGMENT
+    (empty value_channels: c = 1), and over the slots window[b, 0] <= j < window[b, 1] (int32) of window_k (B, H, W, D)
+    and window_v (B, H, W, Dv). The last of those is the last query's own token: query i does not see the Lq - 1 - i
+    slots before window[b, 1]. `first` (segments, B, H), int32: slots before it are not seen. `sinks` (Hq,), float32: a
+    logit more in each row's sum. Returns the result, (B, Hq, Lq, Dv) in q's dtype, and the logarithm of the sums of
+    exp, (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.""",
+    used_by="`kv.ZipCache`, `kv.ZipCacheLayer`, `kv.decode_attention`",
+    dtypes="fp32, bf16, fp16; 8, 4, 2 bits",
 )
-
-
-@torch.library.register_fake(f"{NAMESPACE}::kv_quantize_", lib=library)
-def _quantize_fake(
-    x: Tensor,
-    index: Tensor | None,
-    starts: Tensor,
-    counts: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    channels: Tensor | None,
-    *,
-    bits: int,
-    axis: int,
-) -> None:
-    return None
-
-
-@torch.library.register_fake(f"{NAMESPACE}::kv_dequantize_", lib=library)
-def _dequantize_fake(
-    codes: Tensor,
-    scales: Tensor,
-    channels: Tensor | None,
-    index: Tensor | None,
-    starts: Tensor,
-    counts: Tensor,
-    out: Tensor,
-    *,
-    bits: int,
-    axis: int,
-) -> None:
-    return None
-
-
-@torch.library.register_fake(f"{NAMESPACE}::kv_saliency", lib=library)
-def _saliency_fake(
-    q: Tensor,
-    k: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    lse: Tensor | None,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-) -> Tensor:
-    return k.new_empty(k.shape[:3], dtype=torch.float32)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::kv_decode", lib=library)
-def _decode_fake(
-    q: Tensor,
-    segments: list[Tensor],
-    window_k: Tensor,
-    window_v: Tensor,
-    window: Tensor,
-    sinks: Tensor | None,
-    first: Tensor | None,
-    *,
-    bits: list[int],
-    key_axis: int,
-    scale: float,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    shape = q.shape[:3]
-    return q.new_empty((*shape, window_v.shape[3])), q.new_empty(shape, dtype=torch.float32)

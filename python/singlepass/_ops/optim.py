@@ -18,99 +18,90 @@ hyperparameters and what all rules share by keyword. Lists have one tensor per p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
-from . import NAMESPACE, library
+from .op import Op
+
+RULES: dict[str, StepOp] = {}  # by the rule's name
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What the schema of a rule's op is made of."""
+class StepOp(Op):
+    """The step of one rule, whose schema is made from what tells rules apart.
 
-    name: str
-    states: tuple[str, ...]
-    hyper: str
-    scale: str | None = None  # a scalar of each tensor that the rule reads
+    Args:
+        rule: its name.
+        states: names of the states, one tensor per parameter each.
+        hyper: hyperparameters as in a schema.
+        scale: the name of a scalar of each tensor that the rule reads.
+        used_by: the class.
+    """
 
-    @property
-    def op_name(self) -> str:
-        return f"{self.name}_step_"
-
-    @property
-    def lists(self) -> tuple[str, ...]:
-        """Names of the tensor lists between grads and steps."""
-        return self.states + ((self.scale,) if self.scale else ())
-
-    @property
-    def hyper_names(self) -> tuple[str, ...]:
-        return tuple(declaration.split()[-1] for declaration in self.hyper.split(","))
-
-    @property
-    def schema(self) -> str:
-        states = "".join(f"Tensor({'bcde'[k]}!)[] {name}, " for k, name in enumerate(self.states))
-        scale = f"Tensor[] {self.scale}, " if self.scale else ""
-        return (
-            f"{self.op_name}(Tensor(a!)[] params, Tensor[] grads, {states}{scale}Tensor(f!)[] steps, Tensor lr, *, "
-            f"{self.hyper}, bool maximize=False, int? seed=None, int[] ids=[], Tensor? grad_scale=None, "
-            "Tensor? found_inf=None) -> ()"
+    def __init__(
+        self, rule: str, states: tuple[str, ...], hyper: str, *, scale: str | None = None, used_by: str
+    ) -> None:
+        self.rule, self.states, self.scale = rule, states, scale
+        self.lists = states + ((scale,) if scale else ())  # between grads and steps
+        self.hyper = {name: kind for kind, name in map(str.split, hyper.split(","))}  # "float" or "bool", by name
+        lists = "".join(f"Tensor({'bcde'[k]}!)[] {name}, " for k, name in enumerate(states))
+        super().__init__(
+            "optim",
+            f"{rule}_step_(Tensor(a!)[] params, Tensor[] grads, {lists}{f'Tensor[] {scale}, ' if scale else ''}"
+            f"Tensor(f!)[] steps, Tensor lr, *, {hyper}, bool maximize=False, int? seed=None, int[] ids=[], "
+            "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+            None,
+            f"One step of {used_by} over lists of tensors, in place.",
+            used_by=used_by,
         )
+        RULES[rule] = self
 
 
 _ADAM = "float beta1, float beta2, float eps, float weight_decay"
 
-RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("adamw", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _ADAM),
-        Rule("lion", ("exp_avg",), "float beta1, float beta2, float weight_decay"),
-        Rule(
-            "adabelief",
-            ("exp_avg", "exp_avg_var", "max_exp_avg_var"),
-            f"{_ADAM}, bool decoupled_weight_decay, bool fixed_decay, bool rectify, bool degenerated_to_sgd",
-        ),
-        Rule(
-            "adan",
-            ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"),
-            "float beta1, float beta2, float beta3, float eps, float weight_decay, bool no_prox",
-        ),
-        Rule("diffgrad", ("exp_avg", "exp_avg_sq", "previous_grad"), _ADAM),
-        Rule("lamb", ("exp_avg", "exp_avg_sq"), f"{_ADAM}, bool always_adapt"),
-        Rule("lars", ("momentum_buffer",), "float momentum, float weight_decay, float trust_coefficient, float eps"),
-        Rule("sgdsai", ("momentum_buffer",), "float momentum, float weight_decay", scale="gsnr"),
-    )
-}
+adamw = StepOp("adamw", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _ADAM, used_by="`optim.AdamW`")
+lion = StepOp("lion", ("exp_avg",), "float beta1, float beta2, float weight_decay", used_by="`optim.Lion`")
+adabelief = StepOp(
+    "adabelief",
+    ("exp_avg", "exp_avg_var", "max_exp_avg_var"),
+    f"{_ADAM}, bool decoupled_weight_decay, bool fixed_decay, bool rectify, bool degenerated_to_sgd",
+    used_by="`optim.AdaBelief`",
+)
+adan = StepOp(
+    "adan",
+    ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"),
+    "float beta1, float beta2, float beta3, float eps, float weight_decay, bool no_prox",
+    used_by="`optim.Adan`",
+)
+diffgrad = StepOp("diffgrad", ("exp_avg", "exp_avg_sq", "previous_grad"), _ADAM, used_by="`optim.DiffGrad`")
+lamb = StepOp("lamb", ("exp_avg", "exp_avg_sq"), f"{_ADAM}, bool always_adapt", used_by="`optim.LAMB`")
+lars = StepOp(
+    "lars",
+    ("momentum_buffer",),
+    "float momentum, float weight_decay, float trust_coefficient, float eps",
+    used_by="`optim.LARS`",
+)
+sgdsai = StepOp(
+    "sgdsai", ("momentum_buffer",), "float momentum, float weight_decay", scale="gsnr", used_by="`optim.SGDSaI`"
+)
 
+grad_norm = Op(
+    "optim",
+    "grad_norm(Tensor[] grads, *, float max_norm=0.0, float eps=0.0, Tensor? grad_scale=None) -> Tensor",
+    lambda grads, **_: grads[0].new_empty(3, dtype=torch.float32),
+    """One read of all gradients gives what clipping, unscaling and skipping need: a float32 tensor of three numbers,
+    the Euclidean norm after unscaling, the divisor that unscales and clips the stored gradients to
+    g * min(1, max_norm / (norm + eps)) (max_norm <= 0: only unscales), and 1 if any element is infinite or NaN, else
+    0.""",
+    used_by="gradient clipping, non-finite check",
+)
 
-def _step_fake(*args: object, **kwargs: object) -> None:
-    """A step has no outputs."""
-
-
-for _rule in RULES.values():
-    library.define(_rule.schema, tags=(torch.Tag.needs_exact_strides,))
-    torch.library.register_fake(f"{NAMESPACE}::{_rule.op_name}", _step_fake, lib=library)
-
-# One read of all gradients gives what clipping, unscaling and skipping need: a float32 tensor of three numbers, the
-# Euclidean norm after unscaling, the divisor that unscales and clips the stored gradients to
-# g * min(1, max_norm / (norm + eps)) (max_norm <= 0: only unscales), and 1 if any element is infinite or NaN, else 0.
-library.define("grad_norm(Tensor[] grads, *, float max_norm=0.0, float eps=0.0, Tensor? grad_scale=None) -> Tensor")
-
-
-@torch.library.register_fake(f"{NAMESPACE}::grad_norm", lib=library)
-def _grad_norm_fake(
-    grads: list[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
-) -> Tensor:
-    return grads[0].new_empty(3, dtype=torch.float32)
-
-
-# The traffic of a step without its arithmetic, which benchmarks take as the floor: reads every element of `reads`,
-# reads and writes every element of `updates` (which keep their values if all are finite). Contiguous float32 tensors
-# of one size, at most three to read and eight to update.
-library.define("stream_(Tensor[] reads, Tensor(a!)[] updates) -> ()")
-
-
-@torch.library.register_fake(f"{NAMESPACE}::stream_", lib=library)
-def _stream_fake(reads: list[Tensor], updates: list[Tensor]) -> None:
-    """Nothing is returned."""
+stream_ = Op(
+    "optim",
+    "stream_(Tensor[] reads, Tensor(a!)[] updates) -> ()",
+    None,
+    """The traffic of a step without its arithmetic, which benchmarks take as the floor: reads every element of `reads`,
+    reads and writes every element of `updates` (which keep their values if all are finite). Contiguous float32 tensors
+    of one size, at most three to read and eight to update.""",
+    used_by="benchmarks only",
+    dtypes="fp32",
+    has_triton=False,
+)

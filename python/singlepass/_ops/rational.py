@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import NAMESPACE, library
+from .op import Op
 
 FORMS = "ABCD"
 MAX_DEGREES = (7, 6)
@@ -35,49 +35,23 @@ MAX_DEGREES = (7, 6)
 _INPUTS = "Tensor x, Tensor numerator, Tensor denominator, Tensor? bias, Tensor? gate"
 _OPTIONS = "*, int form, int channel_dim, float dropout=0.0, Tensor? seed=None"
 
-library.define(f"rational({_INPUTS}, {_OPTIONS}) -> Tensor", tags=(torch.Tag.needs_exact_strides,))
-
-# Gradients of x, numerator, denominator, bias and gate; the last two are empty where there is none.
-library.define(
-    f"rational_backward(Tensor grad, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.needs_exact_strides,),
+rational = Op(
+    "rational",
+    f"rational({_INPUTS}, {_OPTIONS}) -> Tensor",
+    lambda x, *_, **__: torch.empty_like(x),
+    "P(x) / Q(x), of x's shape and dtype.",
+    used_by="`nn.GroupRational`, `nn.GRKAN`, `nn.KATMLP`",
 )
 
 
-@torch.library.register_fake(f"{NAMESPACE}::rational", lib=library)
-def _rational_fake(
-    x: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    *,
-    form: int,
-    channel_dim: int,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    return torch.empty_like(x)
+def _gradients(grad: Tensor, *inputs: Tensor | None, **_: object) -> tuple[Tensor, ...]:
+    return tuple(grad.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::rational_backward", lib=library)
-def _rational_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    numerator: Tensor,
-    denominator: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    *,
-    form: int,
-    channel_dim: int,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x),
-        torch.empty_like(numerator),
-        torch.empty_like(denominator),
-        x.new_empty(0) if bias is None else torch.empty_like(bias),
-        x.new_empty(0) if gate is None else torch.empty_like(x),
-    )
+rational_backward = Op(
+    "rational",
+    f"rational_backward(Tensor grad, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
+    "Gradients of x, numerator, denominator, bias and gate; the last two are empty where there is none.",
+    used_by="their gradients",
+)

@@ -33,66 +33,59 @@ Tensors are float32, bfloat16 or float16 (eager: float64 too); arithmetic is flo
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from . import NAMESPACE, library
+from .op import Op
 
 # Columns of a row of int8 codes that share a factor.
 BLOCK = 128
 
-_EXACT = (torch.Tag.needs_exact_strides,)
+scale_ = Op(
+    "spectral",
+    "spectral_scale_(Tensor(a!) q, Tensor t, Tensor s) -> Tensor",
+    lambda q, t, s: q.new_empty(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32)),
+    "q's columns times s in place; the column sums of q * t.",
+    used_by="`spectral.SSTLinear`, backward",
+)
 
-library.define("spectral_scale_(Tensor(a!) q, Tensor t, Tensor s) -> Tensor", tags=_EXACT)
-
-library.define(
+step_ = Op(
+    "spectral",
     "spectral_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
     "Tensor(d!)[] steps, Tensor lr, *, float beta1, float beta2, float eps, float weight_decay, bool project=False, "
     "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
-    tags=_EXACT,
+    None,
+    "AdamW, then unit rows and values that are not negative.",
+    used_by="`spectral.SST`",
 )
 
-library.define("spectral_sample(Tensor[] s, *, int[] ranks, int[] ids, int seed, int draw, float uniform) -> Tensor[]")
+sample = Op(
+    "spectral",
+    "spectral_sample(Tensor[] s, *, int[] ranks, int[] ids, int seed, int draw, float uniform) -> Tensor[]",
+    lambda s, *, ranks, **_: [v.new_empty(rank, dtype=torch.int64) for v, rank in zip(s, ranks, strict=True)],
+    "Draws the vectors that are to be active.",
+    used_by="`spectral.SST`: draws vectors",
+)
 
-library.define(
+swap_ = Op(
+    "spectral",
     "spectral_swap_(Tensor(a!)[] active, Tensor(b!)[] frozen, Tensor(c!)[] scales, Tensor[] exchange) -> ()",
-    tags=_EXACT,
+    None,
+    "Exchanges active rows and frozen ones.",
+    used_by="`spectral.SST`: swaps vectors",
+    dtypes="fp32, bf16, fp16; int8 frozen vectors",
 )
 
-library.define("lorentz(Tensor z, Tensor log_scale, *, float k, float offset) -> Tensor")
-library.define(
-    "lorentz_backward(Tensor grad, Tensor z, Tensor log_scale, *, float k, float offset) -> (Tensor, Tensor)"
+lorentz = Op(
+    "spectral",
+    "lorentz(Tensor z, Tensor log_scale, *, float k, float offset) -> Tensor",
+    lambda z, log_scale, **_: z.new_empty(z.shape),
+    "HyboNet's map to the hyperboloid.",
+    used_by="`spectral.LorentzLinear`, `spectral.lorentz`",
 )
 
-
-@torch.library.register_fake(f"{NAMESPACE}::spectral_scale_", lib=library)
-def _scale_fake(q: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    return q.new_empty(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@torch.library.register_fake(f"{NAMESPACE}::spectral_step_", lib=library)
-def _step_fake(*args: object, **kwargs: object) -> None:
-    """A step has no outputs."""
-
-
-@torch.library.register_fake(f"{NAMESPACE}::spectral_sample", lib=library)
-def _sample_fake(
-    s: list[Tensor], *, ranks: list[int], ids: list[int], seed: int, draw: int, uniform: float
-) -> list[Tensor]:
-    return [values.new_empty(rank, dtype=torch.int64) for values, rank in zip(s, ranks, strict=True)]
-
-
-@torch.library.register_fake(f"{NAMESPACE}::spectral_swap_", lib=library)
-def _swap_fake(active: list[Tensor], frozen: list[Tensor], scales: list[Tensor], exchange: list[Tensor]) -> None:
-    """Nothing is returned."""
-
-
-@torch.library.register_fake(f"{NAMESPACE}::lorentz", lib=library)
-def _lorentz_fake(z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> Tensor:
-    return z.new_empty(z.shape)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::lorentz_backward", lib=library)
-def _lorentz_backward_fake(
-    grad: Tensor, z: Tensor, log_scale: Tensor, *, k: float, offset: float
-) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), log_scale.new_empty(log_scale.shape)
+lorentz_backward = Op(
+    "spectral",
+    "lorentz_backward(Tensor grad, Tensor z, Tensor log_scale, *, float k, float offset) -> (Tensor, Tensor)",
+    lambda grad, z, log_scale, **_: (z.new_empty(z.shape), log_scale.new_empty(log_scale.shape)),
+    "Gradients of z and of log_scale.",
+    used_by="their gradients",
+)

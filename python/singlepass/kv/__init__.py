@@ -11,13 +11,13 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from .codec import Codec, cache_nbytes
-from .functional import Quantized, decode_attention, dequantize, quantize
-from .layer import ZipCacheLayer
-from .saliency import probe_saliency
+from ._codec import Codec, cache_nbytes
+from ._functional import Quantized, decode_attention, dequantize, quantize
+from ._layer import ZipCacheLayer
+from ._saliency import probe_saliency
 
 if TYPE_CHECKING:
-    from .hf import ZipCache
+    from ._hf import ZipCache
 
 __all__ = [
     "Codec",
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     """Imports ZipCache when it is first used: importing transformers takes seconds."""
     if name != "ZipCache":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .hf import ZipCache
+    from ._hf import ZipCache
 
     return ZipCache
 

@@ -1,13 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused optimizers: drop-in :class:`torch.optim.Optimizer` subclasses whose steps read and write each tensor once."""
+"""Fused optimizers: drop-in :class:`torch.optim.Optimizer` subclasses whose steps read and write each tensor once.
 
-from .adabelief import AdaBelief
-from .adamw import AdamW
-from .adan import Adan
-from .diffgrad import DiffGrad
-from .lamb import LAMB
-from .lars import LARS
-from .lion import Lion
-from .sgdsai import SGDSaI
+``SST``, the optimizer of sparse spectral training, is :class:`singlepass.spectral.SST`.
+"""
+
+from typing import Any
+
+from ._adabelief import AdaBelief
+from ._adamw import AdamW
+from ._adan import Adan
+from ._diffgrad import DiffGrad
+from ._lamb import LAMB
+from ._lars import LARS
+from ._lion import Lion
+from ._sgdsai import SGDSaI
 
 __all__ = ["LAMB", "LARS", "AdaBelief", "AdamW", "Adan", "DiffGrad", "Lion", "SGDSaI"]
+
+
+def __getattr__(name: str) -> Any:
+    """SST builds on AdamW, so that its family is imported after this one."""
+    if name != "SST":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ..spectral import SST
+
+    return SST
+
+
+def __dir__() -> list[str]:
+    """For completion: the public names, SST included."""
+    return sorted([*__all__, "SST"])

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._dispatch import choose, implementation, requested
 from .._errors import message, require
-from .._ops.optim import RULES, Rule
+from .._ops import Op, requested
+from .._ops.optim import StepOp
 from ._buckets import Bucket, Sorter, is_any_nonzero, same_layout
 from ._checks import check_keys, check_once, check_parameter, check_values
 from ._loading import STATE_DTYPES, Loading, state_dtype_for
 from ._norm import measure, to_device
+
+# Defaults that are checked elsewhere, or, the last one, torch's own.
+_NO_RANGE = ("state_dtype", "backend", "seed", "differentiable")
 
 # The groups of a step, each with its buckets.
 Work = list[tuple[dict[str, Any], list[Bucket]]]
@@ -27,7 +29,7 @@ Work = list[tuple[dict[str, Any], list[Bucket]]]
 class FusedOptimizer(Optimizer):
     """Base of the optimizers: a subclass names its rule and turns a group into the rule's hyperparameters."""
 
-    rule_name: ClassVar[str]
+    rule: ClassVar[StepOp]
     counts_steps: ClassVar[bool] = True
     steps_where_uncounted: ClassVar[float] = 0.0  # the count of a saved state that has none
     _loading: ClassVar[type[Loading]] = Loading
@@ -59,15 +61,16 @@ class FusedOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError for hyperparameters outside their range."""
-        raise NotImplementedError
+        self._check_values(group, [name for name in self.defaults if name not in _NO_RANGE])
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's hyperparameters, as the op names them."""
-        raise NotImplementedError
+        """The rule's hyperparameters, as the op names them: beta1 is the first of ``betas``."""
+        betas = {f"beta{i}": beta for i, beta in enumerate(group.get("betas", ()), 1)}
+        return {name: betas[name] if name in betas else group[name] for name in self.rule.hyper}
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the states that this group needs."""
-        return self._rule.states
+        """Names of the states that this group needs: all but the maximum of AMSGrad."""
+        return tuple(name for name in self.rule.states if not name.startswith("max_") or group["amsgrad"])
 
     def _state_dtype_of(self, name: str, p: Tensor, group: dict[str, Any]) -> torch.dtype:
         """The dtype of a new state."""
@@ -78,7 +81,7 @@ class FusedOptimizer(Optimizer):
 
     def _clipping(self) -> tuple[float, float]:
         """(max_norm, eps) of clipping by the global norm; max_norm 0 for none."""
-        return 0.0, 0.0
+        return self._max_grad_norm_of(self.param_groups) if "max_grad_norm" in self.defaults else 0.0, 0.0
 
     def _before_step(
         self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -89,13 +92,9 @@ class FusedOptimizer(Optimizer):
         """Not empty for parameters that a subclass steps in another way; one bucket has one role."""
         return ""
 
-    def _op_name(self, role: str) -> str:
+    def _op(self, role: str) -> Op:
         """The op that steps parameters of this role."""
-        return self._rule.op_name
-
-    @property
-    def _rule(self) -> Rule:
-        return RULES[self.rule_name]
+        return self.rule
 
     @property
     def _name(self) -> str:
@@ -104,14 +103,8 @@ class FusedOptimizer(Optimizer):
     def _require(self, condition: bool, contract: str, got: object, remedy: str) -> None:
         require(condition, self._name, contract, got, remedy)
 
-    def _check_values(self, group: dict[str, Any], **contracts: str) -> None:
-        """Checks hyperparameters against contracts of ``_checks``."""
-        check_values(self._name, group, contracts, sum(name.startswith("beta") for name in self._rule.hyper_names))
-
-    def _check_max_grad_norm(self, group: dict[str, Any]) -> None:
-        most = group["max_grad_norm"]
-        fits = isinstance(most, Real) and float(most) >= 0.0
-        self._require(fits, "max_grad_norm >= 0", repr(most), "Pass 0 to clip nothing.")
+    def _check_values(self, group: dict[str, Any], names: Iterable[str]) -> None:
+        check_values(self._name, group, names, sum(name.startswith("beta") for name in self.rule.hyper))
 
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         """Checks the hyperparameters of groups that are to be the optimizer's."""
@@ -164,8 +157,6 @@ class FusedOptimizer(Optimizer):
             )
             fits = lr.dtype == torch.float32 or (lr.dtype == torch.float64 and lr.device.type == "cpu")
             self._require(fits, "an lr of float32, or of float64 on the CPU", lr.dtype, "Convert it.")
-        flags = dict.fromkeys(("maximize", "capturable", "stochastic_rounding"), "True or False")
-        self._check_values(group, lr="in [0, inf)", **flags)
 
     def _check_places(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Checks what depends on where a group's parameters are."""
@@ -175,7 +166,7 @@ class FusedOptimizer(Optimizer):
         backend = requested(group["backend"])
         if backend is not None:
             for p in params:
-                choose(self._rule.op_name, p.device.type, (p.dtype,), backend)
+                self.rule.choose(p.device.type, (p.dtype,), backend)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -253,7 +244,7 @@ class FusedOptimizer(Optimizer):
         hypers = [(self._hyper(group), self._state_names(group)) for group, _ in work]
         if not torch.compiler.is_compiling():
             for group in (group for group, _ in work if not isinstance(group["lr"], Tensor)):
-                self._check_values(group, lr="in [0, inf)")
+                self._check_values(group, ["lr"])
         for (group, members), (hyper, names) in zip(work, hypers, strict=True):
             for bucket in members:
                 self._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
@@ -285,11 +276,11 @@ class FusedOptimizer(Optimizer):
         options: dict[str, Any],
     ) -> None:
         """Calls the op of the bucket's role."""
-        lists = [[s[name] for s in states] if name in names else [] for name in self._rule.states]
-        if self._rule.scale is not None:
-            lists.append([s[self._rule.scale] for s in states])
+        lists = [[s[name] for s in states] if name in names else [] for name in self.rule.states]
+        if self.rule.scale is not None:
+            lists.append([s[self.rule.scale] for s in states])
         stochastic = group["stochastic_rounding"]
-        implementation(self._rule.op_name, bucket.backend)(
+        self.rule.on(bucket.backend)(
             bucket.params,
             bucket.grads,
             *lists,
@@ -313,8 +304,8 @@ class FusedOptimizer(Optimizer):
             if name not in state:
                 dtype = self._state_dtype_of(name, p, group)
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        if self._rule.scale is not None and self._rule.scale not in state:
-            state[self._rule.scale] = self._new_scale(p, group)
+        if self.rule.scale is not None and self.rule.scale not in state:
+            state[self.rule.scale] = self._new_scale(p, group)
         return state
 
     def _new_scale(self, p: Tensor, group: dict[str, Any]) -> Tensor:
@@ -325,7 +316,7 @@ class FusedOptimizer(Optimizer):
         """Brings the parameter's states into its present layout, and into a dtype that its kernels take: what
         ``model.to(...)`` may have changed."""
         state = self.state.get(p, {})
-        for name in self._rule.states:
+        for name in self.rule.states:
             old = state.get(name)
             if old is None:
                 continue

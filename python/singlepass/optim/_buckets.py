@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, requested
 from .._errors import message, require
+from .._ops import requested
 from ._checks import check_parameter
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _sorted(
         needed = _needed_backend(where, p, g, backend)
         if group["stochastic_rounding"] and is_sharded(p):
             require(False, where, "stochastic_rounding=False for DTensors", True, "Round to nearest there.")
-        chosen = choose(optimizer._op_name(role), p.device.type, (p.dtype, g.dtype), needed)
+        chosen = optimizer._op(role).choose(p.device.type, (p.dtype, g.dtype), needed)
         bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, backend, p.device, role, [], [], [], []))
         bucket.offsets.append(i)
         bucket.ids.append(first_id + (i if offsets is None else offsets[i]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -32,18 +32,30 @@ def _below(limit: float) -> Callable[[Any], bool]:
 _CONTRACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "in [0, inf)": (_below(math.inf), "Pass a finite number that is not negative."),
     "in [0, 1)": (_below(1.0), "Pass a number from 0 to less than 1."),
+    ">= 0": (lambda value: isinstance(value, Real) and float(value) >= 0.0, "Pass 0 to clip nothing."),
     "True or False": (lambda value: isinstance(value, bool), "Pass one of them."),
 }
 
+# By the name of a hyperparameter; what has another name is a flag.
+_RANGES = {
+    "lr": "in [0, inf)",
+    "betas": "in [0, 1)",
+    "eps": "in [0, inf)",
+    "weight_decay": "in [0, inf)",
+    "momentum": "in [0, 1)",
+    "trust_coefficient": "in [0, inf)",
+    "max_grad_norm": ">= 0",
+}
 
-def check_values(where: str, group: dict[str, Any], contracts: dict[str, str], betas: int) -> None:
-    """Checks hyperparameters by name against contracts; ``betas``, if among them, is as many numbers.
+
+def check_values(where: str, group: dict[str, Any], names: Iterable[str], betas: int) -> None:
+    """Checks hyperparameters of these names; ``betas``, if among them, is as many numbers.
 
     Raises:
-        ValueError: one that does not keep its contract.
+        ValueError: one outside its range.
     """
-    for key, contract in contracts.items():
-        values = (group[key],)
+    for key in names:
+        contract, values = _RANGES.get(key, "True or False"), (group[key],)
         if key == "betas":
             values = group[key]
             fits = isinstance(values, (tuple, list)) and len(values) == betas

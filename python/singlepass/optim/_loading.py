@@ -54,7 +54,7 @@ class Loading:
         self, state: Mapping[str, Any], p: Tensor, group: dict[str, Any], saved: dict[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """A saved state as the rule's own part, with copies of its tensors, and the keys that others put there."""
-        where, rule = self.optimizer._name, self.optimizer._rule
+        where, rule = self.optimizer._name, self.optimizer.rule
         foreign = ", ".join(sorted(_ALL_STATES.difference(rule.lists) & state.keys()))
         remedy = "Load it into the optimizer that wrote it."
         require(not foreign, where, f"states {', '.join(rule.lists)}", foreign, remedy)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dispatch import choose, implementation
 from .._errors import require
+from .._ops.optim import grad_norm
 from ._buckets import Bucket, is_wrapper, whole
 
 
@@ -31,10 +31,8 @@ def measure(
                 grads.setdefault(key, []).extend(some)
     stats = []
     for (device, wanted, _), present in grads.items():
-        backend = choose("grad_norm", device.type, {g.dtype for g in present}, wanted)
-        grad_norm = implementation("grad_norm", backend)
-        found = grad_norm(present, max_norm=max_norm, eps=eps, grad_scale=to_device(grad_scale, device))
-        stats.append(whole(found))
+        run = grad_norm.on(grad_norm.choose(device.type, {g.dtype for g in present}, wanted))
+        stats.append(whole(run(present, max_norm=max_norm, eps=eps, grad_scale=to_device(grad_scale, device))))
     if not stats:
         return grad_scale, found_inf
     alone = len(stats) == 1 or not any(map(is_wrapper, stats))

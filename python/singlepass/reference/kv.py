@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .._ops import kv as ops
+
 LARGEST = 65504.0  # of float16
 
 
@@ -63,6 +65,7 @@ def _rows(x: Tensor, index: Tensor | None, begin: int, end: int) -> Tensor:
     return x.gather(2, index[:, :, begin:end, None].long().expand(-1, -1, -1, x.shape[3]))
 
 
+@ops.quantize_.eager
 def quantize_(
     x: Tensor,
     index: Tensor | None,
@@ -135,6 +138,7 @@ def _restored(
     return x, stored
 
 
+@ops.dequantize_.eager
 def dequantize_(
     codes: Tensor,
     scales: Tensor,
@@ -162,6 +166,7 @@ def _logits(q: Tensor, k: Tensor, scale: float, softcap: float, dtype: torch.dty
     return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
 
 
+@ops.saliency.eager
 def saliency(
     q: Tensor,
     k: Tensor,
@@ -187,6 +192,7 @@ def saliency(
     return rows.sum((2, 3)).float()
 
 
+@ops.decode.eager
 def decode(
     q: Tensor,
     segments: list[Tensor],

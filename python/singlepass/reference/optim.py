@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._errors import require
-from .._ops.optim import RULES
+from .._ops import optim as ops
 from .philox import random_halves, stochastic_bfloat16
 
 
@@ -29,10 +29,112 @@ class Coefficients:
             setattr(self, name, value)
 
 
+def cast(c: Coefficients, dtype: torch.dtype, device: torch.device) -> Coefficients:
+    """Tensors to the arithmetic's dtype; Python numbers take it by themselves."""
+
+    def converted(value):
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+
+    return Coefficients(**{name: converted(getattr(c, name)) for name in c.names})
+
+
+def store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    target.copy_(value if skip is None else torch.where(skip, target.to(value.dtype), value))
+
+
+def unscaled(g: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
+    """The gradient of what is minimised."""
+    if grad_scale is not None:
+        g = g * (1.0 / grad_scale.reshape(()).to(g.dtype))
+    return -g if maximize else g
+
+
+def _memory_order(t: Tensor) -> Tensor:
+    """A flat view of dense memory, in the order in which the kernels number its elements."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def check_states(op: str, params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
+    """Refuses states that PyTorch would broadcast, before anything is changed."""
+    for values in states:
+        for p, s in zip(params, values, strict=True):
+            contract, got = f"a state of shape {tuple(p.shape)}", tuple(s.shape)
+            require(s.shape == p.shape, op, contract, got, "Load the state of this parameter.")
+
+
+def check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Refuses gradients that PyTorch would broadcast, densify or convert, before anything is changed."""
+    require(len(grads) == len(params), op, f"{len(params)} gradients", len(grads), "Pass one for each parameter.")
+    for p, g in zip(params, grads, strict=True):
+        require(g.layout is torch.strided, op, "strided gradients", f"a {g.layout} one", "Use torch.Tensor.to_dense.")
+        require(g.is_floating_point(), op, "floating-point gradients", g.dtype, "Convert them.")
+        contract, got = f"a gradient of shape {tuple(p.shape)}", tuple(g.shape)
+        require(g.shape == p.shape, op, contract, got, "Reshape it.")
+
+
+def _make_step(op: ops.StepOp, rule: Any) -> Callable[..., None]:
+    state_count, has_scale = len(op.states), op.scale is not None
+
+    def step_(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        *args: Any,
+        maximize: bool = False,
+        seed: int | None = None,
+        ids: Sequence[int] = (),
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        **hyper: Any,
+    ) -> None:
+        *lists, steps, lr = args
+        check_grads(op.name, params, grads)
+        lr = lr.reshape(())
+        states = [values for values in lists[:state_count] if values]
+        check_states(op.name, params, states)
+        for i, p in enumerate(params):
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            skip = None if found_inf is None else found_inf.reshape(()) != 0
+            g = unscaled(grads[i].to(dtype), grad_scale, maximize)
+            step = steps[i].double() + 1.0 if steps else torch.ones((), dtype=torch.float64, device=p.device)
+            scale = lists[state_count][i].double() if has_scale else None
+            c = cast(rule.coefficients(lr.double(), step, scale, **hyper), dtype, p.device)
+            old = [values[i] for values in states]
+            value, new = rule.update(c, p.to(dtype), g, [s.to(dtype) for s in old])
+            for target, s in zip(old, new, strict=True):
+                store(target, s, skip)
+            if seed is not None and p.dtype == torch.bfloat16:
+                stream = (steps[i].long() << 32) | ids[i]
+                random = random_halves(seed, stream, p.numel(), p.device)
+                rounded = torch.empty_like(p)
+                flat = torch.empty_like(p, dtype=dtype).copy_(value)
+                _memory_order(rounded).copy_(stochastic_bfloat16(_memory_order(flat), random))
+                value = rounded
+            store(p, value, skip)
+            if steps:
+                store(steps[i], steps[i] + 1.0, skip)
+
+    step_.__name__ = step_.__qualname__ = op.name
+    step_.__doc__ = f"{rule.__doc__} Arguments as in ``singlepass._ops.optim``."
+    return step_
+
+
+def _reference_of(op: ops.StepOp) -> Callable[[type], type]:
+    """Makes a rule the reference of its op."""
+
+    def register(rule: type) -> type:
+        op.eager(_make_step(op, rule))
+        return rule
+
+    return register
+
+
 def _bias_correction(beta: float, step: Tensor) -> Tensor:
     return 1.0 - beta**step
 
 
+@_reference_of(ops.adamw)
 class AdamW:
     """Decoupled weight decay regularization, arXiv 1711.05101; AMSGrad where a third state is given."""
 
@@ -58,6 +160,7 @@ class AdamW:
         return p * c.decay - c.step_size * (m / denominator), new
 
 
+@_reference_of(ops.lion)
 class Lion:
     """Symbolic discovery of optimization algorithms, arXiv 2302.06675, Algorithm 2."""
 
@@ -71,6 +174,7 @@ class Lion:
         return p * c.decay - c.lr * direction, [c.beta2 * s[0] + (1.0 - c.beta2) * g]
 
 
+@_reference_of(ops.adabelief)
 class AdaBelief:
     """AdaBelief, arXiv 2010.07468, as adabelief-pytorch 0.2.1; rectified as in RAdam, arXiv 1908.03265."""
 
@@ -129,6 +233,7 @@ class AdaBelief:
         return p * c.decay - c.step_size * (m / denominator), new
 
 
+@_reference_of(ops.adan)
 class Adan:
     """Adan, arXiv 2208.06677, as the authors' adan.py."""
 
@@ -159,6 +264,7 @@ class Adan:
         return (p * c.decay - step) * c.shrink, [m, v, n, -g]
 
 
+@_reference_of(ops.diffgrad)
 class DiffGrad:
     """diffGrad, arXiv 1909.11015, as the authors' second version."""
 
@@ -185,6 +291,7 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64)
 
 
+@_reference_of(ops.lamb)
 class LAMB:
     """LAMB, arXiv 1904.00962, Algorithm 2 with phi the identity."""
 
@@ -213,6 +320,7 @@ class LAMB:
         return p - lr * u, [m, v]
 
 
+@_reference_of(ops.lars)
 class LARS:
     """LARS, arXiv 1708.03888, Algorithm 1; the local rate is 1 where a norm is zero."""
 
@@ -229,6 +337,7 @@ class LARS:
         return p - v, [v]
 
 
+@_reference_of(ops.sgdsai)
 class SGDSaI:
     """SGD-SaI, arXiv 2412.11768, as the authors' sgd_sai.py; ``scale`` is the tensor's signal-to-noise ratio."""
 
@@ -243,113 +352,7 @@ class SGDSaI:
         return p * c.decay - c.step_size * m, [m]
 
 
-_UPDATES: dict[str, Any] = {
-    "adamw": AdamW,
-    "lion": Lion,
-    "adabelief": AdaBelief,
-    "adan": Adan,
-    "diffgrad": DiffGrad,
-    "lamb": LAMB,
-    "lars": LARS,
-    "sgdsai": SGDSaI,
-}
-
-
-def cast(c: Coefficients, dtype: torch.dtype, device: torch.device) -> Coefficients:
-    """Tensors to the arithmetic's dtype; Python numbers take it by themselves."""
-
-    def converted(value):
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-
-    return Coefficients(**{name: converted(getattr(c, name)) for name in c.names})
-
-
-def store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    target.copy_(value if skip is None else torch.where(skip, target.to(value.dtype), value))
-
-
-def unscaled(g: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient of what is minimised."""
-    if grad_scale is not None:
-        g = g * (1.0 / grad_scale.reshape(()).to(g.dtype))
-    return -g if maximize else g
-
-
-def _memory_order(t: Tensor) -> Tensor:
-    """A flat view of dense memory, in the order in which the kernels number its elements."""
-    return t.as_strided((t.numel(),), (1,))
-
-
-def check_states(op: str, params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
-    """Refuses states that PyTorch would broadcast, before anything is changed."""
-    for values in states:
-        for p, s in zip(params, values, strict=True):
-            contract, got = f"a state of shape {tuple(p.shape)}", tuple(s.shape)
-            require(s.shape == p.shape, op, contract, got, "Load the state of this parameter.")
-
-
-def check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Refuses gradients that PyTorch would broadcast, densify or convert, before anything is changed."""
-    require(len(grads) == len(params), op, f"{len(params)} gradients", len(grads), "Pass one for each parameter.")
-    for p, g in zip(params, grads, strict=True):
-        require(g.layout is torch.strided, op, "strided gradients", f"a {g.layout} one", "Use torch.Tensor.to_dense.")
-        require(g.is_floating_point(), op, "floating-point gradients", g.dtype, "Convert them.")
-        contract, got = f"a gradient of shape {tuple(p.shape)}", tuple(g.shape)
-        require(g.shape == p.shape, op, contract, got, "Reshape it.")
-
-
-def _make_step(name: str) -> Callable[..., None]:
-    rule, update = RULES[name], _UPDATES[name]
-    state_count, has_scale = len(rule.states), rule.scale is not None
-
-    def step_(
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        *args: Any,
-        maximize: bool = False,
-        seed: int | None = None,
-        ids: Sequence[int] = (),
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        **hyper: Any,
-    ) -> None:
-        *lists, steps, lr = args
-        check_grads(rule.op_name, params, grads)
-        lr = lr.reshape(())
-        states = [values for values in lists[:state_count] if values]
-        check_states(rule.op_name, params, states)
-        for i, p in enumerate(params):
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            skip = None if found_inf is None else found_inf.reshape(()) != 0
-            g = unscaled(grads[i].to(dtype), grad_scale, maximize)
-            step = steps[i].double() + 1.0 if steps else torch.ones((), dtype=torch.float64, device=p.device)
-            scale = lists[state_count][i].double() if has_scale else None
-            c = cast(update.coefficients(lr.double(), step, scale, **hyper), dtype, p.device)
-            old = [values[i] for values in states]
-            value, new = update.update(c, p.to(dtype), g, [s.to(dtype) for s in old])
-            for target, s in zip(old, new, strict=True):
-                store(target, s, skip)
-            if seed is not None and p.dtype == torch.bfloat16:
-                stream = (steps[i].long() << 32) | ids[i]
-                random = random_halves(seed, stream, p.numel(), p.device)
-                rounded = torch.empty_like(p)
-                flat = torch.empty_like(p, dtype=dtype).copy_(value)
-                _memory_order(rounded).copy_(stochastic_bfloat16(_memory_order(flat), random))
-                value = rounded
-            store(p, value, skip)
-            if steps:
-                store(steps[i], steps[i] + 1.0, skip)
-
-    step_.__name__ = step_.__qualname__ = rule.op_name
-    step_.__doc__ = f"{update.__doc__} Arguments as in ``singlepass._ops.optim``."
-    return step_
-
-
-STEPS = {rule.op_name: _make_step(rule.name) for rule in RULES.values()}
-
-
+@ops.grad_norm.eager
 def grad_norm(
     grads: Sequence[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
 ) -> Tensor:
@@ -367,6 +370,7 @@ def grad_norm(
     return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
 
 
+@ops.stream_.eager
 def stream_(reads: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
     """Reads every tensor of ``reads``, reads and writes every tensor of ``updates``."""
     total: Tensor | float = 0.0

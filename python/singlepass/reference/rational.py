@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._ops import rational as ops
 from .philox import philox4x32
 
 NOISE = 0.1  # form D multiplies coefficients by 1 - NOISE to 1 + NOISE
@@ -72,6 +73,7 @@ def dropout_threshold(probability: float) -> int:
     return min(int(probability * 65536.0 + 0.5), 65535)
 
 
+@ops.rational.eager
 def rational(
     x: Tensor,
     numerator: Tensor,
@@ -117,6 +119,7 @@ def rational(
     return y if y.stride() == strides else torch.empty_like(x).copy_(y)
 
 
+@ops.rational_backward.eager
 def rational_backward(
     grad: Tensor,
     x: Tensor,

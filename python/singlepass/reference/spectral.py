@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._ops.spectral import BLOCK
+from .._ops import spectral as ops
 from .optim import AdamW, cast, check_grads, store, unscaled
 from .philox import philox4x32
 
@@ -30,6 +30,7 @@ def _working(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
+@ops.scale_.eager
 def scale_(q: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """q's columns times s in place; column sums of q * t."""
     sums = (_working(q) * _working(t)).sum(0)
@@ -42,6 +43,7 @@ def _unit_rows(p: Tensor) -> Tensor:
     return p * torch.where(norm == 0, 1.0, 1.0 / norm).to(p.dtype)
 
 
+@ops.step_.eager
 def step_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -85,6 +87,7 @@ def _race_times(p: Tensor, seed: int, draw: int, stream: int) -> Tensor:
     return -number.log() / p
 
 
+@ops.sample.eager
 def sample(
     s: Sequence[Tensor], *, ranks: Sequence[int], ids: Sequence[int], seed: int, draw: int, uniform: float
 ) -> list[Tensor]:
@@ -111,20 +114,21 @@ def sample(
 def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of rows (f, c), and their factors (f, ceil(c / 128))."""
     count, columns = rows.shape
-    blocks = (columns + BLOCK - 1) // BLOCK
-    padded = F.pad(rows.float(), (0, blocks * BLOCK - columns)).view(count, blocks, BLOCK)
+    blocks = (columns + ops.BLOCK - 1) // ops.BLOCK
+    padded = F.pad(rows.float(), (0, blocks * ops.BLOCK - columns)).view(count, blocks, ops.BLOCK)
     scales = padded.abs().amax(-1) / 127.0
     inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
     codes = (padded * inverse.unsqueeze(-1)).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
-    return codes.view(count, blocks * BLOCK)[:, :columns].contiguous(), scales
+    return codes.view(count, blocks * ops.BLOCK)[:, :columns].contiguous(), scales
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """float32 rows that codes and factors stand for."""
     columns = codes.shape[-1]
-    return codes.float() * scales.repeat_interleave(BLOCK, dim=-1)[..., :columns]
+    return codes.float() * scales.repeat_interleave(ops.BLOCK, dim=-1)[..., :columns]
 
 
+@ops.swap_.eager
 def swap_(
     active: Sequence[Tensor], frozen: Sequence[Tensor], scales: Sequence[Tensor], exchange: Sequence[Tensor]
 ) -> None:
@@ -141,6 +145,7 @@ def swap_(
             f[rows] = leaving.to(f.dtype)
 
 
+@ops.lorentz.eager
 def lorentz(z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> Tensor:
     """Rows onto the hyperboloid: a time from their first element, the rest rescaled to fit it."""
     work = _working(z)
@@ -150,6 +155,7 @@ def lorentz(z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> Tensor:
     return torch.cat((time, space * ratio.sqrt()), dim=-1).to(z.dtype)
 
 
+@ops.lorentz_backward.eager
 def lorentz_backward(grad: Tensor, z: Tensor, log_scale: Tensor, *, k: float, offset: float) -> tuple[Tensor, Tensor]:
     """Gradients of z and of log_scale."""
     g, work = _working(grad), _working(z)

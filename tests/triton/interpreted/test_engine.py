@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import singlepass.optim
-from singlepass._dispatch import implementation
 from singlepass.triton_kernels import _table
 from singlepass.triton_kernels.optim import launchers as optim
 
@@ -25,7 +24,7 @@ ADAMW, LAMB, LION = BY_ID["adamw"], BY_ID["lamb"], BY_ID["lion"]
 
 
 def run(backend: str, case: Case, tensors: Any, **options: Any) -> None:
-    call(implementation(rule_of(case).op_name, backend), case, tensors, **options)
+    call(rule_of(case).on(backend), case, tensors, **options)
 
 
 def assert_all_same(a: Any, b: Any) -> None:

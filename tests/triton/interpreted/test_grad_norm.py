@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass._dispatch import implementation
+from singlepass._ops import OPS
 
 from ...optim.steps import normal
 from ...tolerances import assert_same_bits
 
-triton_norm = implementation("grad_norm", "triton")
-native_norm = implementation("grad_norm", "native")
+triton_norm = OPS["grad_norm"].on("triton")
+native_norm = OPS["grad_norm"].on("native")
 
 
 def gradients() -> list[Tensor]:

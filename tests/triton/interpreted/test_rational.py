@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from singlepass._dispatch import implementation
+from singlepass._ops import OPS
 from singlepass.reference import rational as reference
 from singlepass.reference.philox import philox4x32, random_halves
 from singlepass.triton_kernels.rational import launchers
@@ -21,7 +21,7 @@ from singlepass.triton_kernels.rational.functions import are_kept, random_words
 
 from ...tolerances import assert_same_bits, assert_within, ulp
 
-forward, backward = implementation("rational", "triton"), implementation("rational_backward", "triton")
+forward, backward = OPS["rational"].on("triton"), OPS["rational_backward"].on("triton")
 
 A, B, C, D = range(4)
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16

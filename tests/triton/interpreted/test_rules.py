@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from singlepass._dispatch import implementation
+from singlepass._ops import OPS
 
 from ...optim.steps import Mix, Place, call, each_case, make_tensors, rule_of, set_grads, step_and_check
 from ...simt.truth import CASES, Case
@@ -33,7 +33,7 @@ def test_ten_steps_in_float32(case: Case) -> None:
 )
 @each_case
 def test_same_bits_as_cpp(case: Case, mix: Mix, steps: int) -> None:
-    op_name = rule_of(case).op_name
+    op_name = rule_of(case).name
     ours = make_tensors(case, [(7,), (1000,)], mix)
     cpp = ours.clone()
     for t in range(1, steps + 1):
@@ -41,7 +41,7 @@ def test_same_bits_as_cpp(case: Case, mix: Mix, steps: int) -> None:
         set_grads(cpp, t)
         options = {"seed": 1234567890123, "ids": [3, 0]} if mix.param == BF16 else {}
         call(PLACE.function(op_name), case, ours, **options)
-        call(implementation(op_name, "native"), case, cpp, **options)
+        call(OPS[op_name].on("native"), case, cpp, **options)
         for a, b in zip(ours.written(), cpp.written(), strict=True):
             assert_same_bits(a, b, f"{case.id}, step {t}")
 
@@ -53,6 +53,6 @@ def test_same_bits_as_cpp_late(finished: int) -> None:
     ours.steps[0].fill_(finished)
     cpp = ours.clone()
     call(PLACE.function("adan_step_"), case, ours)
-    call(implementation("adan_step_", "native"), case, cpp)
+    call(OPS["adan_step_"].on("native"), case, cpp)
     for a, b in zip(ours.written(), cpp.written(), strict=True):
         assert_same_bits(a, b)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass._dispatch import implementation
+from singlepass._ops import OPS
 from singlepass.reference import spectral as reference
 from singlepass.triton_kernels import _table
 from singlepass.triton_kernels._launch import Cache
@@ -59,7 +59,7 @@ def test_scale_of_parts_of_tensors() -> None:
 def test_sums_do_not_depend_on_alignment() -> None:
     q, t, s = ops.random(300, 40), ops.random(300, 40, seed=1), ops.random(40, seed=2)
     shifted = torch.empty(300 * 40 + 1)[1:].view(300, 40).copy_(q)
-    run = implementation("spectral_scale_", "triton")
+    run = OPS["spectral_scale_"].on("triton")
     assert_same_bits(run(shifted, t, s), run(q, t, s))
 
 
@@ -99,7 +99,7 @@ def make_lists(shapes: list[tuple[int, ...]], like: Callable[[Tensor], Tensor]) 
 
 def step(lists: list[list[Tensor]], backend: str = "triton", **options: Any) -> None:
     lr = options.pop("lr", torch.tensor(0.05, dtype=torch.float64))
-    implementation("spectral_step_", backend)(*lists, lr, **HYPER, **options)
+    OPS["spectral_step_"].on(backend)(*lists, lr, **HYPER, **options)
 
 
 def assert_steps_agree(ours: list[list[Tensor]], before: list[list[Tensor]], **options: Any) -> None:
@@ -169,9 +169,9 @@ def test_draws_of_everything_and_of_strided_values(count: int) -> None:
     s = ops.random(count, 3).abs()[:, 1]
     for rank in {1, count}:
         options = {"ranks": [rank], "ids": [2**33 - 3], "seed": -5, "draw": 2**30, "uniform": 0.5}
-        (got,) = implementation("spectral_sample", "triton")([s], **options)
+        (got,) = OPS["spectral_sample"].on("triton")([s], **options)
         assert_same_bits(got, reference.sample([s], **options)[0])
-    assert implementation("spectral_sample", "triton")([], ranks=[], ids=[], seed=0, draw=0, uniform=0.0) == []
+    assert OPS["spectral_sample"].on("triton")([], ranks=[], ids=[], seed=0, draw=0, uniform=0.0) == []
 
 
 @pytest.mark.parametrize("frozen_dtype", ops.FROZEN, ids=str)
@@ -205,10 +205,10 @@ def test_lorentz_of_any_strides(lay_out: Callable[[Tensor], Tensor]) -> None:
     z, grad = lay_out(ops.random(5, 64)), lay_out(ops.random(5, 64, seed=1))
     log_scale, options = torch.full((1, 1), 0.5), {"k": 1.0, "offset": 1.1}
     dense = z.clone(memory_format=torch.contiguous_format), grad.clone(memory_format=torch.contiguous_format)
-    out = implementation("lorentz", "triton")(z, log_scale, **options)
+    out = OPS["lorentz"].on("triton")(z, log_scale, **options)
     assert out.is_contiguous()
     torch.testing.assert_close(out, reference.lorentz(dense[0], log_scale, **options), rtol=2e-6, atol=1e-6)
-    got = implementation("lorentz_backward", "triton")(grad, z, log_scale, **options)
+    got = OPS["lorentz_backward"].on("triton")(grad, z, log_scale, **options)
     want = reference.lorentz_backward(dense[1], dense[0], log_scale, **options)
     assert got[1].shape == (1, 1)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -216,7 +216,7 @@ def test_lorentz_of_any_strides(lay_out: Callable[[Tensor], Tensor]) -> None:
 
 def test_lorentz_gradients_of_no_rows() -> None:
     none = torch.empty(0, 5)
-    grads = implementation("lorentz_backward", "triton")(none, none, torch.ones(()), k=1.0, offset=1.1)
+    grads = OPS["lorentz_backward"].on("triton")(none, none, torch.ones(()), k=1.0, offset=1.1)
     assert_same_bits(grads[0], none)
     assert_same_bits(grads[1], torch.zeros(()))
 
@@ -305,4 +305,4 @@ REFUSED: list[tuple[str, tuple[Any, ...], dict[str, Any], str]] = [
 )
 def test_refusals(name: str, arguments: tuple[Any, ...], options: dict[str, Any], contract: str) -> None:
     with pytest.raises(ValueError, match=rf"^{name}: expected .*{contract}.*; got .*\. \w.*\.$"):
-        implementation(name, "triton")(*arguments, **options)
+        OPS[name].on("triton")(*arguments, **options)

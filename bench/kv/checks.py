@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bars for the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..bars import Check, fastest, ours, ratio, time_over
+from ..results import Row, Run
+from .caches import DECODE, QUANTIZE, TITLES
+
+# CPU. Short caches are those that a processor holds.
+TIMES_DENSE = {True: 2.0, False: 1.0}
+LONG = 32768
+TIMES_QUANTIZED_CACHE = 10.0
+TIMES_COPY = 3.0
+# GPU
+SHARE_OF_COPY = 0.75
+TIMES_DENSE_GPU = 3.0
+
+
+def case_of(row: Row) -> str:
+    return f"{TITLES[row.op]}, {row.size} {row.dtype}"
+
+
+def length_of(row: Row) -> int:
+    return int(row.size.split("x")[1])
+
+
+def times_faster(bar: str, rows: list[Row], column: str, limit: float) -> Check:
+    """The time of the fastest of a column over ours."""
+    native, rivals = ours(rows), [row for row in rows if row.column == column]
+    value = ratio(fastest(rivals), native.times_floor if native else None)
+    skipped = any(row.status == "skipped" for row in rivals)
+    return Check(bar, case_of(rows[0]), value, limit, at_least=True, partial=skipped)
+
+
+def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
+    if rows[0].op == DECODE:
+        limit = TIMES_DENSE[length_of(rows[0]) >= LONG]
+        yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
+        yield times_faster("times faster than QuantizedCache", rows, "peer", TIMES_QUANTIZED_CACHE)
+    elif rows[0].op == QUANTIZE:
+        copies = [row for row in rows if row.column == "yardstick"]
+        yield time_over("time over a copy of the tokens", case_of(rows[0]), ours(rows), copies, TIMES_COPY)
+
+
+def cuda(run: Run, rows: list[Row]) -> Iterator[Check]:
+    if rows[0].op != DECODE:
+        return
+    native = ours(rows)
+    share = native.gbps / run.copy_gbps if native and native.gbps else None
+    yield Check("share of copy bandwidth", case_of(rows[0]), share, SHARE_OF_COPY, at_least=True)
+    if rows[0].size == f"8x{LONG}":
+        yield times_faster("times faster than the best dense decode", rows, "yardstick", TIMES_DENSE_GPU)

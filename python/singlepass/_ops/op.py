@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an op is: a contract, the implementations that can run it, and the choice between them.
+
+An explicit choice, by ``backend=`` or by ``SINGLEPASS_BACKEND``, that can't be honoured raises and says why. The
+automatic one takes the first backend of :data:`BACKENDS` that can run, and logs once what it took and why not another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._errors import message
+
+NAMESPACE = "singlepass"
+BACKENDS = ("native", "triton", "eager")
+ENV = "SINGLEPASS_BACKEND"
+OPS: dict[str, Op] = {}  # all ops, by name
+
+_NATIVE = "Leave it out to have one chosen; native is C++ on CPU tensors and CUDA on CUDA tensors."
+_KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_DEVICES = ("cpu", "cuda")
+_FLOATS = "fp32, bf16, fp16"
+
+logger = logging.getLogger("singlepass")
+_library = torch.library.Library(NAMESPACE, "DEF")  # registrations live as long as this object
+_logged: set[str] = set()
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Op:
+    """One op. Its implementations register themselves: :meth:`eager` and :meth:`triton` are decorators for them, and
+    the native libraries register with torch.
+
+    Args:
+        family: the folder in which each layer keeps it.
+        schema: as ``torch.library`` takes it: tensors by position, everything else by keyword.
+        fake: makes empty results, with the op's signature. None for an op without results.
+        doc: what arguments and results are.
+        used_by, dtypes: what the table of supported ops says.
+        has_triton: whether there is a Triton kernel.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        schema: str,
+        fake: Callable[..., Any] | None,
+        doc: str,
+        *,
+        used_by: str,
+        dtypes: str = _FLOATS,
+        has_triton: bool = True,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.family, self.used_by, self.dtypes, self.has_triton = family, used_by, dtypes, has_triton
+        self.__doc__ = f"{schema}\n\n{doc}"
+        _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _no_results, lib=_library)
+        self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        self._functions: dict[str, Callable[..., Any]] = {"native": self.overload}
+        self._obstacles: dict[tuple[str, str], str | None] = {}  # found once, so that torch.compile traces a choice
+        OPS[self.name] = self
+
+    def eager(self, function: F) -> F:
+        """Makes a function of plain PyTorch the reference, which runs on every device."""
+        _library.impl(self.name, function, "CompositeExplicitAutograd")
+        self._functions["eager"] = function
+        return function
+
+    def triton(self, function: F) -> F:
+        """Makes a function the launcher of the Triton kernel."""
+        self._functions["triton"] = function
+        return function
+
+    def on(self, backend: str) -> Callable[..., Any]:
+        """The function of one backend, with the op's signature."""
+        if backend not in self._functions:  # importing Triton takes a second
+            importlib.import_module(f"{NAMESPACE}.triton_kernels.{self.family}")
+        return self._functions[backend]
+
+    def __call__(self, *args: Any, backend: str | None = None, **options: Any) -> Any:
+        """Runs the op on the backend that is asked for, or else on the first that can run it.
+
+        Device and dtypes are those of the floating-point tensors among the positional arguments.
+        """
+        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
+        dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+        return self.on(self.choose(tensors[0].device.type, dtypes, backend))(*args, **options)
+
+    def choose(self, device_type: str, dtypes: Collection[torch.dtype], backend: str | None = None) -> str:
+        """The backend that runs the op for these dtypes and this type of device.
+
+        Raises:
+            ValueError: an unknown backend.
+            RuntimeError: an explicit backend that can't run here.
+        """
+        backend = requested(backend)
+        if backend is None:
+            return self._first_usable(device_type, dtypes)
+        if backend not in BACKENDS:
+            raise ValueError(message(self.name, f"backend among {', '.join(BACKENDS)}", repr(backend), _NATIVE))
+        reason = self.rejection(backend, device_type, dtypes)
+        if reason:
+            remedy = f"Unset backend and {ENV}: what can run is then chosen."
+            raise RuntimeError(message(self.name, f"backend {backend!r} to be usable", reason, remedy))
+        return backend
+
+    def rejection(self, backend: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
+        """Why a backend can't run the op on this type of device and these dtypes, or None if it can."""
+        if backend != "eager":
+            for dtype in dtypes:
+                if dtype not in _KERNEL_DTYPES:
+                    return f"kernels take float32, bfloat16 and float16, not {dtype}"
+        key = (backend, device_type)
+        return self._obstacles[key] if key in self._obstacles else self._obstacle(backend, device_type)
+
+    def _obstacle(self, backend: str, device_type: str) -> str | None:
+        """Why a backend can't run the op on a type of device, whatever the dtypes; None if it can."""
+        if backend == "eager":
+            return None
+        if backend == "native":
+            if device_type not in _DEVICES:
+                return f"there is no native library for {device_type}"
+            status = _native.status(device_type)
+            if not status.loaded:
+                return status.reason
+            if not _native.has_kernel(self.name, device_type):
+                return f"the native library for {device_type} has no kernel for this op"
+            return None
+        if not self.has_triton:
+            return "there is no Triton kernel for this op"
+        interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+        if device_type != "cuda" and not interpreted:
+            return f"Triton kernels run on cuda, not on {device_type}"
+        return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+    def _first_usable(self, device_type: str, dtypes: Collection[torch.dtype]) -> str:
+        """The automatic choice, logged once for each combination with the reasons against the backends before it."""
+        reasons: list[str] = []
+        for backend in BACKENDS:
+            reason = self.rejection(backend, device_type, dtypes)
+            if reason is None:
+                if not torch.compiler.is_compiling():
+                    _log_once(f"{self.name} on {device_type}: " + "; ".join([backend, *reasons]))
+                return backend
+            reasons.append(f"{backend}: {reason}")
+        raise AssertionError("eager runs everywhere")
+
+
+def bind() -> None:
+    """Finds out once what can run; puts Triton behind the ops on CUDA where the native library is missing."""
+    for op in OPS.values():
+        for backend in BACKENDS:
+            for device_type in _DEVICES:
+                op._obstacles[backend, device_type] = op._obstacle(backend, device_type)
+        if op._obstacles["native", "cuda"] is not None and op._obstacles["triton", "cuda"] is None:
+            _library.impl(op.name, partial(_run_on_triton, op), "CUDA")
+
+
+def _run_on_triton(op: Op, *args: Any, **options: Any) -> Any:
+    return op.on("triton")(*args, **options)
+
+
+def requested(backend: str | None) -> str | None:
+    """The explicit choice: the argument, else the environment variable, else None.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+    """
+    if backend is not None:
+        return backend
+    wish = os.environ.get(ENV) or None
+    if wish is not None and wish not in BACKENDS:
+        raise ValueError(message(ENV, ", ".join(BACKENDS), repr(wish), _NATIVE))
+    return wish
+
+
+def _log_once(line: str) -> None:
+    if line not in _logged:
+        _logged.add(line)
+        logger.info(line)
+
+
+def _no_results(*args: object, **kwargs: object) -> None:
+    """The fake of an op that only writes to its arguments."""

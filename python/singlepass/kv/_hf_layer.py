@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The full-attention layers of a compressed cache, as transformers wants layers to be."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+from .._errors import require
+from ._hf_attention import NAME, cut
+from ._layer import ZipCacheLayer
+from ._masks import read_mask
+from ._prompt import masked_attention
+
+logger = logging.getLogger("singlepass")
+
+_OP = "ZipCache"
+_CROP = (
+    "Compressed tokens can't be removed: for prompt lookup and assisted decoding give ZipCache a window of as many "
+    "tokens as there are candidates."
+)
+_SLOW = (
+    "%s: the model runs its attention %r, for which every step restores all tokens, and all count as salient. "
+    'Call model.set_attn_implementation("%s") to compute attention on the packed codes.'
+)
+
+
+class Config:
+    """A model's config, which copies of a cache share: it says which attention the model runs at the moment."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self._warned = False
+
+    def runs_ours(self) -> bool:
+        """Whether that is "singlepass"; the first time that it is not, a warning is logged."""
+        running = self.config._attn_implementation
+        if running != NAME and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            logger.warning(_SLOW, _OP, running, NAME)
+        return running == NAME
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Config:
+        return self
+
+
+class Undo:
+    """What the layers were that a model asks before it asks the first compressed one, which may refuse the mask."""
+
+    def __init__(self, first: int):
+        self._first = first
+        self._was: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def note(self, index: int, layer: Any) -> None:
+        if index < self._first:
+            self._was[index] = layer, dict(vars(layer))
+
+    def forget(self) -> None:
+        self._was.clear()
+
+    def restore(self) -> None:
+        for layer, was in self._was.values():
+            vars(layer).update(was)
+        self.forget()
+
+
+class CompressedLayer(CacheLayerMixin):
+    """A full-attention layer of a :class:`ZipCache`, as transformers wants layers to be.
+
+    Models call :meth:`update`, then the attention function. Only the latter has the queries, by which tokens are
+    compressed: ``update`` lays tokens aside, and marks the keys with this layer for the attention function to find.
+    """
+
+    is_sliding = False
+
+    def __init__(self, index: int, shared: Config, undo: Undo, options: dict[str, Any]):
+        super().__init__()
+        self.index = index
+        self.inner = ZipCacheLayer(**options)
+        self.record_past = False
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self._shared = shared
+        self._undo = undo
+        self._options = options
+
+    def like(self) -> CompressedLayer:
+        """An empty one in its place."""
+        return CompressedLayer(self.index, self._shared, self._undo, self._options)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.require_settled()
+        self.lazy_initialization(key_states, value_states)
+        if self._shared.runs_ours():
+            keys = key_states.view_as(key_states)  # the caller's own tensor stays unmarked
+            keys.singlepass_layer = self  # type: ignore[attr-defined]
+            self.pending = keys, value_states
+            return keys, value_states
+        with torch.no_grad():
+            keys, values = self._restore_and_append(key_states, value_states)
+        new = key_states, value_states
+        return (keys, values) if keys is key_states else (cut(keys, *new), cut(values, *new))
+
+    def _restore_and_append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, for an attention that is not ours. New ones are returned as they are: a prompt's
+        attention need not suffer from its compression."""
+        inner, tokens = self.inner, k.shape[2]
+        old = inner.dequantize() if inner.length else None
+        head = tokens - self._removable(tokens)
+        inner.append(k[:, :, :head], v[:, :, :head])
+        inner.make_room(tokens - head)
+        inner.append(k[:, :, head:], v[:, :, head:])
+        return (k, v) if old is None else (torch.cat((old[0], k), 2), torch.cat((old[1], v), 2))
+
+    def _removable(self, tokens: int) -> int:
+        """How many of so many new tokens must stay uncompressed, and so removable: short continuations, and where
+        decoding is speculative as many as there is room for, since a prompt comes with its first candidates."""
+        continues = self.inner.length > 0 and tokens <= self.inner.window
+        return min(tokens, self.inner.window) if continues or self.record_past else 0
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """What the last update laid aside."""
+        remedy = "Layers that share keys and values can't share a ZipCache."
+        require(self.pending is not None, _OP, "one attention call for each update", "another call", remedy)
+        assert self.pending is not None
+        pending, self.pending = self.pending, None
+        return pending
+
+    def require_settled(self) -> None:
+        contract = f'a call of the attention "{NAME}" with the very keys that update returned'
+        remedy = "Call reset() after an error; else choose another attention for this model."
+        require(self.pending is None, _OP, contract, f"none by layer {self.index}", remedy)
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        """Attention of new tokens' queries, and the tokens cached: compressed at once if they are a prompt, else at
+        first as they are."""
+        inner, tokens = self.inner, k.shape[2]
+        padding, is_plain = self._read_mask(mask, q)
+        self._undo.forget()
+        if mask is not None and not is_plain:
+            keys, values = self._restore_and_append(k, v)
+            return masked_attention(q, keys, values, mask, inner.scale, inner.softcap, sinks)
+        head = tokens - self._removable(tokens)
+        if padding is not None and not (self.record_past and bool(padding[:, head:].all())):
+            head = tokens  # padding has no place in a window
+        outs = []
+        if head:
+            its = None if padding is None else padding[:, :head]
+            outs.append(inner.prefill(q[:, :, :head], k[:, :, :head], v[:, :, :head], its, sinks=sinks))
+        if head < tokens:
+            inner.make_room(tokens - head)
+            inner.append(k[:, :, head:], v[:, :, head:])
+            outs.append(inner.attend(q[:, :, head:], sinks=sinks))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def _read_mask(self, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, bool]:
+        """As :func:`read_mask`; None is causal. What raises leaves the whole cache as it was."""
+        inner = self.inner
+        # All layers of a model get the same mask: what the first found out holds for the others.
+        found = getattr(mask, "singlepass_read", None)
+        if found is not None and found[0] is self._shared and found[1] < self.index and found[2] == inner.length:
+            return found[3]
+        try:
+            if mask is None:
+                contract = "a mask that hides padding, which the cache does not hold"
+                remedy = "Pass the attention_mask of the whole conversation."
+                require(not inner.holds_padding, _OP, contract, "no mask", remedy)
+                return None, True
+            held = inner._token_mask() if inner.holds_padding else None
+            batch, heads, tokens, _ = q.shape
+            read = read_mask(mask, inner.length, (batch, heads, tokens), held, _OP)
+        except ValueError:
+            self._undo.restore()
+            raise
+        mask.singlepass_read = self._shared, self.index, inner.length, read  # type: ignore[attr-defined]
+        return read
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be removed. Asked once, after a prompt and its first candidates."""
+        return self.pending is None and (self.inner.window_length > 0 or self.inner.length == 0)
+
+    @property
+    def batch_size(self) -> int:
+        if self.inner._window is None:
+            raise AttributeError("batch_size")  # by which transformers tells layers that are empty
+        return self.inner._window[0].shape[0]
+
+    def get_seq_length(self) -> int:
+        return self.inner.length + (0 if self.pending is None else self.pending[0].shape[2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def reset(self) -> None:
+        self.inner.reset()
+        self.pending = None
+        self.is_initialized = False
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        self.require_settled()
+        where, fits = f"{_OP}.crop", -self.inner.window_length <= tokens_to_remove <= 0
+        contract = f"{-self.inner.window_length} to 0, minus the tokens to remove, which are not compressed yet"
+        require(fits, where, contract, tokens_to_remove, _CROP)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        self.inner.drop_newest(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.require_settled()
+        self.inner.select_sequences(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.require_settled()
+        self.inner.repeat_sequences(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.require_settled()
+        if self.inner.length:  # indices may be a mask too
+            self.inner.select_sequences(torch.arange(self.batch_size, device=indices.device)[indices])

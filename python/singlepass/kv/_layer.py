@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compressed cache of one attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._errors import require
+from . import _state
+from ._codec import Codec
+from ._functional import check_needs_no_gradient, check_queries, decode_attention
+from ._options import check_new_tokens, check_options
+from ._probes import WindowProbes
+from ._prompt import causal_attention, rotate
+from ._saliency import prompt_saliency
+from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
+from ._store import Compressed, grown, held_nbytes
+
+_OP = "ZipCacheLayer"
+
+
+class ZipCacheLayer:
+    """Compressed keys and values of one attention layer: salient tokens in more bits than regular ones, the newest ones
+    uncompressed.
+
+    A prompt is compressed at once. Later tokens stay uncompressed in a window, which is compressed as a whole when it
+    is full; compressed tokens are never requantised. A token's saliency is the attention that it receives from probes,
+    a few of the queries, per key head. Tokens that were stored without queries count as salient.
+
+    Args:
+        salient_ratio: fraction of the tokens compressed together that are salient; 1 or 0: all in the same bits.
+        salient_bits: 2, 4 or 8.
+        regular_bits: 2, 4 or 8.
+        codec: how tokens are quantised, see :class:`Codec`; None: ``Codec.zipcache()``.
+        window: maximum number of uncompressed tokens, the newest ones.
+        recent_probes: fraction of the tokens, the newest ones, that are probes.
+        random_probes: fraction of the tokens, drawn from the others, that are probes.
+        max_probes: maximum number of probes.
+        normalization: "probe_nnz" (the paper) or "causal_nnz" (its code); see :func:`probe_saliency`.
+        seed: of the random probes.
+        scale: of q @ k^T; None: channels^-0.5.
+        softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
+        backend: "native", "triton" or "eager"; None selects one.
+
+    Attributes:
+        length: number of cached tokens.
+        window_length: how many of them are in the window, uncompressed.
+
+    Raises:
+        ValueError: options out of range.
+
+    Source: He et al., "ZipCache", arXiv 2405.14256. Unlike its code, this never requantises a token, uses the paper's
+    normalisation, and has scales of values per head.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import ZipCacheLayer
+        >>> q, k, v = torch.randn(1, 8, 200, 64), torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
+        >>> layer = ZipCacheLayer(salient_ratio=0.6)
+        >>> layer.prefill(q, k, v).shape
+        torch.Size([1, 8, 200, 64])
+        >>> layer.append(k[:, :, :1], v[:, :, :1])
+        >>> layer.attend(q[:, :, :1]).shape
+        torch.Size([1, 8, 1, 64])
+        >>> layer.length, layer.window_length
+        (201, 1)
+    """
+
+    def __init__(
+        self,
+        salient_ratio: float = 0.6,
+        *,
+        salient_bits: int = 4,
+        regular_bits: int = 2,
+        codec: Codec | None = None,
+        window: int = 128,
+        recent_probes: float = 0.05,
+        random_probes: float = 0.05,
+        max_probes: int = 512,
+        normalization: str = "probe_nnz",
+        seed: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        backend: str | None = None,
+    ):
+        self.salient_ratio = salient_ratio
+        self.salient_bits = salient_bits
+        self.regular_bits = regular_bits
+        self.codec = Codec() if codec is None else codec
+        self.window = window
+        self.recent_probes = recent_probes
+        self.random_probes = random_probes
+        self.max_probes = max_probes
+        self.normalization = normalization
+        self.seed = seed
+        self.scale = scale
+        self.softcap = softcap
+        self.backend = backend
+        check_options(self)
+        self.reset()
+
+    def reset(self) -> None:
+        """Removes all tokens."""
+        self.length = 0
+        self.window_length = 0
+        self._draw = ProbeDraw((self.recent_probes, self.random_probes, self.max_probes), self.seed)
+        self._compressed: Compressed | None = None
+        self._window: tuple[Tensor, Tensor] | None = None  # made with it
+        self._start_window()
+
+    def _start_window(self) -> None:
+        self.window_length = 0
+        newest = self._draw.newest(self.window)
+        self._probes = WindowProbes(self._draw([self.window])[self.window][:-newest].tolist(), newest)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether tokens have different numbers of bits, so that saliency is needed."""
+        return 0.0 < self.salient_ratio < 1.0 and self.salient_bits != self.regular_bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memory held: codes, scales, positions, the window, probes, and room preallocated for more
+        tokens."""
+        return held_nbytes(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held."""
+        if self._window is None or self._compressed is None:
+            return []
+        return [*self._window, *self._compressed.tensors(), *self._probes.tensors()]
+
+    @property
+    def holds_padding(self) -> bool:
+        """Whether some of the tokens were padding, which takes no room but has a place among the tokens."""
+        return self._compressed is not None and self._compressed.has_padding()
+
+    def __repr__(self) -> str:
+        parts = [f"salient_ratio={self.salient_ratio}", f"bits=({self.salient_bits}, {self.regular_bits})"]
+        parts += [f"tokens={self.length}", f"uncompressed={self.window_length}"]
+        if self._window is not None:
+            for name, held in zip(("keys", "values"), self._window, strict=True):
+                parts.append(f"{name}={(*held.shape[:2], self.length, held.shape[3])}")
+        return f"ZipCacheLayer({', '.join(parts)}, nbytes={self.nbytes})"
+
+    # Adding tokens
+
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention of a prompt's queries over all cached tokens and the prompt, which is then compressed.
+
+        Args:
+            q: (batch, query heads, tokens, channels).
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
+            mask: bool (batch, tokens), false for padding, or None.
+            sinks: (query heads,), the logit of an attention sink for each head, or None. Saliency ignores it.
+
+        Returns:
+            Tensor: (batch, query heads, tokens, value channels). The queries of padding see the tokens before them; if
+            there are none, the result is zero.
+
+        Raises:
+            ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
+        """
+        check_new_tokens(k, v, self._window, self.codec, self.backend)
+        check_queries(_OP, q, k)
+        check_needs_no_gradient(_OP, q=q)
+        require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
+        if mask is not None:
+            fits = mask.shape == (k.shape[0], k.shape[2]) and mask.dtype == torch.bool
+            got = f"{tuple(mask.shape)} of {mask.dtype}"
+            require(fits, _OP, f"a bool mask of shape {(k.shape[0], k.shape[2])}", got, "True marks tokens.")
+        if self.codec.rotate:
+            q, k, v = rotate(q), rotate(k), rotate(v)
+        before, tokens = self.length, k.shape[2]
+        keys, values, seen = k, v, mask
+        if before:
+            old_k, old_v = self._restore(k.dtype)
+            keys, values = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+            if mask is not None or self.holds_padding:
+                now = torch.ones(k.shape[0], tokens, dtype=torch.bool, device=k.device) if mask is None else mask
+                seen = torch.cat((self._token_mask(), now), 1)
+        out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks)
+        saliency = None
+        if self.mixed and tokens:
+            options = {"normalization": self.normalization, **self._logits}
+            saliency = prompt_saliency(q, keys, mask, seen, self._draw, **options)
+        self._flush()
+        if tokens:
+            self._ensure_window(k, v)
+            self._compress(k, v, saliency, mask)
+            self.length += tokens
+        return rotate(out) if self.codec.rotate else out
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Adds new tokens to the window, which is compressed first if it is full.
+
+        Args:
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
+
+        Raises:
+            ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
+        """
+        check_new_tokens(k, v, self._window, self.codec, self.backend)
+        if self.codec.rotate:
+            k, v = rotate(k), rotate(v)
+        self._ensure_window(k, v)
+        tokens = k.shape[2]
+        done = 0
+        while done < tokens:
+            if self.window_length == self.window:
+                self._flush()
+            n = min(tokens - done, self.window - self.window_length)
+            self._put(k[:, :, done : done + n], v[:, :, done : done + n])
+            done += n
+        self.length += tokens
+
+    def make_room(self, tokens: int) -> None:
+        """Compresses the window unless it has room for so many tokens, or is empty: new ones are to stay in one
+        window, from which they can be removed."""
+        if self.window_length + tokens > self.window:
+            self._flush()
+
+    def _ensure_window(self, k: Tensor, v: Tensor) -> None:
+        """One for tokens like these, without room at first."""
+        if self._window is None:
+            first, second = (x.new_zeros((*x.shape[:2], 0, x.shape[3])) for x in (k, v))
+            self._window = first, second
+            bits = {SALIENT: self.salient_bits, REGULAR: self.regular_bits}
+            self._compressed = Compressed(bits, self.codec, k, v, self.backend)
+
+    def _put(self, k: Tensor, v: Tensor) -> None:
+        """Writes tokens behind those in the window, which has as many places left or more."""
+        assert self._window is not None
+        begin, end = self.window_length, self.window_length + k.shape[2]
+        held_k, held_v = (grown(held, 2, begin, end, self.window) for held in self._window)
+        held_k[:, :, begin:end], held_v[:, :, begin:end] = k, v
+        self._window, self.window_length = (held_k, held_v), end
+
+    def _flush(self) -> None:
+        """Compresses the window."""
+        if self.window_length == 0:
+            return
+        assert self._window is not None
+        n = self.window_length
+        k, v = (held[:, :, :n] for held in self._window)
+        saliency, unseen = None, 0
+        if self.mixed:
+            saliency, unseen = self._probes.saliency(k, self._draw.newest(n), self.normalization, **self._logits)
+        self._compress(k, v, saliency, None, unseen)
+        self._start_window()
+
+    @property
+    def _logits(self) -> dict[str, Any]:
+        """Options of :func:`attention_sums`."""
+        return {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
+
+    def _compress(self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None, unseen: int = 0) -> None:
+        """Compresses tokens of that saliency, of which the last ``unseen`` were seen by no probe."""
+        batch, _, tokens, _ = k.shape
+        total = torch.full((batch,), tokens, device=k.device) if mask is None else mask.sum(1)
+        if self.mixed and saliency is not None:
+            most = max(int(tokens * self.salient_ratio + 0.5), unseen)
+            kinds, salient = classify(saliency, mask, self.salient_ratio, unseen)
+        else:  # all in the same bits, or of unknown saliency
+            some = self.salient_ratio > 0.0
+            most = tokens if some else 0
+            kinds, salient = all_of_kind(SALIENT if some else REGULAR, k, mask), total * int(some)
+        assert self._compressed is not None
+        self._compressed.append(k, v, kinds, most, salient, total, padded=mask is not None)
+
+    # Using them
+
+    def attend(self, q: Tensor, *, sliding_window: int | None = None, sinks: Tensor | None = None) -> Tensor:
+        """Attention of the newest tokens' queries over all cached tokens, computed on the packed codes.
+
+        Args:
+            q: (batch, query heads, queries, channels). The last query belongs to the last token, and the tokens of all
+                queries must still be in the window.
+            sliding_window: number of the newest tokens that a single query sees, including its own; None: all.
+            sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
+
+        Returns:
+            Tensor: (batch, query heads, queries, value channels), q's dtype.
+
+        Raises:
+            ValueError: invalid shapes or options, or a tensor that requires gradients.
+        """
+        require(self._window is not None, _OP, "tokens to attend to", "an empty cache", "Call append or prefill.")
+        assert self._window is not None
+        assert self._compressed is not None
+        check_queries(_OP, q, self._window[0])
+        check_needs_no_gradient(_OP, q=q)
+        if self.codec.rotate:
+            q = rotate(q)
+        queries = q.shape[2]
+        fits = queries <= max(self.window_length, 1)
+        remedy = "Pass longer pieces to prefill, which appends and attends by itself."
+        require(fits, _OP, f"at most {self.window_length} queries, whose tokens the window holds", queries, remedy)
+        lowest, first = 0, None
+        if sliding_window is not None:
+            fits = queries == 1 and sliding_window >= 1
+            require(fits, _OP, "one query and a sliding window of at least 1", (queries, sliding_window), "See attend.")
+            oldest = max(self.length - sliding_window, 0)
+            lowest = max(oldest - (self.length - self.window_length), 0)
+            first = self._compressed.first_slots(oldest)
+        ends = torch.full((q.shape[0], 2), self.window_length, dtype=torch.int32, device=q.device)
+        ends[:, 0] = lowest
+        out, lse = decode_attention(
+            q,
+            self._compressed.pairs,
+            *self._window,
+            ends,
+            first=first,
+            sinks=sinks,
+            scale=self.scale,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+        if self.mixed and lowest == 0:  # a query that sees not all of the window tells nothing of the rest
+            self._probes.add(q, lse, self.window_length - queries)
+        return rotate(out) if self.codec.rotate else out
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
+        added; zeros for padding."""
+        require(self._window is not None, _OP, "cached tokens", "an empty cache", "Call append or prefill.")
+        assert self._window is not None
+        k, v = self._restore(self._window[0].dtype)
+        return (rotate(k), rotate(v)) if self.codec.rotate else (k, v)
+
+    def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All tokens as they are stored, in their order."""
+        assert self._window is not None
+        assert self._compressed is not None
+        k, v = (x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in self._window)
+        for held, out in zip(self._window, (k, v), strict=True):
+            out[:, :, self.length - self.window_length :] = held[:, :, : self.window_length]
+        self._compressed.restore(k, v)
+        return k, v
+
+    def _token_mask(self) -> Tensor:
+        """bool (batch, length), false for padding."""
+        assert self._compressed is not None
+        return F.pad(self._compressed.mask(), (0, self.window_length), value=True)
+
+    # Changing the batch and the length
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor], room: bool = False) -> None:
+        """Applies a function to every tensor that has a row for each sequence, of the window to its room too or not."""
+        if self._window is not None and self._compressed is not None:
+            k, v = self._window if room else (held[:, :, : self.window_length] for held in self._window)
+            self._window = function(k), function(v)
+            self._compressed.map_batch(function)
+        self._probes.map_batch(function)
+
+    def select_sequences(self, index: Tensor | Sequence[int]) -> None:
+        """Selects sequences of the batch by index, in that order, possibly repeated, as for beam search.
+
+        Raises:
+            ValueError: anything but indices of sequences.
+        """
+        chosen = torch.as_tensor(index)
+        fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
+        require(fits, _OP, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
+        same = self._window is not None and len(chosen) == len(self._window[0])  # beams, at every step
+        self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), room=same)
+
+    def repeat_sequences(self, times: int) -> None:
+        """Repeats each sequence of the batch ``times`` times in a row."""
+        self._map_batch(lambda t: t.repeat_interleave(times, 0))
+
+    def drop_newest(self, tokens: int) -> None:
+        """Removes the newest tokens, which must still be in the window.
+
+        Raises:
+            ValueError: more tokens than the window holds. The cache is unchanged.
+        """
+        fits = 0 <= tokens <= self.window_length
+        contract = f"0 to {self.window_length} tokens, those that are not compressed yet"
+        require(fits, _OP, contract, tokens, "Compressed tokens can't be removed; build the cache anew.")
+        self.window_length -= tokens
+        self.length -= tokens
+        self._probes.drop(self.window_length)
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything cached, for ``torch.save``."""
+        return _state.save(self)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Loads the :meth:`state_dict` of a layer with the same options.
+
+        Raises:
+            ValueError: anything else. The cache is unchanged.
+        """
+        _state.load(self, saved)

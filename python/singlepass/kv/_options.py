@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may go into a layer's cache: options, and how a saved cache tells them, and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .._errors import require
+from .._ops import BACKENDS
+from .._ops import kv as ops
+from ._codec import Codec
+from ._functional import check_bits, check_needs_no_gradient, check_tokens
+from ._saliency import NORMALIZATIONS
+
+if TYPE_CHECKING:
+    from ._layer import ZipCacheLayer
+
+_OP = "ZipCacheLayer"
+_SAVED = (
+    "salient_ratio",
+    "salient_bits",
+    "regular_bits",
+    "window",
+    "recent_probes",
+    "random_probes",
+    "max_probes",
+    "normalization",
+    "scale",
+    "softcap",
+)
+
+
+def check_backend(where: str, backend: str | None) -> None:
+    known = backend is None or backend in BACKENDS
+    require(known, where, f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out to have one chosen.")
+
+
+def check_options(layer: ZipCacheLayer) -> None:
+    """Raises unless a layer's options are in range."""
+    check_backend(_OP, layer.backend)
+    for name in ("salient_ratio", "recent_probes", "random_probes"):
+        share = getattr(layer, name)
+        fits = isinstance(share, Real) and 0.0 <= float(share) <= 1.0
+        require(fits, _OP, f"{name} from 0 to 1", repr(share), "It is a share of the tokens.")
+    for name in ("salient_bits", "regular_bits"):
+        check_bits(_OP, name, getattr(layer, name))
+    for name in ("window", "max_probes"):
+        count = getattr(layer, name)
+        fits = isinstance(count, int) and count >= 1
+        require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
+    remedy = "Call Codec.zipcache(), .kivi() or .per_token_head()."
+    require(isinstance(layer.codec, Codec), _OP, "a Codec or None", repr(layer.codec), remedy)
+    known = layer.normalization in NORMALIZATIONS
+    require(known, _OP, " or ".join(NORMALIZATIONS), repr(layer.normalization), "Choose one of them.")
+
+
+def saved_options(layer: ZipCacheLayer) -> dict[str, Any]:
+    """The options that decide on what is stored, as plain data."""
+    return {name: getattr(layer, name) for name in _SAVED} | {"codec": asdict(layer.codec)}
+
+
+def check_new_tokens(
+    k: Tensor, v: Tensor, window: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None
+) -> None:
+    """Raises unless keys and values are tokens that a cache can take, behind those of its window if there is one."""
+    check_tokens(_OP, "k", k)
+    check_tokens(_OP, "v", v)
+    check_needs_no_gradient(_OP, k=k, v=v)
+    fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
+    got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
+    require(fits, _OP, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
+    for x in (k, v):
+        codec.check_head_dim(_OP, x.shape[3])
+    ops.quantize_.choose(k.device.type, {k.dtype}, backend)  # raises if there is none, before anything is changed
+    if window is None:
+        return
+    for name, held, new in zip("kv", window, (k, v), strict=True):
+        batch, heads, _, head_dim = held.shape
+        fits = (batch, heads, head_dim) == (new.shape[0], new.shape[1], new.shape[3])
+        fits = fits and held.dtype == new.dtype and held.device == new.device
+        contract = f"{name} of shape ({batch}, {heads}, tokens, {head_dim}), {held.dtype} on {held.device}, as cached"
+        got = f"{tuple(new.shape)}, {new.dtype} on {new.device}"
+        require(fits, _OP, contract, got, "Call reset() for other sequences.")

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much attention tokens receive from probes, a few of the queries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import require
+from .._ops import kv as ops
+from ._functional import check_exact, check_queries, check_softcap, check_tokens, last_dense
+
+__all__ = ["probe_saliency"]
+
+NORMALIZATIONS = ("probe_nnz", "causal_nnz")
+
+
+def probe_saliency(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    normalization: str = "probe_nnz",
+    backend: str | None = None,
+) -> Tensor:
+    """Saliency of tokens: the mean attention that a token receives from the probe queries that can see it. No attention
+    matrix is stored.
+
+    Args:
+        q: (batch, query heads, probes, channels), the probes' queries.
+        k: (batch, heads, tokens, channels); heads divides query heads.
+        positions: int64 (probes,), the index in k of each probe's own token; a probe sees the tokens up to it.
+        mask: bool (batch, tokens), false for padding, or None.
+        lse: float32 (batch, query heads, probes), the log-sum-exp of the logits of everything that a probe sees, if
+            that is more than k; None: it sees only k.
+        scale: of q @ k^T; None: channels^-0.5.
+        softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
+        normalization: "probe_nnz" divides by how many probes see a token (eq. 8 of the paper over the probes),
+            "causal_nnz" by how many tokens of the whole sequence would see it (as the paper's code does).
+        backend: "native", "triton" or "eager"; None selects one.
+
+    Returns:
+        Tensor: float32 (batch, heads, tokens), the mean over a head's query heads. Infinity for a token that no probe
+        sees, of which nothing is known; 0 for padding.
+
+    Raises:
+        ValueError: invalid shapes, dtypes or options.
+
+    Source: He et al., "ZipCache", arXiv 2405.14256, eq. 8 and section 4.3.
+    """
+    known = normalization in NORMALIZATIONS
+    require(known, "probe_saliency", " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
+    options: dict[str, Any] = {"mask": mask, "lse": lse, "scale": scale, "softcap": softcap, "backend": backend}
+    return mean_attention(attention_sums(q, k, positions, **options), positions, mask, normalization)
+
+
+def attention_sums(
+    q: Tensor,
+    k: Tensor,
+    positions: Tensor,
+    *,
+    mask: Tensor | None = None,
+    lse: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """What tokens get from all probes together, float32 (batch, heads, tokens), the mean over a head's query heads.
+    Arguments are those of :func:`probe_saliency`."""
+    op = "probe_saliency"
+    check_tokens(op, "k", k)
+    check_queries(op, q, k)
+    check_exact(op, "positions", positions, torch.int64, (q.shape[2],), k)
+    batch, heads, length, head_dim = k.shape
+    if mask is not None:
+        fits = mask.shape == (batch, length) and mask.dtype == torch.bool
+        require(fits, op, f"a bool mask of shape ({batch}, {length})", tuple(mask.shape), "True marks tokens.")
+    check_exact(op, "lse", lse, torch.float32, tuple(q.shape[:3]), k)
+    check_softcap(op, softcap)
+    scale = head_dim**-0.5 if scale is None else scale
+    tensors = last_dense(q), last_dense(k), positions, mask, lse
+    sums = ops.saliency(*tensors, scale=scale, softcap=float(softcap), backend=backend)
+    return sums / (q.shape[1] // heads)
+
+
+def mean_attention(sums: Tensor, positions: Tensor, mask: Tensor | None, normalization: str) -> Tensor:
+    """What :func:`attention_sums` gave, over how many probes see a token or how many tokens of the sequence would."""
+    length = sums.shape[2]
+    valid = torch.ones(1, length, dtype=torch.int64, device=sums.device) if mask is None else mask.long()
+    probes = torch.zeros_like(valid).index_add_(1, positions, valid[:, positions])
+    seen = _from_here_on(probes)
+    divisor = seen if normalization == "probe_nnz" else _from_here_on(valid)
+    mean = torch.where(seen[:, None] > 0, sums / divisor[:, None], torch.inf)  # no evidence is not zero evidence
+    return mean if mask is None else mean.masked_fill(~mask[:, None], 0.0)
+
+
+def _from_here_on(counts: Tensor) -> Tensor:
+    """The sum of each count (rows, tokens) and those after it."""
+    return counts.flip(1).cumsum(1).flip(1)
+
+
+def prompt_saliency(
+    q: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    seen: Tensor | None,
+    draw: Callable[[Iterable[int]], dict[int, Tensor]],
+    **options: Any,
+) -> Tensor:
+    """Saliency of a prompt's tokens, (batch, heads, tokens), by probes among each sequence's own.
+
+    Args:
+        q: (batch, query heads, tokens, channels).
+        keys: (batch, heads, all tokens, channels), the prompt's last.
+        mask: bool (batch, tokens), false for the prompt's padding, or None.
+        seen: bool (batch, all tokens) likewise.
+        draw: gives for numbers of tokens where among them probes stand.
+        **options: of :func:`probe_saliency`.
+    """
+    (batch, _, tokens, _), before = q.shape, keys.shape[2] - q.shape[2]
+    if mask is None:
+        positions = draw([tokens])[tokens].to(q.device)
+        return probe_saliency(q[:, :, positions], keys, positions + before, mask=seen, **options)[:, :, before:]
+    assert seen is not None
+    saliency = torch.zeros((batch, keys.shape[1], tokens), dtype=torch.float32, device=q.device)
+    paddings, of_sequence = mask.unique(dim=0, return_inverse=True)
+    drawn = draw(paddings.sum(1).tolist())
+    for i, padding in enumerate(paddings):
+        own = padding.nonzero()[:, 0]
+        if len(own) == 0:
+            continue
+        positions = own[drawn[len(own)].to(own.device)]
+        rows = of_sequence.eq(i).nonzero()[:, 0]
+        first, last = int(rows[0]), int(rows[-1])
+        part = slice(first, last + 1) if last - first + 1 == len(rows) else rows  # neighbours are not copied
+        scores = probe_saliency(q[:, :, positions][part], keys[part], positions + before, mask=seen[part], **options)
+        saliency[part] = scores[:, :, before:]
+    return saliency

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving and loading a layer's cache, bit for bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._errors import message, require
+from ..reference.kv import unpack
+from ._functional import check_queries
+from ._options import check_new_tokens, saved_options
+from ._probes import Queries, WindowProbes
+from ._selection import FILLER, REGULAR, SALIENT
+from ._store import Compressed, Segment
+
+if TYPE_CHECKING:
+    from ._layer import ZipCacheLayer
+
+_WHERE = "ZipCacheLayer.load_state_dict"
+_FOREIGN = "Pass what state_dict() of a layer with the same options gave."
+_NUMBERS = ("length", "window_length")
+_PROBES = ("due", "queries", "generator")
+_KEYS = {"options", *_NUMBERS, *_PROBES, "window_k", "window_v", "kinds", "segments"}
+
+
+def save(layer: ZipCacheLayer) -> dict[str, Any]:
+    """A layer's cache as plain data and tensors."""
+    window = (None, None) if layer._window is None else (t[:, :, : layer.window_length].clone() for t in layer._window)
+    window_k, window_v = window
+    probes = layer._probes
+    kinds, segments = (None, {}) if layer._compressed is None else layer._compressed.state()
+    return {
+        "options": saved_options(layer),
+        "length": layer.length,
+        "window_length": layer.window_length,
+        "due": sorted(probes.due),
+        "queries": [(list(part.places), part.q.clone(), part.lse.clone()) for part in probes.queries],
+        "generator": layer._draw.generator.get_state(),
+        "window_k": window_k,
+        "window_v": window_v,
+        "kinds": kinds,
+        "segments": segments,
+    }
+
+
+def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+    """Checks everything, then takes it over."""
+    require(isinstance(saved, dict) and set(saved) == _KEYS, _WHERE, "a saved cache", _shown(saved), _FOREIGN)
+    for name in ("options", "segments"):
+        _check(isinstance(saved[name], dict), f"a dictionary of {name}", type(saved[name]).__name__)
+    differing = {k: v for k, v in saved_options(layer).items() if saved["options"].get(k, v) != v}
+    same = set(saved["options"]) == set(saved_options(layer)) and not differing
+    require(same, _WHERE, f"the options {differing or set(saved_options(layer))}", saved["options"], _FOREIGN)
+    _check_numbers(layer, saved)
+    k, v = saved["window_k"], saved["window_v"]
+    compressed: Compressed | None = None
+    if k is None:
+        present = [name for name in ("window_v", "kinds") if saved[name] is not None]
+        present += [name for name in ("length", "queries", "segments") if saved[name]]
+        _check(not present, "nothing without a window", present)
+    else:
+        _check_tensors(layer, saved)
+        bits = {SALIENT: layer.salient_bits, REGULAR: layer.regular_bits}
+        compressed = Compressed(bits, layer.codec, k, v, layer.backend)
+        for kind, parts in saved["segments"].items():
+            _check_segment(compressed.new_segment(kind), parts, k)
+        _check_kinds(saved)
+    layer.reset()
+    layer.length = saved["length"]
+    layer._draw.generator.set_state(saved["generator"])
+    layer._probes = WindowProbes(saved["due"], layer._probes.newest)
+    if compressed is None:
+        return
+    compressed.load(saved["kinds"], saved["segments"])
+    layer._window, layer._compressed = (k.clone(), v.clone()), compressed
+    layer.window_length = saved["window_length"]
+    layer._probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in saved["queries"]]
+
+
+def _shown(saved: Any) -> Any:
+    return sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+
+
+def _check(holds: bool, contract: str, got: object) -> None:
+    require(holds, _WHERE, contract, got, _FOREIGN)
+
+
+def _check_like(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises unless it is a tensor of that kind; -1 in a shape is any size."""
+    is_tensor = isinstance(tensor, Tensor)
+    _check(is_tensor, f"a tensor {name}", type(tensor).__name__)
+    alike = len(shape) == tensor.dim() and all(want in (-1, got) for want, got in zip(shape, tensor.shape, strict=True))
+    got = f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+    _check(alike and tensor.dtype == dtype and tensor.device == device, f"{name} {shape} of {dtype} on {device}", got)
+
+
+def _check_numbers(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+    length, n = saved["length"], saved["window_length"]
+    _check(type(length) is type(n) is int and 0 <= n <= length, "lengths of all tokens and of the window", (length, n))
+    _check_places("due", saved["due"], 0, layer.window)
+    _check(isinstance(saved["queries"], list), "a list of queries", type(saved["queries"]).__name__)
+    try:
+        torch.Generator().set_state(saved["generator"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(message(_WHERE, "a generator's state", str(error).splitlines()[0], _FOREIGN)) from error
+
+
+def _check_kinds(saved: dict[str, Any]) -> None:
+    """Raises unless segments hold what kinds say."""
+    compressed = saved["length"] - saved["window_length"]
+    kinds = unpack(saved["kinds"][..., None], 2).flatten(2)
+    tokens = kinds != FILLER
+    _check(bool((tokens == tokens[:1, :1]).all()), "the same tokens in all sequences and heads", "others")
+    got = int(tokens[0, 0].sum()) if tokens.numel() else compressed
+    _check(got == compressed, f"kinds of {compressed} tokens", got)
+    for kind in (SALIENT, REGULAR):
+        found, parts = (kinds == kind).sum(2), saved["segments"].get(kind)
+        held = torch.zeros_like(found[:, :1]) if parts is None else parts["counts"].sum(1, keepdim=True)
+        _check(bool((found == held).all()), f"as many tokens of kind {kind} as their segment holds", held.tolist())
+
+
+def _check_tensors(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+    k, v, n = saved["window_k"], saved["window_v"], saved["window_length"]
+    _check(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4, "tensors of a window", _shown(saved))
+    check_new_tokens(k, v, None, layer.codec, None)
+    _check(k.shape[2] == n <= layer.window, f"a window of {n} tokens, at most {layer.window}", k.shape[2])
+    batch, heads = k.shape[:2]
+    _check_like("kinds", saved["kinds"], (batch, heads, -1), torch.uint8, k.device)
+    _check_queries(saved["queries"], k)
+    _check(set(saved["segments"]) <= {SALIENT, REGULAR}, "segments 0 and 1", list(saved["segments"]))
+
+
+def _check_places(name: str, places: Any, begin: int, end: int) -> None:
+    fits = isinstance(places, list) and all(type(place) is int and begin <= place < end for place in places)
+    rising = fits and sorted(set(places)) == places
+    _check(rising, f"{name} as a rising list of places from {begin} to {end - 1}", places)
+
+
+def _check_queries(queries: list[Any], k: Tensor) -> None:
+    """Raises unless they are queries of the window's tokens, whose keys are k."""
+    begin = 0
+    for part in queries:
+        _check(isinstance(part, tuple) and len(part) == 3, "places, queries and their sums", type(part).__name__)
+        places, q, lse = part
+        check_queries(_WHERE, q, k)
+        _check_places("queries", places, begin, k.shape[2])
+        _check(0 < len(places) == q.shape[2], f"{len(places)} queries", q.shape[2])
+        _check_like("their sums", lse, tuple(q.shape[:3]), torch.float32, k.device)
+        begin = places[-1] + 1
+
+
+def _check_segment(segment: Segment, parts: dict[str, Any], k: Tensor) -> None:
+    """Raises unless ``parts`` can be a segment's tensors."""
+    empty = segment.state()
+    _check(set(parts) == set(empty), f"tensors {sorted(empty)}", sorted(map(str, parts)))
+    codes, counts = parts["key_codes"], parts["counts"]
+    _check(isinstance(codes, Tensor) and codes.dim() == 4, "key_codes of four dimensions", _shown(parts))
+    _check(isinstance(counts, Tensor) and counts.dim() == 2, "counts of two dimensions", _shown(parts))
+    sizes = {"slots": codes.shape[2], "blocks": counts.shape[1]}
+    for name, tensor in empty.items():
+        dim, unit, extra = segment._extent(name)
+        shape = list(tensor.shape)
+        shape[dim] = sizes[unit] + extra
+        _check_like(name, parts[name], tuple(shape), tensor.dtype, k.device)
+    starts = parts["starts"]
+    fits = int(starts[0]) == 0 and int(starts[-1]) == sizes["slots"] and bool((starts.diff() > 0).all())
+    _check(fits, f"starts that rise from 0 to {sizes['slots']}", starts.tolist())
+    _check(bool(((counts >= 0) & (counts <= starts.diff())).all()), "counts within blocks", counts.tolist())

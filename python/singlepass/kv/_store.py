@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compressed tokens in growing tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ._codec import Codec
+from ._functional import Quantized, block_starts, dequantize_into, empty, quantize_into
+from ._selection import PADDING, REGULAR, SALIENT, pack_kinds, tokens_of_kind, unpack_kinds
+
+GROWTH = 1.25
+
+
+def held_nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that tensors hold: all of what is behind them, and once what several share."""
+    memory = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
+
+
+def grown(tensor: Tensor, dim: int, used: int, size: int, most: int | None = None) -> Tensor:
+    """A tensor with room for ``size`` along a dimension: itself, or a larger copy of what is used. Sizes grow
+    geometrically, to ``most`` at most, so that adding token after token copies each byte a bounded number of times."""
+    if tensor.shape[dim] >= size:
+        return tensor
+    room = size if used == 0 else max(size, int(tensor.shape[dim] * GROWTH) + 1)
+    room = room if most is None else min(room, most)
+    shape = (*tensor.shape[:dim], room, *tensor.shape[dim + 1 :])
+    larger = tensor.new_zeros(shape)
+    larger.narrow(dim, 0, used).copy_(tensor.narrow(dim, 0, used))
+    return larger
+
+
+class Segment:
+    """Keys and values of one number of bits, compressed block by block. What is stored never changes again."""
+
+    def __init__(self, bits: int, block: int | None, codec: Codec, k: Tensor, v: Tensor):
+        groups = (k.shape[3] // (codec.key_group or k.shape[3]), v.shape[3] // (codec.value_group or v.shape[3]))
+        keys = empty(k, 0, 0, bits, codec.key_axis, groups[0], separable=False)
+        values = empty(v, 0, 0, bits, "token", groups[1], separable=codec.channel_separable)
+        self.bits, self.slots, self.blocks = bits, 0, 0
+        self._block, self._codec = block, codec
+        self._tensors = {
+            "key_codes": keys.codes,
+            "key_scales": keys.scales,
+            "value_codes": values.codes,
+            "value_scales": values.scales,
+            "starts": keys.starts,
+            "counts": keys.counts,
+        }
+        if values.channels is not None:
+            self._tensors["value_channels"] = values.channels
+
+    @property
+    def keys(self) -> Quantized:
+        return self._part("key", self._views((0, self.slots), (0, self.blocks)))
+
+    @property
+    def values(self) -> Quantized:
+        return self._part("value", self._views((0, self.slots), (0, self.blocks)))
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return list(self._tensors.values())
+
+    def append(
+        self, k: Tensor, v: Tensor, index: Tensor | None, slots: int, lengths: Tensor, backend: str | None
+    ) -> None:
+        """Compresses tokens ``index`` (batch, heads, slots) of k and v, of which sequence b has ``lengths[b]``."""
+        if slots == 0:
+            return
+        starts = block_starts(slots, self._block or slots, k.device)
+        begin, end, first, last = self.slots, self.slots + slots, self.blocks, self.blocks + len(starts) - 1
+        for name, tensor in self._tensors.items():
+            dim, unit, extra = self._extent(name)
+            used, size = (begin, end) if unit == "slots" else (first + extra, last + extra)
+            self._tensors[name] = grown(tensor, dim, used, size)
+        views = self._views((begin, end), (first, last))
+        views["starts"][1:] = starts[1:] + begin
+        views["counts"].copy_((lengths[:, None] - starts[:-1]).clamp(min=0).minimum(starts.diff()))
+        views["starts"] = starts
+        for x, name in ((k, "key"), (v, "value")):
+            quantize_into(x, index, self._part(name, views), backend)
+        self.slots, self.blocks = end, last
+
+    def _extent(self, name: str) -> tuple[int, str, int]:
+        """The dimension along which a tensor grows, what it counts, and how many it has more than those."""
+        if name == "starts":
+            return 0, "blocks", 1
+        if name == "counts":
+            return 1, "blocks", 0
+        by_block = name == "value_channels" or (name == "key_scales" and self._codec.key_axis == "channel")
+        return 2, "blocks" if by_block else "slots", 0
+
+    def _views(self, slots: tuple[int, int], blocks: tuple[int, int]) -> dict[str, Tensor]:
+        """The parts of all tensors that belong to these slots and blocks."""
+        views = {}
+        for name, tensor in self._tensors.items():
+            dim, unit, extra = self._extent(name)
+            begin, end = slots if unit == "slots" else blocks
+            views[name] = tensor.narrow(dim, begin, end - begin + extra)
+        return views
+
+    def _part(self, name: str, views: dict[str, Tensor]) -> Quantized:
+        axis = self._codec.key_axis if name == "key" else "token"
+        channels = views.get(f"{name}_channels")
+        codes, scales = views[f"{name}_codes"], views[f"{name}_scales"]
+        return Quantized(codes, scales, channels, views["starts"], views["counts"], self.bits, axis)
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies a function to every tensor that has a row for each sequence, the parts in use."""
+        views = self._views((0, self.slots), (0, self.blocks))
+        self._tensors |= {name: function(view) for name, view in views.items() if name != "starts"}
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of its tensors, the parts in use."""
+        views = self._views((0, self.slots), (0, self.blocks))
+        return {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes over what :meth:`state` gave, of which names, shapes and dtypes were checked."""
+        self._tensors = {name: state[name].clone() for name in self._tensors}
+        self.slots, self.blocks = state["key_codes"].shape[2], state["counts"].shape[1]
+
+    def stored(self) -> Tensor:
+        """Which slots hold a token, int64 0 or 1 (batch, slots)."""
+        keys = self.keys
+        slots = torch.arange(self.slots, device=keys.starts.device)
+        block = torch.searchsorted(keys.starts[1:].contiguous(), slots, right=True)
+        return (slots - keys.starts[block] < keys.counts[:, block]).long()
+
+
+class Compressed:
+    """The compressed tokens of a layer: a segment for each kind, and which kind each token is of.
+
+    Args:
+        bits: of each kind, SALIENT and REGULAR.
+        codec: how tokens are quantised.
+        k: keys of the batch, heads, channels, dtype and device of all that are to come.
+        v: values likewise.
+        backend: of the ops.
+    """
+
+    def __init__(self, bits: dict[int, int], codec: Codec, k: Tensor, v: Tensor, backend: str | None):
+        self._bits, self._codec, self._backend = bits, codec, backend
+        self._like = k[:, :, :0].clone(), v[:, :, :0].clone()
+        self.segments: dict[int, Segment] = {}
+        self._packed = k.new_zeros((*k.shape[:2], 0), dtype=torch.uint8)  # kinds, four tokens in a byte
+        self._used = 0
+        self._may_have_padding = False
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self._packed, *self._like, *(t for segment in self.segments.values() for t in segment.tensors())]
+
+    @property
+    def pairs(self) -> list[tuple[Quantized, Quantized]]:
+        """Keys and values of each segment."""
+        return [(segment.keys, segment.values) for segment in self.segments.values()]
+
+    @property
+    def kinds(self) -> Tensor:
+        """What each token is, uint8 (batch, heads, tokens)."""
+        return unpack_kinds(self._packed[..., : self._used])
+
+    def mask(self) -> Tensor:
+        """bool (batch, tokens), false for padding."""
+        return self.kinds[:, 0] != PADDING
+
+    def has_padding(self) -> bool:
+        """Whether some of the tokens are padding."""
+        self._may_have_padding = self._may_have_padding and not bool(self.mask().all())
+        return self._may_have_padding
+
+    def append(
+        self, k: Tensor, v: Tensor, kinds: Tensor, most: int, salient: Tensor, lengths: Tensor, padded: bool
+    ) -> None:
+        """Compresses tokens of given kinds.
+
+        Args:
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
+            kinds: uint8 (batch, heads, tokens).
+            most: how many tokens of a sequence are salient at most.
+            salient: how many of each sequence are, int64 (batch,).
+            lengths: how many tokens each sequence has, int64 (batch,).
+            padded: whether some may be padding.
+        """
+        tokens = k.shape[2]
+        self._may_have_padding = self._may_have_padding or padded
+        for kind, slots, held in ((SALIENT, most, salient), (REGULAR, tokens - most, lengths - salient)):
+            if slots == 0:
+                continue
+            if kind not in self.segments:
+                self.segments[kind] = self.new_segment(kind)
+            index = tokens_of_kind(kinds, kind, slots) if padded or slots < tokens else None
+            self.segments[kind].append(k, v, index, slots, held, self._backend)
+        packed = pack_kinds(kinds)
+        end = self._used + packed.shape[2]
+        self._packed = grown(self._packed, 2, self._used, end)
+        self._packed[..., self._used : end] = packed
+        self._used = end
+
+    def restore(self, k: Tensor, v: Tensor) -> None:
+        """Writes what is stored to its tokens' places in k and v (batch, heads, tokens or more, channels)."""
+        kinds = self.kinds
+        for kind, segment in self.segments.items():
+            tokens = tokens_of_kind(kinds, kind, kinds.shape[2])
+            rank = (segment.stored().cumsum(1) - 1).clamp(min=0)
+            index = tokens.gather(2, rank[:, None].expand(-1, tokens.shape[1], -1)).contiguous()
+            dequantize_into(segment.keys, index, k, self._backend)
+            dequantize_into(segment.values, index, v, self._backend)
+
+    def first_slots(self, oldest: int) -> Tensor:
+        """The first slot of each segment whose token is ``oldest`` or newer, int32 (segments, batch, heads)."""
+        kinds = self.kinds[..., :oldest]
+        firsts = []
+        for kind, segment in self.segments.items():
+            older = (kinds == kind).sum(2)  # tokens stand in their order
+            ranks = segment.stored().cumsum(1)[:, None].expand(-1, older.shape[1], -1).contiguous()
+            firsts.append(torch.searchsorted(ranks, older[..., None] + 1)[..., 0])
+        return torch.stack(firsts).int() if firsts else kinds.new_zeros((0, *kinds.shape[:2]), dtype=torch.int32)
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies a function to every tensor that has a row for each sequence."""
+        for segment in self.segments.values():
+            segment.map_batch(function)
+        self._packed = function(self._packed[..., : self._used])
+        self._like = function(self._like[0]), function(self._like[1])
+
+    def state(self) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+        """Copies of the packed kinds and of the segments' tensors."""
+        segments = {kind: segment.state() for kind, segment in self.segments.items()}
+        return self._packed[..., : self._used].clone(), segments
+
+    def new_segment(self, kind: int) -> Segment:
+        """One without tokens."""
+        block = self._codec.block if kind == SALIENT else self._codec.regular_block
+        return Segment(self._bits[kind], block, self._codec, *self._like)
+
+    def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]]) -> None:
+        """Takes over what :meth:`state` gave, of which everything was checked."""
+        self._packed, self._used, self._may_have_padding = packed.clone(), packed.shape[2], True
+        self.segments = {kind: self.new_segment(kind) for kind in segments}
+        for kind, segment in self.segments.items():
+            segment.load(segments[kind])

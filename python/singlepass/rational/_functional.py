@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused differentiable functions: the building blocks of :mod:`singlepass.nn`."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+
+from .._autograd import only_once
+from .._errors import message, require
+from .._ops import rational as ops
+
+__all__ = ["rational"]
+
+_PLAIN = "Evaluate singlepass.reference.rational.rational, plain PyTorch, for that."
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _refuse_tangents(backend: str, *tensors: Tensor) -> None:
+    """Kernels would drop the tangents of forward-mode differentiation: results would look constant."""
+    if backend != "eager" and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(message("rational", "differentiation in reverse mode", "a tangent of forward mode", _PLAIN))
+
+
+class _Rational(torch.autograd.Function):
+    """Saves x and what the caller holds anyway; everything else is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        numerator: Tensor,
+        denominator: Tensor,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        seed: Tensor | None,
+        form: int,
+        channel_dim: int,
+        dropout: float,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, numerator, denominator, bias, gate, seed)
+        ctx.options = {"form": form, "channel_dim": channel_dim, "dropout": dropout}
+        ctx.backend = backend
+        run = ops.rational.on(backend)
+        return run(x, numerator, denominator, bias, gate, seed=seed, **ctx.options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, seed = ctx.saved_tensors
+        _refuse_tangents(ctx.backend, grad)
+        run = ops.rational_backward.on(ctx.backend)
+        with torch.no_grad():
+            grads = run(grad, *inputs, seed=seed, **ctx.options)
+        grads = only_once("rational", _PLAIN, grads, grad, *inputs)
+        wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True))
+        return (*wanted, None, None, None, None, None)
+
+
+def _check_types(**tensors: Tensor) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            got = value.layout if isinstance(value, Tensor) else type(value).__name__
+            remedy = "Convert it; a nested tensor has values()."
+            raise ValueError(message("rational", f"{name} as a dense tensor", got, remedy))
+
+
+def _check_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channels: int) -> None:
+    op = "rational"
+    for name, table, most in (("numerator", numerator, ops.MAX_DEGREES[0] + 1), ("denominator", denominator, 0)):
+        fewest = 2
+        if name == "denominator":
+            fewest = 2 if form == "C" else 1
+            most = ops.MAX_DEGREES[1] + fewest - 1
+        contract = f"{name} of shape (groups, {fewest} to {most})" + (" for form C" if form == "C" else "")
+        fits = table.dim() == 2 and fewest <= table.shape[1] <= most
+        require(fits, op, contract, tuple(table.shape), "Each row has one group's coefficients, the lowest first.")
+        require(table.dtype in _FLOATS, op, f"a floating-point {name}", table.dtype, "Convert it.")
+        require(table.device == x.device, op, f"{name} on {x.device}, as x", table.device, "Move it there.")
+    rows = {numerator.shape[0], denominator.shape[0]}
+    groups = max(rows)
+    contract = "as many groups in numerator and denominator, or 1 in one of them"
+    require(rows <= {1, groups} and groups > 0, op, contract, sorted(rows), "Repeat the rows of one.")
+    contract = f"a number of groups that divides x's {channels} channels"
+    require(channels % groups == 0, op, contract, groups, "Choose another number, or another channel_dim.")
+
+
+def _check_extras(x: Tensor, bias: Tensor | None, gate: Tensor | None, dropout: float, channels: int) -> None:
+    op = "rational"
+    if bias is not None:
+        _check_types(bias=bias)
+        shape = tuple(bias.shape)
+        require(shape == (channels,), op, f"bias of shape ({channels},), one per channel", shape, "Reshape it.")
+        require(bias.dtype in _FLOATS, op, "a floating-point bias", bias.dtype, "Convert it.")
+        require(bias.device == x.device, op, f"bias on {x.device}, as x", bias.device, "Move it there.")
+    if gate is not None:
+        _check_types(gate=gate)
+        got = f"{tuple(gate.shape)} of {gate.dtype} on {gate.device}"
+        fits = gate.shape == x.shape and gate.dtype == x.dtype and gate.device == x.device
+        require(fits, op, f"gate as x, {tuple(x.shape)} of {x.dtype} on {x.device}", got, "Convert or expand it.")
+    fits = isinstance(dropout, (float, Real)) and 0.0 <= dropout < 1.0
+    require(fits, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
+
+
+def rational(
+    x: Tensor,
+    numerator: Tensor,
+    denominator: Tensor,
+    *,
+    form: str = "A",
+    channel_dim: int = -1,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Rational function P(x) / Q(x) with coefficients shared within groups of channels.
+
+    P(x) = a_0 + a_1 x + ... + a_m x^m, and with b the denominator's coefficients:
+
+    * form ``"A"``: Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n, as in KAT's kernels;
+    * form ``"B"``: Q(x) = 1 + |b_1 x + ... + b_n x^n|, eq. 12 of the KAT paper;
+    * form ``"C"``: Q(x) = 0.1 + |b_0 + b_1 x + ... + b_n x^n|;
+    * form ``"D"``: B; in training every coefficient is multiplied, for every element, by noise from [0.9, 1.1).
+
+    One pass over memory computes ``dropout(f(x + bias)) * gate``, a second one all gradients. Only the inputs are saved
+    for backward. Arithmetic is float32 whatever the storage dtype; autocast has no effect. The derivative of |v| at
+    zero is 1. Second derivatives raise a RuntimeError, and so does forward mode if a kernel runs.
+
+    Args:
+        x: any shape and strides; float32, bfloat16, float16 or float64 (eager only).
+        numerator: (Ga, m + 1), lowest degree first, m from 1 to 7; any of these dtypes.
+        denominator: (Gb, n), n from 1 to 6; form C: (Gb, n + 1). Ga and Gb are the number of groups G, or one of them
+            is 1. G divides the number of channels C; channel c belongs to group ``c // (C // G)``.
+        form: "A", "B", "C" or "D".
+        channel_dim: the channel dimension of x. Dense memory in any dimension order is read without a copy, and so are
+            slices with equally spaced rows or planes, such as those of ``chunk``; other strides are copied.
+        bias: (C,), added to x first; the same pass computes its gradient.
+        gate: x's shape and dtype, multiplied last.
+        dropout: probability p that an element of f is zeroed in training, rounded to a multiple of 2^-16; the others
+            are scaled by 1 / (1 - p).
+        training: whether dropout and form D's noise are applied.
+        seed: of dropout and noise: an int, or an int64 tensor with one element on x's device. None draws one from
+            torch's generator of that device. The same seed and memory order of x give the same random numbers.
+        backend: "native", "triton" or "eager"; None selects one, see ``singlepass info``.
+
+    Returns:
+        Tensor: x's shape and dtype, and its strides if x is dense.
+
+    Raises:
+        ValueError: invalid shapes, dtypes, devices or options.
+        RuntimeError: the chosen backend cannot run here.
+
+    Sources: Molina et al., "Padé Activation Units", arXiv 1907.06732, and the package rational-activations (forms);
+    Yang and Wang, "Kolmogorov-Arnold Transformer", arXiv 2409.10594 (groups).
+
+    Example:
+        >>> import torch
+        >>> from singlepass.functional import rational
+        >>> x = torch.tensor([[-2.0, 1.0, 3.0, 4.0]])
+        >>> a = torch.tensor([[0.0, 1.0]])  # P(x) = x for all channels
+        >>> b = torch.tensor([[0.0], [1.0]])  # Q(x) = 1 for the first half of them, 1 + |x| for the second
+        >>> rational(x, a, b)
+        tensor([[-2.0000,  1.0000,  0.7500,  0.8000]])
+    """
+    op = "rational"
+    require(form in (*ops.FORMS,), op, "form A, B, C or D", repr(form), "Choose one of them.")
+    _check_types(x=x, numerator=numerator, denominator=denominator)
+    require(x.dtype in _FLOATS, op, "a floating-point x", x.dtype, "Convert it.")
+    in_range = isinstance(channel_dim, (int, Integral)) and -x.dim() <= channel_dim < x.dim()
+    require(in_range, op, f"channel_dim among x's {x.dim()} dimensions", channel_dim, "Count from 0, or back from -1.")
+    channels = x.shape[channel_dim]
+    _check_coefficients(x, numerator, denominator, form, channels)
+    _check_extras(x, bias, gate, dropout, channels)
+    if not training:
+        dropout, form = 0.0, "B" if form == "D" else form
+    if form != "D" and dropout == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+    elif isinstance(seed, int):
+        require(abs(seed) < 2**63, op, "seed as one int64", seed, "Pass a smaller one.")
+        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    else:
+        tensor = isinstance(seed, Tensor)
+        got = f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}" if tensor else repr(seed)
+        fits = tensor and seed.numel() == 1 and seed.dtype == torch.int64 and seed.device == x.device
+        require(fits, op, f"seed as one int64 on {x.device}", got, "Pass an int, or None.")
+    tensors = [t for t in (x, numerator, denominator, bias, gate) if t is not None]
+    backend = ops.rational.choose(x.device.type, {t.dtype for t in tensors}, backend)
+    numerator, denominator = numerator.contiguous(), denominator.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    code = ops.FORMS.index(form)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Rational.apply(x, numerator, denominator, bias, gate, seed, code, channel_dim, float(dropout), backend)
+    _refuse_tangents(backend, *tensors)
+    run = ops.rational.on(backend)
+    return run(
+        x, numerator, denominator, bias, gate, form=code, channel_dim=channel_dim, dropout=float(dropout), seed=seed
+    )

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import message, require
+from .._ops import Op
+from .._ops import spectral as ops
+from ..optim import AdamW
+from ..optim._base import Bucket, Work
+from ._decompose import decompose, drift
+from ._linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
+from ._loading import SSTLoading
+from ._schedule import WARMUPS, Progress, warmup_factor
+
+SAMPLINGS = {"mixed": 0.5, "singular_values": 0.0, "uniform": 1.0}
+
+_VECTORS = ("active_u", "active_v")
+_TRAINED = ("singular_values", *_VECTORS)
+_STATES = ("exp_avg", "exp_avg_sq")
+# What a copy of the optimizer takes along beside what every optimizer does.
+_SETTINGS = (
+    "_layers",
+    "progress",
+    "steps_per_iteration",
+    "iterations_per_round",
+    "warmup_steps",
+    "warmup_shape",
+    "warmup_all",
+    "sampling",
+    "project",
+    "decay_vectors",
+    "reset_singular_values",
+    "rank_schedule",
+    "tolerance",
+    "seed",
+)
+
+
+def _unnamed(entry: Any) -> Any:
+    """The parameter of an entry of ``named_parameters()``, or the entry itself."""
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
+class SST(AdamW):
+    r"""Sparse spectral training of a model's :class:`SSTLinear` layers, and AdamW for all its other parameters.
+
+    Training is divided into rounds of ``iterations_per_round`` iterations of ``steps_per_iteration`` steps (the paper's
+    T2 and T3; T1, the number of rounds, is the length of training). In each iteration every layer trains the ``rank``
+    singular vectors that were drawn for it, and all its singular values:
+
+    .. math::
+        s &\leftarrow \max(\mathrm{AdamW}(s, \partial L / \partial s), 0) \\
+        u_i &\leftarrow \mathrm{normalise}(\mathrm{AdamW}(u_i, G v_i)), \quad
+        v_i \leftarrow \mathrm{normalise}(\mathrm{AdamW}(v_i, G^\top u_i))
+
+    At the end of an iteration the vectors' moments are reset, and others are drawn without replacement, with the
+    probabilities of ``sampling``. At the end of a round, layers whose vectors deviate from orthonormal by more than
+    ``tolerance`` are decomposed again, without changing their weights. Both happen at the end of ``step()``.
+
+    Args:
+        params: a model; or parameters, or groups of them, as for any optimizer. An optimizer needs all parameters of a
+            layer.
+        lr: learning rate of vectors, singular values and everything else.
+        betas: decay rates of the two moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, times ``lr``, of singular values and of other parameters.
+        steps_per_iteration: T3.
+        iterations_per_round: T2; None: the largest k / rank among the layers, rounded up, so that a round can train
+            every vector.
+        warmup_steps: steps at the start of each iteration, including the first, in which the learning rate of vectors
+            rises from ``lr / warmup_steps`` to ``lr``.
+        warmup_shape: "linear", or "cosine" for half a wave.
+        warmup_all: whether the warm-up also applies to singular values and other parameters.
+        sampling: probabilities of vectors: "mixed" is (1 / k + s_i / sum(s)) / 2, as in the paper's experiments;
+            "singular_values" is s_i / sum(s), as in its text; "uniform" is 1 / k.
+        reset_singular_values: whether the moments of singular values are reset with those of vectors. They are always
+            reset if a layer is decomposed again.
+        project: whether the component along the vector is first removed from a vector's gradient. Normalising undoes
+            it anyway, but the moments would see it. The paper's algorithm has no such step.
+        decay_vectors: whether weight decay applies to vectors as well, before they are normalised.
+        rank_schedule: ``rank_schedule(draw)`` returns the rank (or fraction) of all layers for iteration ``draw``,
+            counted from 0 over all rounds; None: constant. A change of rank changes the shapes of parameters, which
+            DistributedDataParallel does not support.
+        tolerance: largest deviation from orthonormal, the maximum of |U U^T - I| and |V V^T - I|, at which a layer is
+            not decomposed again.
+        seed: of the draws. Use the same for all ranks of a data-parallel job, so that they draw the same vectors.
+        maximize: maximise the objective instead of minimising it.
+        state_dtype: dtype of new states: None for float32, ``"param"`` for the parameter's, or a dtype.
+        backend: ``"native"``, ``"triton"`` or ``"eager"``; an error is raised if it cannot run. None selects the first
+            that can.
+
+    Steps that a GradScaler skips count for the schedule. ``state_dict()`` has an entry ``"sst"`` with the position in
+    the schedule: with the model's state dict, training resumes bit for bit at any step.
+
+    Raises:
+        ValueError: a hyperparameter outside its range, no layer to train, a part of a layer. Nothing is changed.
+        RuntimeError: the chosen backend cannot run here; in ``step()``, a sparse gradient.
+
+    Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML
+    2025, arXiv 2405.15481, Algorithm 1. Choices that the paper leaves open are arguments.
+
+    Example:
+        >>> import torch
+        >>> from singlepass import spectral
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> model = spectral.convert(model, rank=4, skip=["2"])
+        >>> optimizer = spectral.SST(model, lr=1e-3, steps_per_iteration=50)
+        >>> model(torch.randn(16, 64)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    _loading = SSTLoading
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        steps_per_iteration: int = 200,
+        iterations_per_round: int | None = None,
+        warmup_steps: int = 20,
+        warmup_shape: str = "linear",
+        warmup_all: bool = False,
+        sampling: str = "mixed",
+        reset_singular_values: bool = False,
+        project: bool = False,
+        decay_vectors: bool = False,
+        rank_schedule: Callable[[int], float] | None = None,
+        tolerance: float = 1e-5,
+        seed: int = 0,
+        maximize: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        counts = {"steps_per_iteration": steps_per_iteration, "iterations_per_round": iterations_per_round}
+        for name, count in (*counts.items(), ("warmup_steps", warmup_steps)):
+            least = 0 if name == "warmup_steps" else 1
+            optional = count is None and name == "iterations_per_round"
+            fits = optional or (isinstance(count, Integral) and count >= least)
+            require(fits, "SST", f"{name} of at least {least}", repr(count), "Pass an int.")
+        for name, value, known in (("sampling", sampling, SAMPLINGS), ("warmup_shape", warmup_shape, WARMUPS)):
+            require(value in known, "SST", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
+        flags = {"warmup_all": warmup_all, "reset_singular_values": reset_singular_values}
+        for name, flag in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
+            require(isinstance(flag, bool), "SST", f"{name} True or False", repr(flag), "Pass one of them.")
+        fits = rank_schedule is None or callable(rank_schedule)
+        require(fits, "SST", "a callable rank_schedule", repr(rank_schedule), "Pass a function.")
+        require(tolerance >= 0.0, "SST", "tolerance >= 0", tolerance, "Pass 0 to decompose after every round.")
+        fits = isinstance(seed, Integral) and 0 <= seed < 2**63
+        require(fits, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int.")
+        self._layers: list[SSTLinear] = []
+        self._held: list[dict[str, Tensor]] = []
+        self._roles: dict[int, str] = {}
+        self.progress = Progress()
+        self.steps_per_iteration = steps_per_iteration
+        self.warmup_steps, self.warmup_shape, self.warmup_all = warmup_steps, warmup_shape, warmup_all
+        self.sampling, self.project, self.decay_vectors = sampling, project, decay_vectors
+        self.reset_singular_values, self.rank_schedule = reset_singular_values, rank_schedule
+        self.tolerance, self.seed = tolerance, int(seed)
+        if isinstance(params, nn.Module):
+            params = [p for p in params.parameters() if p.requires_grad]
+        super().__init__(
+            params, lr, betas, eps, weight_decay, maximize=maximize, state_dtype=state_dtype, backend=backend
+        )
+        self._layers = self._find_layers()
+        self._note_roles()
+        most = max(-(-len(layer.singular_values) // layer.rank) for layer in self._layers)
+        self.iterations_per_round = most if iterations_per_round is None else iterations_per_round
+        self._begin_iteration()
+
+    def _find_layers(self) -> list[SSTLinear]:
+        """The layers of all parameters, in their order."""
+        owners = layers_by_parameter()
+        given = [id(p) for group in self.param_groups for p in group["params"]]
+        found = list(dict.fromkeys(owners[key] for key in given if key in owners))
+        remedy = "Call singlepass.spectral.convert(model, rank) first."
+        require(bool(found), "SST", "parameters of SSTLinear layers", "none", remedy)
+        for layer in found:
+            missing = [name for name in _TRAINED if id(getattr(layer, name)) not in given]
+            contract = "singular_values, active_u and active_v of a layer together"
+            require(not missing, "SST", contract, f"one without {', '.join(missing)}", "Add all of its parameters.")
+        return found
+
+    def _note_roles(self) -> None:
+        self._held = [{name: getattr(layer, name) for name in _TRAINED} for layer in self._layers]
+        roles = {"singular_values": "values"} | dict.fromkeys(_VECTORS, "vectors")
+        self._roles = {id(p): roles[name] for held in self._held for name, p in held.items()}
+
+    def _refresh(self) -> None:
+        """Layers whose rank changed have new parameters: they take the places of those that were."""
+        replaced = {}
+        for layer, held in zip(self._layers, self._held, strict=True):
+            for name, old in held.items():
+                if getattr(layer, name) is not old:
+                    replaced[id(old)] = getattr(layer, name)
+                    self.state.pop(old, None)
+        if replaced:
+            for group in self.param_groups:
+                group["params"] = [replaced.get(id(p), p) for p in group["params"]]
+            self._note_roles()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in self.__dict__.items() if name in _SETTINGS}
+        return super().__getstate__() | kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_layers" in state:  # a copy, or what was pickled
+            self._note_roles()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, after checking it; layers for sparse spectral training come with the constructor."""
+        params = param_group["params"]
+        if not isinstance(params, (Tensor, set)):
+            frozen = frozen_parameters()
+            param_group["params"] = [p for p in params if id(_unnamed(p)) not in frozen]
+        if self._layers:
+            owners = layers_by_parameter()
+            given = [params] if isinstance(params, Tensor) else param_group["params"]
+            late = any(id(_unnamed(p)) in owners for p in given)
+            require(not late, "SST", "SSTLinear layers when it is made", "one later", "Make a new optimizer.")
+        super().add_param_group(param_group)
+
+    def _role_of(self, p: Tensor) -> str:
+        return self._roles.get(id(p), "")
+
+    def _op(self, role: str) -> Op:
+        return ops.step_ if role else super()._op(role)
+
+    def _gather(self) -> Work:
+        self._refresh()
+        return super()._gather()
+
+    def _step_groups(self, work: Work) -> None:
+        """Updates every parameter that has a gradient; then, where an iteration ends, begins the next."""
+        super()._step_groups(work)
+        self.progress.step += 1
+        if self.progress.step >= self.steps_per_iteration:
+            self.progress.step = 0
+            self.progress.iteration += 1
+            if self.progress.iteration >= self.iterations_per_round:
+                self.progress.iteration = 0
+                self.progress.round += 1
+                self._end_round()
+            self._begin_iteration()
+        for layer in self._layers:
+            layer.trust_vectors()
+
+    def _step_bucket(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        names: tuple[str, ...],
+        hyper: dict[str, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        if bucket.role == "vectors" or self.warmup_all:
+            factor = warmup_factor(self.progress.step, self.warmup_steps, self.warmup_shape)
+            group = group | {"lr": group["lr"] * factor}
+        if bucket.role == "vectors" and not self.decay_vectors:
+            hyper = hyper | {"weight_decay": 0.0}
+        super()._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
+
+    def _run(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        names: tuple[str, ...],
+        states: list[dict[str, Any]],
+        options: dict[str, Any],
+    ) -> None:
+        if not bucket.role:
+            super()._run(bucket, group, names, states, options)
+            return
+        lists = ([state[name] for state in states] for name in (*names, "step"))
+        step = self._op(bucket.role).on(bucket.backend)
+        step(bucket.params, bucket.grads, *lists, self._lr(group, bucket.device), project=self.project, **options)
+
+    def _end_round(self) -> None:
+        """Decomposes again what has drifted."""
+        drifted = []
+        for index, layer in enumerate(self._layers):
+            u, s, v = layer.factors()
+            finite = all(bool(t.isfinite().all()) for t in (u, s, v))
+            if not finite:
+                got = f"infinities or NaNs in the layer of parameters {index}"
+                raise RuntimeError(message("SST", "finite layers at the end of a round", got, "Lower lr."))
+            wide = torch.promote_types(u.dtype, torch.float32)
+            if drift(u.to(wide), v.to(wide)) > self.tolerance:
+                drifted.append(layer)
+        for layer in drifted:
+            u, s, v = (t.double() for t in layer.factors())
+            layer.set_factors(*decompose((u * s.unsqueeze(-1)).mT @ v))
+            self._forget([layer.singular_values])
+
+    @torch.no_grad()
+    def _begin_iteration(self) -> None:
+        """Draws the vectors that are active from now on, and forgets the moments of those that were."""
+        if self.rank_schedule is not None:
+            self._set_rank(self.rank_schedule(self.progress.draws))
+        for device in dict.fromkeys(layer.singular_values.device for layer in self._layers):
+            self._exchange([i for i, layer in enumerate(self._layers) if layer.singular_values.device == device])
+        vectors = [getattr(layer, name) for layer in self._layers for name in _VECTORS]
+        self._forget(vectors)
+        for p in vectors:
+            p.grad = None  # of vectors that are now others
+        if self.reset_singular_values:
+            self._forget([layer.singular_values for layer in self._layers])
+        self.progress.draws += 1
+
+    def _exchange(self, indices: list[int]) -> None:
+        """Draws for layers of one device, and swaps their vectors, values, and the values' moments."""
+        layers = [self._layers[i] for i in indices]
+        device = layers[0].singular_values.device
+        stored = [p for layer in layers for p in (layer.singular_values, *layer.vectors())]
+        backend = self.param_groups[0]["backend"]
+        exchange = ops.sample(
+            [layer.singular_values.detach() for layer in layers],
+            ranks=[layer.rank for layer in layers],
+            ids=indices,
+            seed=self.seed,
+            draw=self.progress.draws,
+            uniform=SAMPLINGS[self.sampling],
+            backend=backend,
+        )
+        none = torch.empty(0, device=device)
+        pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for layer, change in zip(layers, exchange, strict=True):
+            rank, state = layer.rank, self.state.get(layer.singular_values, {})
+            pairs.append((layer.active_u, layer.frozen_u, layer.scales_u, change))
+            pairs.append((layer.active_v, layer.frozen_v, layer.scales_v, change))
+            for values in (layer.singular_values, *(state[name] for name in _STATES if name in state)):
+                pairs.append((values.detach()[:rank], values.detach()[rank:], none, change))
+        ops.swap_(*(list(column) for column in zip(*pairs, strict=True)), backend=backend)
+        torch.autograd.graph.increment_version(stored)
+
+    def _forget(self, params: list[Tensor]) -> None:
+        """Moments and their counts become what they are at the start."""
+        zeros = [t for p in params for t in self._own_states(p)]
+        if zeros:
+            torch._foreach_zero_(zeros)
+
+    def _own_states(self, p: Tensor) -> list[Tensor]:
+        """The parameter's moments and count, without what others keep in its state."""
+        state = self.state.get(p, {})
+        return [state[name] for name in (*self.rule.states, "step") if name in state]
+
+    def _set_rank(self, rank: float) -> None:
+        for layer in self._layers:
+            rank_of("SST: rank_schedule", rank, len(layer.singular_values))
+        for layer in self._layers:
+            layer.set_rank(rank)
+        self._refresh()
+
+    def _signature(self) -> list[float]:
+        """One number for each layer that tells which of its vectors are active."""
+        return [float(layer.singular_values.detach()[: layer.rank].double().sum()) for layer in self._layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """States and groups as of any optimizer, and ``"sst"``, where training stands."""
+        self._refresh()
+        return super().state_dict() | {"sst": self.progress.as_dict() | {"active": self._signature()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` returned, after the model's state dict, and that after making the optimizer.
+
+        Raises:
+            ValueError: a state dict of another optimizer, or a model with other active vectors; nothing is changed.
+        """
+        super().load_state_dict(state_dict)
