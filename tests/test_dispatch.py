@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from singlepass import _native, optim
-from singlepass._ops import BACKENDS, OPS, op, requested
+from singlepass._ops import BACKENDS, OPS, requested
 
 FLOAT32 = frozenset((torch.float32,))
 OP = OPS["lion_step_"]
@@ -22,7 +22,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test finds out for itself what can run, and has the log to itself."""
     monkeypatch.setattr(OP, "_obstacles", {})
     monkeypatch.setattr(OPS["stream_"], "_obstacles", {})
-    monkeypatch.setattr(op, "_logged", set())
+    monkeypatch.setattr(OP, "_logged", set())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 

@@ -48,6 +48,7 @@ dequantize_ = Op(
     None,
     """The way back: out[b, h, index[b, h, slot]] = x^, for the slots that hold a token. Other places of out stay.""",
     used_by="`kv.dequantize` and the caches",
+    typed=(6,),
 )
 
 saliency = Op(
@@ -61,6 +62,7 @@ saliency = Op(
     among those. With lse (B, Hq, P), float32, rows are exp(logit - lse) instead.
     cap(s) = softcap * tanh(s / softcap) if softcap > 0.""",
     used_by="`kv.probe_saliency` and the caches",
+    typed=(0, 1),
 )
 
 decode = Op(
@@ -79,4 +81,5 @@ decode = Op(
     exp, (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.""",
     used_by="`kv.ZipCache`, `kv.ZipCacheLayer`, `kv.decode_attention`",
     dtypes="fp32, bf16, fp16; 8, 4, 2 bits",
+    typed=(0, 2),
 )

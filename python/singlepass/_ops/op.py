@@ -33,7 +33,6 @@ _FLOATS = "fp32, bf16, fp16"
 
 logger = logging.getLogger("singlepass")
 _library = torch.library.Library(NAMESPACE, "DEF")  # registrations live as long as this object
-_logged: set[str] = set()
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +47,7 @@ class Op:
         fake: makes empty results, with the op's signature. None for an op without results.
         doc: what arguments and results are.
         used_by, dtypes: what the table of supported ops says.
+        typed: which arguments, tensors or lists of them, decide by their dtypes what can run.
         has_triton: whether there is a Triton kernel.
     """
 
@@ -60,16 +60,19 @@ class Op:
         *,
         used_by: str,
         dtypes: str = _FLOATS,
+        typed: tuple[int, ...] = (0,),
         has_triton: bool = True,
     ) -> None:
         self.name = schema.partition("(")[0]
-        self.family, self.used_by, self.dtypes, self.has_triton = family, used_by, dtypes, has_triton
+        self.family, self.used_by, self.dtypes = family, used_by, dtypes
+        self.typed, self.has_triton = typed, has_triton
         self.__doc__ = f"{schema}\n\n{doc}"
         _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _no_results, lib=_library)
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._functions: dict[str, Callable[..., Any]] = {"native": self.overload}
         self._obstacles: dict[tuple[str, str], str | None] = {}  # found once, so that torch.compile traces a choice
+        self._logged: set[tuple[str, str]] = set()
         OPS[self.name] = self
 
     def eager(self, function: F) -> F:
@@ -90,13 +93,11 @@ class Op:
         return self._functions[backend]
 
     def __call__(self, *args: Any, backend: str | None = None, **options: Any) -> Any:
-        """Runs the op on the backend that is asked for, or else on the first that can run it.
-
-        Device and dtypes are those of the floating-point tensors among the positional arguments.
-        """
-        tensors = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
-        dtypes = {t.dtype for t in tensors if t.is_floating_point()}
-        return self.on(self.choose(tensors[0].device.type, dtypes, backend))(*args, **options)
+        """Runs the op on the backend that is asked for, or else on the first that can run it."""
+        tensors: list[Tensor] = []
+        for i in self.typed:
+            tensors += args[i] if isinstance(args[i], list) else (args[i],)
+        return self.on(self.choose(tensors[0].device.type, {t.dtype for t in tensors}, backend))(*args, **options)
 
     def choose(self, device_type: str, dtypes: Collection[torch.dtype], backend: str | None = None) -> str:
         """The backend that runs the op for these dtypes and this type of device.
@@ -146,13 +147,14 @@ class Op:
         return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
     def _first_usable(self, device_type: str, dtypes: Collection[torch.dtype]) -> str:
-        """The automatic choice, logged once for each combination with the reasons against the backends before it."""
+        """The automatic choice, logged once for each type of device and outcome, with the reasons against others."""
         reasons: list[str] = []
         for backend in BACKENDS:
             reason = self.rejection(backend, device_type, dtypes)
             if reason is None:
-                if not torch.compiler.is_compiling():
-                    _log_once(f"{self.name} on {device_type}: " + "; ".join([backend, *reasons]))
+                if not torch.compiler.is_compiling() and (device_type, backend) not in self._logged:
+                    self._logged.add((device_type, backend))
+                    logger.info("%s on %s: %s", self.name, device_type, "; ".join([backend, *reasons]))
                 return backend
             reasons.append(f"{backend}: {reason}")
         raise AssertionError("eager runs everywhere")
@@ -184,12 +186,6 @@ def requested(backend: str | None) -> str | None:
     if wish is not None and wish not in BACKENDS:
         raise ValueError(message(ENV, ", ".join(BACKENDS), repr(wish), _NATIVE))
     return wish
-
-
-def _log_once(line: str) -> None:
-    if line not in _logged:
-        _logged.add(line)
-        logger.info(line)
 
 
 def _no_results(*args: object, **kwargs: object) -> None:
