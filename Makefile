@@ -102,6 +102,7 @@ lint: $(PACKAGES)
 	@ruff format --check .
 	@rm -rf build/typing && mkdir -p build/typing/singlepass
 	@ln -s $(addprefix ../../../,$(wildcard python/singlepass/*) triton_kernels bench) build/typing/singlepass/
+	@PYTHONPATH=build/typing lint-imports --no-cache > build/typing/imports.txt || { cat build/typing/imports.txt; exit 1; }
 	@mypy
 	@clang-format --dry-run --Werror $(CXX_FILES)
 
