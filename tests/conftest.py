@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from .report import UNCOLLECTED, Report
+from .simt.ops import in_place_of_native
 
 # Drawing tensors is slow by hypothesis's standards, and the time of an example says nothing on a shared machine.
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -97,3 +100,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _automatic_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests choose backends by argument; what the shell has set must not choose for them."""
     monkeypatch.delenv("SINGLEPASS_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _simt_places(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where a test's place says so, native kernels are those of GPUs, run on the CPU."""
+    place = getattr(request.node, "callspec", None) and request.node.callspec.params.get("place")
+    with in_place_of_native() if getattr(place, "simt", False) else nullcontext():
+        yield

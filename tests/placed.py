@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions under test on the CPU or on a GPU: the backend "cuda triton" is Triton's on copies in GPU memory.
+"""Functions under test on the CPU or on a GPU: the backend "cuda triton" is Triton's on copies in GPU memory, and
+"simt" is what "cuda native" is, with kernels that run on the CPU.
 
 Copies have the layout, the alignment and the surroundings of what they are made from, and what a function writes comes
 back to its place.
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from singlepass._ops import OPS
+
+from .simt.ops import in_place_of_native
 
 
 class _Copies:
@@ -55,6 +58,9 @@ def placed(run: Callable[..., Any]) -> Callable[..., Any]:
     """``run(*args, backend=...)`` on copies if the backend says so."""
 
     def call(*args: Any, backend: str | None = None, **options: Any) -> Any:
+        if backend == "simt":
+            with in_place_of_native():
+                return run(*args, backend="native", **options)
         if backend is None or not backend.startswith("cuda "):
             return run(*args, backend=backend, **options)
         copies = _Copies()

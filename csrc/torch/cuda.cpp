@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "common/cuda.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -8,8 +7,8 @@
 #include "optim/torch.h"
 #include "rational/torch.h"
 #include "spectral/torch.h"
+#include "torch/on_stream.h"
 #include "torch/stream.h"
-#include "torch/table_cache.h"
 
 namespace singlepass::registration {
 namespace {
@@ -20,36 +19,13 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-TableCache& table_cache() {
-  static TableCache* cache = new TableCache;  // outlives CUDA's own clean-up at exit
-  return *cache;
-}
-
-// Runs ops on the device of `like`, on its current stream. Memory that they ask for lives as long as this object, and
-// then serves what is launched on that stream later.
-class Cuda {
+class Cuda : public OnStream {
  public:
   Cuda(const char* op, const Tensor& like)
-      : like_(like),
-        guard_(like.get_device_index()),
-        gpu_{op, current_stream(like.get_device_index()),
-             [this](int64_t bytes) { return kept_.emplace_back(device_memory(like_, bytes)).data_ptr(); }} {}
-  Cuda(const Cuda&) = delete;
-  Cuda& operator=(const Cuda&) = delete;
-
-  const Gpu& where() const { return gpu_; }
-
-  optim::DeviceTable table(const std::vector<TensorRecord>& records, int states, optim::LaunchShape shape = {}) const {
-    const auto [table, memory] = table_cache().get(records, states, shape, like_, gpu_);
-    kept_.push_back(memory);
-    return table;
-  }
+      : OnStream(op, like, current_stream(like.get_device_index())), guard_(like.get_device_index()) {}
 
  private:
-  const Tensor& like_;
   torch::stable::accelerator::DeviceGuard guard_;
-  mutable Tensors kept_;
-  Gpu gpu_;
 };
 
 }  // namespace

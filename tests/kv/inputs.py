@@ -29,7 +29,7 @@ NAN = float("nan")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _ON_GPU = [pytest.param(f"cuda {name}", marks=pytest.mark.gpu) for name in ("native", "triton")]
 _ON_CPU = ["triton"] if INTERPRETED else ["native", "eager"]
-each_backend = pytest.mark.parametrize("backend", [*_ON_CPU, *_ON_GPU])
+each_backend = pytest.mark.parametrize("backend", [*_ON_CPU, *([] if INTERPRETED else ["simt"]), *_ON_GPU])
 each_cpu_backend = pytest.mark.parametrize("backend", _ON_CPU)
 each_bits = pytest.mark.parametrize("bits", [2, 4, 8])
 each_dtype = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())

@@ -27,10 +27,11 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 @dataclass(frozen=True)
 class Place:
-    """A backend on a device."""
+    """A backend on a device. ``simt``: native kernels are those of GPUs, run on the CPU (tests/conftest.py)."""
 
     backend: str
     device: str = "cpu"
+    simt: bool = False
 
     def function(self, op_name: str) -> Callable[..., Any]:
         op = OPS[op_name]
@@ -42,10 +43,12 @@ GPU_PLACES = [
     for backend in ("native", "triton", "eager")
 ]
 NATIVE = pytest.param(Place("native"), id="native")
+SIMT = pytest.param(Place("native", simt=True), id="simt")
 EAGER = pytest.param(Place("eager"), id="eager")
 
-each_place = pytest.mark.parametrize("place", [NATIVE, EAGER, *GPU_PLACES])
-each_kernel = pytest.mark.parametrize("place", [NATIVE, *GPU_PLACES[:2]])
+each_place = pytest.mark.parametrize("place", [NATIVE, EAGER, SIMT, *GPU_PLACES])
+each_kernel = pytest.mark.parametrize("place", [NATIVE, SIMT, *GPU_PLACES[:2]])
+each_compiled = pytest.mark.parametrize("place", [NATIVE, *GPU_PLACES[:2]])  # in the package's own namespace
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from singlepass._ops import OPS
 
 from ..simt.truth import CASES, Case
 from ..tolerances import assert_same_bits
-from .steps import Mix, Place, each_case, each_kernel, hyper_of, make_tensors, normal, rule_of, set_grads
+from .steps import Mix, Place, each_case, each_compiled, hyper_of, make_tensors, normal, rule_of, set_grads
 from .trajectory import CLASSES, contents, give_grads, make_optimizer, make_params
 
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -34,7 +34,7 @@ def arguments(case: Case, device: str, layout=LAYOUTS["contiguous"], mix: Mix | 
     return tensors, (*tensors.arguments(case), torch.tensor(case.lr, dtype=torch.float64))
 
 
-@each_kernel
+@each_compiled
 @pytest.mark.parametrize("case", [c for c in CASES if c.rule in ("lion", "adamw", "sgdsai")], ids=lambda case: case.id)
 def test_step_ops_compile_into_one_graph(case: Case, place: Place) -> None:
     tensors, args = arguments(case, place.device)
@@ -53,7 +53,7 @@ def test_step_ops_compile_into_one_graph(case: Case, place: Place) -> None:
 COMPILED = [pytest.param(name, None, id=name) for name in sorted(CLASSES)]
 
 
-@each_kernel
+@each_compiled
 @pytest.mark.parametrize(("name", "dynamic"), [*COMPILED, pytest.param("adamw", True, id="adamw-dynamic")])
 def test_optimizer_steps_compile_into_one_graph(name: str, dynamic: bool | None, place: Place) -> None:
     case = next(c for c in CASES if rule_of(c).rule == name)

@@ -44,18 +44,19 @@ LAYOUTS: dict[str, tuple[Callable[[int], Tensor], int]] = {
 
 @dataclass(frozen=True)
 class Place:
+    """A backend on a device. ``simt``: native kernels are those of GPUs, run on the CPU (tests/conftest.py)."""
+
     backend: str
     device: str = "cpu"
+    simt: bool = False
 
 
-each_kernel = pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param(Place("native"), id="native-cpu"),
-        pytest.param(Place("native", "cuda"), id="native-cuda", marks=pytest.mark.gpu),
-        pytest.param(Place("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
-    ],
-)
+NATIVE = pytest.param(Place("native"), id="native-cpu")
+SIMT = pytest.param(Place("native", simt=True), id="native-simt")
+ON_GPU = [pytest.param(Place(name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ("native", "triton")]
+
+each_kernel = pytest.mark.parametrize("place", [NATIVE, SIMT, *ON_GPU])
+each_compiled = pytest.mark.parametrize("place", [NATIVE, *ON_GPU])  # in the package's own namespace
 
 
 @dataclass(repr=False)

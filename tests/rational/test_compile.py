@@ -11,7 +11,7 @@ from singlepass.functional import rational
 from singlepass.nn import KATMLP, GroupRational
 
 from ..tolerances import assert_same_bits
-from .inputs import Place, each_kernel, make
+from .inputs import Place, each_compiled, make
 
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -23,7 +23,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@each_kernel
+@each_compiled
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("form", ["A", "D"])
 def test_compiles_into_one_graph(place: Place, compiler: str, form: str) -> None:

@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # Set in the process that runs under sanitizers: its module is built already, and needs their run time loaded first.
@@ -42,7 +43,9 @@ def build(sanitize: bool) -> Path:
     options = ("-S", ROOT, "-B", folder, f"-DSINGLEPASS_SANITIZE={'ON' if sanitize else 'OFF'}")
     with (folder / "lock").open("w") as lock:  # of workers that share the tests one builds, and the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _run(cmake, *options, "-DSINGLEPASS_BUILD_PYBIND=ON", f"-DPython3_EXECUTABLE={sys.executable}")
+        options += ("-DSINGLEPASS_BUILD_PYBIND=ON", f"-DPython3_EXECUTABLE={sys.executable}")
+        # Under sanitizers torch would have to start after their run time.
+        _run(cmake, *options, f"-DSINGLEPASS_TORCH={'' if sanitize else Path(torch.__file__).parent}")
         _run(cmake, "--build", folder, "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2"))
     return folder
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 GPU = [pytest.param(f"cuda {name}", marks=pytest.mark.gpu) for name in ("native", "triton")]
-each_kernel = pytest.mark.parametrize("backend", ["native", *GPU])
-each_backend = pytest.mark.parametrize("backend", ["native", "eager", *GPU])
+each_kernel = pytest.mark.parametrize("backend", ["native", "simt", *GPU])
+each_backend = pytest.mark.parametrize("backend", ["native", "eager", "simt", *GPU])
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -13,7 +13,11 @@
 namespace singlepass::registration {
 
 inline Tensor device_memory(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  const Tensor memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+#if defined(SINGLEPASS_SIMT)
+  if (bytes > 0) std::memset(memory.data_ptr(), 0xff, static_cast<size_t>(bytes));  // NaN: nothing may rely on zeros
+#endif
+  return memory;
 }
 
 // Tables of tensors on the device by their contents, kept from one step to the next. An entry belongs to one stream:
@@ -72,6 +76,37 @@ class TableCache {
 
   std::mutex mutex_;
   std::list<Entry> entries_;
+};
+
+inline TableCache& table_cache() {
+  static TableCache* cache = new TableCache;  // outlives CUDA's own clean-up at exit
+  return *cache;
+}
+
+// Runs ops on the device of `like`, on a stream. Memory that they ask for lives as long as this object, and then serves
+// what is launched on that stream later.
+class OnStream {
+ public:
+  OnStream(const char* op, const Tensor& like, cudaStream_t stream)
+      : like_(like),
+        gpu_{op, stream, [this](int64_t bytes) { return kept_.emplace_back(device_memory(like_, bytes)).data_ptr(); }} {
+  }
+  OnStream(const OnStream&) = delete;
+  OnStream& operator=(const OnStream&) = delete;
+
+  const Gpu& where() const { return gpu_; }
+
+  optim::DeviceTable table(const std::vector<optim::TensorRecord>& records, int states,
+                           optim::LaunchShape shape = {}) const {
+    const auto [table, memory] = table_cache().get(records, states, shape, like_, gpu_);
+    kept_.push_back(memory);
+    return table;
+  }
+
+ private:
+  const Tensor& like_;
+  mutable Tensors kept_;
+  Gpu gpu_;
 };
 
 }  // namespace singlepass::registration
