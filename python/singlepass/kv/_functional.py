@@ -327,6 +327,34 @@ def decode_attention(
         _check_segment(op, keys, values, window_k, window_v)
     axes = {keys.axis for keys, _ in segments}
     require(len(axes) <= 1, op, "keys of one axis", sorted(axes), "Quantise them alike.")
+    return attend(
+        q,
+        segments,
+        window_k,
+        window_v,
+        window,
+        first=first,
+        sinks=sinks,
+        scale=scale,
+        softcap=softcap,
+        backend=backend,
+    )
+
+
+def attend(
+    q: Tensor,
+    segments: Sequence[tuple[Quantized, Quantized]],
+    window_k: Tensor,
+    window_v: Tensor,
+    window: Tensor,
+    *,
+    first: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`decode_attention` does once it has checked its arguments."""
     parts: list[Tensor] = []
     for keys, values in segments:
         none = values.scales.new_empty(0)
@@ -341,7 +369,7 @@ def decode_attention(
         sinks,
         first,
         bits=[keys.bits for keys, _ in segments],
-        key_axis=ops.AXES.index(axes.pop()) if axes else 0,
+        key_axis=ops.AXES.index(segments[0][0].axis) if segments else 0,
         scale=float(q.shape[3] ** -0.5 if scale is None else scale),
         softcap=float(softcap),
         backend=backend,

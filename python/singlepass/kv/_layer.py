@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .._errors import require
 from . import _state
 from ._codec import Codec
-from ._functional import check_needs_no_gradient, check_queries, decode_attention
+from ._functional import attend, check_exact, check_needs_no_gradient, check_queries
 from ._options import check_new_tokens, check_options
 from ._probes import WindowProbes
 from ._prompt import causal_attention, rotate
@@ -299,6 +299,7 @@ class ZipCacheLayer:
         assert self._compressed is not None
         check_queries(_OP, q, self._window[0])
         check_needs_no_gradient(_OP, q=q)
+        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         if self.codec.rotate:
             q = rotate(q)
         queries = q.shape[2]
@@ -314,7 +315,7 @@ class ZipCacheLayer:
             first = self._compressed.first_slots(oldest)
         ends = torch.full((q.shape[0], 2), self.window_length, dtype=torch.int32, device=q.device)
         ends[:, 0] = lowest
-        out, lse = decode_attention(
+        out, lse = attend(
             q,
             self._compressed.pairs,
             *self._window,

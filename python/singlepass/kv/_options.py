@@ -13,7 +13,7 @@ from .._errors import require
 from .._ops import BACKENDS
 from .._ops import kv as ops
 from ._codec import Codec
-from ._functional import check_bits, check_needs_no_gradient, check_tokens
+from ._functional import check_bits, check_needs_no_gradient, check_softcap, check_tokens
 from ._saliency import NORMALIZATIONS
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def check_options(layer: ZipCacheLayer) -> None:
         count = getattr(layer, name)
         fits = isinstance(count, int) and count >= 1
         require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
+    check_softcap(_OP, layer.softcap)
     remedy = "Call Codec.zipcache(), .kivi() or .per_token_head()."
     require(isinstance(layer.codec, Codec), _OP, "a Codec or None", repr(layer.codec), remedy)
     known = layer.normalization in NORMALIZATIONS

@@ -55,8 +55,18 @@ def probe_saliency(
 
     Source: He et al., "ZipCache", arXiv 2405.14256, eq. 8 and section 4.3.
     """
+    op = "probe_saliency"
+    check_tokens(op, "k", k)
+    check_queries(op, q, k)
+    check_exact(op, "positions", positions, torch.int64, (q.shape[2],), k)
+    if mask is not None:
+        shape = (k.shape[0], k.shape[2])
+        fits = mask.shape == shape and mask.dtype == torch.bool
+        require(fits, op, f"a bool mask of shape {shape}", tuple(mask.shape), "True marks tokens.")
+    check_exact(op, "lse", lse, torch.float32, tuple(q.shape[:3]), k)
+    check_softcap(op, softcap)
     known = normalization in NORMALIZATIONS
-    require(known, "probe_saliency", " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
+    require(known, op, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
     options: dict[str, Any] = {"mask": mask, "lse": lse, "scale": scale, "softcap": softcap, "backend": backend}
     return mean_attention(attention_sums(q, k, positions, **options), positions, mask, normalization)
 
@@ -72,22 +82,12 @@ def attention_sums(
     softcap: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """What tokens get from all probes together, float32 (batch, heads, tokens), the mean over a head's query heads.
-    Arguments are those of :func:`probe_saliency`."""
-    op = "probe_saliency"
-    check_tokens(op, "k", k)
-    check_queries(op, q, k)
-    check_exact(op, "positions", positions, torch.int64, (q.shape[2],), k)
-    batch, heads, length, head_dim = k.shape
-    if mask is not None:
-        fits = mask.shape == (batch, length) and mask.dtype == torch.bool
-        require(fits, op, f"a bool mask of shape ({batch}, {length})", tuple(mask.shape), "True marks tokens.")
-    check_exact(op, "lse", lse, torch.float32, tuple(q.shape[:3]), k)
-    check_softcap(op, softcap)
-    scale = head_dim**-0.5 if scale is None else scale
+    """The attention that tokens get from all probes together, float32 (batch, heads, tokens), the mean over the query
+    heads of a head. Arguments are those of :func:`probe_saliency`, and were checked."""
+    scale = k.shape[3] ** -0.5 if scale is None else scale
     tensors = last_dense(q), last_dense(k), positions, mask, lse
     sums = ops.saliency(*tensors, scale=scale, softcap=float(softcap), backend=backend)
-    return sums / (q.shape[1] // heads)
+    return sums / (q.shape[1] // k.shape[1])
 
 
 def mean_attention(sums: Tensor, positions: Tensor, mask: Tensor | None, normalization: str) -> Tensor:
@@ -112,6 +112,7 @@ def prompt_saliency(
     mask: Tensor | None,
     seen: Tensor | None,
     draw: Callable[[Iterable[int]], dict[int, Tensor]],
+    normalization: str,
     **options: Any,
 ) -> Tensor:
     """Saliency of a prompt's tokens, (batch, heads, tokens), by probes among each sequence's own.
@@ -122,12 +123,17 @@ def prompt_saliency(
         mask: bool (batch, tokens), false for the prompt's padding, or None.
         seen: bool (batch, all tokens) likewise.
         draw: gives for numbers of tokens where among them probes stand.
-        **options: of :func:`probe_saliency`.
+        normalization, **options: of :func:`probe_saliency`.
     """
+
+    def saliency_of(q: Tensor, k: Tensor, positions: Tensor, seen: Tensor | None) -> Tensor:
+        sums = attention_sums(q, k, positions, mask=seen, **options)
+        return mean_attention(sums, positions, seen, normalization)[:, :, before:]
+
     (batch, _, tokens, _), before = q.shape, keys.shape[2] - q.shape[2]
     if mask is None:
         positions = draw([tokens])[tokens].to(q.device)
-        return probe_saliency(q[:, :, positions], keys, positions + before, mask=seen, **options)[:, :, before:]
+        return saliency_of(q[:, :, positions], keys, positions + before, seen)
     assert seen is not None
     saliency = torch.zeros((batch, keys.shape[1], tokens), dtype=torch.float32, device=q.device)
     paddings, of_sequence = mask.unique(dim=0, return_inverse=True)
@@ -140,6 +146,5 @@ def prompt_saliency(
         rows = of_sequence.eq(i).nonzero()[:, 0]
         first, last = int(rows[0]), int(rows[-1])
         part = slice(first, last + 1) if last - first + 1 == len(rows) else rows  # neighbours are not copied
-        scores = probe_saliency(q[:, :, positions][part], keys[part], positions + before, mask=seen[part], **options)
-        saliency[part] = scores[:, :, before:]
+        saliency[part] = saliency_of(q[:, :, positions][part], keys[part], positions + before, seen[part])
     return saliency
