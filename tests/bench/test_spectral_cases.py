@@ -12,7 +12,7 @@ from torch import Tensor
 
 from singlepass.bench import checks, counted, registry, tables
 from singlepass.bench.results import Row, Run
-from singlepass.bench.spectral import cases as spectral
+from singlepass.bench.spectral import calls
 from singlepass.bench.spectral.layers import DECOMPOSE, MODEL, MODEL_NAME, SCALE, SHAPES, TRAIN, UPDATE, LayerShape
 
 CPU = torch.device("cpu")
@@ -36,8 +36,8 @@ def test_every_provider_agrees_with_the_reference(case: registry.Case) -> None:
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_every_provider_runs_more_than_once(case: registry.Case) -> None:
-    data = spectral.model_data if case.op in spectral.OF_MODELS else spectral.layer_data
-    small = data(spectral.GATE_MODEL if case.op in spectral.OF_MODELS else spectral.GATE_SHAPE, torch.float32, CPU)
+    data = calls.model_data if case.op in calls.OF_MODELS else calls.layer_data
+    small = data(calls.GATE_MODEL if case.op in calls.OF_MODELS else calls.GATE_SHAPE, torch.float32, CPU)
     for provider in case.providers:
         if provider.why_not(CPU) is None:
             step = provider.prepare(small)
@@ -48,8 +48,8 @@ def test_every_provider_runs_more_than_once(case: registry.Case) -> None:
 
 @pytest.mark.parametrize("op", [SCALE, UPDATE, TRAIN])
 def test_gates_stop_another_result(op: str) -> None:
-    def wrong(data: spectral.Data) -> spectral.Call:
-        right = spectral.OWN[op]("native", data)
+    def wrong(data: calls.Data) -> calls.Call:
+        right = calls.OWN[op]("native", data)
 
         def call() -> tuple[Tensor, ...]:
             first, *rest = right()
@@ -57,8 +57,8 @@ def test_gates_stop_another_result(op: str) -> None:
 
         return call
 
-    truth = spectral.train_eager if op == TRAIN else partial(spectral.OWN[op], "eager")
-    assert not spectral.gate(wrong, truth, op, torch.float32, CPU).agrees
+    truth = calls.train_eager if op == TRAIN else partial(calls.OWN[op], "eager")
+    assert not calls.gate(wrong, truth, op, torch.float32, CPU).agrees
 
 
 def test_the_floor_of_an_update() -> None:

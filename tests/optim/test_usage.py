@@ -15,7 +15,7 @@ from singlepass import optim
 from ..simt.truth import Case
 from ..tolerances import assert_same_bits
 from .steps import Place, each_case, each_place
-from .trajectory import contents, give_grads, make_optimizer, make_params, train
+from .trajectory import CLASSES, contents, give_grads, make_optimizer, make_params, train
 
 SHAPES = [(5, 7), (64,), (), (3, 3)]
 
@@ -284,3 +284,11 @@ def test_it_looks_like_a_torch_optimizer(case: Case) -> None:
     assert "\n\n    Example:" in (type(optimizer).__doc__ or "\n\n    Example:"), "a section of its own"
     optimizer.zero_grad()
     assert "lr" in optimizer.defaults
+
+
+def test_the_representation_has_a_seed_only_where_one_is_used() -> None:
+    params = make_params([(3,)])
+    for name in CLASSES:
+        cls = CLASSES[name]
+        assert "seed" not in repr(cls(params))
+        assert "\n    seed: " in repr(cls(params, stochastic_rounding=True))

@@ -10,7 +10,8 @@ rows of queries and of weights, not to elements:
     values v^ = c (n s_t + m_t):                  sum_t p_t v^_t = c (sum_t (p_t s_t) n_t + sum_t p_t m_t)
 
 Codes n are exact in float16. The other operand is split into two float16 parts, so that products are as exact as in
-float32. Tokens with several groups of scales are restored in float32 first.
+float32. Tokens with several groups of scales are restored in float32 first. The file is long because its functions are
+inlined into one kernel.
 """
 
 import triton

@@ -168,6 +168,12 @@ class FusedOptimizer(Optimizer):
             for p in params:
                 self.rule.choose(p.device.type, (p.dtype,), backend)
 
+    def __repr__(self) -> str:
+        """torch's, without the seed of an optimizer that draws no random numbers."""
+        lines = super().__repr__().splitlines()
+        drawn = any(group["stochastic_rounding"] for group in self.param_groups)
+        return "\n".join(line for line in lines if drawn or not line.startswith("    seed: "))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._sorter = Sorter()
