@@ -218,7 +218,7 @@ def test_padding_anywhere(side: str, chunks: list[int]) -> None:
     sees = mask.cumsum(1) > 0
     assert error(got[sees], want[sees]) < 0.02  # of eight bits
     for layer in cache.layers:
-        assert torch.equal(layer.inner._token_mask(), mask)
+        assert torch.equal(layer.inner.token_mask(), mask)
         held = sum(int(segment.keys.counts.sum()) for segment in layer.inner._compressed.segments.values())
         assert held + 3 * layer.inner.window_length == int(mask.sum())
 
@@ -263,7 +263,7 @@ def test_steps_of_all_kinds_one_after_another(seed: int) -> None:
         got, want = (step(model, name, ids, given, x) for name, x in (("singlepass", cache), ("sdpa", plain)))
         sees = mask.any(3).all(1)
         assert error(got[sees], want[sees]) < (0.02 if kind in ("plain", "padded") else ROUNDINGS)
-        assert torch.equal(cache.layers[1].inner._token_mask(), tokens)
+        assert torch.equal(cache.layers[1].inner.token_mask(), tokens)
         if drawn.random() < 0.2:
             removed = drawn.randint(0, cache.layers[0].inner.window_length)
             cache.crop(-removed)

@@ -135,7 +135,7 @@ def test_padding_does_not_matter() -> None:
         cache = ZipCache(model.config, window=8, **BYTES)
         alone = run(model, row, steps(length, length + 20), cache)
         assert error(together[i, -row.shape[1] :], alone[0]) < 0.01
-        assert int(batched.layers[0].inner._token_mask()[i].sum()) == length + 20
+        assert int(batched.layers[0].inner.token_mask()[i].sum()) == length + 20
     tokens = greedy(model, ids[:, :total], attention_mask=mask[:, :total], cache=ZipCache(model.config, **BYTES))
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         alone = greedy(model, row[:, :length], cache=ZipCache(model.config, **BYTES))

@@ -69,3 +69,16 @@ class Slightly(Place):
 def test_what_is_slightly_wrong_is_noticed(case: Case) -> None:
     with pytest.raises(AssertionError, match="elements are wrong"):
         test_ten_steps_in_every_mix_of_dtypes(case, Mix(), Slightly("native"))
+
+
+@each_case
+def test_rules_that_do_not_read_the_step_say_so(case: Case) -> None:
+    """Else a parameter's state has a counter that nobody needs."""
+    counted, uncounted = (make_tensors(case, [(7,)], Mix()) for _ in range(2))
+    uncounted.steps = []
+    for t in range(1, 9):  # rectified AdaBelief first moves at step 6
+        for tensors in (counted, uncounted):
+            set_grads(tensors, t)
+            call(rule_of(case).on("eager"), case, tensors)
+    same = all(map(torch.equal, counted.params, uncounted.params))
+    assert same != rule_of(case).counts

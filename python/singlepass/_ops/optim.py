@@ -33,13 +33,21 @@ class StepOp(Op):
         states: names of the states, one tensor per parameter each.
         hyper: hyperparameters as in a schema.
         scale: the name of a scalar of each tensor that the rule reads.
+        counts: whether the rule reads the number of the step.
         used_by: the class.
     """
 
     def __init__(
-        self, rule: str, states: tuple[str, ...], hyper: str, *, scale: str | None = None, used_by: str
+        self,
+        rule: str,
+        states: tuple[str, ...],
+        hyper: str,
+        *,
+        scale: str | None = None,
+        counts: bool = True,
+        used_by: str,
     ) -> None:
-        self.rule, self.states, self.scale = rule, states, scale
+        self.rule, self.states, self.scale, self.counts = rule, states, scale, counts
         self.lists = states + ((scale,) if scale else ())  # between grads and steps
         self.hyper = {name: kind for kind, name in map(str.split, hyper.split(","))}  # "float" or "bool", by name
         lists = "".join(f"Tensor({'bcde'[k]}!)[] {name}, " for k, name in enumerate(states))
@@ -58,7 +66,9 @@ class StepOp(Op):
 _ADAM = "float beta1, float beta2, float eps, float weight_decay"
 
 adamw = StepOp("adamw", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _ADAM, used_by="`optim.AdamW`")
-lion = StepOp("lion", ("exp_avg",), "float beta1, float beta2, float weight_decay", used_by="`optim.Lion`")
+lion = StepOp(
+    "lion", ("exp_avg",), "float beta1, float beta2, float weight_decay", counts=False, used_by="`optim.Lion`"
+)
 adabelief = StepOp(
     "adabelief",
     ("exp_avg", "exp_avg_var", "max_exp_avg_var"),
@@ -77,6 +87,7 @@ lars = StepOp(
     "lars",
     ("momentum_buffer",),
     "float momentum, float weight_decay, float trust_coefficient, float eps",
+    counts=False,
     used_by="`optim.LARS`",
 )
 sgdsai = StepOp(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressed cache of one attention layer."""
+"""The compressed cache of one attention layer. The file is long because it is one class, with its documentation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,17 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._errors import require
-from . import _state
 from ._codec import Codec
 from ._functional import attend, check_exact, check_needs_no_gradient, check_queries
 from ._options import check_new_tokens, check_options
-from ._probes import WindowProbes
+from ._probes import Queries, WindowProbes
 from ._prompt import causal_attention, rotate
 from ._saliency import prompt_saliency
 from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
+from ._state import check, pack
 from ._store import Compressed, grown, held_nbytes
 
 _OP = "ZipCacheLayer"
+_SAVED = (
+    *("salient_ratio", "salient_bits", "regular_bits", "window", "recent_probes", "random_probes", "max_probes"),
+    *("normalization", "scale", "softcap"),
+)
 
 
 class ZipCacheLayer:
@@ -101,7 +106,7 @@ class ZipCacheLayer:
         self.scale = scale
         self.softcap = softcap
         self.backend = backend
-        check_options(self)
+        check_options(vars(self))
         self.reset()
 
     def reset(self) -> None:
@@ -117,6 +122,11 @@ class ZipCacheLayer:
         self.window_length = 0
         newest = self._draw.newest(self.window)
         self._probes = WindowProbes(self._draw([self.window])[self.window][:-newest].tolist(), newest)
+
+    @property
+    def batch(self) -> int | None:
+        """How many sequences are cached; None as long as there are no tokens."""
+        return None if self._window is None else self._window[0].shape[0]
 
     @property
     def mixed(self) -> bool:
@@ -186,7 +196,7 @@ class ZipCacheLayer:
             keys, values = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
             if mask is not None or self.holds_padding:
                 now = torch.ones(k.shape[0], tokens, dtype=torch.bool, device=k.device) if mask is None else mask
-                seen = torch.cat((self._token_mask(), now), 1)
+                seen = torch.cat((self.token_mask(), now), 1)
         out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks)
         saliency = None
         if self.mixed and tokens:
@@ -348,7 +358,7 @@ class ZipCacheLayer:
         self._compressed.restore(k, v)
         return k, v
 
-    def _token_mask(self) -> Tensor:
+    def token_mask(self) -> Tensor:
         """bool (batch, length), false for padding."""
         assert self._compressed is not None
         return F.pad(self._compressed.mask(), (0, self.window_length), value=True)
@@ -396,7 +406,10 @@ class ZipCacheLayer:
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything cached, for ``torch.save``."""
-        return _state.save(self)
+        window = None
+        if self._window is not None:
+            window = self._window[0][:, :, : self.window_length], self._window[1][:, :, : self.window_length]
+        return pack(self._saved(), self.length, window, self._compressed, self._probes, self._draw.generator)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Loads the :meth:`state_dict` of a layer with the same options.
@@ -404,4 +417,15 @@ class ZipCacheLayer:
         Raises:
             ValueError: anything else. The cache is unchanged.
         """
-        _state.load(self, saved)
+        compressed = check(saved, self._saved(), self.codec, self.backend)
+        self.reset()
+        self.length, self.window_length = saved["length"], saved["window_length"]
+        self._draw.generator.set_state(saved["generator"])
+        self._probes = WindowProbes(saved["due"], self._probes.newest)
+        if compressed is not None:
+            self._window, self._compressed = (saved["window_k"].clone(), saved["window_v"].clone()), compressed
+        self._probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in saved["queries"]]
+
+    def _saved(self) -> dict[str, Any]:
+        """The options that decide on what is stored, as plain data."""
+        return {name: getattr(self, name) for name in _SAVED} | {"codec": asdict(self.codec)}

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -16,22 +15,7 @@ from ._codec import Codec
 from ._functional import check_bits, check_needs_no_gradient, check_softcap, check_tokens
 from ._saliency import NORMALIZATIONS
 
-if TYPE_CHECKING:
-    from ._layer import ZipCacheLayer
-
 _OP = "ZipCacheLayer"
-_SAVED = (
-    "salient_ratio",
-    "salient_bits",
-    "regular_bits",
-    "window",
-    "recent_probes",
-    "random_probes",
-    "max_probes",
-    "normalization",
-    "scale",
-    "softcap",
-)
 
 
 def check_backend(where: str, backend: str | None) -> None:
@@ -39,29 +23,24 @@ def check_backend(where: str, backend: str | None) -> None:
     require(known, where, f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out to have one chosen.")
 
 
-def check_options(layer: ZipCacheLayer) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Raises unless a layer's options are in range."""
-    check_backend(_OP, layer.backend)
+    check_backend(_OP, options["backend"])
     for name in ("salient_ratio", "recent_probes", "random_probes"):
-        share = getattr(layer, name)
+        share = options[name]
         fits = isinstance(share, Real) and 0.0 <= float(share) <= 1.0
         require(fits, _OP, f"{name} from 0 to 1", repr(share), "It is a share of the tokens.")
     for name in ("salient_bits", "regular_bits"):
-        check_bits(_OP, name, getattr(layer, name))
+        check_bits(_OP, name, options[name])
     for name in ("window", "max_probes"):
-        count = getattr(layer, name)
+        count = options[name]
         fits = isinstance(count, int) and count >= 1
         require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
-    check_softcap(_OP, layer.softcap)
+    check_softcap(_OP, options["softcap"])
     remedy = "Call Codec.zipcache(), .kivi() or .per_token_head()."
-    require(isinstance(layer.codec, Codec), _OP, "a Codec or None", repr(layer.codec), remedy)
-    known = layer.normalization in NORMALIZATIONS
-    require(known, _OP, " or ".join(NORMALIZATIONS), repr(layer.normalization), "Choose one of them.")
-
-
-def saved_options(layer: ZipCacheLayer) -> dict[str, Any]:
-    """The options that decide on what is stored, as plain data."""
-    return {name: getattr(layer, name) for name in _SAVED} | {"codec": asdict(layer.codec)}
+    require(isinstance(options["codec"], Codec), _OP, "a Codec or None", repr(options["codec"]), remedy)
+    known = options["normalization"] in NORMALIZATIONS
+    require(known, _OP, " or ".join(NORMALIZATIONS), repr(options["normalization"]), "Choose one of them.")
 
 
 def check_new_tokens(

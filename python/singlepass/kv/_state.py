@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving and loading a layer's cache, bit for bit."""
+"""A layer's cache as plain data, bit for bit, and the checks of such data."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._errors import message, require
 from ..reference.kv import unpack
+from ._codec import Codec
 from ._functional import check_queries
-from ._options import check_new_tokens, saved_options
-from ._probes import Queries, WindowProbes
+from ._options import check_new_tokens
+from ._probes import WindowProbes
 from ._selection import FILLER, REGULAR, SALIENT
 from ._store import Compressed, Segment
-
-if TYPE_CHECKING:
-    from ._layer import ZipCacheLayer
 
 _WHERE = "ZipCacheLayer.load_state_dict"
 _FOREIGN = "Pass what state_dict() of a layer with the same options gave."
@@ -26,19 +24,24 @@ _PROBES = ("due", "queries", "generator")
 _KEYS = {"options", *_NUMBERS, *_PROBES, "window_k", "window_v", "kinds", "segments"}
 
 
-def save(layer: ZipCacheLayer) -> dict[str, Any]:
-    """A layer's cache as plain data and tensors."""
-    window = (None, None) if layer._window is None else (t[:, :, : layer.window_length].clone() for t in layer._window)
-    window_k, window_v = window
-    probes = layer._probes
-    kinds, segments = (None, {}) if layer._compressed is None else layer._compressed.state()
+def pack(
+    options: dict[str, Any],
+    length: int,
+    window: tuple[Tensor, Tensor] | None,
+    compressed: Compressed | None,
+    probes: WindowProbes,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """A layer's cache as plain data and tensors, all of them copies."""
+    window_k, window_v = (None, None) if window is None else (held.clone() for held in window)
+    kinds, segments = (None, {}) if compressed is None else compressed.state()
     return {
-        "options": saved_options(layer),
-        "length": layer.length,
-        "window_length": layer.window_length,
+        "options": options,
+        "length": length,
+        "window_length": 0 if window_k is None else window_k.shape[2],
         "due": sorted(probes.due),
         "queries": [(list(part.places), part.q.clone(), part.lse.clone()) for part in probes.queries],
-        "generator": layer._draw.generator.get_state(),
+        "generator": generator.get_state(),
         "window_k": window_k,
         "window_v": window_v,
         "kinds": kinds,
@@ -46,38 +49,29 @@ def save(layer: ZipCacheLayer) -> dict[str, Any]:
     }
 
 
-def load(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
-    """Checks everything, then takes it over."""
+def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend: str | None) -> Compressed | None:
+    """Raises unless it is what :func:`pack` gives for a layer with these options. Returns the compressed tokens."""
     require(isinstance(saved, dict) and set(saved) == _KEYS, _WHERE, "a saved cache", _shown(saved), _FOREIGN)
     for name in ("options", "segments"):
         _check(isinstance(saved[name], dict), f"a dictionary of {name}", type(saved[name]).__name__)
-    differing = {k: v for k, v in saved_options(layer).items() if saved["options"].get(k, v) != v}
-    same = set(saved["options"]) == set(saved_options(layer)) and not differing
-    require(same, _WHERE, f"the options {differing or set(saved_options(layer))}", saved["options"], _FOREIGN)
-    _check_numbers(layer, saved)
+    differing = {k: v for k, v in options.items() if saved["options"].get(k, v) != v}
+    same = set(saved["options"]) == set(options) and not differing
+    require(same, _WHERE, f"the options {differing or set(options)}", saved["options"], _FOREIGN)
+    _check_numbers(saved, options["window"])
     k, v = saved["window_k"], saved["window_v"]
-    compressed: Compressed | None = None
     if k is None:
         present = [name for name in ("window_v", "kinds") if saved[name] is not None]
         present += [name for name in ("length", "queries", "segments") if saved[name]]
         _check(not present, "nothing without a window", present)
-    else:
-        _check_tensors(layer, saved)
-        bits = {SALIENT: layer.salient_bits, REGULAR: layer.regular_bits}
-        compressed = Compressed(bits, layer.codec, k, v, layer.backend)
-        for kind, parts in saved["segments"].items():
-            _check_segment(compressed.new_segment(kind), parts, k)
-        _check_kinds(saved)
-    layer.reset()
-    layer.length = saved["length"]
-    layer._draw.generator.set_state(saved["generator"])
-    layer._probes = WindowProbes(saved["due"], layer._probes.newest)
-    if compressed is None:
-        return
+        return None
+    _check_tensors(saved, options["window"], codec)
+    bits = {SALIENT: options["salient_bits"], REGULAR: options["regular_bits"]}
+    compressed = Compressed(bits, codec, k, v, backend)
+    for kind, parts in saved["segments"].items():
+        _check_segment(compressed.new_segment(kind), parts, k)
+    _check_kinds(saved)
     compressed.load(saved["kinds"], saved["segments"])
-    layer._window, layer._compressed = (k.clone(), v.clone()), compressed
-    layer.window_length = saved["window_length"]
-    layer._probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in saved["queries"]]
+    return compressed
 
 
 def _shown(saved: Any) -> Any:
@@ -97,10 +91,10 @@ def _check_like(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dty
     _check(alike and tensor.dtype == dtype and tensor.device == device, f"{name} {shape} of {dtype} on {device}", got)
 
 
-def _check_numbers(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+def _check_numbers(saved: dict[str, Any], window: int) -> None:
     length, n = saved["length"], saved["window_length"]
     _check(type(length) is type(n) is int and 0 <= n <= length, "lengths of all tokens and of the window", (length, n))
-    _check_places("due", saved["due"], 0, layer.window)
+    _check_places("due", saved["due"], 0, window)
     _check(isinstance(saved["queries"], list), "a list of queries", type(saved["queries"]).__name__)
     try:
         torch.Generator().set_state(saved["generator"])
@@ -122,11 +116,11 @@ def _check_kinds(saved: dict[str, Any]) -> None:
         _check(bool((found == held).all()), f"as many tokens of kind {kind} as their segment holds", held.tolist())
 
 
-def _check_tensors(layer: ZipCacheLayer, saved: dict[str, Any]) -> None:
+def _check_tensors(saved: dict[str, Any], window: int, codec: Codec) -> None:
     k, v, n = saved["window_k"], saved["window_v"], saved["window_length"]
     _check(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4, "tensors of a window", _shown(saved))
-    check_new_tokens(k, v, None, layer.codec, None)
-    _check(k.shape[2] == n <= layer.window, f"a window of {n} tokens, at most {layer.window}", k.shape[2])
+    check_new_tokens(k, v, None, codec, None)
+    _check(k.shape[2] == n <= window, f"a window of {n} tokens, at most {window}", k.shape[2])
     batch, heads = k.shape[:2]
     _check_like("kinds", saved["kinds"], (batch, heads, -1), torch.uint8, k.device)
     _check_queries(saved["queries"], k)
@@ -161,7 +155,7 @@ def _check_segment(segment: Segment, parts: dict[str, Any], k: Tensor) -> None:
     _check(isinstance(counts, Tensor) and counts.dim() == 2, "counts of two dimensions", _shown(parts))
     sizes = {"slots": codes.shape[2], "blocks": counts.shape[1]}
     for name, tensor in empty.items():
-        dim, unit, extra = segment._extent(name)
+        dim, unit, extra = segment.extent(name)
         shape = list(tensor.shape)
         shape[dim] = sizes[unit] + extra
         _check_like(name, parts[name], tuple(shape), tensor.dtype, k.device)

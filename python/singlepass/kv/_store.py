@@ -75,7 +75,7 @@ class Segment:
         starts = block_starts(slots, self._block or slots, k.device)
         begin, end, first, last = self.slots, self.slots + slots, self.blocks, self.blocks + len(starts) - 1
         for name, tensor in self._tensors.items():
-            dim, unit, extra = self._extent(name)
+            dim, unit, extra = self.extent(name)
             used, size = (begin, end) if unit == "slots" else (first + extra, last + extra)
             self._tensors[name] = grown(tensor, dim, used, size)
         views = self._views((begin, end), (first, last))
@@ -86,7 +86,7 @@ class Segment:
             quantize_into(x, index, self._part(name, views), backend)
         self.slots, self.blocks = end, last
 
-    def _extent(self, name: str) -> tuple[int, str, int]:
+    def extent(self, name: str) -> tuple[int, str, int]:
         """The dimension along which a tensor grows, what it counts, and how many it has more than those."""
         if name == "starts":
             return 0, "blocks", 1
@@ -99,7 +99,7 @@ class Segment:
         """The parts of all tensors that belong to these slots and blocks."""
         views = {}
         for name, tensor in self._tensors.items():
-            dim, unit, extra = self._extent(name)
+            dim, unit, extra = self.extent(name)
             begin, end = slots if unit == "slots" else blocks
             views[name] = tensor.narrow(dim, begin, end - begin + extra)
         return views

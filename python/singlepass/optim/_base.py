@@ -30,7 +30,6 @@ class FusedOptimizer(Optimizer):
     """Base of the optimizers: a subclass names its rule and turns a group into the rule's hyperparameters."""
 
     rule: ClassVar[StepOp]
-    counts_steps: ClassVar[bool] = True
     steps_where_uncounted: ClassVar[float] = 0.0  # the count of a saved state that has none
     _loading: ClassVar[type[Loading]] = Loading
 
@@ -299,7 +298,7 @@ class FusedOptimizer(Optimizer):
 
     def _has_step(self, group: dict[str, Any]) -> bool:
         """Whether the op counts steps, for its rule or for what it draws."""
-        return self.counts_steps or group["stochastic_rounding"]
+        return self.rule.counts or group["stochastic_rounding"]
 
     def _state_of(self, p: Tensor, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         """The parameter's state, with what is missing made."""

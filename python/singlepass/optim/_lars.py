@@ -40,7 +40,6 @@ class LARS(FusedOptimizer):
     """
 
     rule = ops.lars
-    counts_steps = False
 
     def __init__(
         self,

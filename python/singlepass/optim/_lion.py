@@ -37,7 +37,6 @@ class Lion(FusedOptimizer):
     """
 
     rule = ops.lion
-    counts_steps = False
 
     def __init__(
         self,
