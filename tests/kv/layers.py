@@ -53,12 +53,13 @@ def check_attend(layer: ZipCacheLayer, q: Tensor, *, sliding_window: int | None 
     """Attention over what :meth:`dequantize` gives. The kernel's bound holds for the codes' own tokens; that those were
     rounded to float32 once adds two roundings to the dozens of a logit and of a value."""
     out = layer.attend(q, sliding_window=sliding_window)
-    assert layer._window is not None
+    assert layer._held is not None
     oldest = 0 if sliding_window is None else max(layer.length - sliding_window, 0)
-    segments = [(s.keys, s.values) for s in layer._compressed.segments.values()]
+    segments = [(s.keys, s.values) for s in layer._held.compressed.segments.values()]
     lowest = max(oldest - (layer.length - layer.window_length), 0)
     window = torch.tensor([[lowest, layer.window_length]] * q.shape[0], dtype=torch.int32)
-    case = Attention(q, segments, *layer._window, window, layer._compressed.first_slots(oldest), scale=layer.scale)
+    first = layer._held.compressed.first_slots(oldest)
+    case = Attention(q, segments, *layer._held.window.room, window, first, scale=layer.scale)
     error = case.truth()[0].error
     value = dense(q, *layer.dequantize(), layer.scale, oldest)
     check_bounds(out, Bounded(value, 1.1 * error), label or f"{layer.length} tokens")
@@ -84,7 +85,7 @@ def assert_same(a: Any, b: Any, path: str = "") -> None:
 
 def kinds(layer: ZipCacheLayer) -> Tensor:
     """What each compressed token is."""
-    return layer._compressed.kinds
+    return layer._held.compressed.kinds
 
 
 def stream(layer: ZipCacheLayer, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

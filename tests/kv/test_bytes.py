@@ -172,9 +172,9 @@ def test_room_made_ahead_is_not_repeated() -> None:
     q, k, v = drawn(90)
     layer = ZipCacheLayer(1.0, window=64)
     stream(layer, *part((q, k, v), 0, 70))
-    assert layer._window[0].shape[2] == 64
+    assert layer._held.window.room[0].shape[2] == 64
     layer.repeat_sequences(3)
-    assert layer._window[0].shape[2] == layer.window_length == 6
+    assert layer._held.window.room[0].shape[2] == layer.window_length == 6
     fresh = ZipCacheLayer(1.0, window=64)
     fresh.load_state_dict(layer.state_dict())
     assert layer.nbytes == fresh.nbytes

@@ -101,7 +101,7 @@ def test_windows_that_are_compressed_early(tokens: int, recent: float, random: f
     q, k, v = drawn(30 + tokens + 5)
     layer = ZipCacheLayer(window=64, recent_probes=recent, random_probes=random, backend=backend)
     layer.prefill(*part((q, k, v), 0, 30))
-    due = {place for place in layer._probes.due if place < tokens}
+    due = {place for place in layer._held.window.probes.due if place < tokens}
     stream(layer, *part((q, k, v), 30, 30 + tokens))
     keys = layer.dequantize()[0]
     layer.prefill(*part((q, k, v), 30 + tokens, 35 + tokens))
@@ -116,9 +116,9 @@ def test_tokens_that_no_probe_saw_are_salient(unseen: int) -> None:
     """They come after the last query, and may be more than the share of salient ones."""
     q, k, v = drawn(64)
     layer = ZipCacheLayer(window=64)
-    due = {place for place in layer._probes.due if place < 64 - unseen}
     seen = 64 - unseen
     stream(layer, *part((q, k, v), 0, seen))
+    due = {place for place in layer._held.window.probes.due if place < seen}
     layer.append(*part((k, v), seen, 64))
     layer.append(*part((k, v), 0, 1))
     # The newest of 64 tokens are probes if their queries came: of these 3, none did, or those before the unseen.

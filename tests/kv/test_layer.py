@@ -189,9 +189,9 @@ def test_counts_of_salient_tokens(length: int, ratio: float) -> None:
     want[REGULAR] = length - want[SALIENT]
     for kind, count in want.items():
         assert bool(((kinds(layer) == kind).sum(2) == count).all())
-        assert (kind in layer._compressed.segments) == (count > 0)
+        assert (kind in layer._held.compressed.segments) == (count > 0)
         if count:
-            segment = layer._compressed.segments[kind]
+            segment = layer._held.compressed.segments[kind]
             assert (segment.slots, segment.bits) == (count, 4 if kind == SALIENT else 2)
             assert int(segment.keys.counts[0].sum()) == count
 
@@ -202,7 +202,7 @@ def test_each_kind_has_blocks_of_its_own() -> None:
     layer.prefill(*part((q, k, v), 0, 60))
     stream(layer, *part((q, k, v), 60, 100))
     layer.append(*part((k, v), 0, 1))
-    starts = {kind: segment.keys.starts.tolist() for kind, segment in layer._compressed.segments.items()}
+    starts = {kind: segment.keys.starts.tolist() for kind, segment in layer._held.compressed.segments.items()}
     assert starts == {SALIENT: [0, 30, 50], REGULAR: [0, 8, 16, 24, 30, 38, 46, 50]}
 
 
@@ -219,7 +219,7 @@ def test_finer_regular_blocks_bring_regular_tokens_closer() -> None:
         off.append([error.mean() for error in errors])
     assert off[1][0] < 0.3 * off[0][0]
     assert off[1][1] < off[0][1]
-    assert_same(*(layer._compressed.segments[SALIENT].state() for layer in layers))
+    assert_same(*(layer._held.compressed.segments[SALIENT].state() for layer in layers))
 
 
 def test_tokens_without_queries_are_salient() -> None:
@@ -276,9 +276,9 @@ def test_saliency_of_a_window(backend: str) -> None:
     q, k, v = drawn(80)
     layer = ZipCacheLayer(window=24, recent_probes=0.2, random_probes=0.3, backend=backend)
     layer.prefill(*part((q, k, v), 0, 56))
-    assert len(layer._probes.due) == 7
-    assert max(layer._probes.due) < 19, "the 5 newest are probes anyway"
-    due = sorted(layer._probes.due | set(range(19, 24)))
+    assert len(layer._held.window.probes.due) == 7
+    assert max(layer._held.window.probes.due) < 19, "the 5 newest are probes anyway"
+    due = sorted(layer._held.window.probes.due | set(range(19, 24)))
     stream(layer, *part((q, k, v), 56, 80))
     keys = layer.dequantize()[0].double()
     logits = (q[:, :, 56:].unflatten(1, (2, 2)).double() @ keys[:, :, None].mT) * 32**-0.5
@@ -286,8 +286,8 @@ def test_saliency_of_a_window(backend: str) -> None:
     weights = logits.masked_fill(~shown, -torch.inf).softmax(-1)[:, :, :, due, 56:]
     nnz = torch.tensor([sum(p >= j for p in due) for j in range(24)])
     saliency = weights.mean(2).sum(2) / nnz
-    found, unseen = layer._probes.saliency(k[:, :, 56:], 5, "probe_nnz", **layer._logits)
-    assert [place for queries in layer._probes.queries for place in queries.places] == due
+    found, unseen = layer._held.window.probes.saliency(k[:, :, 56:], 5, "probe_nnz", **layer._logits)
+    assert [place for queries in layer._held.window.probes.queries for place in queries.places] == due
     torch.testing.assert_close(found.double(), saliency, rtol=1e-4, atol=1e-6)
     assert unseen == 0
     layer.append(*part((k, v), 0, 1))

@@ -55,8 +55,8 @@ def test_three_lines_turn_it_on() -> None:
     assert out.shape == (1, 95)
     layer = cache.layers[0].inner
     assert (layer.length, layer.window_length) == (94, 4)
-    assert layer._compressed.segments[1].slots == 54  # 60 % of the prompt: saliency was asked for
-    assert layer._compressed.segments[0].slots == 36
+    assert layer._held.compressed.segments[1].slots == 54  # 60 % of the prompt: saliency was asked for
+    assert layer._held.compressed.segments[0].slots == 36
 
 
 @pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
@@ -90,7 +90,7 @@ def test_narrow_dtypes(dtype: torch.dtype) -> None:
     with torch.inference_mode():
         cache = ZipCache(model.config, window=8, **BYTES)
         got = run(model, ids, steps(40, 60), cache)
-    assert got.dtype == cache.layers[0].inner._window[0].dtype == dtype
+    assert got.dtype == cache.layers[0].inner._held.window.keys.dtype == dtype
     assert error(got.float(), want) < 0.05
 
 
@@ -117,7 +117,7 @@ def test_models_with_a_text_model_inside() -> None:
     cache = ZipCache(model.config, window=8, **BYTES)
     assert len(cache) == 2
     assert error(run(model, ids, steps(40, 60), cache), want) < 0.02
-    assert cache.layers[0].inner._compressed.segments[1].slots > 24  # queries were seen
+    assert cache.layers[0].inner._held.compressed.segments[1].slots > 24  # queries were seen
 
 
 def test_padding_does_not_matter() -> None:

@@ -131,7 +131,7 @@ def test_speculative_decoding(length: int, implementation: str) -> None:
         cache = ZipCache(model.config, window=16, **BYTES)
         assert torch.equal(greedy(model, ids, cache=cache, **options), want)
         assert cache.get_seq_length() == length + 15
-        assert cache.layers[0].inner._compressed.segments, "some tokens were compressed"
+        assert cache.layers[0].inner._held.compressed.segments, "some tokens were compressed"
         assert torch.equal(greedy(model, want, 3, cache=cache, **options)[:, : want.shape[1]], want)
 
 

@@ -33,7 +33,7 @@ def test_gradients_through_the_cache_are_refused(implementation: str) -> None:
     model(ids, cache=cache)
     out = model(ids[:, :1], cache=cache).logits  # without no_grad, which is no reason to fail
     assert out.requires_grad
-    assert not cache.layers[0].inner._window[0].requires_grad
+    assert not cache.layers[0].inner._held.window.keys.requires_grad
     with pytest.raises(ValueError, match="no gradient through compressed tokens; got a backward pass"):
         out.sum().backward()
 

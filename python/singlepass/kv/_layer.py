@@ -5,28 +5,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._errors import require
+from .._errors import message, require
 from ._codec import Codec
 from ._functional import attend, check_exact, check_needs_no_gradient, check_queries
 from ._options import check_new_tokens, check_options
-from ._probes import Queries, WindowProbes
 from ._prompt import causal_attention, rotate
 from ._saliency import prompt_saliency
 from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
 from ._state import check, pack
-from ._store import Compressed, grown, held_nbytes
+from ._store import Compressed, held_nbytes
+from ._window import Window
 
 _OP = "ZipCacheLayer"
 _SAVED = (
     *("salient_ratio", "salient_bits", "regular_bits", "window", "recent_probes", "random_probes", "max_probes"),
     *("normalization", "scale", "softcap"),
 )
+
+
+class Held(NamedTuple):
+    """The newest tokens, and those before them."""
+
+    window: Window
+    compressed: Compressed
 
 
 class ZipCacheLayer:
@@ -54,7 +61,6 @@ class ZipCacheLayer:
 
     Attributes:
         length: number of cached tokens.
-        window_length: how many of them are in the window, uncompressed.
 
     Raises:
         ValueError: options out of range.
@@ -112,21 +118,32 @@ class ZipCacheLayer:
     def reset(self) -> None:
         """Removes all tokens."""
         self.length = 0
-        self.window_length = 0
         self._draw = ProbeDraw((self.recent_probes, self.random_probes, self.max_probes), self.seed)
-        self._compressed: Compressed | None = None
-        self._window: tuple[Tensor, Tensor] | None = None  # made with it
-        self._start_window()
+        self._held: Held | None = None  # until the first tokens tell their shape
 
-    def _start_window(self) -> None:
-        self.window_length = 0
-        newest = self._draw.newest(self.window)
-        self._probes = WindowProbes(self._draw([self.window])[self.window][:-newest].tolist(), newest)
+    def _tokens(self) -> Held:
+        """All cached tokens, of which there must be some."""
+        if self._held is None:
+            raise ValueError(message(_OP, "cached tokens", "an empty cache", "Call append or prefill."))
+        return self._held
+
+    def _tokens_like(self, k: Tensor, v: Tensor) -> Held:
+        """All cached tokens, which are like these; there may be none yet."""
+        if self._held is None:
+            bits = {SALIENT: self.salient_bits, REGULAR: self.regular_bits}
+            compressed = Compressed(bits, self.codec, k, v, self.backend)
+            self._held = Held(Window(k, v, self.window, self._draw), compressed)
+        return self._held
+
+    @property
+    def window_length(self) -> int:
+        """How many of the cached tokens are in the window, uncompressed."""
+        return 0 if self._held is None else self._held.window.length
 
     @property
     def batch(self) -> int | None:
         """How many sequences are cached; None as long as there are no tokens."""
-        return None if self._window is None else self._window[0].shape[0]
+        return None if self._held is None else len(self._held.window.keys)
 
     @property
     def mixed(self) -> bool:
@@ -141,20 +158,18 @@ class ZipCacheLayer:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held."""
-        if self._window is None or self._compressed is None:
-            return []
-        return [*self._window, *self._compressed.tensors(), *self._probes.tensors()]
+        return [] if self._held is None else [t for part in self._held for t in part.tensors()]
 
     @property
     def holds_padding(self) -> bool:
         """Whether some of the tokens were padding, which takes no room but has a place among the tokens."""
-        return self._compressed is not None and self._compressed.has_padding()
+        return self._held is not None and self._held.compressed.has_padding()
 
     def __repr__(self) -> str:
         parts = [f"salient_ratio={self.salient_ratio}", f"bits=({self.salient_bits}, {self.regular_bits})"]
         parts += [f"tokens={self.length}", f"uncompressed={self.window_length}"]
-        if self._window is not None:
-            for name, held in zip(("keys", "values"), self._window, strict=True):
+        if self._held is not None:
+            for name, held in zip(("keys", "values"), self._held.window.room, strict=True):
                 parts.append(f"{name}={(*held.shape[:2], self.length, held.shape[3])}")
         return f"ZipCacheLayer({', '.join(parts)}, nbytes={self.nbytes})"
 
@@ -179,7 +194,7 @@ class ZipCacheLayer:
         Raises:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
-        check_new_tokens(k, v, self._window, self.codec, self.backend)
+        check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
         require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
@@ -204,7 +219,6 @@ class ZipCacheLayer:
             saliency = prompt_saliency(q, keys, mask, seen, self._draw, **options)
         self._flush()
         if tokens:
-            self._ensure_window(k, v)
             self._compress(k, v, saliency, mask)
             self.length += tokens
         return rotate(out) if self.codec.rotate else out
@@ -219,17 +233,17 @@ class ZipCacheLayer:
         Raises:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
-        check_new_tokens(k, v, self._window, self.codec, self.backend)
+        check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
-        self._ensure_window(k, v)
+        window = self._tokens_like(k, v).window
         tokens = k.shape[2]
         done = 0
         while done < tokens:
-            if self.window_length == self.window:
+            if window.length == self.window:
                 self._flush()
-            n = min(tokens - done, self.window - self.window_length)
-            self._put(k[:, :, done : done + n], v[:, :, done : done + n])
+            n = min(tokens - done, self.window - window.length)
+            window.append(k[:, :, done : done + n], v[:, :, done : done + n])
             done += n
         self.length += tokens
 
@@ -239,34 +253,16 @@ class ZipCacheLayer:
         if self.window_length + tokens > self.window:
             self._flush()
 
-    def _ensure_window(self, k: Tensor, v: Tensor) -> None:
-        """One for tokens like these, without room at first."""
-        if self._window is None:
-            first, second = (x.new_zeros((*x.shape[:2], 0, x.shape[3])) for x in (k, v))
-            self._window = first, second
-            bits = {SALIENT: self.salient_bits, REGULAR: self.regular_bits}
-            self._compressed = Compressed(bits, self.codec, k, v, self.backend)
-
-    def _put(self, k: Tensor, v: Tensor) -> None:
-        """Writes tokens behind those in the window, which has as many places left or more."""
-        assert self._window is not None
-        begin, end = self.window_length, self.window_length + k.shape[2]
-        held_k, held_v = (grown(held, 2, begin, end, self.window) for held in self._window)
-        held_k[:, :, begin:end], held_v[:, :, begin:end] = k, v
-        self._window, self.window_length = (held_k, held_v), end
-
     def _flush(self) -> None:
         """Compresses the window."""
         if self.window_length == 0:
             return
-        assert self._window is not None
-        n = self.window_length
-        k, v = (held[:, :, :n] for held in self._window)
+        window = self._tokens().window
         saliency, unseen = None, 0
         if self.mixed:
-            saliency, unseen = self._probes.saliency(k, self._draw.newest(n), self.normalization, **self._logits)
-        self._compress(k, v, saliency, None, unseen)
-        self._start_window()
+            saliency, unseen = window.saliency(self.normalization, **self._logits)
+        self._compress(window.keys, window.values, saliency, None, unseen)
+        window.restart()
 
     @property
     def _logits(self) -> dict[str, Any]:
@@ -284,8 +280,8 @@ class ZipCacheLayer:
             some = self.salient_ratio > 0.0
             most = tokens if some else 0
             kinds, salient = all_of_kind(SALIENT if some else REGULAR, k, mask), total * int(some)
-        assert self._compressed is not None
-        self._compressed.append(k, v, kinds, most, salient, total, padded=mask is not None)
+        compressed = self._tokens_like(k, v).compressed
+        compressed.append(k, v, kinds, most, salient, total, padded=mask is not None)
 
     # Using them
 
@@ -304,31 +300,29 @@ class ZipCacheLayer:
         Raises:
             ValueError: invalid shapes or options, or a tensor that requires gradients.
         """
-        require(self._window is not None, _OP, "tokens to attend to", "an empty cache", "Call append or prefill.")
-        assert self._window is not None
-        assert self._compressed is not None
-        check_queries(_OP, q, self._window[0])
+        window, compressed = self._tokens()
+        check_queries(_OP, q, window.keys)
         check_needs_no_gradient(_OP, q=q)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         if self.codec.rotate:
             q = rotate(q)
         queries = q.shape[2]
-        fits = queries <= max(self.window_length, 1)
+        fits = queries <= max(window.length, 1)
         remedy = "Pass longer pieces to prefill, which appends and attends by itself."
-        require(fits, _OP, f"at most {self.window_length} queries, whose tokens the window holds", queries, remedy)
+        require(fits, _OP, f"at most {window.length} queries, whose tokens the window holds", queries, remedy)
         lowest, first = 0, None
         if sliding_window is not None:
             fits = queries == 1 and sliding_window >= 1
             require(fits, _OP, "one query and a sliding window of at least 1", (queries, sliding_window), "See attend.")
             oldest = max(self.length - sliding_window, 0)
-            lowest = max(oldest - (self.length - self.window_length), 0)
-            first = self._compressed.first_slots(oldest)
-        ends = torch.full((q.shape[0], 2), self.window_length, dtype=torch.int32, device=q.device)
+            lowest = max(oldest - (self.length - window.length), 0)
+            first = compressed.first_slots(oldest)
+        ends = torch.full((q.shape[0], 2), window.length, dtype=torch.int32, device=q.device)
         ends[:, 0] = lowest
         out, lse = attend(
             q,
-            self._compressed.pairs,
-            *self._window,
+            compressed.pairs,
+            *window.room,
             ends,
             first=first,
             sinks=sinks,
@@ -337,41 +331,38 @@ class ZipCacheLayer:
             backend=self.backend,
         )
         if self.mixed and lowest == 0:  # a query that sees not all of the window tells nothing of the rest
-            self._probes.add(q, lse, self.window_length - queries)
+            window.probes.add(q, lse, window.length - queries)
         return rotate(out) if self.codec.rotate else out
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
         added; zeros for padding."""
-        require(self._window is not None, _OP, "cached tokens", "an empty cache", "Call append or prefill.")
-        assert self._window is not None
-        k, v = self._restore(self._window[0].dtype)
+        window = self._tokens().window
+        k, v = self._restore(window.keys.dtype)
         return (rotate(k), rotate(v)) if self.codec.rotate else (k, v)
 
     def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All tokens as they are stored, in their order."""
-        assert self._window is not None
-        assert self._compressed is not None
-        k, v = (x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in self._window)
-        for held, out in zip(self._window, (k, v), strict=True):
-            out[:, :, self.length - self.window_length :] = held[:, :, : self.window_length]
-        self._compressed.restore(k, v)
+        window, compressed = self._tokens()
+        k, v = (x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in window.room)
+        for held, out in ((window.keys, k), (window.values, v)):
+            out[:, :, self.length - window.length :] = held
+        compressed.restore(k, v)
         return k, v
 
     def token_mask(self) -> Tensor:
         """bool (batch, length), false for padding."""
-        assert self._compressed is not None
-        return F.pad(self._compressed.mask(), (0, self.window_length), value=True)
+        window, compressed = self._tokens()
+        return F.pad(compressed.mask(), (0, window.length), value=True)
 
     # Changing the batch and the length
 
-    def _map_batch(self, function: Callable[[Tensor], Tensor], room: bool = False) -> None:
-        """Applies a function to every tensor that has a row for each sequence, of the window to its room too or not."""
-        if self._window is not None and self._compressed is not None:
-            k, v = self._window if room else (held[:, :, : self.window_length] for held in self._window)
-            self._window = function(k), function(v)
-            self._compressed.map_batch(function)
-        self._probes.map_batch(function)
+    def _map_batch(self, function: Callable[[Tensor], Tensor], keep_room: bool = False) -> None:
+        """Applies a function to every tensor that has a row for each sequence."""
+        if self._held is not None:
+            window, compressed = self._held
+            window.map_batch(function, keep_room)
+            compressed.map_batch(function)
 
     def select_sequences(self, index: Tensor | Sequence[int]) -> None:
         """Selects sequences of the batch by index, in that order, possibly repeated, as for beam search.
@@ -382,8 +373,8 @@ class ZipCacheLayer:
         chosen = torch.as_tensor(index)
         fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
         require(fits, _OP, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
-        same = self._window is not None and len(chosen) == len(self._window[0])  # beams, at every step
-        self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), room=same)
+        beams = len(chosen) == self.batch  # at every step
+        self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), keep_room=beams)
 
     def repeat_sequences(self, times: int) -> None:
         """Repeats each sequence of the batch ``times`` times in a row."""
@@ -398,18 +389,16 @@ class ZipCacheLayer:
         fits = 0 <= tokens <= self.window_length
         contract = f"0 to {self.window_length} tokens, those that are not compressed yet"
         require(fits, _OP, contract, tokens, "Compressed tokens can't be removed; build the cache anew.")
-        self.window_length -= tokens
+        if self._held is not None:
+            self._held.window.drop_newest(tokens)
         self.length -= tokens
-        self._probes.drop(self.window_length)
 
     # Saving
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything cached, for ``torch.save``."""
-        window = None
-        if self._window is not None:
-            window = self._window[0][:, :, : self.window_length], self._window[1][:, :, : self.window_length]
-        return pack(self._saved(), self.length, window, self._compressed, self._probes, self._draw.generator)
+        window, compressed = (None, None) if self._held is None else self._held
+        return pack(self._saved(), self.length, window, compressed, self._draw.generator)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Loads the :meth:`state_dict` of a layer with the same options.
@@ -419,12 +408,12 @@ class ZipCacheLayer:
         """
         compressed = check(saved, self._saved(), self.codec, self.backend)
         self.reset()
-        self.length, self.window_length = saved["length"], saved["window_length"]
-        self._draw.generator.set_state(saved["generator"])
-        self._probes = WindowProbes(saved["due"], self._probes.newest)
         if compressed is not None:
-            self._window, self._compressed = (saved["window_k"].clone(), saved["window_v"].clone()), compressed
-        self._probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in saved["queries"]]
+            window = Window(saved["window_k"], saved["window_v"], self.window, self._draw)
+            window.load(saved)
+            self._held = Held(window, compressed)
+        self.length = saved["length"]
+        self._draw.generator.set_state(saved["generator"])
 
     def _saved(self) -> dict[str, Any]:
         """The options that decide on what is stored, as plain data."""

@@ -13,40 +13,37 @@ from ..reference.kv import unpack
 from ._codec import Codec
 from ._functional import check_queries
 from ._options import check_new_tokens
-from ._probes import WindowProbes
 from ._selection import FILLER, REGULAR, SALIENT
 from ._store import Compressed, Segment
+from ._window import Window
 
 _WHERE = "ZipCacheLayer.load_state_dict"
 _FOREIGN = "Pass what state_dict() of a layer with the same options gave."
-_NUMBERS = ("length", "window_length")
-_PROBES = ("due", "queries", "generator")
-_KEYS = {"options", *_NUMBERS, *_PROBES, "window_k", "window_v", "kinds", "segments"}
+_EMPTY: dict[str, Any] = {
+    "window_length": 0,
+    "window_k": None,
+    "window_v": None,
+    "due": [],
+    "queries": [],
+    "kinds": None,
+    "segments": {},
+}
+_KEYS = {"options", "length", "generator", *_EMPTY}
 
 
 def pack(
     options: dict[str, Any],
     length: int,
-    window: tuple[Tensor, Tensor] | None,
+    window: Window | None,
     compressed: Compressed | None,
-    probes: WindowProbes,
     generator: torch.Generator,
 ) -> dict[str, Any]:
     """A layer's cache as plain data and tensors, all of them copies."""
-    window_k, window_v = (None, None) if window is None else (held.clone() for held in window)
-    kinds, segments = (None, {}) if compressed is None else compressed.state()
-    return {
-        "options": options,
-        "length": length,
-        "window_length": 0 if window_k is None else window_k.shape[2],
-        "due": sorted(probes.due),
-        "queries": [(list(part.places), part.q.clone(), part.lse.clone()) for part in probes.queries],
-        "generator": generator.get_state(),
-        "window_k": window_k,
-        "window_v": window_v,
-        "kinds": kinds,
-        "segments": segments,
-    }
+    saved = {"options": options, "length": length, "generator": generator.get_state()}
+    if window is None or compressed is None:
+        return saved | _EMPTY
+    kinds, segments = compressed.state()
+    return saved | window.state() | {"kinds": kinds, "segments": segments}
 
 
 def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend: str | None) -> Compressed | None:

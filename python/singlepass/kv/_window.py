@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes among a window's tokens, as they come one by one."""
+"""The newest tokens, uncompressed, and the probes among them, as they come one by one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ._saliency import attention_sums, mean_attention
+from ._selection import ProbeDraw
+from ._store import grown
 
 
 @dataclass
@@ -91,6 +93,85 @@ class WindowProbes:
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
         return [t for part in self.queries for t in (part.q, part.lse)]
+
+
+class Window:
+    """The newest tokens of a layer, uncompressed.
+
+    Args:
+        k: keys of the batch, heads, channels, dtype and device of all that are to come.
+        v: values likewise.
+        size: maximum number of tokens.
+        draw: of the random probes.
+
+    Attributes:
+        length: number of tokens.
+        room: keys and values (batch, heads, tokens or more, channels), with room for more tokens.
+        probes: the queries that will tell how salient the tokens are.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, size: int, draw: ProbeDraw):
+        first, second = (x.new_zeros((*x.shape[:2], 0, x.shape[3])) for x in (k, v))
+        self.room: tuple[Tensor, Tensor] = first, second
+        self.size = size
+        self._draw = draw
+        self.restart()
+
+    def restart(self) -> None:
+        """Removes all tokens, and draws which of the next ones are probes."""
+        self.length = 0
+        newest = self._draw.newest(self.size)
+        self.probes = WindowProbes(self._draw([self.size])[self.size][:-newest].tolist(), newest)
+
+    @property
+    def keys(self) -> Tensor:
+        return self.room[0][:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        return self.room[1][:, :, : self.length]
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [*self.room, *self.probes.tensors()]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Adds tokens, of which there must be no more than fit."""
+        begin, end = self.length, self.length + k.shape[2]
+        keys, values = (grown(held, 2, begin, end, self.size) for held in self.room)
+        keys[:, :, begin:end], values[:, :, begin:end] = k, v
+        self.room, self.length = (keys, values), end
+
+    def saliency(self, normalization: str, **options: Any) -> tuple[Tensor | None, int]:
+        """As :meth:`WindowProbes.saliency`, of its tokens."""
+        return self.probes.saliency(self.keys, self._draw.newest(self.length), normalization, **options)
+
+    def drop_newest(self, tokens: int) -> None:
+        """Removes so many of the newest tokens."""
+        self.length -= tokens
+        self.probes.drop(self.length)
+
+    def map_batch(self, function: Callable[[Tensor], Tensor], keep_room: bool = False) -> None:
+        """Applies a function to every tensor that has a row for each sequence. Room for more tokens is kept or not."""
+        keys, values = self.room if keep_room else (self.keys, self.values)
+        self.room = function(keys), function(values)
+        self.probes.map_batch(function)
+
+    def state(self) -> dict[str, Any]:
+        """Copies of everything, as plain data and tensors."""
+        return {
+            "window_length": self.length,
+            "window_k": self.keys.clone(),
+            "window_v": self.values.clone(),
+            "due": sorted(self.probes.due),
+            "queries": [(list(part.places), part.q.clone(), part.lse.clone()) for part in self.probes.queries],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` gave, of which everything was checked."""
+        self.room, self.length = (state["window_k"].clone(), state["window_v"].clone()), state["window_length"]
+        self.probes = WindowProbes(state["due"], self.probes.newest)
+        self.probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in state["queries"]]
 
 
 def _copy(x: Tensor) -> Tensor:
