@@ -17,7 +17,7 @@ struct BlockRange {
     b = task / p.blocks.num_blocks / p.heads;
     begin = p.blocks.starts[block];
     end = p.blocks.starts[block + 1];
-    count = p.blocks.count(b, block);
+    count = p.blocks.count(b, h, block);
   }
 };
 

@@ -118,7 +118,7 @@ class Worker {
     const int64_t seen = p_.first == nullptr ? 0 : p_.first[(split.segment * p_.batch + b_) * p_.heads + h_];
     int64_t block = std::upper_bound(starts, starts + s.blocks.num_blocks + 1, split.begin) - starts - 1;
     for (; block < s.blocks.num_blocks && starts[block] < split.end; ++block) {
-      const int64_t end = std::min<int64_t>(split.end, starts[block] + s.blocks.count(b_, block));
+      const int64_t end = std::min<int64_t>(split.end, starts[block] + s.blocks.count(b_, h_, block));
       for (int64_t slot = std::max({split.begin, static_cast<int64_t>(starts[block]), seen}); slot < end;) {
         const int64_t n = std::min(kPiece, end - slot);
         piece(s, block, slot, n, to);

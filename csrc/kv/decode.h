@@ -135,7 +135,7 @@ __device__ __forceinline__ void for_each_block(const Segment& s, const Work& wor
     const int start = s.blocks.starts[i];
     if (start >= work.end) break;
     const int begin = start > work.begin ? start : work.begin;
-    const int end = static_cast<int>(Work::min_of(work.end, start + s.blocks.count(work.b, i)));
+    const int end = static_cast<int>(Work::min_of(work.end, start + s.blocks.count(work.b, work.h, i)));
     if (begin < end) body(i, begin, end);
   }
 }

@@ -46,7 +46,7 @@ struct PieceCursor {
     h = task / p.blocks.num_blocks % p.heads;
     b = task / p.blocks.num_blocks / p.heads;
     begin = p.blocks.starts[block];
-    count = p.blocks.count(b, block);
+    count = p.blocks.count(b, h, block);
     size = p.blocks.starts[block + 1] - begin;
     column = static_cast<int>(threadIdx.x) % cut.lanes;
     rows = kCodecThreads / cut.lanes * cut.parts;

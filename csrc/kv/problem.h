@@ -56,10 +56,10 @@ struct Packed {
 // Which slots hold tokens.
 struct Blocks {
   const int32_t* starts;
-  const int32_t* counts;  // counts[b * stride + block]
-  int64_t stride, num_blocks;
+  PerHead<const int32_t> counts;
+  int64_t num_blocks;
 
-  SINGLEPASS_HD int64_t count(int64_t b, int64_t block) const { return counts[b * stride + block]; }
+  SINGLEPASS_HD int64_t count(int64_t b, int64_t h, int64_t block) const { return counts.at(b, h)[block]; }
 };
 
 struct CodecCall {

@@ -60,17 +60,21 @@ PerHead<T> per_head(const Tensor& t) {
   return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1)};
 }
 
-inline Blocks blocks_of(const char* op, const Tensor& starts, const Tensor& counts, int64_t batch, int64_t slots) {
-  check_layout(op, "counts", counts, ScalarType::Int, {batch, -1}, 1);
-  check_layout(op, "starts", starts, ScalarType::Int, {counts.size(1) + 1}, 0);
-  const Blocks blocks = {static_cast<const int32_t*>(starts.const_data_ptr()),
-                         static_cast<const int32_t*>(counts.const_data_ptr()), counts.stride(0), counts.size(1)};
+inline Blocks blocks_of(const char* op, const Tensor& starts, const Tensor& counts, int64_t batch, int64_t heads,
+                        int64_t slots) {
+  check_layout(op, "counts", counts, ScalarType::Int, {batch, heads, -1}, 2);
+  check_layout(op, "starts", starts, ScalarType::Int, {counts.size(2) + 1}, 0);
+  const Blocks blocks = {static_cast<const int32_t*>(starts.const_data_ptr()), per_head<const int32_t>(counts),
+                         counts.size(2)};
   if (!starts.is_cpu()) return blocks;  // what stands on a device is not read here
   bool fits = blocks.starts[0] == 0 && blocks.starts[blocks.num_blocks] <= slots;
   for (int64_t i = 0; fits && i < blocks.num_blocks; ++i) {
     const int64_t size = blocks.starts[i + 1] - blocks.starts[i];
     fits = size >= 0;
-    for (int64_t b = 0; fits && b < batch; ++b) fits = blocks.count(b, i) >= 0 && blocks.count(b, i) <= size;
+    for (int64_t task = 0; fits && task < batch * heads; ++task) {
+      const int64_t count = blocks.count(task / heads, task % heads, i);
+      fits = count >= 0 && count <= size;
+    }
   }
   if (!fits) fail(op, "starts that rise from 0 to at most ", slots, ", and counts within; got others. Check them.");
   return blocks;
@@ -109,13 +113,12 @@ inline void check_places(const char* op, const kv::CodecCall& p) {
       fail(op, "tokens 0 to ", p.tokens - 1, "; got ", token, ". Check index, starts and counts.");
   };
   const bool indexed = p.index.data != nullptr;
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t task = 0; task < p.batch * p.heads; ++task) {
+    const int64_t b = task / p.heads, h = task % p.heads;
     for (int64_t i = 0; i < p.blocks.num_blocks; ++i) {
-      const int64_t begin = p.blocks.starts[i], end = begin + p.blocks.count(b, i);
+      const int64_t begin = p.blocks.starts[i], end = begin + p.blocks.count(b, h, i);
       if (!indexed && end > begin) check(end - 1);  // slots are tokens
-      for (int64_t h = 0; indexed && h < p.heads; ++h) {
-        for (int64_t slot = begin; slot < end; ++slot) check(p.token(b, h, slot));
-      }
+      for (int64_t slot = begin; indexed && slot < end; ++slot) check(p.token(b, h, slot));
     }
   }
 }
@@ -130,9 +133,9 @@ inline kv::CodecCall codec_of(const char* op, const Tensor& plain, const std::op
   p.tokens = plain.size(2);
   for (const Tensor* t : {&starts, &counts, &codes, &scales}) check_device(op, "everything", *t, plain);
   p.packed = packed_of(op, codes, scales, channels.has_value() ? &*channels : nullptr, bits, axis, p.batch, p.heads,
-                       plain.size(3), counts.dim() == 2 ? counts.size(1) : -1);
+                       plain.size(3), counts.dim() == 3 ? counts.size(2) : -1);
   p.slots = codes.size(2);
-  p.blocks = blocks_of(op, starts, counts, p.batch, p.slots);
+  p.blocks = blocks_of(op, starts, counts, p.batch, p.heads, p.slots);
   if (index.has_value()) {
     check_device(op, "index", *index, plain);
     check_layout(op, "index", *index, ScalarType::Int, {p.batch, p.heads, p.slots}, 2);
@@ -199,7 +202,7 @@ inline constexpr size_t kSegmentTensors = 7;
 inline kv::Segment segment_of(const char* op, const Tensor* parts, int64_t bits, int64_t key_axis, const Tensor& k,
                               const Tensor& v) {
   for (size_t i = 0; i < kSegmentTensors; ++i) check_device(op, "segments", parts[i], k);
-  const int64_t batch = k.size(0), heads = k.size(1), blocks = parts[6].dim() == 2 ? parts[6].size(1) : -1;
+  const int64_t batch = k.size(0), heads = k.size(1), blocks = parts[6].dim() == 3 ? parts[6].size(2) : -1;
   kv::Segment s = {};
   s.keys = packed_of(op, parts[0], parts[1], nullptr, bits, key_axis, batch, heads, k.size(3), blocks);
   const Tensor* channels = parts[4].dim() == 4 ? &parts[4] : nullptr;
@@ -208,7 +211,7 @@ inline kv::Segment segment_of(const char* op, const Tensor* parts, int64_t bits,
   if (parts[2].size(2) != s.slots) {
     fail(op, "as many slots of values as of keys, ", s.slots, "; got ", parts[2].size(2), ". Quantise them alike.");
   }
-  s.blocks = blocks_of(op, parts[5], parts[6], batch, s.slots);
+  s.blocks = blocks_of(op, parts[5], parts[6], batch, heads, s.slots);
   return s;
 }
 

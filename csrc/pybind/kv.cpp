@@ -84,7 +84,7 @@ kv::Packed packed(const PackedArrays& a, int64_t head_dim, Memory& memory) {
 }
 
 kv::Blocks blocks(const PackedArrays& a, Memory& memory) {
-  return {memory.values<int32_t>(a.starts), memory.values<int32_t>(a.counts), a.counts.shape(1), a.counts.shape(1)};
+  return {memory.values<int32_t>(a.starts), memory.per_head<const int32_t>(a.counts), a.counts.shape(2)};
 }
 
 kv::CodecCall codec(const TokenArray& plain, const OptionalArray& index, const PackedArrays& a, Memory& memory) {

@@ -94,7 +94,10 @@ def quantized(
     separable: bool = False,
     backend: str = "eager",
 ) -> Quantized:
-    """The op's own result, in tensors that stand amid others and are full of nonsense where it writes nothing."""
+    """The op's own result, in tensors that stand amid others and are full of nonsense where it writes nothing.
+
+    ``counts`` are those of each sequence's first head; its other heads have those of the sequences after it.
+    """
     batch, heads, _, width = x.shape
     slots, blocks = starts[-1], len(starts) - 1
 
@@ -109,7 +112,7 @@ def quantized(
         room(torch.float16, batch, heads, *shape),
         room(torch.float16, batch, heads, blocks, width) if separable else None,
         torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(counts, dtype=torch.int32).view(batch, blocks),
+        torch.from_numpy(truth.head_counts(counts, heads, blocks)),
         bits,
         axis,
     )
@@ -137,13 +140,11 @@ def check_codes(q: Quantized, x: Tensor, index: Tensor | None = None) -> truth.C
         groups,
         q.channels is not None,
     )
-    some = exact(q.counts) > 0
-    held = np.broadcast_to(want.held[:, None], want.codes.shape[:3])
-    filled = np.broadcast_to(some[:, None], (*want.codes.shape[:2], some.shape[1]))
-    chosen = filled if q.axis == "channel" else held
+    filled = exact(q.counts) > 0
+    chosen = filled if q.axis == "channel" else want.held
     np.testing.assert_array_equal(exact(q.scales)[chosen], want.scales[chosen], "steps and minima")
     codes = truth.unpack(exact(q.codes), q.bits)
-    compared = held[..., None] & ~want.poisoned
+    compared = want.held[..., None] & ~want.poisoned
     np.testing.assert_array_equal(codes[compared], want.codes[compared], "codes")
     if q.channels is not None:
         assert want.channels is not None
@@ -196,7 +197,7 @@ class Attention:
         for i, (keys, values) in enumerate(self.segments):
             first = None if self.first is None else exact(self.first[i])
             parts.append((restored(keys), restored(values), first))
-        every = np.ones((self.q.shape[0], self.window_k.shape[2]), bool)
+        every = np.ones(self.window_k.shape[:3], bool)
         windows = (truth.Tokens.exact(exact(t).astype(np.float64), every) for t in (self.window_k, self.window_v))
         parts.append((*windows, None))
         scale = self.q.shape[3] ** -0.5 if self.scale is None else self.scale
@@ -266,14 +267,13 @@ def attention(
 
 def _spoil(q: Quantized) -> None:
     """Fills what belongs to no token with nonsense."""
-    for b in range(q.counts.shape[0]):
-        for i in range(q.counts.shape[1]):
-            empty = slice(int(q.starts[i]) + int(q.counts[b, i]), int(q.starts[i + 1]))
-            q.codes[b, :, empty] = 0xCD
-            if q.axis == "token":
-                q.scales[b, :, empty] = NAN
-            if int(q.counts[b, i]) == 0:
-                if q.axis == "channel":
-                    q.scales[b, :, i] = NAN
-                if q.channels is not None:
-                    q.channels[b, :, i] = NAN
+    for b, h, i in np.ndindex(*q.counts.shape):
+        empty = slice(int(q.starts[i]) + int(q.counts[b, h, i]), int(q.starts[i + 1]))
+        q.codes[b, h, empty] = 0xCD
+        if q.axis == "token":
+            q.scales[b, h, empty] = NAN
+        if int(q.counts[b, h, i]) == 0:
+            if q.axis == "channel":
+                q.scales[b, h, i] = NAN
+            if q.channels is not None:
+                q.channels[b, h, i] = NAN

@@ -207,7 +207,8 @@ def test_all_weights_alike(backend: str) -> None:
     case = attention((RAGGED,), window=((0, 12), (12, 12)))
     case.q.zero_()
     _, lse = case.check(backend)
-    torch.testing.assert_close(lse[:, :, 0].exp(), torch.tensor([[62.0], [20.0]]).expand(2, 8), rtol=1e-5, atol=0.0)
+    seen = torch.tensor([[50.0, 20.0], [20.0, 50.0]]) + torch.tensor([[12.0], [0.0]])  # of each head, and in the window
+    torch.testing.assert_close(lse[:, :, 0].exp(), seen.repeat_interleave(4, 1), rtol=1e-5, atol=0.0)
 
 
 def long() -> Attention:
@@ -324,7 +325,10 @@ def test_errors() -> None:
         ({"segments": [(_other(keys, codes=keys.codes[:1]), values)]}, r"keys \(2, 2, 57, 64\), as the window's"),
         ({"segments": [(keys, _other(values, codes=values.codes[..., :16]))]}, r"values \(2, 2, 57, 64\)"),
         ({"segments": [(keys, _other(values, codes=values.codes[:, :, :9]))]}, r"values \(2, 2, 57, 64\)"),
-        ({"segments": [(keys, _other(values, counts=values.counts[:, :0]))]}, r"values in \d blocks, as keys; got 0"),
+        (
+            {"segments": [(keys, _other(values, counts=values.counts[:, :, :0]))]},
+            r"values in \d blocks, as keys; got 0",
+        ),
     ):
         with pytest.raises(ValueError, match=f"decode_attention: expected {text}"):
             dataclasses.replace(case, **changes).call("eager")

@@ -72,7 +72,7 @@ def hand_count(codec: Codec, heads: int, width: int, salient: int, regular: int,
         )
         per_head += 4 * tokens * width // (codec.value_group or width)
         per_head += 2 * blocks * width if codec.channel_separable else 0
-        total += heads * per_head + 4 * (2 * blocks + 1)
+        total += heads * (per_head + 4 * blocks) + 4 * (blocks + 1)
     return total
 
 

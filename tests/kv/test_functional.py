@@ -58,7 +58,7 @@ def check_half_a_step(q: Quantized, x: Tensor) -> None:
     width, slots = q.head_dim, q.codes.shape[2]
     step = np.zeros(found.x.value.shape)
     c = np.ones_like(step)
-    for i in range(q.counts.shape[1]):
+    for i in range(q.counts.shape[2]):
         place = slice(int(q.starts[i]), int(q.starts[i + 1]))
         if q.axis == "channel":
             step[:, :, place] = exact(q.scales)[:, :, i, :1]
@@ -83,7 +83,7 @@ def test_against_float64(backend: str, bits: int, codec: str, dtype: torch.dtype
     x = tokens((2, 3, 75, 64), dtype)
     q = made(x, bits, codec, 32, backend)
     assert q.starts.tolist() == [0, 32, 64, 75]
-    assert q.counts.tolist() == [[32, 32, 11]] * 2
+    assert q.counts.tolist() == [[[32, 32, 11]] * 3] * 2
     check_codes(q, x)
     check_half_a_step(q, x)
     for to in NAMES:
@@ -132,8 +132,8 @@ def test_lengths(backend: str, codec: str, length: int) -> None:
     for block in (None, 128, *((1,) if length < 200 else ())):
         q = made(x, 2, codec, block, backend)
         blocks = 1 if length else 0
-        assert q.counts.shape == (2, -(-length // block) if block else blocks)
-        assert int(q.counts.sum(1)[0]) == length == int(q.starts[-1])
+        assert q.counts.shape == (2, 2, -(-length // block) if block else blocks)
+        assert int(q.counts[0, 0].sum()) == length == int(q.starts[-1])
         check_codes(q, x)
         check_bounds(dequantize(q, backend=backend), restored(q).x, codec)
 
@@ -154,7 +154,7 @@ def test_gathered_tokens_and_blocks_that_are_not_full(backend: str, bits: int, c
     for out in (torch.full((3, 2, 60, 48), 5.0), tokens((3, 2, 60, 48), torch.float16, "transposed")):
         expected, error = exact(out).astype(np.float64), np.zeros(out.shape)
         bound = restored(q).x
-        for b, h, slot in np.argwhere(np.broadcast_to(want.held[:, None], index.shape)):
+        for b, h, slot in np.argwhere(want.held):
             token = int(index[b, h, slot])
             expected[b, h, token], error[b, h, token] = bound.value[b, h, slot], bound.error[b, h, slot]
         before = out.clone()

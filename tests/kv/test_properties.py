@@ -106,7 +106,7 @@ def test_there_and_back(case: Case) -> None:
         # Where two slots of a sequence name one token, either may be there: those are left out.
         expected, error = np.full(out.shape, 3.0), np.zeros(out.shape)
         named = np.zeros(out.shape[:3], int)
-        for b, h, slot in np.argwhere(np.broadcast_to(want.held[:, None], want.codes.shape[:3])):
+        for b, h, slot in np.argwhere(want.held):
             token = slot if case.index is None else int(case.index[b, h, slot])
             named[b, h, token] += 1
             expected[b, h, token], error[b, h, token] = found.value[b, h, slot], found.error[b, h, slot]

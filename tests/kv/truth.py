@@ -8,6 +8,7 @@ float64, with bounds of what float32 arithmetic may be off in any order of its s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +47,7 @@ def rounded_up(x: Array) -> Array:
 
 @dataclass
 class Codes:
-    """What a quantiser should write, codes unpacked; ``held`` (B, T) are the slots that a token stands in, and
+    """What a quantiser should write, codes unpacked; ``held`` (B, H, T) are the slots that a token stands in, and
     ``poisoned`` (B, H, T, D) what should come back as NaN."""
 
     codes: Array
@@ -70,10 +71,16 @@ def _group(y: Array, finite: Array, bits: int, axis: int) -> tuple[Array, Array,
     return codes.astype(np.uint8), step, minimum, bad
 
 
+def head_counts(counts: Sequence[Sequence[int]], heads: int, blocks: int) -> Array:
+    """Counts (batch, heads, blocks) that differ between heads if they differ between sequences."""
+    rows = np.asarray(counts, np.int32).reshape(len(counts), blocks)
+    return np.stack([np.roll(rows, -h, 0) for h in range(heads)], 1)
+
+
 def quantize(
     x: Array, index: Array | None, starts: Array, counts: Array, bits: int, axis: int, groups: int, separable: bool
 ) -> Codes:
-    """x (B, H, L, D) in float32, block by block and sequence by sequence."""
+    """x (B, H, L, D) in float32, block by block and head by head."""
     assert x.dtype == np.float32
     batch, heads, _, width = x.shape
     slots, blocks = int(starts[-1]), len(starts) - 1
@@ -82,41 +89,41 @@ def quantize(
         np.zeros((batch, heads, slots, width), np.uint8),
         np.zeros(shape, np.float16),
         np.ones((batch, heads, blocks, width), np.float16) if separable else None,
-        np.zeros((batch, slots), bool),
+        np.zeros((batch, heads, slots), bool),
         np.zeros((batch, heads, slots, width), bool),
     )
-    for b, i in np.ndindex(batch, blocks):
-        begin, n = int(starts[i]), int(counts[b, i])
+    for b, h, i in np.ndindex(batch, heads, blocks):
+        begin, n = int(starts[i]), int(counts[b, h, i])
         if n == 0:
             continue
         place = slice(begin, begin + n)
-        result.held[b, place] = True
-        rows = x[b, :, place] if index is None else np.stack([x[b, h, index[b, h, place]] for h in range(heads)])
+        result.held[b, h, place] = True
+        rows = x[b, h, place] if index is None else x[b, h, index[b, h, place]]
         finite = np.isfinite(rows)
         y = np.clip(np.where(finite, rows, np.float32(0.0)), -LARGEST, LARGEST)  # the others' groups are poisoned
         if axis == 0:
-            codes, step, minimum, bad = _group(y, finite, bits, 1)
-            result.scales[b, :, i] = np.concatenate((step, minimum), 1)
+            codes, step, minimum, bad = _group(y, finite, bits, 0)
+            result.scales[b, h, i] = np.concatenate((step, minimum))
             bad = np.broadcast_to(bad, y.shape)
         else:
             if result.channels is not None:
-                most = np.where(finite, np.abs(y), np.float32(0.0)).max(1, keepdims=True)
+                most = np.where(finite, np.abs(y), np.float32(0.0)).max(0)
                 c = np.sqrt(most).astype(np.float16)
                 c = np.where(c == 0, np.float16(1.0), c)
-                result.channels[b, :, i] = c[:, 0]
+                result.channels[b, h, i] = c
                 y = y * (np.float32(1.0) / c.astype(np.float32))
-            apart = (heads, n, groups, width // groups)
-            codes, step, minimum, bad = _group(y.reshape(apart), finite.reshape(apart), bits, 3)
-            result.scales[b, :, place] = np.stack((step[..., 0], minimum[..., 0]), 2)
+            apart = (n, groups, width // groups)
+            codes, step, minimum, bad = _group(y.reshape(apart), finite.reshape(apart), bits, 2)
+            result.scales[b, h, place] = np.stack((step[..., 0], minimum[..., 0]), 1)
             codes, bad = codes.reshape(y.shape), np.broadcast_to(bad, apart).reshape(y.shape)
-        result.codes[b, :, place] = codes
-        result.poisoned[b, :, place] = bad
+        result.codes[b, h, place] = codes
+        result.poisoned[b, h, place] = bad
     return result
 
 
 @dataclass
 class Tokens:
-    """x^ (B, H, T, D) with its bound, what it is a sum of in absolute values, and which slots hold a token (B, T)."""
+    """x^ (B, H, T, D) with its bound, what it is a sum of in absolute values, and the slots that hold tokens (B, H, T)."""
 
     x: Bounded
     magnitude: Array
@@ -132,19 +139,19 @@ def dequantize(
 ) -> Tokens:
     """c * (code * step + minimum), in which the inner product is exact in float32."""
     n = unpack(packed, bits).astype(np.float64)
-    batch, _, slots, width = n.shape
-    held = np.zeros((batch, slots), bool)
+    batch, heads, slots, width = n.shape
+    held = np.zeros((batch, heads, slots), bool)
     step, minimum, c = np.zeros_like(n), np.zeros_like(n), np.ones_like(n)
-    for b, i in np.ndindex(batch, len(starts) - 1):
-        place = slice(int(starts[i]), int(starts[i]) + int(counts[b, i]))
-        held[b, place] = True
+    for b, h, i in np.ndindex(batch, heads, len(starts) - 1):
+        place = slice(int(starts[i]), int(starts[i]) + int(counts[b, h, i]))
+        held[b, h, place] = True
         if axis == 0:
-            parts = scales[b, :, i, :, None]
+            parts = scales[b, h, i, :, None]
         else:
-            parts = np.moveaxis(np.repeat(scales[b, :, place], width // scales.shape[4], -1), 2, 1)
-        step[b, :, place], minimum[b, :, place] = parts[:, 0], parts[:, 1]
+            parts = np.moveaxis(np.repeat(scales[b, h, place], width // scales.shape[4], -1), 1, 0)
+        step[b, h, place], minimum[b, h, place] = parts[0], parts[1]
         if channels is not None:
-            c[b, :, place] = channels[b, :, i, None]
+            c[b, h, place] = channels[b, h, i]
     x = Bounded(n * step) + Bounded(minimum)
     if channels is not None:
         x = x * Bounded(c)
@@ -238,8 +245,8 @@ def attention(
     for b, h in np.ndindex(batch, heads):
         seen, tokens = [], []
         for i, (keys, values, first) in enumerate(parts):
-            slots = np.arange(keys.held.shape[1])
-            shown = np.broadcast_to(keys.held[b], (queries, len(slots)))
+            slots = np.arange(keys.held.shape[2])
+            shown = np.broadcast_to(keys.held[b, h], (queries, len(slots)))
             if first is not None:
                 shown = shown & (slots >= first[b, h])
             if i == len(parts) - 1:

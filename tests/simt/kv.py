@@ -122,7 +122,7 @@ class Quantized:
             np.full((batch, heads + 1, *rest), np.nan, np.float16),
             np.full((batch, heads + 1, blocks, width), np.nan, np.float16) if separable else None,
             np.asarray(starts, np.int32),
-            np.asarray(counts, np.int32).reshape(batch, blocks),
+            truth.head_counts(counts, heads, blocks),
             bits,
             axis,
             misalignment,

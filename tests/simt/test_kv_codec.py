@@ -41,14 +41,13 @@ def check_codes(q: Quantized, x: Tokens, index: Array | None) -> truth.Codes:
         separable,
     )
     found = q.inside()
-    held = np.broadcast_to(want.held[:, None], want.codes.shape[:3])
-    filled = np.broadcast_to((q.counts > 0)[:, None], (*want.codes.shape[:2], q.counts.shape[1]))
-    chosen = filled if axis == 0 else held
+    filled = q.counts > 0
+    chosen = filled if axis == 0 else want.held
     np.testing.assert_array_equal(found.scales[chosen], want.scales[chosen], "steps and minima")
     codes = truth.unpack(found.codes, q.bits)
-    compared = held[..., None] & ~want.poisoned
+    compared = want.held[..., None] & ~want.poisoned
     np.testing.assert_array_equal(codes[compared], want.codes[compared], "codes")
-    assert not found.codes[~held].any()
+    assert not found.codes[~want.held].any()
     if found.channels is not None and want.channels is not None:
         np.testing.assert_array_equal(found.channels[filled], want.channels[filled], "channel factors")
     return want
@@ -65,7 +64,7 @@ def check_restored(core: ModuleType, device: str, q: Quantized, index: Array | N
     found = core.kv_dequantize(place(core, device), q.argument(core), index, out.argument(core))
     want = q.restored()
     expected, error = out.values(), np.zeros(out.shape)
-    for b, h, slot in np.argwhere(np.broadcast_to(want.held[:, None], want.x.value.shape[:3])):
+    for b, h, slot in np.argwhere(want.held):
         token = slot if index is None else index[b, h, slot]
         expected[b, h, token], error[b, h, token] = want.x.value[b, h, slot], want.x.error[b, h, slot]
     stored = Bounded(expected, error).stored(out.dtype)

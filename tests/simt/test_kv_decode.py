@@ -79,7 +79,7 @@ class Case:
         parts: list[tuple[truth.Tokens, truth.Tokens, Array | None]] = []
         for i, (keys, values) in enumerate(self.segments):
             parts.append((keys.restored(), values.restored(), None if self.first is None else self.first[i]))
-        every = np.ones((self.q.shape[0], self.window_k.shape[2]), bool)
+        every = np.ones(self.window_k.shape[:3], bool)
         windows = (truth.Tokens.exact(t.values(), every) for t in (self.window_k, self.window_v))
         parts.append((*windows, None))
         sinks = None if self.sinks is None else self.sinks.astype(np.float64)
@@ -102,16 +102,16 @@ class Case:
 
 def _spoil(q: Quantized) -> None:
     """Fills what belongs to no token with nonsense."""
-    for b, i in np.ndindex(*q.counts.shape):
-        empty = slice(int(q.starts[i]) + int(q.counts[b, i]), int(q.starts[i + 1]))
-        q.codes[b, :-1, empty] = 0xCD
+    for b, h, i in np.ndindex(*q.counts.shape):
+        empty = slice(int(q.starts[i]) + int(q.counts[b, h, i]), int(q.starts[i + 1]))
+        q.codes[b, h, empty] = 0xCD
         if q.axis == 1:
-            q.scales[b, :, empty] = np.nan
-        if q.counts[b, i] == 0:
+            q.scales[b, h, empty] = np.nan
+        if q.counts[b, h, i] == 0:
             if q.axis == 0:
-                q.scales[b, :, i] = np.nan
+                q.scales[b, h, i] = np.nan
             if q.channels is not None:
-                q.channels[b, :, i] = np.nan
+                q.channels[b, h, i] = np.nan
 
 
 def case(

@@ -116,11 +116,11 @@ class Packed:
         return cls(bits, groups, head_dim, channels is not None)
 
 
-def check_blocks(op: str, starts: Tensor, counts: Tensor, batch: int) -> int:
+def check_blocks(op: str, starts: Tensor, counts: Tensor, batch: int, heads: int) -> int:
     """Checks the blocks and returns how many there are. Their values stay on the device and are not read."""
-    check_layout(op, "counts", counts, torch.int32, (batch, ANY), 1)
-    check_layout(op, "starts", starts, torch.int32, (counts.shape[1] + 1,), 0)
-    return counts.shape[1]
+    check_layout(op, "counts", counts, torch.int32, (batch, heads, ANY), 2)
+    check_layout(op, "starts", starts, torch.int32, (counts.shape[2] + 1,), 0)
+    return counts.shape[2]
 
 
 def check_queries(op: str, q: Tensor, k: Tensor) -> None:

@@ -234,8 +234,10 @@ def dequantize_block(
 
 
 ADDRESSES = ["a_tokens", "a_index", "a_codes", "a_scales", "a_channels", "a_starts", "a_counts"]
-SIZES = ["heads", "blocks", "counts_stride", "token_stride"]
-SIZES += [f"{name}_{by}" for name in ("tokens", "index", "codes", "scales", "channels") for by in ("batch", "head")]
+SIZES = ["heads", "blocks", "token_stride"]
+SIZES += [
+    f"{name}_{by}" for name in ("tokens", "index", "codes", "scales", "channels", "counts") for by in ("batch", "head")
+]
 
 
 @triton.jit(do_not_specialize=ADDRESSES + SIZES)
@@ -258,7 +260,8 @@ def codec_kernel(
     scales_head: tl.int64,
     channels_batch: tl.int64,
     channels_head: tl.int64,
-    counts_stride: tl.int64,
+    counts_batch: tl.int64,
+    counts_head: tl.int64,
     heads: tl.int32,
     blocks: tl.int32,
     QUANTIZE: tl.constexpr,
@@ -302,7 +305,7 @@ def codec_kernel(
     # The block has the slots [start, block_end), of which those before `end` hold a token.
     p_start = int_pointer(a_starts) + i_block
     start = tl.load(p_start)
-    end = start + tl.load(int_pointer(a_counts) + (i_batch * counts_stride + i_block))
+    end = start + tl.load(int_pointer(a_counts) + (i_batch * counts_batch + i_head * counts_head + i_block))
     block_end = tl.load(p_start + 1)
     if not QUANTIZE:
         dequantize_block(

@@ -186,15 +186,15 @@ def attend_blocks(
     V_BYTES: tl.constexpr = VALUE_DIM // PLANES
     byte = tl.arange(0, BLOCK_W)
     v_byte = tl.arange(0, V_BLOCK_W)
-    # Pointers to this head. Each of the first five entries is an address and the strides of sequences and heads.
-    key_codes, key_scales, value_codes, value_scales, channels, a_starts, a_counts, stride, blocks, each, _ = segment
+    # Pointers to this head. Each of the first six entries is an address and the strides of sequences and heads.
+    key_codes, key_scales, value_codes, value_scales, channels, counts, a_starts, blocks, each, _ = segment
     p_key_codes = byte_pointer(part_address(key_codes, i_batch, i_head), ALIGNMENT)
     p_key_scales = half_pointer(part_address(key_scales, i_batch, i_head))
     p_value_codes = byte_pointer(part_address(value_codes, i_batch, i_head), ALIGNMENT)
     p_value_scales = half_pointer(part_address(value_scales, i_batch, i_head))
     p_channels = half_pointer(part_address(channels, i_batch, i_head))
     p_starts = int_pointer(integer(a_starts))
-    p_counts = int_pointer(integer(a_counts) + i_batch * integer(stride))
+    p_counts = int_pointer(part_address(counts, i_batch, i_head))
     each = integer(each)
     seen = tl.load(p_first) if HAS_FIRST else 0  # the first slot that is visible
 

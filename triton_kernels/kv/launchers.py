@@ -59,18 +59,18 @@ def _run_codec(
     device = check_device(op, plain, index, starts, counts, codes, scales, channels)
     check_tokens(op, "tokens", plain)
     batch, heads = plain.shape[:2]
-    blocks = check_blocks(op, starts, counts, batch)
+    blocks = check_blocks(op, starts, counts, batch, heads)
     packed = Packed.of(op, codes, scales, channels, blocks, plain, bits, axis)
     a_index = check_option(op, "index", index, torch.int32, (batch, heads, codes.shape[2]), 2)
     programs = batch * heads * blocks
     if programs == 0:
         return
-    strides = [n for t in (index, codes, scales, channels) for n in ((0, 0) if t is None else t.stride()[:2])]
+    strides = [n for t in (index, codes, scales, channels, counts) for n in ((0, 0) if t is None else t.stride()[:2])]
     with device_guard(device):
         codec_kernel[(programs,)](
             *(plain.data_ptr(), a_index, codes.data_ptr(), scales.data_ptr()),
             *(0 if channels is None else channels.data_ptr(), starts.data_ptr(), counts.data_ptr()),
-            *(*plain.stride()[:3], *strides, counts.stride(0), heads, blocks),
+            *(*plain.stride()[:3], *strides, heads, blocks),
             *(
                 quantizes,
                 index is not None,
@@ -127,7 +127,7 @@ def _segment(
     op = "kv_decode"
     key_codes, key_scales, value_codes, value_scales, value_channels, starts, counts = parts
     factors = value_channels if value_channels.dim() == 4 else None
-    blocks = check_blocks(op, starts, counts, window_k.shape[0])
+    blocks = check_blocks(op, starts, counts, *window_k.shape[:2])
     keys = Packed.of(op, key_codes, key_scales, None, blocks, window_k, bits, key_axis)
     values = Packed.of(op, value_codes, value_scales, factors, blocks, window_v, bits, 1)
     slots = key_codes.shape[2]
@@ -137,8 +137,8 @@ def _segment(
     splits = -(-blocks // each)
     alignment = 16 if is_aligned(key_codes) and is_aligned(value_codes) else 1
     layout = bits, keys.groups, values.groups, values.separable, keys.block_w, values.block_w, alignment
-    places = [place(t) for t in (key_codes, key_scales, value_codes, value_scales, factors)]
-    numbers = starts.data_ptr(), counts.data_ptr(), counts.stride(0) * counts.itemsize, blocks, each, splits
+    places = [place(t) for t in (key_codes, key_scales, value_codes, value_scales, factors, counts)]
+    numbers = starts.data_ptr(), blocks, each, splits
     return (*places, *map(unspecialized, numbers)), layout, splits
 
 

@@ -4,7 +4,7 @@
 Letters: B sequences, H heads of keys and values, Hq heads of queries (H divides Hq: query head h reads head
 h // (Hq // H)), L tokens, D channels (a multiple of 16, at most 512), T slots of stored tokens, N blocks.
 
-Slot ``starts[i] + j`` holds token j of block i, where j < ``counts[b, i]`` for sequence b; what lies between that and
+Slot ``starts[i] + j`` holds token j of block i, where j < ``counts[b, h, i]``; what lies between that and
 ``starts[i + 1]`` holds nothing. A token's D codes of ``bits`` bits each (2, 4 or 8) lie in planes: with P = 8 / bits
 and W = D / P, byte w has the code of channel p * W + w in its bits p * bits and up. Steps and minima are float16,
 
@@ -18,8 +18,8 @@ Zeros among them are positive. Codes are made in float32: (x * (1 / c) - minimum
   square root of the largest magnitude that the channel has in the block, ``channels`` (B, H, N, D) in float16.
 
 A group with a NaN or an infinity comes back as NaN. ``codes`` is uint8 (B, H, T, W); ``starts`` (N + 1,), ``counts``
-(B, N) and ``index`` (B, H, T) are int32. Tensors need a last stride of 1, and all but ``x``, ``q``, ``k`` and ``v`` of
-the window and ``out`` must be contiguous from the third dimension on.
+(B, H, N) and ``index`` (B, H, T) are int32. Tensors need a last stride of 1, and all but ``x``, ``q``, ``k`` and ``v``
+of the window and ``out`` must be contiguous from the third dimension on.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def cache_nbytes(
     codec.check_head_dim(where, head_dim)
     key_groups, value_groups = (head_dim // (group or head_dim) for group in (codec.key_group, codec.value_group))
     salient = int(tokens * salient_ratio + 0.5)
-    of_heads, of_sequences, shared = -(-tokens // 4), 0, 0
+    of_heads, shared = -(-tokens // 4), 0
     kinds = ((salient_bits, codec.block, salient), (regular_bits, codec.regular_block, tokens - salient))
     for bits, block, n in kinds:
         if n == 0:
@@ -113,7 +113,6 @@ def cache_nbytes(
         blocks = -(-n // (block or n))
         of_heads += n * (2 * head_dim * bits // 8 + 4 * value_groups)
         of_heads += 4 * (blocks * head_dim if codec.key_axis == "channel" else n * key_groups)
-        of_heads += 2 * blocks * head_dim * codec.channel_separable
-        of_sequences += 4 * blocks
+        of_heads += 2 * blocks * head_dim * codec.channel_separable + 4 * blocks
         shared += 4 * (blocks + 1)
-    return batch * (heads * of_heads + of_sequences) + shared
+    return batch * heads * of_heads + shared

@@ -31,7 +31,7 @@ class Quantized:
             (batch, heads, slots, 2, groups).
         channels: factors that channels were divided by, float16 (batch, heads, blocks, channels), or None.
         starts: first slot of each block, and the end, int32 (blocks + 1,).
-        counts: number of tokens in each block, int32 (batch, blocks).
+        counts: number of tokens in each block of each head, int32 (batch, heads, blocks).
         bits: 2, 4 or 8.
         axis: "channel" or "token": scales per channel and block, or per token.
 
@@ -61,7 +61,7 @@ class Quantized:
 
     def __repr__(self) -> str:
         shape = (*self.codes.shape[:3], self.head_dim)
-        blocks = self.counts.shape[1]
+        blocks = self.counts.shape[2]
         return f"Quantized({shape}, bits={self.bits}, axis={self.axis!r}, blocks={blocks}, nbytes={self.nbytes})"
 
 
@@ -107,7 +107,7 @@ def empty(like: Tensor, slots: int, blocks: int, bits: int, axis: str, groups: i
         torch.empty(shape, **half),
         torch.empty((batch, heads, blocks, head_dim), **half) if separable else None,
         torch.zeros(blocks + 1, dtype=torch.int32, device=device),
-        torch.zeros((batch, blocks), dtype=torch.int32, device=device),
+        torch.zeros((batch, heads, blocks), dtype=torch.int32, device=device),
         bits,
         axis,
     )
@@ -252,7 +252,7 @@ def _check_segment(op: str, keys: Quantized, values: Quantized, window_k: Tensor
         shape = (*window.shape[:2], keys.codes.shape[2], window.shape[3])
         got = (*part.codes.shape[:3], part.head_dim)
         require(got == shape, op, f"{name} {shape}, as the window's but for slots", got, "Quantise the same tokens.")
-    blocks, found = keys.counts.shape[1], values.counts.shape[1]
+    blocks, found = keys.counts.shape[2], values.counts.shape[2]
     fits = values.channels is None or found == blocks  # factors belong to blocks, and blocks are those of the keys
     require(fits, op, f"values in {blocks} blocks, as keys", found, "Quantise both with the same block.")
 

@@ -109,7 +109,7 @@ def _check_kinds(saved: dict[str, Any]) -> None:
     _check(got == compressed, f"kinds of {compressed} tokens", got)
     for kind in (SALIENT, REGULAR):
         found, parts = (kinds == kind).sum(2), saved["segments"].get(kind)
-        held = torch.zeros_like(found[:, :1]) if parts is None else parts["counts"].sum(1, keepdim=True)
+        held = torch.zeros_like(found) if parts is None else parts["counts"].sum(2)
         _check(bool((found == held).all()), f"as many tokens of kind {kind} as their segment holds", held.tolist())
 
 
@@ -149,8 +149,8 @@ def _check_segment(segment: Segment, parts: dict[str, Any], k: Tensor) -> None:
     _check(set(parts) == set(empty), f"tensors {sorted(empty)}", sorted(map(str, parts)))
     codes, counts = parts["key_codes"], parts["counts"]
     _check(isinstance(codes, Tensor) and codes.dim() == 4, "key_codes of four dimensions", _shown(parts))
-    _check(isinstance(counts, Tensor) and counts.dim() == 2, "counts of two dimensions", _shown(parts))
-    sizes = {"slots": codes.shape[2], "blocks": counts.shape[1]}
+    _check(isinstance(counts, Tensor) and counts.dim() == 3, "counts of three dimensions", _shown(parts))
+    sizes = {"slots": codes.shape[2], "blocks": counts.shape[2]}
     for name, tensor in empty.items():
         dim, unit, extra = segment.extent(name)
         shape = list(tensor.shape)

@@ -80,7 +80,7 @@ class Segment:
             self._tensors[name] = grown(tensor, dim, used, size)
         views = self._views((begin, end), (first, last))
         views["starts"][1:] = starts[1:] + begin
-        views["counts"].copy_((lengths[:, None] - starts[:-1]).clamp(min=0).minimum(starts.diff()))
+        views["counts"].copy_((lengths[:, None, None] - starts[:-1]).clamp(min=0).minimum(starts.diff()))
         views["starts"] = starts
         for x, name in ((k, "key"), (v, "value")):
             quantize_into(x, index, self._part(name, views), backend)
@@ -90,9 +90,7 @@ class Segment:
         """The dimension along which a tensor grows, what it counts, and how many it has more than those."""
         if name == "starts":
             return 0, "blocks", 1
-        if name == "counts":
-            return 1, "blocks", 0
-        by_block = name == "value_channels" or (name == "key_scales" and self._codec.key_axis == "channel")
+        by_block = name in ("counts", "value_channels") or (name == "key_scales" and self._codec.key_axis == "channel")
         return 2, "blocks" if by_block else "slots", 0
 
     def _views(self, slots: tuple[int, int], blocks: tuple[int, int]) -> dict[str, Tensor]:
@@ -123,14 +121,14 @@ class Segment:
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes over what :meth:`state` gave, of which names, shapes and dtypes were checked."""
         self._tensors = {name: state[name].clone() for name in self._tensors}
-        self.slots, self.blocks = state["key_codes"].shape[2], state["counts"].shape[1]
+        self.slots, self.blocks = state["key_codes"].shape[2], state["counts"].shape[2]
 
     def stored(self) -> Tensor:
-        """Which slots hold a token, int64 0 or 1 (batch, slots)."""
+        """Which slots hold a token, int64 0 or 1 (batch, heads, slots)."""
         keys = self.keys
         slots = torch.arange(self.slots, device=keys.starts.device)
         block = torch.searchsorted(keys.starts[1:].contiguous(), slots, right=True)
-        return (slots - keys.starts[block] < keys.counts[:, block]).long()
+        return (slots - keys.starts[block] < keys.counts[:, :, block]).long()
 
 
 class Compressed:
@@ -209,8 +207,8 @@ class Compressed:
         kinds = self.kinds
         for kind, segment in self.segments.items():
             tokens = tokens_of_kind(kinds, kind, kinds.shape[2])
-            rank = (segment.stored().cumsum(1) - 1).clamp(min=0)
-            index = tokens.gather(2, rank[:, None].expand(-1, tokens.shape[1], -1)).contiguous()
+            rank = (segment.stored().cumsum(2) - 1).clamp(min=0)
+            index = tokens.gather(2, rank).contiguous()
             dequantize_into(segment.keys, index, k, self._backend)
             dequantize_into(segment.values, index, v, self._backend)
 
@@ -220,8 +218,7 @@ class Compressed:
         firsts = []
         for kind, segment in self.segments.items():
             older = (kinds == kind).sum(2)  # tokens stand in their order
-            ranks = segment.stored().cumsum(1)[:, None].expand(-1, older.shape[1], -1).contiguous()
-            firsts.append(torch.searchsorted(ranks, older[..., None] + 1)[..., 0])
+            firsts.append(torch.searchsorted(segment.stored().cumsum(2), older[..., None] + 1)[..., 0])
         return torch.stack(firsts).int() if firsts else kinds.new_zeros((0, *kinds.shape[:2]), dtype=torch.int32)
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:

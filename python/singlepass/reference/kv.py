@@ -82,12 +82,12 @@ def quantize_(
     for i, (begin, end) in enumerate(pairwise(starts.tolist())):
         if begin == end:
             continue
-        stored = (torch.arange(end - begin, device=x.device) < counts[:, i, None])[:, None, :, None]
+        stored = (torch.arange(end - begin, device=x.device) < counts[:, :, i, None])[..., None]
         rows = torch.where(stored, _rows(x, index, begin, end).float(), 0.0)
         finite = rows.isfinite()
         y = rows.clamp(-LARGEST, LARGEST)
         if axis == 0:
-            some = counts[:, i, None, None, None] > 0
+            some = counts[:, :, i, None, None] > 0
             low = torch.where(stored, y, torch.inf).amin(2, keepdim=True).where(some, 0.0)
             high = torch.where(stored, y, -torch.inf).amax(2, keepdim=True).where(some, 0.0)
             step, minimum = _steps(low, high, finite.all(2, keepdim=True), bits)
@@ -117,12 +117,12 @@ def _restored(
     axis: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """x^ (B, H, T, D) in the order of slots, and which slots hold a token (B, T)."""
+    """x^ (B, H, T, D) in the order of slots, and which slots hold a token (B, H, T)."""
     slots = codes.shape[2]
     sizes = starts.diff().long()
     block = torch.repeat_interleave(torch.arange(len(sizes), device=codes.device), sizes, output_size=int(sizes.sum()))
     place = torch.arange(len(block), device=codes.device) - starts[block]
-    stored = place < counts[:, block]
+    stored = place < counts[:, :, block]
     n = unpack(codes[:, :, : len(block)], bits).to(dtype)
     if axis == 0:
         parts = scales[:, :, block].to(dtype)
@@ -154,7 +154,7 @@ def dequantize_(
     """Writes what slots hold to their tokens' places in out."""
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     x, stored = _restored(codes, scales, channels, starts, counts, bits, axis, dtype)
-    b, h, slot = stored[:, None].expand(x.shape[:3]).nonzero(as_tuple=True)
+    b, h, slot = stored.nonzero(as_tuple=True)
     token = slot if index is None else index[b, h, slot].long()
     out[b, h, token] = x[b, h, slot].to(out.dtype)
 
@@ -220,7 +220,7 @@ def decode(
         channels = value_channels if value_channels.numel() else None
         k, stored = _restored(key_codes, key_scales, None, starts, counts, b, key_axis, dtype)
         v, _ = _restored(value_codes, value_scales, channels, starts, counts, b, 1, dtype)
-        held = stored[:, None].expand(-1, heads, -1)
+        held = stored
         if first is not None:
             held = held & (torch.arange(k.shape[2], device=q.device) >= first[i, ..., None])
         keys.append(torch.where(held[..., None], k, 0.0))  # what is not seen may be anything

@@ -60,7 +60,7 @@ def test_codes(bits: int, width: int, dtype: torch.dtype, options: dict[str, Any
         if index is None:
             back = dequantize(q, dtype, backend="triton")
             assert torch.equal(back.isnan(), torch.from_numpy(want.poisoned))
-            shown = want.held[:, None, :, None] & ~want.poisoned
+            shown = want.held[..., None] & ~want.poisoned
             bound = restored(q).x
             bound = Bounded(np.where(shown, bound.value, 0.0), np.where(shown, bound.error, 0.0))
             check_bounds(torch.where(back.isnan(), 0.0, back), bound, "restored")
