@@ -38,14 +38,19 @@ def part(tensors: tuple[Tensor, ...], begin: int, end: int) -> tuple[Tensor, ...
     return tuple(t[:, :, begin:end] for t in tensors)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, oldest: int = 0) -> np.ndarray:
-    """Causal attention of the last tokens' queries, over tokens from the oldest on, in float64."""
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, oldest: int = 0, mask: Tensor | None = None
+) -> np.ndarray:
+    """Causal attention of the last tokens' queries, over tokens from the oldest on, of which ``mask`` (batch, tokens)
+    shows some, in float64."""
     (q, k, v), (queries, length) = (t.double() for t in (q, k, v)), (q.shape[2], k.shape[2])
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     logits = (q @ k.mT) * (q.shape[3] ** -0.5 if scale is None else scale)
     tokens = torch.arange(length)
     shown = (tokens <= torch.arange(length - queries, length)[:, None]) & (tokens >= oldest)
+    if mask is not None:
+        shown = shown & mask[:, None, None]
     return (logits.masked_fill(~shown, -torch.inf).softmax(-1) @ v).numpy()
 
 
@@ -57,11 +62,12 @@ def check_attend(layer: ZipCacheLayer, q: Tensor, *, sliding_window: int | None 
     oldest = 0 if sliding_window is None else max(layer.length - sliding_window, 0)
     segments = [(s.keys, s.values) for s in layer._held.compressed.segments.values()]
     lowest = max(oldest - (layer.length - layer.window_length), 0)
-    window = torch.tensor([[lowest, layer.window_length]] * q.shape[0], dtype=torch.int32)
+    counts = layer.token_mask()[:, layer.length - layer.window_length :].sum(1)
+    window = torch.stack((torch.full_like(counts, lowest), counts), 1).int()
     first = layer._held.compressed.first_slots(oldest)
     case = Attention(q, segments, *layer._held.window.room, window, first, scale=layer.scale)
     error = case.truth()[0].error
-    value = dense(q, *layer.dequantize(), layer.scale, oldest)
+    value = dense(q, *layer.dequantize(), layer.scale, oldest, layer.token_mask())
     check_bounds(out, Bounded(value, 1.1 * error), label or f"{layer.length} tokens")
     return out
 

@@ -111,6 +111,31 @@ def test_windows_that_are_compressed_early(tokens: int, recent: float, random: f
         assert torch.equal(kinds(layer)[i, :, 30 : 30 + tokens], want)
 
 
+@each_cpu_backend
+@pytest.mark.parametrize(("recent", "random"), [(0.05, 0.05), (0.0, 0.0), (0.3, 0.3), (1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("end", [1, 7, 30, 63])
+def test_sequences_that_end_in_a_window(end: int, recent: float, random: float, backend: str) -> None:
+    """The newest of their own tokens are probes, as are those of the others; what follows them is not."""
+    q, k, v = drawn(30 + 64 + 1)
+    layer = ZipCacheLayer(window=64, recent_probes=recent, random_probes=random, backend=backend)
+    layer.prefill(*part((q, k, v), 0, 30))
+    due = None
+    for i in range(30, 94):
+        shown = torch.tensor([True, i < 30 + end])
+        layer.append(*part((k, v), i, i + 1), shown[:, None])
+        due = set(layer._held.window.probes.due) if due is None else due
+        layer.attend(part((q,), i, i + 1)[0])
+    keys = layer.dequantize()[0]
+    layer.append(*part((k, v), 94, 95))
+    kept = newest(64, recent)
+    both = due | set(range(max(end - kept, 0), end))
+    for i, n, last in ((0, 64, set(range(64 - kept, 64))), (1, end, set())):
+        probes = [30 + place for place in sorted(both | last) if place < n]
+        want = by_hand(q[i], keys[i, :, : 30 + n], probes, range(30, 30 + n))
+        assert torch.equal(kinds(layer)[i, :, 30 : 30 + n], want)
+    assert bool((kinds(layer)[1, :, 30 + end : 94] == PADDING).all())
+
+
 @pytest.mark.parametrize("unseen", [1, 20, 39, 50])
 def test_tokens_that_no_probe_saw_are_salient(unseen: int) -> None:
     """They come after the last query, and may be more than the share of salient ones."""

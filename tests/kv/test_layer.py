@@ -286,7 +286,7 @@ def test_saliency_of_a_window(backend: str) -> None:
     weights = logits.masked_fill(~shown, -torch.inf).softmax(-1)[:, :, :, due, 56:]
     nnz = torch.tensor([sum(p >= j for p in due) for j in range(24)])
     saliency = weights.mean(2).sum(2) / nnz
-    found, unseen = layer._held.window.probes.saliency(k[:, :, 56:], 5, "probe_nnz", **layer._logits)
+    found, unseen = layer._held.window.probes.saliency(k[:, :, 56:], None, 5, "probe_nnz", **layer._logits)
     assert [place for queries in layer._held.window.probes.queries for place in queries.places] == due
     torch.testing.assert_close(found.double(), saliency, rtol=1e-4, atol=1e-6)
     assert unseen == 0

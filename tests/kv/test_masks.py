@@ -223,20 +223,55 @@ def test_padding_anywhere(side: str, chunks: list[int]) -> None:
         assert held + 3 * layer.inner.window_length == int(mask.sum())
 
 
-def test_hiding_what_the_cache_holds() -> None:
-    """As in a second turn, of a sequence that ended early in the first: its last tokens are stored, and hidden."""
+def hidden(*ranges: tuple[int, int]) -> Tensor:
+    """An attention_mask of 40 tokens for each range, which it hides."""
+    return torch.stack([~((torch.arange(40) >= begin) & (torch.arange(40) < end)) for begin, end in ranges]).long()
+
+
+@pytest.mark.parametrize("begin", [29, 24, 12], ids="from the {}th token".format)
+def test_a_sequence_that_ended_early_goes_on(begin: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the second turn of a batch: what followed its end is in the cache, and is no longer. Attention is over the
+    packed codes as before."""
+    model, ids = build(), prompt(2, 40)
+    model.set_attn_implementation("singlepass")
+    cache = ZipCache(model.config, window=16, **BYTES)
+    run(model, ids[:, :30], steps(10, 30), cache)
+    mask, plain = hidden((0, 0), (begin, 30)), plain_copy(cache, model)
+    got = step(model, "singlepass", ids[:, 30:35], mask[:, :35], cache)
+    want = step(model, "sdpa", ids[:, 30:35], mask[:, :35], plain)
+    assert error(got, want) < 0.02  # of eight bits: the window was compressed
+    for layer in cache.layers:
+        assert torch.equal(layer.inner.token_mask(), mask[:, :35].bool())
+        monkeypatch.setattr(layer.inner, "dequantize", None)
+    for i in range(35, 40):
+        got = step(model, "singlepass", ids[:, i : i + 1], mask[:, : i + 1], cache)
+        want = step(model, "sdpa", ids[:, i : i + 1], mask[:, : i + 1], plain)
+        assert error(got, want) < 0.02
+    with pytest.raises(ValueError, match="a mask that hides padding"):
+        step(model, "singlepass", ids[:, :1], None, cache)
+
+
+@pytest.mark.parametrize("kind", ["in the middle", "drafts"])
+def test_hiding_what_a_later_mask_may_show(kind: str) -> None:
+    """Tokens that others follow, and those that a mask of four dimensions hides, stay in the cache."""
     model, ids = build(), prompt(2, 40)
     model.set_attn_implementation("singlepass")
     cache = ZipCache(model.config, window=16)
     run(model, ids[:, :30], steps(20, 30), cache)
     plain = plain_copy(cache, model)
-    mask = torch.ones(2, 40, dtype=torch.long)
-    mask[1, 24:30] = 0
     for end in (35, 36, 37):
         begin = cache.get_seq_length()
-        got = step(model, "singlepass", ids[:, begin:end], mask[:, :end], cache)
-        want = step(model, "sdpa", ids[:, begin:end], mask[:, :end], plain)
+        mask = hidden((0, 0), (10, 15))[:, :end]
+        if kind == "drafts":
+            mask = causal(begin, end - begin) & hidden((0, 0), (24, 30))[:, None, None, :end].bool()
+        got = step(model, "singlepass", ids[:, begin:end], mask, cache)
+        want = step(model, "sdpa", ids[:, begin:end], mask, plain)
         assert error(got, want) < ROUNDINGS
+    for layer in cache.layers:
+        assert bool(layer.inner.token_mask().all())
+    plain = plain_copy(cache, model)
+    got, want = (step(model, name, ids[:, 37:38], None, x) for name, x in (("singlepass", cache), ("sdpa", plain)))
+    assert error(got, want) < ROUNDINGS
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -295,7 +330,8 @@ def test_what_is_padding() -> None:
     """A token that no query sees, where all else is causal; nothing else."""
 
     def read(mask: Tensor, before: int = 0, held: Tensor | None = None) -> tuple[list[list[bool]] | None, bool]:
-        padding, is_plain = read_mask(mask, before, (len(mask), HEADS, mask.shape[2]), held, "test")
+        padding, is_plain, cached = read_mask(mask, before, (len(mask), HEADS, mask.shape[2]), held, "test")
+        assert cached is None
         return None if padding is None else padding.tolist(), is_plain
 
     left = torch.arange(5) >= 2

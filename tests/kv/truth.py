@@ -123,7 +123,7 @@ def quantize(
 
 @dataclass
 class Tokens:
-    """x^ (B, H, T, D) with its bound, what it is a sum of in absolute values, and the slots that hold tokens (B, H, T)."""
+    """x^ (B, H, T, D) with its bound, what it is a sum of in absolute values, and which slots hold tokens (B, H, T)."""
 
     x: Bounded
     magnitude: Array

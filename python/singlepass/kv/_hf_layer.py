@@ -17,13 +17,14 @@ from transformers.modeling_utils import AttentionInterface
 
 from .._errors import message, require
 from ._layer import ZipCacheLayer
-from ._masks import read_mask
+from ._masks import Read, read_mask
 from ._prompt import explicit_attention, masked_attention
 
 logger = logging.getLogger("singlepass")
 
 NAME = "singlepass"
 _OP = "ZipCache"
+_OF_PADDING = "singlepass_of_padding"  # an attribute of such masks
 _CROP = (
     "Compressed tokens can't be removed: for prompt lookup and assisted decoding give ZipCache a window of as many "
     "tokens as there are candidates."
@@ -166,25 +167,28 @@ class CompressedLayer(CacheLayerMixin):
         """Attention of new tokens' queries, and the tokens cached: compressed at once if they are a prompt, else at
         first as they are."""
         inner, tokens = self.inner, k.shape[2]
-        padding, is_plain = self._read_mask(mask, q)
+        padding, is_plain, cached = self._read_mask(mask, q)
         self._undo.forget()
+        if cached is not None:
+            inner.hide(cached)
         if mask is not None and not is_plain:
             keys, values = self._restore_and_append(k, v)
             return masked_attention(q, keys, values, mask, inner.scale, inner.softcap, sinks)
         head = tokens - self._removable(tokens)
-        if padding is not None and not (self.record_past and bool(padding[:, head:].all())):
-            head = tokens  # padding has no place in a window
+        ended = padding if tokens == 1 and inner.length else None  # padding of sequences that wait for the others
+        if padding is not None and ended is None and not (self.record_past and bool(padding[:, head:].all())):
+            head = tokens  # other padding has no place in a window
         outs = []
         if head:
             its = None if padding is None else padding[:, :head]
             outs.append(inner.prefill(q[:, :, :head], k[:, :, :head], v[:, :, :head], its, sinks=sinks))
         if head < tokens:
             inner.make_room(tokens - head)
-            inner.append(k[:, :, head:], v[:, :, head:])
+            inner.append(k[:, :, head:], v[:, :, head:], ended)
             outs.append(inner.attend(q[:, :, head:], sinks=sinks))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _read_mask(self, mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, bool]:
+    def _read_mask(self, mask: Tensor | None, q: Tensor) -> Read:
         """As :func:`read_mask`; None is causal. What raises leaves the whole cache as it was."""
         inner = self.inner
         # All layers of a model get the same mask: what the first found out holds for the others.
@@ -196,10 +200,11 @@ class CompressedLayer(CacheLayerMixin):
                 contract = "a mask that hides padding, which the cache does not hold"
                 remedy = "Pass the attention_mask of the whole conversation."
                 require(not inner.holds_padding, _OP, contract, "no mask", remedy)
-                return None, True
+                return Read(None, True)
             held = inner.token_mask() if inner.holds_padding else None
             batch, heads, tokens, _ = q.shape
-            read = read_mask(mask, inner.length, (batch, heads, tokens), held, _OP)
+            final = hasattr(mask, _OF_PADDING)
+            read = read_mask(mask, inner.length, (batch, heads, tokens), held, _OP, final)
         except ValueError:
             self._undo.restore()
             raise
@@ -296,5 +301,13 @@ def attention(
     return cut(out, query, k, v).transpose(1, 2).contiguous(), None
 
 
+def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for "sdpa", which remembers whether it was made of the attention_mask of padding."""
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is not None and kwargs.get("attention_mask") is not None:
+        setattr(mask, _OF_PADDING, True)
+    return mask
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, padding_mask)

@@ -163,7 +163,10 @@ class ZipCacheLayer:
     @property
     def holds_padding(self) -> bool:
         """Whether some of the tokens were padding, which takes no room but has a place among the tokens."""
-        return self._held is not None and self._held.compressed.has_padding()
+        if self._held is None:
+            return False
+        window, compressed = self._held
+        return not window.takes(None) or compressed.has_padding()
 
     def __repr__(self) -> str:
         parts = [f"salient_ratio={self.salient_ratio}", f"bits=({self.salient_bits}, {self.regular_bits})"]
@@ -198,10 +201,7 @@ class ZipCacheLayer:
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
         require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
-        if mask is not None:
-            fits = mask.shape == (k.shape[0], k.shape[2]) and mask.dtype == torch.bool
-            got = f"{tuple(mask.shape)} of {mask.dtype}"
-            require(fits, _OP, f"a bool mask of shape {(k.shape[0], k.shape[2])}", got, "True marks tokens.")
+        _check_mask(mask, (k.shape[0], k.shape[2]))
         if self.codec.rotate:
             q, k, v = rotate(q), rotate(k), rotate(v)
         before, tokens = self.length, k.shape[2]
@@ -223,27 +223,31 @@ class ZipCacheLayer:
             self.length += tokens
         return rotate(out) if self.codec.rotate else out
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Adds new tokens to the window, which is compressed first if it is full.
+    def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+        """Adds new tokens to the window, which is compressed first if it is full. Padding takes no room once it is
+        compressed; where a sequence goes on after padding, the window is compressed at once.
 
         Args:
             k: (batch, heads, tokens, channels).
             v: (batch, heads, tokens, value channels).
+            mask: bool (batch, tokens), false for padding, such as what follows sequences that have ended; or None.
 
         Raises:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
+        _check_mask(mask, (k.shape[0], k.shape[2]))
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
         window = self._tokens_like(k, v).window
         tokens = k.shape[2]
         done = 0
         while done < tokens:
-            if window.length == self.window:
+            shown = None if mask is None else mask[:, done]
+            if window.length == self.window or not window.takes(shown):
                 self._flush()
-            n = min(tokens - done, self.window - window.length)
-            window.append(k[:, :, done : done + n], v[:, :, done : done + n])
+            n = min(tokens - done, self.window - window.length) if mask is None else 1
+            window.append(k[:, :, done : done + n], v[:, :, done : done + n], shown)
             done += n
         self.length += tokens
 
@@ -258,10 +262,11 @@ class ZipCacheLayer:
         if self.window_length == 0:
             return
         window = self._tokens().window
-        saliency, unseen = None, 0
+        saliency: Tensor | None = None
+        unseen: int | Tensor = 0
         if self.mixed:
             saliency, unseen = window.saliency(self.normalization, **self._logits)
-        self._compress(window.keys, window.values, saliency, None, unseen)
+        self._compress(window.keys, window.values, saliency, window.mask, unseen)
         window.restart()
 
     @property
@@ -269,12 +274,14 @@ class ZipCacheLayer:
         """Options of :func:`attention_sums`."""
         return {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
 
-    def _compress(self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None, unseen: int = 0) -> None:
-        """Compresses tokens of that saliency, of which the last ``unseen`` were seen by no probe."""
+    def _compress(
+        self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None, unseen: int | Tensor = 0
+    ) -> None:
+        """Compresses tokens of that saliency, of which no probe saw the last ``unseen`` (of each sequence)."""
         batch, _, tokens, _ = k.shape
         total = torch.full((batch,), tokens, device=k.device) if mask is None else mask.sum(1)
         if self.mixed and saliency is not None:
-            most = max(int(tokens * self.salient_ratio + 0.5), unseen)
+            most = max(int(tokens * self.salient_ratio + 0.5), int(torch.as_tensor(unseen).max()))
             kinds, salient = classify(saliency, mask, self.salient_ratio, unseen)
         else:  # all in the same bits, or of unknown saliency
             some = self.salient_ratio > 0.0
@@ -310,6 +317,8 @@ class ZipCacheLayer:
         fits = queries <= max(window.length, 1)
         remedy = "Pass longer pieces to prefill, which appends and attends by itself."
         require(fits, _OP, f"at most {window.length} queries, whose tokens the window holds", queries, remedy)
+        fits = queries == 1 or window.takes(None)
+        require(fits, _OP, "one query at a time after padding", queries, "Pass the tokens to prefill, with a mask.")
         lowest, first = 0, None
         if sliding_window is not None:
             fits = queries == 1 and sliding_window >= 1
@@ -317,8 +326,8 @@ class ZipCacheLayer:
             oldest = max(self.length - sliding_window, 0)
             lowest = max(oldest - (self.length - window.length), 0)
             first = compressed.first_slots(oldest)
-        ends = torch.full((q.shape[0], 2), window.length, dtype=torch.int32, device=q.device)
-        ends[:, 0] = lowest
+        ends = torch.full((q.shape[0], 2), lowest, dtype=torch.int32, device=q.device)
+        ends[:, 1] = window.length if window.counts is None else window.counts
         out, lse = attend(
             q,
             compressed.pairs,
@@ -346,14 +355,25 @@ class ZipCacheLayer:
         window, compressed = self._tokens()
         k, v = (x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in window.room)
         for held, out in ((window.keys, k), (window.values, v)):
-            out[:, :, self.length - window.length :] = held
+            shown = held if window.mask is None else held * window.mask[:, None, :, None]
+            out[:, :, self.length - window.length :] = shown
         compressed.restore(k, v)
         return k, v
 
     def token_mask(self) -> Tensor:
         """bool (batch, length), false for padding."""
         window, compressed = self._tokens()
-        return F.pad(compressed.mask(), (0, window.length), value=True)
+        mask = F.pad(compressed.mask(), (0, window.length), value=True)
+        if window.mask is not None:
+            mask[:, self.length - window.length :] = window.mask
+        return mask
+
+    def hide(self, mask: Tensor) -> None:
+        """Makes padding of tokens that ``mask``, bool (batch, length), does not show. They must be the newest of each
+        sequence, as when it has ended before the others."""
+        window, compressed = self._tokens()
+        compressed.hide(mask[:, : self.length - window.length])
+        window.hide(mask[:, self.length - window.length :])
 
     # Changing the batch and the length
 
@@ -418,3 +438,10 @@ class ZipCacheLayer:
     def _saved(self) -> dict[str, Any]:
         """The options that decide on what is stored, as plain data."""
         return {name: getattr(self, name) for name in _SAVED} | {"codec": asdict(self.codec)}
+
+
+def _check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is not None:
+        fits = mask.shape == shape and mask.dtype == torch.bool
+        got = f"{tuple(mask.shape)} of {mask.dtype}"
+        require(fits, _OP, f"a bool mask of shape {shape}", got, "True marks tokens.")

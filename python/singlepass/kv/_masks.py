@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +15,23 @@ _ROWS = 1024  # looked at at a time
 _WHOLE = "Pass the attention_mask of the whole conversation, or call reset() before another."
 
 
+class Read(NamedTuple):
+    """What a mask says.
+
+    Attributes:
+        padding: which of the new tokens are none, bool (batch, tokens), false for padding; None: all are tokens.
+        is_plain: whether the mask is causal but for padding. If it is not, all new tokens are tokens.
+        cached: which tokens in the cache are still tokens, bool (batch, before); None: all that were.
+    """
+
+    padding: Tensor | None
+    is_plain: bool
+    cached: Tensor | None = None
+
+
 def read_mask(
-    mask: Tensor, before: int, shape: tuple[int, int, int], held: Tensor | None, where: str
-) -> tuple[Tensor | None, bool]:
+    mask: Tensor, before: int, shape: tuple[int, int, int], held: Tensor | None, where: str, final: bool = False
+) -> Read:
     """Tells causal masks with padding from others.
 
     Only a token that no query sees, not even its own, can be padding; and only where all else is causal.
@@ -28,10 +43,8 @@ def read_mask(
         shape: (batch, query heads, tokens) of the queries.
         held: bool (batch, before), which of the tokens in the cache are no padding; None: all.
         where: who raises.
-
-    Returns:
-        Which of the new tokens are none, bool (batch, tokens), false for padding, or None if all are tokens; and
-        whether the mask is causal but for padding. If it is not, all new tokens are tokens.
+        final: whether tokens that it hides, the newest of a sequence, are padding from now on: they were added after
+            the end of that sequence. Else a later mask may show them, as one for drafts does.
 
     Raises:
         ValueError: masks of other shapes or dtypes, or that show padding, which the cache does not hold.
@@ -48,17 +61,24 @@ def read_mask(
     for _, shown, _ in _pieces(mask):
         seen |= shown.any(2).any(1)
     stray = (seen[:, :before] & ~held).any()
-    rows = max(len(held), len(seen))
-    want = torch.cat((held.expand(rows, -1), seen[:, before:].expand(rows, -1)), 1)[:, None, None]
+    hidden = held & ~seen[:, :before]
+    ends = hidden & ~((hidden.cumsum(1) > 0) & held & ~hidden).any(1, keepdim=True)  # nothing is shown after them
+    cached = held & ~ends if final else held.expand(len(hidden), -1)
+    rows = len(cached)
+    want = torch.cat((cached, seen[:, before:].expand(rows, -1)), 1)[:, None, None]
     columns = torch.arange(before + tokens, device=mask.device)
     plain = torch.ones((), dtype=torch.bool, device=mask.device)
     for begin, shown, binary in _pieces(mask):
         last = torch.arange(begin, begin + shown.shape[2], device=mask.device) + before
         plain = plain & binary & (shown == ((columns <= last[:, None]) & want)).all()
-    is_stray, is_plain, whole = torch.stack((stray, plain, seen[:, before:].all())).tolist()
+    flags = torch.stack((stray, plain, seen[:, before:].all(), (cached == held).all()))
+    is_stray, is_plain, whole, same = flags.tolist()
     contract = "a mask that hides padding, which the cache does not hold"
     require(not is_stray, where, contract, "one that shows some", _WHOLE)
-    return None if whole or not is_plain else seen[:, before:].expand(batch, -1), is_plain
+    if not is_plain:
+        return Read(None, False)
+    padding = None if whole else seen[:, before:].expand(batch, -1)
+    return Read(padding, True, None if same else cached.expand(batch, -1))
 
 
 def _pieces(mask: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -55,9 +55,9 @@ class ProbeDraw:
         return drawn
 
 
-def classify(saliency: Tensor, mask: Tensor | None, ratio: float, least: int = 0) -> tuple[Tensor, Tensor]:
-    """Marks the ratio of tokens, or the least number of them, with the highest saliency (batch, heads, tokens), older
-    ones first where it is equal.
+def classify(saliency: Tensor, mask: Tensor | None, ratio: float, least: int | Tensor = 0) -> tuple[Tensor, Tensor]:
+    """Marks the ratio of tokens, or the least number of them, of all sequences or (batch,), with the highest saliency
+    (batch, heads, tokens), older ones first where it is equal.
 
     Returns:
         What each token is, uint8 (batch, heads, tokens), and how many of a sequence are salient, int64 (batch,).
@@ -91,6 +91,13 @@ def pack_kinds(kinds: Tensor) -> Tensor:
     """Four tokens in a byte, the last one filled up: uint8 (batch, heads, ceil(tokens / 4))."""
     padded = torch.nn.functional.pad(kinds, (0, -kinds.shape[2] % 4), value=FILLER)
     return pack(padded.unflatten(2, (-1, 4)), 2)[..., 0]
+
+
+def packed_anew(packed: Tensor, kinds: Tensor) -> Tensor:
+    """What :func:`pack_kinds` packed, with other kinds of the same tokens."""
+    every = unpack(packed[..., None], 2).flatten(2)
+    every[..., every[0, 0] != FILLER] = kinds
+    return pack_kinds(every)
 
 
 def unpack_kinds(packed: Tensor) -> Tensor:

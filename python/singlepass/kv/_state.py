@@ -21,6 +21,7 @@ _WHERE = "ZipCacheLayer.load_state_dict"
 _FOREIGN = "Pass what state_dict() of a layer with the same options gave."
 _EMPTY: dict[str, Any] = {
     "window_length": 0,
+    "window_counts": None,
     "window_k": None,
     "window_v": None,
     "due": [],
@@ -57,7 +58,7 @@ def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend:
     _check_numbers(saved, options["window"])
     k, v = saved["window_k"], saved["window_v"]
     if k is None:
-        present = [name for name in ("window_v", "kinds") if saved[name] is not None]
+        present = [name for name in ("window_v", "window_counts", "kinds") if saved[name] is not None]
         present += [name for name in ("length", "queries", "segments") if saved[name]]
         _check(not present, "nothing without a window", present)
         return None
@@ -120,6 +121,10 @@ def _check_tensors(saved: dict[str, Any], window: int, codec: Codec) -> None:
     _check(k.shape[2] == n <= window, f"a window of {n} tokens, at most {window}", k.shape[2])
     batch, heads = k.shape[:2]
     _check_like("kinds", saved["kinds"], (batch, heads, -1), torch.uint8, k.device)
+    counts = saved["window_counts"]
+    if counts is not None:
+        _check_like("window_counts", counts, (batch,), torch.int64, k.device)
+        _check(bool(((counts >= 0) & (counts <= n)).all()), f"window_counts from 0 to {n}", counts.tolist())
     _check_queries(saved["queries"], k)
     _check(set(saved["segments"]) <= {SALIENT, REGULAR}, "segments 0 and 1", list(saved["segments"]))
 

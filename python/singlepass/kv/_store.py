@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._codec import Codec
 from ._functional import Quantized, block_starts, dequantize_into, empty, quantize_into
-from ._selection import PADDING, REGULAR, SALIENT, pack_kinds, tokens_of_kind, unpack_kinds
+from ._selection import PADDING, REGULAR, SALIENT, pack_kinds, packed_anew, tokens_of_kind, unpack_kinds
 
 GROWTH = 1.25
 
@@ -35,7 +35,8 @@ def grown(tensor: Tensor, dim: int, used: int, size: int, most: int | None = Non
 
 
 class Segment:
-    """Keys and values of one number of bits, compressed block by block. What is stored never changes again."""
+    """Keys and values of one number of bits, compressed block by block. What is stored never changes again, but the
+    newest tokens of a sequence can be forgotten."""
 
     def __init__(self, bits: int, block: int | None, codec: Codec, k: Tensor, v: Tensor):
         groups = (k.shape[3] // (codec.key_group or k.shape[3]), v.shape[3] // (codec.value_group or v.shape[3]))
@@ -85,6 +86,13 @@ class Segment:
         for x, name in ((k, "key"), (v, "value")):
             quantize_into(x, index, self._part(name, views), backend)
         self.slots, self.blocks = end, last
+
+    def drop_newest(self, tokens: Tensor) -> None:
+        """Forgets so many of the newest tokens of each head, int64 (batch, heads)."""
+        counts = self._views((0, self.slots), (0, self.blocks))["counts"]
+        up_to_here = counts.cumsum(2)
+        kept = (up_to_here[..., -1:] - tokens[..., None]) - (up_to_here - counts)
+        counts.copy_(kept.clamp(min=0).minimum(counts))
 
     def extent(self, name: str) -> tuple[int, str, int]:
         """The dimension along which a tensor grows, what it counts, and how many it has more than those."""
@@ -220,6 +228,15 @@ class Compressed:
             older = (kinds == kind).sum(2)  # tokens stand in their order
             firsts.append(torch.searchsorted(segment.stored().cumsum(2), older[..., None] + 1)[..., 0])
         return torch.stack(firsts).int() if firsts else kinds.new_zeros((0, *kinds.shape[:2]), dtype=torch.int32)
+
+    def hide(self, mask: Tensor) -> None:
+        """Makes padding of the newest tokens of each sequence, those that ``mask`` (batch, tokens) does not show."""
+        kinds = self.kinds
+        hidden = (kinds != PADDING) & ~mask[:, None]
+        for kind, segment in self.segments.items():
+            segment.drop_newest((hidden & (kinds == kind)).sum(2))
+        self._packed[..., : self._used] = packed_anew(self._packed[..., : self._used], kinds.where(~hidden, PADDING))
+        self._may_have_padding = True
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies a function to every tensor that has a row for each sequence."""

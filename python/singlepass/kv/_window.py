@@ -61,12 +61,15 @@ class WindowProbes:
         places = list(range(begin, begin + q.shape[2]))
         self.queries.append(Queries(places, _copy(q), _copy(lse)))
 
-    def saliency(self, k: Tensor, newest: int, normalization: str, **options: Any) -> tuple[Tensor | None, int]:
+    def saliency(
+        self, k: Tensor, mask: Tensor | None, newest: int, normalization: str, **options: Any
+    ) -> tuple[Tensor | None, int | Tensor]:
         """Of the window's tokens, whose keys are k, by the probes at random places and so many of the newest.
 
         Returns:
-            (batch, heads, tokens), infinity for tokens that no probe sees, or None if there are no probes; and how many
-            tokens, the newest, that are.
+            (batch, heads, tokens), infinity for tokens that no probe sees and 0 for padding, which ``mask`` (batch,
+            tokens) does not show; None if there are no probes. And how many tokens, the newest of a sequence, no probe
+            sees, of all or int64 (batch,).
         """
         tokens = k.shape[2]
         self._keep(lambda place: place in self.due or place >= tokens - newest)
@@ -75,8 +78,17 @@ class WindowProbes:
         places = [place for part in self.queries for place in part.places]
         positions = torch.tensor(places, dtype=torch.int64, device=k.device)
         q, lse = (torch.cat([getattr(part, name) for part in self.queries], 2) for name in ("q", "lse"))
+        unseen: int | Tensor = tokens - 1 - places[-1]
+        if mask is not None:
+            own = mask[:, positions]
+            lse = lse.masked_fill(~own[:, None], torch.inf)  # the queries of padding: exp(logit - lse) = 0
+            unseen = mask.sum(1) - 1 - torch.where(own, positions, -1).amax(1)
         sums = attention_sums(q, k, positions, lse=lse, **options)
-        return mean_attention(sums, positions, None, normalization), tokens - 1 - places[-1]
+        return mean_attention(sums, positions, mask, normalization), unseen
+
+    def keep_newest_of(self, length: int) -> None:
+        """Lays aside for good what is still there of the newest queries of the first ``length`` tokens."""
+        self.due.update(range(max(length - self.newest, 0), length))
 
     def drop(self, length: int) -> None:
         """Forgets the tokens after the first ``length``."""
@@ -105,7 +117,9 @@ class Window:
         draw: of the random probes.
 
     Attributes:
-        length: number of tokens.
+        length: number of tokens of the longest sequence.
+        counts: number of tokens of each sequence, int64 (batch,); what stands behind them is padding. None: all have
+            the same number.
         room: keys and values (batch, heads, tokens or more, channels), with room for more tokens.
         probes: the queries that will tell how salient the tokens are.
     """
@@ -120,6 +134,7 @@ class Window:
     def restart(self) -> None:
         """Removes all tokens, and draws which of the next ones are probes."""
         self.length = 0
+        self.counts: Tensor | None = None
         newest = self._draw.newest(self.size)
         self.probes = WindowProbes(self._draw([self.size])[self.size][:-newest].tolist(), newest)
 
@@ -133,34 +148,66 @@ class Window:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        return [*self.room, *self.probes.tensors()]
+        counts = [] if self.counts is None else [self.counts]
+        return [*self.room, *counts, *self.probes.tensors()]
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Adds tokens, of which there must be no more than fit."""
+    @property
+    def mask(self) -> Tensor | None:
+        """bool (batch, tokens), false for padding; None if there is none."""
+        if self.counts is None:
+            return None
+        return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
+
+    def takes(self, shown: Tensor | None) -> bool:
+        """Whether a token of the sequences that are ``shown``, bool (batch,) or None for all, can come next: padding
+        can only stand behind a sequence's tokens, not among them."""
+        if self.counts is None:
+            return True
+        goes_on = self.counts < self.length
+        return not bool((goes_on if shown is None else goes_on & shown).any())
+
+    def append(self, k: Tensor, v: Tensor, shown: Tensor | None = None) -> None:
+        """Adds tokens, of which there must be no more than fit; or one, which is padding in sequences that are not
+        ``shown``, bool (batch,)."""
         begin, end = self.length, self.length + k.shape[2]
         keys, values = (grown(held, 2, begin, end, self.size) for held in self.room)
         keys[:, :, begin:end], values[:, :, begin:end] = k, v
+        if self.counts is None and shown is not None and not bool(shown.all()):
+            self.counts = torch.full((k.shape[0],), begin, device=k.device)
+        if self.counts is not None:
+            if shown is not None and bool(((self.counts == begin) & ~shown).any()):
+                self.probes.keep_newest_of(begin)  # sequences end here, and these are their last queries
+            self.counts = self.counts + (end - begin if shown is None else shown)
         self.room, self.length = (keys, values), end
 
-    def saliency(self, normalization: str, **options: Any) -> tuple[Tensor | None, int]:
+    def saliency(self, normalization: str, **options: Any) -> tuple[Tensor | None, int | Tensor]:
         """As :meth:`WindowProbes.saliency`, of its tokens."""
-        return self.probes.saliency(self.keys, self._draw.newest(self.length), normalization, **options)
+        return self.probes.saliency(self.keys, self.mask, self._draw.newest(self.length), normalization, **options)
 
     def drop_newest(self, tokens: int) -> None:
-        """Removes so many of the newest tokens."""
+        """Removes so many of the newest places."""
         self.length -= tokens
+        if self.counts is not None:
+            self.counts = self.counts.clamp(max=self.length)
         self.probes.drop(self.length)
+
+    def hide(self, mask: Tensor) -> None:
+        """Makes padding of the newest tokens of each sequence, those that ``mask`` (batch, tokens) does not show."""
+        held = mask if self.mask is None else mask & self.mask
+        self.counts = held.sum(1)
 
     def map_batch(self, function: Callable[[Tensor], Tensor], keep_room: bool = False) -> None:
         """Applies a function to every tensor that has a row for each sequence. Room for more tokens is kept or not."""
         keys, values = self.room if keep_room else (self.keys, self.values)
         self.room = function(keys), function(values)
+        self.counts = None if self.counts is None else function(self.counts)
         self.probes.map_batch(function)
 
     def state(self) -> dict[str, Any]:
         """Copies of everything, as plain data and tensors."""
         return {
             "window_length": self.length,
+            "window_counts": None if self.counts is None else self.counts.clone(),
             "window_k": self.keys.clone(),
             "window_v": self.values.clone(),
             "due": sorted(self.probes.due),
@@ -170,6 +217,7 @@ class Window:
     def load(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state` gave, of which everything was checked."""
         self.room, self.length = (state["window_k"].clone(), state["window_v"].clone()), state["window_length"]
+        self.counts = None if state["window_counts"] is None else state["window_counts"].clone()
         self.probes = WindowProbes(state["due"], self.probes.newest)
         self.probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in state["queries"]]
 
