@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.24")
 
 import transformers
-from transformers import LlamaConfig, T5Config
+from transformers import DeepseekV3Config, LlamaConfig, T5Config
 
 from singlepass.kv import ZipCache
 
@@ -50,10 +50,13 @@ def test_wrong_configs() -> None:
         ZipCache(model.config, scale=1.0)
     with pytest.raises(ValueError, match="layers among"):
         ZipCache(LlamaConfig(num_hidden_layers=1, layer_types=["hybrid"]))
-    odd = build(head_dim=24)
-    odd.set_attn_implementation("singlepass")
-    with pytest.raises(ValueError, match="k of 16, 32"):
-        run(odd, prompt(1, 4), [], ZipCache(odd.config))
+    for head_dim in (24, 100, 528):
+        with pytest.raises(ValueError, match=rf"a head_dim of 16, 32, ..., 512; got {head_dim}\. Leave it to transf"):
+            ZipCache(LlamaConfig(head_dim=head_dim))
+    with pytest.raises(ValueError, match=r"head_dim of 16, .*; got 100\."):
+        ZipCache(LlamaConfig(hidden_size=400, num_attention_heads=4))
+    with pytest.raises(ValueError, match=r"keys and values of heads; got the latents of deepseek_v3\. Leave it to"):
+        ZipCache(DeepseekV3Config())
 
 
 @pytest.mark.parametrize("name", ["llama-16", "gemma2"])

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._errors import message, require
 from ._codec import Codec
+from ._functional import MAX_HEAD_DIM
 from ._options import check_backend
 from ._store import held_nbytes
 
@@ -139,6 +140,12 @@ class ZipCache(Cache):
         unknown = sorted(set(types) - _UNCHANGED - {"full_attention"})
         require(not unknown, _OP, f"layers among full_attention, {', '.join(sorted(_UNCHANGED))}", unknown, remedy)
         require("full_attention" in types, _OP, "a full-attention layer", f"only {sorted(set(types))}", remedy)
+        latent = getattr(decoder, "kv_lora_rank", None) is not None
+        ours = "Leave it to transformers' own caches: what it stores is compressed already."
+        require(not latent, _OP, "keys and values of heads", f"the latents of {decoder.model_type}", ours)
+        head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
+        fits = head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
+        require(fits, _OP, f"a head_dim of 16, 32, ..., {MAX_HEAD_DIM}", head_dim, remedy)
         shared = Config(decoder)
         self._undo = Undo(types.index("full_attention"))
         layers: list[Any] = []

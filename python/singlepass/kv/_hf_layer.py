@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, NoReturn
 
@@ -28,6 +29,12 @@ _OF_PADDING = "singlepass_of_padding"  # an attribute of such masks
 _CROP = (
     "Compressed tokens can't be removed: for prompt lookup and assisted decoding give ZipCache a window of as many "
     "tokens as there are candidates."
+)
+# Models that change keys between the cache and attention, or attend to them twice.
+_CHANGE_KEYS = {"diffllama", "idefics", "jetmoe"}
+_CHANGED = (
+    "%s: models of type %r do not attend to the keys that a cache returns, so every step restores all tokens, and all "
+    "count as salient."
 )
 _SLOW = (
     "%s: the model runs its attention %r, for which every step restores all tokens, and all count as salient. "
@@ -62,12 +69,13 @@ class Config:
         self._warned = False
 
     def runs_ours(self) -> bool:
-        """Whether that is "singlepass"; the first time that it is not, a warning is logged."""
-        running = self.config._attn_implementation
-        if running != NAME and not self._warned and not torch.compiler.is_compiling():
+        """Whether the packed codes are attended to: "singlepass" runs, and gets the keys that the cache returned. The
+        first time that this is not so, a warning is logged."""
+        running, fits = self.config._attn_implementation, self.config.model_type not in _CHANGE_KEYS
+        if not (running == NAME and fits) and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
-            logger.warning(_SLOW, _OP, running, NAME)
-        return running == NAME
+            logger.warning(*((_SLOW, _OP, running, NAME) if fits else (_CHANGED, _OP, self.config.model_type)))
+        return running == NAME and fits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Config:
         return self
@@ -139,10 +147,22 @@ class CompressedLayer(CacheLayerMixin):
         inner, tokens = self.inner, k.shape[2]
         old = inner.dequantize() if inner.length else None
         head = tokens - self._removable(tokens)
-        inner.append(k[:, :, :head], v[:, :, :head])
+        dtype = self.stored_dtype(k, v)
+        stored = k.to(dtype), v.to(dtype)
+        inner.append(*(x[:, :, :head] for x in stored))
         inner.make_room(tokens - head)
-        inner.append(k[:, :, head:], v[:, :, head:])
+        inner.append(*(x[:, :, head:] for x in stored))
         return (k, v) if old is None else (torch.cat((old[0], k), 2), torch.cat((old[1], v), 2))
+
+    def stored_dtype(self, *new: Tensor) -> torch.dtype:
+        """That of the first tokens, which new ones may differ from, as do keys from values: under autocast, rotary
+        embeddings make keys float32."""
+        if self.inner.dtype is not None:
+            return self.inner.dtype
+        kind = new[0].device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return functools.reduce(torch.promote_types, [x.dtype for x in new])
 
     def _removable(self, tokens: int) -> int:
         """How many of so many new tokens must stay uncompressed, and so removable: short continuations, and where
@@ -152,7 +172,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def take(self) -> tuple[Tensor, Tensor]:
         """What the last update laid aside."""
-        remedy = "Layers that share keys and values can't share a ZipCache."
+        remedy = 'This model attends to them twice: call model.set_attn_implementation("sdpa").'
         require(self.pending is not None, _OP, "one attention call for each update", "another call", remedy)
         assert self.pending is not None
         pending, self.pending = self.pending, None
@@ -296,9 +316,14 @@ def attention(
     known = causal or attention_mask is not None or k.shape[2] == 1
     require(known, where, "causal attention with a cache", "attention in both directions", remedy)
     layer.inner.scale, layer.inner.softcap = scaling, softcap or 0.0
-    with torch.no_grad():
-        out = layer.extend(query, k, v, attention_mask, None if sinks is None else sinks.flatten().float())
-    return cut(out, query, k, v).transpose(1, 2).contiguous(), None
+    kind = query.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    result = torch.get_autocast_dtype(kind) if autocast else query.dtype
+    dtype = layer.stored_dtype(k, v)
+    q, k, v = query.to(dtype), k.to(dtype), v.to(dtype)
+    with torch.no_grad(), torch.autocast(kind, enabled=False):
+        out = layer.extend(q, k, v, attention_mask, None if sinks is None else sinks.flatten().float())
+    return cut(out.to(result), query, k, v).transpose(1, 2).contiguous(), None
 
 
 def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:

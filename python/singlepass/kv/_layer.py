@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,10 +24,25 @@ from ._store import Compressed, held_nbytes
 from ._window import Window
 
 _OP = "ZipCacheLayer"
+P = ParamSpec("P")
+R = TypeVar("R")
 _SAVED = (
     *("salient_ratio", "salient_bits", "regular_bits", "window", "recent_probes", "random_probes", "max_probes"),
     *("normalization", "scale", "softcap"),
 )
+
+
+def _lasting(method: Callable[P, R]) -> Callable[P, R]:
+    """A method whose tensors can be written to later, though it be called in inference mode."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class Held(NamedTuple):
@@ -141,6 +157,11 @@ class ZipCacheLayer:
         return 0 if self._held is None else self._held.window.length
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the cached tokens; None as long as there are none."""
+        return None if self._held is None else self._held.window.keys.dtype
+
+    @property
     def batch(self) -> int | None:
         """How many sequences are cached; None as long as there are no tokens."""
         return None if self._held is None else len(self._held.window.keys)
@@ -178,6 +199,7 @@ class ZipCacheLayer:
 
     # Adding tokens
 
+    @_lasting
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sinks: Tensor | None = None
     ) -> Tensor:
@@ -223,6 +245,7 @@ class ZipCacheLayer:
             self.length += tokens
         return rotate(out) if self.codec.rotate else out
 
+    @_lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         """Adds new tokens to the window, which is compressed first if it is full. Padding takes no room once it is
         compressed; where a sequence goes on after padding, the window is compressed at once.
@@ -251,6 +274,7 @@ class ZipCacheLayer:
             done += n
         self.length += tokens
 
+    @_lasting
     def make_room(self, tokens: int) -> None:
         """Compresses the window unless it has room for so many tokens, or is empty: new ones are to stay in one
         window, from which they can be removed."""
@@ -292,6 +316,7 @@ class ZipCacheLayer:
 
     # Using them
 
+    @_lasting
     def attend(self, q: Tensor, *, sliding_window: int | None = None, sinks: Tensor | None = None) -> Tensor:
         """Attention of the newest tokens' queries over all cached tokens, computed on the packed codes.
 
@@ -368,6 +393,7 @@ class ZipCacheLayer:
             mask[:, self.length - window.length :] = window.mask
         return mask
 
+    @_lasting
     def hide(self, mask: Tensor) -> None:
         """Makes padding of tokens that ``mask``, bool (batch, length), does not show. They must be the newest of each
         sequence, as when it has ended before the others."""
@@ -384,6 +410,7 @@ class ZipCacheLayer:
             window.map_batch(function, keep_room)
             compressed.map_batch(function)
 
+    @_lasting
     def select_sequences(self, index: Tensor | Sequence[int]) -> None:
         """Selects sequences of the batch by index, in that order, possibly repeated, as for beam search.
 
@@ -396,10 +423,12 @@ class ZipCacheLayer:
         beams = len(chosen) == self.batch  # at every step
         self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), keep_room=beams)
 
+    @_lasting
     def repeat_sequences(self, times: int) -> None:
         """Repeats each sequence of the batch ``times`` times in a row."""
         self._map_batch(lambda t: t.repeat_interleave(times, 0))
 
+    @_lasting
     def drop_newest(self, tokens: int) -> None:
         """Removes the newest tokens, which must still be in the window.
 
@@ -420,6 +449,7 @@ class ZipCacheLayer:
         window, compressed = (None, None) if self._held is None else self._held
         return pack(self._saved(), self.length, window, compressed, self._draw.generator)
 
+    @_lasting
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Loads the :meth:`state_dict` of a layer with the same options.
 
