@@ -6,66 +6,139 @@
 
 #include "common/convert.h"
 #include "common/math.h"
+#include "common/vector.h"
 #include "kv/problem.h"
 #include "kv/tiles.h"
 
-// Attention that tokens receive from probes, in two passes over the keys. The first pass computes lse, the logarithm of
-// each row's sum of exp, unless lse is given. The second pass sums exp(logit - lse) over the rows, for each token.
-// Scores are computed in tiles of (kRows rows, kTile tokens) and never stored beyond a tile. Rows are the probes of all
-// query heads that share a head of keys, one query head after another.
+// Attention that tokens receive from probes. Rows are the probes of all query heads that share a head of keys, one
+// query head after another. Keys are multiplied once: a task computes the logits of kChunk rows with all tokens, turns
+// them into weights while they are in its cache, and adds the rows up; the sums of the chunks are added in their order.
+//
+// For the products keys lie in panels of kPanel tokens, transposed: a row's channel is multiplied by that of all tokens
+// of a panel, and no sums over lanes are needed. A panel is made once and read by all chunks.
 namespace singlepass::kv {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kRows = 64;
+constexpr int64_t kPanel = 32;             // tokens: two vectors of sixteen lanes, or twice two of eight
+constexpr int64_t kChunk = 48;             // rows
+constexpr int64_t kWorkspace = 8LL << 20;  // floats of panels and sums; more where a single head needs more
 
-class Pass {
+// scores[r * stride + t] = q_r . token_t for kRows rows and the tokens of a panel. A sum is a chain of multiply-adds in
+// the order of channels, whatever the width of the vectors.
+template <class V, int kRows>
+SINGLEPASS_HD void multiply_rows(const float* q, int64_t head_dim, const float* panel, float* scores, int64_t stride) {
+  constexpr int kVectors = 2, kWidth = sizeof(V) / sizeof(float);
+  for (int64_t t = 0; t < kPanel; t += kVectors * kWidth) {
+    V sums[kRows][kVectors] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+      V tokens[kVectors];
+      for (int i = 0; i < kVectors; ++i) tokens[i] = load_vector<V>(panel + d * kPanel + t + i * kWidth);
+      for (int r = 0; r < kRows; ++r) {
+        const V row = broadcast<V>(q[r * head_dim + d]);
+        for (int i = 0; i < kVectors; ++i) sums[r][i] = sums[r][i] + row * tokens[i];
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 0; i < kVectors; ++i) store_vector(sums[r][i], scores + r * stride + t + i * kWidth);
+    }
+  }
+}
+
+// The same for n rows. As many sums as registers hold are kept at a time: twelve of sixteen, or sixteen of 32.
+template <class V, int kRows>
+SINGLEPASS_HD void multiply_panel(const float* q, int64_t n, int64_t head_dim, const float* panel, float* scores,
+                                  int64_t stride) {
+  int64_t r = 0;
+  for (; r + kRows <= n; r += kRows) {
+    multiply_rows<V, kRows>(q + r * head_dim, head_dim, panel, scores + r * stride, stride);
+  }
+  for (; r + 2 <= n; r += 2) {
+    multiply_rows<V, 2>(q + r * head_dim, head_dim, panel, scores + r * stride, stride);
+  }
+  if (r < n) multiply_rows<V, 1>(q + r * head_dim, head_dim, panel, scores + r * stride, stride);
+}
+
+SINGLEPASS_TARGET_AVX512 SINGLEPASS_FUSED_MULTIPLY_ADD void multiply_wide(const float* q, int64_t n, int64_t head_dim,
+                                                                          const float* panel, float* scores,
+                                                                          int64_t stride) {
+  multiply_panel<Lanes<16>::Floats, 8>(q, n, head_dim, panel, scores, stride);
+}
+
+SINGLEPASS_TARGET_CLONES_TO_AVX2 SINGLEPASS_FUSED_MULTIPLY_ADD void multiply_narrow(const float* q, int64_t n,
+                                                                                    int64_t head_dim,
+                                                                                    const float* panel, float* scores,
+                                                                                    int64_t stride) {
+  multiply_panel<Lanes<8>::Floats, 6>(q, n, head_dim, panel, scores, stride);
+}
+
+// to += factor * from.
+SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void add_weighted(const float* from, float factor, int64_t n,
+                                                                         float* to) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = to[i] + factor * from[i];
+}
+
+class Sums {
  public:
-  explicit Pass(const Saliency& p)
+  explicit Sums(const Saliency& p)
       : p_(p),
         rows_(p.group_size * p.probes),
-        q_(p.batch * p.heads * rows_ * p.head_dim),
-        lse_(p.batch * p.heads * rows_) {}
+        chunks_((rows_ + kChunk - 1) / kChunk),
+        panels_((p.tokens + kPanel - 1) / kPanel),
+        head_floats_(panels_ * kPanel * (p.head_dim + chunks_)) {}
 
-  // Converts the queries to float32 and scales them; copies lse if it is given.
-  void prepare(const ParallelFor& parallel_for) {
-    const int64_t tasks = p_.batch * p_.heads * rows_;
-    parallel_for_elements(parallel_for, tasks, tasks * p_.head_dim, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t b = task / (p_.heads * rows_), row = task % (p_.heads * rows_);
-        float* q = &q_[task * p_.head_dim];
-        widen(p_.q.at(b, row / p_.probes, row % p_.probes), p_.q.dtype, q, p_.head_dim);
-        for (int64_t d = 0; d < p_.head_dim; ++d) q[d] *= p_.scale;
-      }
-    });
-    if (p_.lse != nullptr) std::copy(p_.lse, p_.lse + lse_.size(), lse_.begin());
-  }
-
-  // First pass. A task is kRows rows of one head.
-  void log_sums(const ParallelFor& parallel_for) {
-    const int64_t chunks = (rows_ + kRows - 1) / kRows, tasks = p_.batch * p_.heads * chunks;
-    parallel_for_elements(parallel_for, tasks, multiplications(), [&](int64_t begin, int64_t end) {
-      Buffers buffers(p_);
-      for (int64_t task = begin; task < end; ++task) log_sums(task / chunks, task % chunks * kRows, buffers);
-    });
-  }
-
-  // Second pass. A task is kTile tokens of one head.
-  void column_sums(const ParallelFor& parallel_for) {
-    const int64_t tiles = (p_.tokens + kTile - 1) / kTile, tasks = p_.batch * p_.heads * tiles;
-    parallel_for_elements(parallel_for, tasks, multiplications(), [&](int64_t begin, int64_t end) {
-      Buffers buffers(p_);
-      for (int64_t task = begin; task < end; ++task) column_sums(task / tiles, task % tiles * kTile, buffers);
-    });
+  void run(const ParallelFor& parallel_for) {
+    const int64_t heads = p_.batch * p_.heads;
+    const int64_t together = std::clamp<int64_t>(kWorkspace / std::max<int64_t>(head_floats_, 1), 1, heads);
+    keys_.resize(together * panels_ * kPanel * p_.head_dim);
+    sums_.resize(together * chunks_ * p_.tokens);
+    for (int64_t first = 0; first < heads; first += together) {
+      run(first, std::min(together, heads - first), parallel_for);
+    }
   }
 
  private:
-  struct Buffers {
-    std::vector<float> tokens, scores;  // (kTile, head_dim), (kRows, kTile)
-    explicit Buffers(const Saliency& p) : tokens(kTile * p.head_dim), scores(kRows * kTile) {}
-  };
+  void run(int64_t first_head, int64_t heads, const ParallelFor& parallel_for) {
+    const int64_t keys = heads * p_.tokens * p_.head_dim;
+    parallel_for_elements(parallel_for, heads * panels_, keys, [&](int64_t begin, int64_t end) {
+      std::vector<float> token(p_.head_dim);
+      for (int64_t i = begin; i < end; ++i) pack(first_head, i / panels_, i % panels_, token.data());
+    });
+    parallel_for_elements(parallel_for, heads * chunks_, keys * rows_, [&](int64_t begin, int64_t end) {
+      std::vector<float> q(kChunk * p_.head_dim), scores(kChunk * panels_ * kPanel);
+      for (int64_t i = begin; i < end; ++i) {
+        add_chunk(first_head + i / chunks_, i % chunks_ * kChunk, panels_of(i / chunks_), q.data(), scores.data(),
+                  &sums_[i * p_.tokens]);
+      }
+    });
+    parallel_for_elements(parallel_for, heads, heads * chunks_ * p_.tokens, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        float* to = p_.sums + (first_head + head) * p_.tokens;
+        std::fill(to, to + p_.tokens, 0.0f);
+        for (int64_t c = 0; c < chunks_; ++c) {
+          add_weighted(&sums_[(head * chunks_ + c) * p_.tokens], 1.0f, p_.tokens, to);
+        }
+      }
+    });
+  }
 
-  int64_t multiplications() const { return p_.batch * p_.heads * rows_ * p_.tokens * p_.head_dim; }
+  float* panels_of(int64_t head) { return &keys_[head * panels_ * kPanel * p_.head_dim]; }
+
+  // Transposes a panel of keys. Tokens beyond the last are zeros.
+  void pack(int64_t first_head, int64_t head, int64_t panel, float* token) {
+    float* to = panels_of(head) + panel * kPanel * p_.head_dim;
+    const int64_t b = (first_head + head) / p_.heads, h = (first_head + head) % p_.heads;
+    for (int64_t t = 0; t < kPanel; ++t) {
+      const int64_t place = panel * kPanel + t;
+      if (place < p_.tokens) {
+        widen(p_.k.at(b, h, place), p_.k.dtype, token, p_.head_dim);
+      } else {
+        std::fill(token, token + p_.head_dim, 0.0f);
+      }
+      for (int64_t d = 0; d < p_.head_dim; ++d) to[d * kPanel + t] = token[d];
+    }
+  }
 
   bool is_token(int64_t b, int64_t t) const { return p_.mask == nullptr || p_.mask[b * p_.mask_stride + t]; }
 
@@ -75,83 +148,44 @@ class Pass {
     return is_token(b, position) ? position + 1 : 0;
   }
 
-  // Converts a tile of keys to float32.
-  void load(int64_t head, int64_t first, Buffers& to) const {
-    const int64_t count = std::min(kTile, p_.tokens - first);
-    for (int64_t t = 0; t < count; ++t) {
-      const char* token = p_.k.at(head / p_.heads, head % p_.heads, first + t);
-      widen(token, p_.k.dtype, &to.tokens[t * p_.head_dim], p_.head_dim);
-    }
-  }
-
-  // Computes the logits of n rows and of the loaded tokens, the first of which is `first`. Logits of tokens that a row
-  // does not see are -inf.
-  void score(int64_t head, int64_t row, int64_t n, int64_t first, Buffers& to) const {
-    const int64_t count = std::min(kTile, p_.tokens - first), b = head / p_.heads;
-    dot(&q_[(head * rows_ + row) * p_.head_dim], n, {to.tokens.data(), kFloats}, count, p_.head_dim, to.scores.data(),
-        kTile);
-    for (int64_t i = 0; i < n; ++i) {
-      float* scores = &to.scores[i * kTile];
-      if (p_.softcap > 0.0f) cap(scores, count, p_.softcap);
-      const int64_t seen = visible(b, row + i);
-      for (int64_t t = 0; t < count; ++t) {
-        if (first + t >= seen || !is_token(b, first + t)) scores[t] = -kInfinity;
-      }
-    }
-  }
-
-  // Online softmax of up to kRows rows over the tokens that any of them sees.
-  void log_sums(int64_t head, int64_t row, Buffers& buffers) {
-    const int64_t n = std::min(kRows, rows_ - row);
-    std::vector<float> most(n, -kInfinity), sum(n, 0.0f);
+  // Sums of the weights of up to kChunk rows, for each token. Rows that see nothing are left out.
+  void add_chunk(int64_t head, int64_t row, const float* panels, float* q, float* scores, float* sums) const {
+    const int64_t b = head / p_.heads, n = std::min(kChunk, rows_ - row), stride = panels_ * kPanel;
     int64_t end = 0;
-    for (int64_t i = 0; i < n; ++i) end = std::max(end, visible(head / p_.heads, row + i));
-    for (int64_t first = 0; first < end; first += kTile) {
-      const int64_t count = std::min(kTile, p_.tokens - first);
-      load(head, first, buffers);
-      score(head, row, n, first, buffers);
-      for (int64_t i = 0; i < n; ++i) {
-        float* scores = &buffers.scores[i * kTile];
-        const float now = maximum(most[i], largest(scores, count));
-        if (now == -kInfinity) continue;
-        sum[i] = sum[i] * (now == most[i] ? 1.0f : expf(most[i] - now)) + exponentials(scores, count, now);
-        most[i] = now;
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      end = std::max(end, visible(b, row + i));
+      const int64_t query_head = head % p_.heads * p_.group_size + (row + i) / p_.probes;
+      widen(p_.q.at(b, query_head, (row + i) % p_.probes), p_.q.dtype, q + i * p_.head_dim, p_.head_dim);
+      for (int64_t d = 0; d < p_.head_dim; ++d) q[i * p_.head_dim + d] *= p_.scale;
     }
-    for (int64_t i = 0; i < n; ++i) lse_[head * rows_ + row + i] = sum[i] == 0.0f ? -kInfinity : most[i] + logf(sum[i]);
-  }
-
-  // Sums of a tile of tokens over all rows of the head. Rows that see nothing are left out.
-  void column_sums(int64_t head, int64_t first, Buffers& buffers) {
-    const int64_t count = std::min(kTile, p_.tokens - first);
-    float sums[kTile] = {};
-    load(head, first, buffers);
-    for (int64_t row = 0; row < rows_; row += kRows) {
-      const int64_t n = std::min(kRows, rows_ - row);
-      score(head, row, n, first, buffers);
-      for (int64_t i = 0; i < n; ++i) {
-        const float lse = lse_[head * rows_ + row + i];
-        if (lse == -kInfinity) continue;
-        float* scores = &buffers.scores[i * kTile];
-        exponentials(scores, count, lse);
-        for (int64_t t = 0; t < count; ++t) sums[t] += scores[t];
-      }
+    const auto multiply = has_avx512() ? multiply_wide : multiply_narrow;
+    for (int64_t first = 0; first < end; first += kPanel) {
+      multiply(q, n, p_.head_dim, panels + first * p_.head_dim, scores + first, stride);
     }
-    std::copy(sums, sums + count, p_.sums + head * p_.tokens + first);
+    std::fill(sums, sums + p_.tokens, 0.0f);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t seen = visible(b, row + i);
+      float* logits = scores + i * stride;
+      if (p_.softcap > 0.0f) cap(logits, seen, p_.softcap);
+      for (int64_t t = 0; p_.mask != nullptr && t < seen; ++t) {
+        if (!is_token(b, t)) logits[t] = -kInfinity;
+      }
+      const float shift = p_.lse == nullptr ? largest(logits, seen) : p_.lse[head * rows_ + row + i];
+      if (shift == -kInfinity) continue;
+      const float sum = exponentials(logits, seen, shift);
+      add_weighted(logits, p_.lse == nullptr ? 1.0f / sum : 1.0f, seen, sums);
+    }
   }
 
   const Saliency& p_;
-  const int64_t rows_;
-  std::vector<float> q_, lse_;
+  const int64_t rows_, chunks_, panels_, head_floats_;
+  std::vector<float> keys_, sums_;  // panels (head, panel, channel, token); (head, chunk, token)
 };
 
 }  // namespace
 
 void saliency(const Saliency& p, const ParallelFor& parallel_for) {
-  Pass pass(p);
-  pass.prepare(parallel_for);
-  if (p.lse == nullptr) pass.log_sums(parallel_for);
-  pass.column_sums(parallel_for);
+  if (p.batch * p.heads * p.tokens > 0) Sums(p).run(parallel_for);
 }
 
 }  // namespace singlepass::kv
