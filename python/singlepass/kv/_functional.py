@@ -357,9 +357,8 @@ def attend(
     """What :func:`decode_attention` does once it has checked its arguments."""
     parts: list[Tensor] = []
     for keys, values in segments:
-        none = values.scales.new_empty(0)
-        parts += (keys.codes, keys.scales, values.codes, values.scales)
-        parts += (none if values.channels is None else values.channels, keys.starts, keys.counts)
+        channels = values.scales.new_empty(0) if values.channels is None else values.channels
+        parts += (keys.codes, keys.scales, values.codes, values.scales, channels, keys.starts, keys.counts)
     return ops.decode(
         last_dense(q),
         parts,

@@ -47,9 +47,21 @@ def check_new_tokens(
     k: Tensor, v: Tensor, window: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None
 ) -> None:
     """Raises unless keys and values are tokens that a cache can take, behind those of its window if there is one."""
+    if window is None or not (_alike(k, window[0]) and _alike(v, window[1]) and k.shape[2] == v.shape[2]):
+        _check_anew(k, v, window, codec, backend)
+    check_needs_no_gradient(_OP, k=k, v=v)
+
+
+def _alike(new: Tensor, held: Tensor) -> bool:
+    """Whether new tokens differ from those of a cache in nothing but their number."""
+    same = isinstance(new, Tensor) and new.dim() == 4 and new.dtype == held.dtype and new.device == held.device
+    return same and new.shape[:2] == held.shape[:2] and new.shape[3] == held.shape[3]
+
+
+def _check_anew(k: Tensor, v: Tensor, window: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None) -> None:
+    """The same with nothing known of them."""
     check_tokens(_OP, "k", k)
     check_tokens(_OP, "v", v)
-    check_needs_no_gradient(_OP, k=k, v=v)
     fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
     got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
     require(fits, _OP, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")

@@ -157,6 +157,7 @@ class Compressed:
         self._packed = k.new_zeros((*k.shape[:2], 0), dtype=torch.uint8)  # kinds, four tokens in a byte
         self._used = 0
         self._may_have_padding = False
+        self._pairs: list[tuple[Quantized, Quantized]] | None = None  # views, until there are other tensors
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
@@ -165,7 +166,9 @@ class Compressed:
     @property
     def pairs(self) -> list[tuple[Quantized, Quantized]]:
         """Keys and values of each segment."""
-        return [(segment.keys, segment.values) for segment in self.segments.values()]
+        if self._pairs is None:
+            self._pairs = [(segment.keys, segment.values) for segment in self.segments.values()]
+        return self._pairs
 
     @property
     def kinds(self) -> Tensor:
@@ -196,6 +199,7 @@ class Compressed:
             padded: whether some may be padding.
         """
         tokens = k.shape[2]
+        self._pairs = None
         self._may_have_padding = self._may_have_padding or padded
         for kind, slots, held in ((SALIENT, most, salient), (REGULAR, tokens - most, lengths - salient)):
             if slots == 0:
@@ -240,6 +244,7 @@ class Compressed:
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies a function to every tensor that has a row for each sequence."""
+        self._pairs = None
         for segment in self.segments.values():
             segment.map_batch(function)
         self._packed = function(self._packed[..., : self._used])
@@ -258,6 +263,6 @@ class Compressed:
     def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]]) -> None:
         """Takes over what :meth:`state` gave, of which everything was checked."""
         self._packed, self._used, self._may_have_padding = packed.clone(), packed.shape[2], True
-        self.segments = {kind: self.new_segment(kind) for kind in segments}
+        self.segments, self._pairs = {kind: self.new_segment(kind) for kind in segments}, None
         for kind, segment in self.segments.items():
             segment.load(segments[kind])

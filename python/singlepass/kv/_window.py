@@ -29,11 +29,13 @@ class Queries:
     q: Tensor
     lse: Tensor
 
-    def only(self, wanted: Callable[[int], bool]) -> Queries:
-        """Those at wanted places, in memory of their own: a part of a tensor would keep all of it."""
+    def only(self, wanted: Callable[[int], bool]) -> Queries | None:
+        """Those at wanted places, in memory of their own: a part of a tensor would keep all of it. None: none."""
         rows = [i for i, place in enumerate(self.places) if wanted(place)]
         if len(rows) == len(self.places):
             return self
+        if not rows:
+            return None
         return Queries([self.places[i] for i in rows], self.q[:, :, rows], self.lse[:, :, rows])
 
 
@@ -53,11 +55,15 @@ class WindowProbes:
         self.due = set(due)
         self.newest = newest
         self.queries: list[Queries] = []
+        self._settled = 0  # so many of the first stay, for they are at random places: they are not looked at again
 
     def add(self, q: Tensor, lse: Tensor, begin: int) -> None:
         """Lays aside queries of neighbouring tokens, the first one's at place ``begin``; q and lse as in Queries."""
         # The newest before this call's stay, for transformers may remove all of this call's tokens.
-        self._keep(lambda place: place < begin and (place in self.due or place >= begin - self.newest))
+        recent = begin - self.newest
+        self._keep(lambda place: place < begin and (place in self.due or place >= recent), self._settled)
+        while self._settled < len(self.queries) and self.queries[self._settled].places[-1] < recent:
+            self._settled += 1
         places = list(range(begin, begin + q.shape[2]))
         self.queries.append(Queries(places, _copy(q), _copy(lse)))
 
@@ -94,9 +100,11 @@ class WindowProbes:
         """Forgets the tokens after the first ``length``."""
         self._keep(lambda place: place < length)
 
-    def _keep(self, wanted: Callable[[int], bool]) -> None:
-        kept = [part.only(wanted) for part in self.queries]
-        self.queries = [part for part in kept if part.places]
+    def _keep(self, wanted: Callable[[int], bool], begin: int = 0) -> None:
+        """Forgets all queries but those wanted, and those of the first ``begin`` calls."""
+        kept = [part.only(wanted) for part in self.queries[begin:]]
+        self.queries[begin:] = [part for part in kept if part is not None]
+        self._settled = min(self._settled, begin)
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies a function to every tensor that has a row for each sequence."""
