@@ -69,24 +69,28 @@ def _check_types(**tensors: Tensor) -> None:
             raise ValueError(message("rational", f"{name} as a dense tensor", got, remedy))
 
 
-def _check_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channels: int) -> None:
-    op = "rational"
-    for name, table, most in (("numerator", numerator, ops.MAX_DEGREES[0] + 1), ("denominator", denominator, 0)):
-        fewest = 2
-        if name == "denominator":
-            fewest = 2 if form == "C" else 1
-            most = ops.MAX_DEGREES[1] + fewest - 1
+def _check_table(name: str, table: Tensor, fewest: int, most: int, form: str, x: Tensor) -> None:
+    if table.dim() != 2 or not fewest <= table.shape[1] <= most:
         contract = f"{name} of shape (groups, {fewest} to {most})" + (" for form C" if form == "C" else "")
-        fits = table.dim() == 2 and fewest <= table.shape[1] <= most
-        require(fits, op, contract, tuple(table.shape), "Each row has one group's coefficients, the lowest first.")
-        require(table.dtype in _FLOATS, op, f"a floating-point {name}", table.dtype, "Convert it.")
-        require(table.device == x.device, op, f"{name} on {x.device}, as x", table.device, "Move it there.")
-    rows = {numerator.shape[0], denominator.shape[0]}
-    groups = max(rows)
-    contract = "as many groups in numerator and denominator, or 1 in one of them"
-    require(rows <= {1, groups} and groups > 0, op, contract, sorted(rows), "Repeat the rows of one.")
-    contract = f"a number of groups that divides x's {channels} channels"
-    require(channels % groups == 0, op, contract, groups, "Choose another number, or another channel_dim.")
+        remedy = "Each row has one group's coefficients, the lowest first."
+        raise ValueError(message("rational", contract, tuple(table.shape), remedy))
+    if table.dtype not in _FLOATS:
+        raise ValueError(message("rational", f"a floating-point {name}", table.dtype, "Convert it."))
+    if table.device != x.device:
+        raise ValueError(message("rational", f"{name} on {x.device}, as x", table.device, "Move it there."))
+
+
+def _check_coefficients(x: Tensor, numerator: Tensor, denominator: Tensor, form: str, channels: int) -> None:
+    constant = int(form == "C")  # the denominator has one too
+    _check_table("numerator", numerator, 2, ops.MAX_DEGREES[0] + 1, form, x)
+    _check_table("denominator", denominator, 1 + constant, ops.MAX_DEGREES[1] + constant, form, x)
+    few, many = sorted((numerator.shape[0], denominator.shape[0]))
+    if few not in (1, many) or many == 0:
+        contract = "as many groups in numerator and denominator, or 1 in one of them"
+        raise ValueError(message("rational", contract, sorted({few, many}), "Repeat the rows of one."))
+    if channels % many != 0:
+        contract = f"a number of groups that divides x's {channels} channels"
+        raise ValueError(message("rational", contract, many, "Choose another number, or another channel_dim."))
 
 
 def _check_extras(x: Tensor, bias: Tensor | None, gate: Tensor | None, dropout: float, channels: int) -> None:
@@ -102,8 +106,8 @@ def _check_extras(x: Tensor, bias: Tensor | None, gate: Tensor | None, dropout: 
         got = f"{tuple(gate.shape)} of {gate.dtype} on {gate.device}"
         fits = gate.shape == x.shape and gate.dtype == x.dtype and gate.device == x.device
         require(fits, op, f"gate as x, {tuple(x.shape)} of {x.dtype} on {x.device}", got, "Convert or expand it.")
-    fits = isinstance(dropout, (float, Real)) and 0.0 <= dropout < 1.0
-    require(fits, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
+    if not isinstance(dropout, (float, Real)) or not 0.0 <= dropout < 1.0:
+        raise ValueError(message(op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero."))
 
 
 def rational(
@@ -170,11 +174,14 @@ def rational(
         tensor([[-2.0000,  1.0000,  0.7500,  0.8000]])
     """
     op = "rational"
-    require(form in (*ops.FORMS,), op, "form A, B, C or D", repr(form), "Choose one of them.")
+    if form not in (*ops.FORMS,):
+        raise ValueError(message(op, "form A, B, C or D", repr(form), "Choose one of them."))
     _check_types(x=x, numerator=numerator, denominator=denominator)
-    require(x.dtype in _FLOATS, op, "a floating-point x", x.dtype, "Convert it.")
-    in_range = isinstance(channel_dim, (int, Integral)) and -x.dim() <= channel_dim < x.dim()
-    require(in_range, op, f"channel_dim among x's {x.dim()} dimensions", channel_dim, "Count from 0, or back from -1.")
+    if x.dtype not in _FLOATS:
+        raise ValueError(message(op, "a floating-point x", x.dtype, "Convert it."))
+    if not isinstance(channel_dim, (int, Integral)) or not -x.dim() <= channel_dim < x.dim():
+        contract = f"channel_dim among x's {x.dim()} dimensions"
+        raise ValueError(message(op, contract, channel_dim, "Count from 0, or back from -1."))
     channels = x.shape[channel_dim]
     _check_coefficients(x, numerator, denominator, form, channels)
     _check_extras(x, bias, gate, dropout, channels)
