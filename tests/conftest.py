@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from .report import UNCOLLECTED, Report
+from .simt.build import sample
 from .simt.ops import in_place_of_native
 
 # Drawing tensors is slow by hypothesis's standards, and the time of an example says nothing on a shared machine.
@@ -36,14 +37,24 @@ class Doctests:
 
     @staticmethod
     def pytest_ignore_collect(collection_path: Path) -> bool | None:
-        needs_transformers = collection_path.parts[-3:-1] == ("singlepass", "kv") and collection_path.name[:2] == "hf"
+        needs_transformers = collection_path.parts[-3:-1] == ("singlepass", "kv") and collection_path.name[:3] == "_hf"
         return True if needs_transformers and find_spec("transformers") is None else None
+
+
+class Sample:
+    """Leaves out cases where the environment asks for that."""
+
+    @staticmethod
+    @pytest.hookimpl(trylast=True)  # what -k leaves
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        items[:] = sample(items)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[UNCOLLECTED] = 0
     config.pluginmanager.register(Report(config))
     config.pluginmanager.register(Doctests())
+    config.pluginmanager.register(Sample())
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # workers share the cores already
 

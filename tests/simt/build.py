@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# Set in the process that runs under sanitizers: its module is built already, and needs their run time loaded first.
+# Set in a process that runs under sanitizers: its modules are built already, and need their run time loaded first.
 MODULE_FOLDER = "SINGLEPASS_TEST_CORE_FOLDER"
 EVERY = "SINGLEPASS_TEST_EVERY"  # and runs one case in so many of each test
 
@@ -44,8 +45,7 @@ def build(sanitize: bool) -> Path:
     with (folder / "lock").open("w") as lock:  # of workers that share the tests one builds, and the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         options += ("-DSINGLEPASS_BUILD_PYBIND=ON", f"-DPython3_EXECUTABLE={sys.executable}")
-        # Under sanitizers torch would have to start after their run time.
-        _run(cmake, *options, f"-DSINGLEPASS_TORCH={'' if sanitize else Path(torch.__file__).parent}")
+        _run(cmake, *options, f"-DSINGLEPASS_TORCH={Path(torch.__file__).parent}")
         _run(cmake, "--build", folder, "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2"))
     return folder
 
@@ -55,6 +55,17 @@ def ctest(folder: Path) -> None:
     command = _tool("ctest")
     assert command is not None
     _run(command, "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+
+
+def sample(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Of each test's cases one in so many, where the environment asks for that: the first is always among them."""
+    every, seen, kept = int(os.environ.get(EVERY, "1")), Counter[tuple[Path, str]](), []
+    for item in items:
+        test = item.path, item.name.partition("[")[0]
+        if seen[test] % every == 0:
+            kept.append(item)
+        seen[test] += 1
+    return kept
 
 
 def module_path(folder: Path) -> Path:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,7 +15,7 @@ import torch
 
 from singlepass._ops import OPS, Op
 
-from .build import build
+from .build import MODULE_FOLDER, build
 
 NAMESPACE = "singlepass_simt"
 
@@ -25,7 +27,8 @@ def _library() -> torch.library.Library:
     for op in OPS.values():
         library.define(str(op.overload._schema).partition("::")[2], tags=tuple(op.overload.tags))
         library.impl(op.name, op.on("eager"), "CompositeExplicitAutograd")  # as in the package
-    torch.ops.load_library(build(sanitize=False) / "_C_simt.so")
+    folder = Path(os.environ[MODULE_FOLDER]) if MODULE_FOLDER in os.environ else build(sanitize=False)
+    torch.ops.load_library(folder / "_C_simt.so")
     return library
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ tests, and all tests of this folder again, a third of their cases, under AddressSanitizer and UBSan."""
+"""The C++ tests, and tests of kernels on the CPU again, some of their cases, under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from .build import EVERY, MODULE_FOLDER, ROOT, build, ctest
 
 HERE = Path(__file__).resolve().parent
+FAMILIES = ("kv", "optim", "rational", "spectral")
 FILES = sorted(path for path in HERE.glob("test_*.py") if path != Path(__file__))
 sanitized = pytest.mark.deep("what is built under sanitizers takes minutes to build, and is several times slower")
 
@@ -30,21 +31,33 @@ def _run(*command: str | Path, **variables: str) -> str:
     return done.stdout
 
 
-@sanitized
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
-def test_python_tests_under_sanitizers(file: Path) -> None:
+def _run_under_sanitizers(*arguments: str | Path, every: int) -> None:
+    """One in so many of the cases that pytest finds by these arguments."""
     folder = build(sanitize=True)
     # ASan must come before everything else, and needs libstdc++ beside it to see exceptions.
     compiler = os.environ.get("CXX", "c++")
     preload = [_run(compiler, f"-print-file-name={library}").strip() for library in ("libasan.so", "libstdc++.so")]
-    # Without the project's settings and fixtures: PyTorch stays out of this process. Without capture: what a sanitizer
-    # reports must outlive the process that it ends.
-    settings = ("-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "--import-mode=importlib")
     environment = {
         "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python leaks by design
         "UBSAN_OPTIONS": "print_stacktrace=1",
         MODULE_FOLDER: str(folder),
-        EVERY: "3",  # cases differ in numbers more than in accesses, and take several times as long here
+        EVERY: str(every),  # cases differ in numbers more than in accesses, and take several times as long here
     }
-    _run(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *settings, file, **environment)
+    # Without capture: what a sanitizer reports must outlive the process that it ends.
+    _run(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments, **environment)
+
+
+@sanitized
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
+def test_python_tests_under_sanitizers(file: Path) -> None:
+    """Without the project's settings and fixtures: PyTorch stays out of this process."""
+    settings = ("-c", os.devnull, "--rootdir", ROOT, "--confcutdir", HERE, "--import-mode=importlib")
+    _run_under_sanitizers(*settings, file, every=3)
+
+
+@sanitized
+@pytest.mark.parametrize("family", FAMILIES)
+def test_registration_under_sanitizers(family: str) -> None:
+    """The ops of GPUs with kernels on the CPU: their tensors are PyTorch's, of which none is larger than it says."""
+    _run_under_sanitizers("-k", "simt", HERE.parent / family, every=20)
