@@ -256,8 +256,7 @@ def _calls(layer: ZipCacheLayer) -> list[tuple[Callable[[], object], str]]:
         (lambda: layer.prefill(q[:1], k[:1], v[:1]), r"k of shape \(2, 2, tokens, 32\)"),
         (lambda: layer.attend(q[:, :3]), "a multiple of 2 heads"),
         (lambda: layer.attend(torch.cat((q, q), 2)), "at most 9 queries, whose tokens the window holds; got 10"),
-        (lambda: layer.attend(q, sliding_window=4), r"one query and a sliding window of at least 1; got \(5, 4\)"),
-        (lambda: layer.attend(q[:, :, :1], sliding_window=0), r"a sliding window of at least 1; got \(1, 0\)"),
+        (lambda: layer.attend(q, sliding_window=0), "a sliding window of at least 1; got 0"),
         (lambda: layer.attend(q[:, :, :1], sinks=torch.zeros(3)), r"float32 sinks of shape \(4,\)"),
     ]
 

@@ -53,7 +53,7 @@ class ZipCache(Cache):
     """Compressed KV cache of a Transformers model: salient tokens in more bits than regular ones.
 
     Full-attention layers are compressed, each by a :class:`ZipCacheLayer`. Sliding-window, chunked and linear layers,
-    which hold little, keep Transformers' own cache. Call ``model.set_attn_implementation("singlepass")`` after
+    which hold little, keep Transformers' own cache, unless ``compress_sliding`` is asked for. Call ``model.set_attn_implementation("singlepass")`` after
     importing ``ZipCache``: then a prompt attends to uncompressed keys and values, is compressed as a whole, and later
     tokens attend to the packed codes. Up to ``window`` new tokens stay uncompressed first. With other implementations
     ("sdpa", "eager", ...) the cache sees no queries: all tokens count as salient, and every step decompresses them.
@@ -67,6 +67,8 @@ class ZipCache(Cache):
         salient_ratio: fraction of the tokens compressed together that are salient.
         salient_bits, regular_bits, codec, window, recent_probes, random_probes, max_probes, normalization, seed,
             backend: of every layer, as for :class:`ZipCacheLayer`, whose scale and softcap come from the model.
+        compress_sliding: whether layers with sliding windows are compressed too, for models with large ones (Mistral,
+            Phi-3: up to 4,096 tokens).
 
     Shapes: as in Transformers, keys and values (batch, heads, tokens, channels), channels a multiple of 16 up to 512;
     float32, bfloat16 or float16.
@@ -112,6 +114,7 @@ class ZipCache(Cache):
         max_probes: int = 512,
         normalization: str = "probe_nnz",
         seed: int = 0,
+        compress_sliding: bool = False,
         backend: str | None = None,
     ):
         options = {
@@ -139,7 +142,11 @@ class ZipCache(Cache):
         types, arguments = get_layer_types_and_kwargs(decoder)
         unknown = sorted(set(types) - _UNCHANGED - {"full_attention"})
         require(not unknown, _OP, f"layers among full_attention, {', '.join(sorted(_UNCHANGED))}", unknown, remedy)
-        require("full_attention" in types, _OP, "a full-attention layer", f"only {sorted(set(types))}", remedy)
+        compressed = {"full_attention", "sliding_attention"} if compress_sliding else {"full_attention"}
+        contract, got = f"a layer of {' or '.join(sorted(compressed))}", f"only {sorted(set(types))}"
+        slides = "Pass compress_sliding=True, or leave it to transformers' own caches."
+        ways_out = slides if "sliding_attention" in types else remedy
+        require(bool(compressed & set(types)), _OP, contract, got, ways_out)
         latent = getattr(decoder, "kv_lora_rank", None) is not None
         ours = "Leave it to transformers' own caches: what it stores is compressed already."
         require(not latent, _OP, "keys and values of heads", f"the latents of {decoder.model_type}", ours)
@@ -147,11 +154,11 @@ class ZipCache(Cache):
         fits = head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
         require(fits, _OP, f"a head_dim of 16, 32, ..., {MAX_HEAD_DIM}", head_dim, remedy)
         shared = Config(decoder)
-        self._undo = Undo(types.index("full_attention"))
+        self._undo = Undo(min(types.index(kind) for kind in compressed & set(types)))
         layers: list[Any] = []
         for i, (kind, its_arguments) in enumerate(zip(types, arguments, strict=True)):
-            if kind == "full_attention":
-                layers.append(CompressedLayer(i, shared, self._undo, options))
+            if kind in compressed:
+                layers.append(CompressedLayer(i, shared, self._undo, options, its_arguments.get("sliding_window")))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**its_arguments))
         super().__init__(layers=layers)

@@ -102,7 +102,8 @@ class Undo:
 
 
 class CompressedLayer(CacheLayerMixin):
-    """A full-attention layer of a :class:`ZipCache`, as transformers wants layers to be.
+    """A layer of a :class:`ZipCache` of full or sliding attention, as transformers wants layers to be. A sliding one
+    has places for all tokens, though it forgets those that it does not see any more: its masks are those of all tokens.
 
     Models call :meth:`update`, then the attention function. Only the latter has the queries, by which tokens are
     compressed: ``update`` lays tokens aside, and marks the keys with this layer for the attention function to find.
@@ -110,10 +111,12 @@ class CompressedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, index: int, shared: Config, undo: Undo, options: dict[str, Any]):
+    def __init__(
+        self, index: int, shared: Config, undo: Undo, options: dict[str, Any], sliding_window: int | None = None
+    ):
         super().__init__()
         self.index = index
-        self.inner = ZipCacheLayer(**options)
+        self.inner = ZipCacheLayer(**options, sliding_window=sliding_window)
         self.record_past = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self._shared = shared
@@ -122,7 +125,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def like(self) -> CompressedLayer:
         """An empty one in its place."""
-        return CompressedLayer(self.index, self._shared, self._undo, self._options)
+        return CompressedLayer(self.index, self._shared, self._undo, self._options, self.inner.sliding_window)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -224,7 +227,8 @@ class CompressedLayer(CacheLayerMixin):
             held = inner.token_mask() if inner.holds_padding else None
             batch, heads, tokens, _ = q.shape
             final = hasattr(mask, _OF_PADDING)
-            read = read_mask(mask, inner.length, (batch, heads, tokens), held, _OP, final)
+            options: dict[str, Any] = {"final": final, "sliding_window": inner.sliding_window}
+            read = read_mask(mask, inner.length, (batch, heads, tokens), held, _OP, **options)
         except ValueError:
             self._undo.restore()
             raise
@@ -311,7 +315,9 @@ def attention(
         out = explicit_attention(query, key, value, attention_mask, scaling, softcap or 0.0, sinks, dropout)
         return out.transpose(1, 2).contiguous(), None
     k, v = layer.take()
-    require(local is None, where, "full attention, as in the config", f"a sliding window {local}", remedy)
+    its = layer.inner.sliding_window
+    fits = local in (None, its)
+    require(fits, where, f"a sliding window {its}, as in the config", f"a sliding window {local}", remedy)
     require(not dropout, where, "no dropout with a cache", dropout, "Call model.eval().")
     known = causal or attention_mask is not None or k.shape[2] == 1
     require(known, where, "causal attention with a cache", "attention in both directions", remedy)

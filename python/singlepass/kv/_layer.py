@@ -28,7 +28,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 _SAVED = (
     *("salient_ratio", "salient_bits", "regular_bits", "window", "recent_probes", "random_probes", "max_probes"),
-    *("normalization", "scale", "softcap"),
+    *("normalization", "scale", "softcap", "sliding_window"),
 )
 
 
@@ -73,6 +73,8 @@ class ZipCacheLayer:
         seed: of the random probes.
         scale: of q @ k^T; None: channels^-0.5.
         softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
+        sliding_window: number of the newest tokens that a query sees, including its own; older ones are forgotten.
+            Saliency does not regard it. None: all tokens.
         backend: "native", "triton" or "eager"; None selects one.
 
     Attributes:
@@ -113,6 +115,7 @@ class ZipCacheLayer:
         seed: int = 0,
         scale: float | None = None,
         softcap: float = 0.0,
+        sliding_window: int | None = None,
         backend: str | None = None,
     ):
         self.salient_ratio = salient_ratio
@@ -127,6 +130,7 @@ class ZipCacheLayer:
         self.seed = seed
         self.scale = scale
         self.softcap = softcap
+        self.sliding_window = sliding_window
         self.backend = backend
         check_options(vars(self))
         self.reset()
@@ -234,15 +238,23 @@ class ZipCacheLayer:
             if mask is not None or self.holds_padding:
                 now = torch.ones(k.shape[0], tokens, dtype=torch.bool, device=k.device) if mask is None else mask
                 seen = torch.cat((self.token_mask(), now), 1)
-        out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks)
+        out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks, self.sliding_window)
+        unseen = 0 if self.sliding_window is None else max(tokens - self.sliding_window, 0)  # by later queries
+        if unseen:  # nor are the tokens before these
+            q, k, v, keys = q[:, :, unseen:], k[:, :, unseen:], v[:, :, unseen:], keys[:, :, before + unseen :]
+            mask = None if mask is None else mask[:, unseen:]
+            seen = None if seen is None else seen[:, before + unseen :]
         saliency = None
         if self.mixed and tokens:
             options = {"normalization": self.normalization, **self._logits}
             saliency = prompt_saliency(q, keys, mask, seen, self._draw, **options)
         self._flush()
         if tokens:
+            if unseen:
+                self._tokens_like(k, v).compressed.skip(unseen)
             self._compress(k, v, saliency, mask)
             self.length += tokens
+            self._forget()
         return rotate(out) if self.codec.rotate else out
 
     @_lasting
@@ -292,6 +304,12 @@ class ZipCacheLayer:
             saliency, unseen = window.saliency(self.normalization, **self._logits)
         self._compress(window.keys, window.values, saliency, window.mask, unseen)
         window.restart()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Frees compressed tokens that no later query sees."""
+        if self._unseen:
+            self._tokens().compressed.forget(self._unseen)
 
     @property
     def _logits(self) -> dict[str, Any]:
@@ -323,7 +341,7 @@ class ZipCacheLayer:
         Args:
             q: (batch, query heads, queries, channels). The last query belongs to the last token, and the tokens of all
                 queries must still be in the window.
-            sliding_window: number of the newest tokens that a single query sees, including its own; None: all.
+            sliding_window: number of the newest tokens that a query sees, including its own; None: that of the layer.
             sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
 
         Returns:
@@ -332,7 +350,7 @@ class ZipCacheLayer:
         Raises:
             ValueError: invalid shapes or options, or a tensor that requires gradients.
         """
-        window, compressed = self._tokens()
+        window = self._tokens().window
         check_queries(_OP, q, window.keys)
         check_needs_no_gradient(_OP, q=q)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
@@ -344,15 +362,28 @@ class ZipCacheLayer:
         require(fits, _OP, f"at most {window.length} queries, whose tokens the window holds", queries, remedy)
         fits = queries == 1 or window.takes(None)
         require(fits, _OP, "one query at a time after padding", queries, "Pass the tokens to prefill, with a mask.")
+        sliding_window = self.sliding_window if sliding_window is None else sliding_window
+        fits = sliding_window is None or sliding_window >= 1
+        require(fits, _OP, "a sliding window of at least 1", sliding_window, "Leave it out to see all tokens.")
+        if sliding_window is None or self.length <= sliding_window or queries == 1:
+            outs = [self._attend(q, sliding_window, sinks, 0)]
+        else:  # each query sees other tokens
+            rows = (q[:, :, i : i + 1] for i in range(queries))
+            outs = [self._attend(row, sliding_window, sinks, queries - 1 - i) for i, row in enumerate(rows)]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        return rotate(out) if self.codec.rotate else out
+
+    def _attend(self, q: Tensor, sliding_window: int | None, sinks: Tensor | None, newer: int) -> Tensor:
+        """The same, of queries after whose tokens there are ``newer`` ones; of one where the sliding window matters."""
+        window, compressed = self._tokens()
+        begin, end = self.length - window.length, window.length - newer
         lowest, first = 0, None
-        if sliding_window is not None:
-            fits = queries == 1 and sliding_window >= 1
-            require(fits, _OP, "one query and a sliding window of at least 1", (queries, sliding_window), "See attend.")
-            oldest = max(self.length - sliding_window, 0)
-            lowest = max(oldest - (self.length - window.length), 0)
+        if sliding_window is not None and begin + end > sliding_window:
+            oldest = begin + end - sliding_window
+            lowest = max(oldest - begin, 0)
             first = compressed.first_slots(oldest)
         ends = torch.full((q.shape[0], 2), lowest, dtype=torch.int32, device=q.device)
-        ends[:, 1] = window.length if window.counts is None else window.counts
+        ends[:, 1] = end if window.counts is None else window.counts - newer
         out, lse = attend(
             q,
             compressed.pairs,
@@ -365,12 +396,12 @@ class ZipCacheLayer:
             backend=self.backend,
         )
         if self.mixed and lowest == 0:  # a query that sees not all of the window tells nothing of the rest
-            window.probes.add(q, lse, window.length - queries)
-        return rotate(out) if self.codec.rotate else out
+            window.probes.add(q, lse, end - q.shape[2])
+        return out
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
-        added; zeros for padding."""
+        added; zeros for padding, and for what is out of the sliding window."""
         window = self._tokens().window
         k, v = self._restore(window.keys.dtype)
         return (rotate(k), rotate(v)) if self.codec.rotate else (k, v)
@@ -383,14 +414,21 @@ class ZipCacheLayer:
             shown = held if window.mask is None else held * window.mask[:, None, :, None]
             out[:, :, self.length - window.length :] = shown
         compressed.restore(k, v)
+        k[:, :, : self._unseen], v[:, :, : self._unseen] = 0.0, 0.0
         return k, v
 
+    @property
+    def _unseen(self) -> int:
+        """How many of the oldest tokens no later query sees. Some are held still, with others of their block."""
+        return 0 if self.sliding_window is None else max(self.length - self.sliding_window, 0)
+
     def token_mask(self) -> Tensor:
-        """bool (batch, length), false for padding."""
+        """bool (batch, length), false for padding, and for what is out of the sliding window."""
         window, compressed = self._tokens()
         mask = F.pad(compressed.mask(), (0, window.length), value=True)
         if window.mask is not None:
             mask[:, self.length - window.length :] = window.mask
+        mask[:, : self._unseen] = False
         return mask
 
     @_lasting

@@ -30,7 +30,14 @@ class Read(NamedTuple):
 
 
 def read_mask(
-    mask: Tensor, before: int, shape: tuple[int, int, int], held: Tensor | None, where: str, final: bool = False
+    mask: Tensor,
+    before: int,
+    shape: tuple[int, int, int],
+    held: Tensor | None,
+    where: str,
+    *,
+    final: bool = False,
+    sliding_window: int | None = None,
 ) -> Read:
     """Tells causal masks with padding from others.
 
@@ -45,6 +52,7 @@ def read_mask(
         where: who raises.
         final: whether tokens that it hides, the newest of a sequence, are padding from now on: they were added after
             the end of that sequence. Else a later mask may show them, as one for drafts does.
+        sliding_window: number of the newest tokens that a query sees in a causal mask, including its own; None: all.
 
     Raises:
         ValueError: masks of other shapes or dtypes, or that show padding, which the cache does not hold.
@@ -61,16 +69,18 @@ def read_mask(
     for _, shown, _ in _pieces(mask):
         seen |= shown.any(2).any(1)
     stray = (seen[:, :before] & ~held).any()
-    hidden = held & ~seen[:, :before]
+    columns = torch.arange(before + tokens, device=mask.device)
+    width = before + tokens if sliding_window is None else sliding_window
+    hidden = held & ~seen[:, :before] & (columns[:before] > before - width)  # though the first query might see them
     ends = hidden & ~((hidden.cumsum(1) > 0) & held & ~hidden).any(1, keepdim=True)  # nothing is shown after them
     cached = held & ~ends if final else held.expand(len(hidden), -1)
     rows = len(cached)
     want = torch.cat((cached, seen[:, before:].expand(rows, -1)), 1)[:, None, None]
-    columns = torch.arange(before + tokens, device=mask.device)
     plain = torch.ones((), dtype=torch.bool, device=mask.device)
     for begin, shown, binary in _pieces(mask):
-        last = torch.arange(begin, begin + shown.shape[2], device=mask.device) + before
-        plain = plain & binary & (shown == ((columns <= last[:, None]) & want)).all()
+        last = (torch.arange(begin, begin + shown.shape[2], device=mask.device) + before)[:, None]
+        causal = (columns <= last) & (columns > last - width)
+        plain = plain & binary & (shown == (causal & want)).all()
     flags = torch.stack((stray, plain, seen[:, before:].all(), (cached == held).all()))
     is_stray, is_plain, whole, same = flags.tolist()
     contract = "a mask that hides padding, which the cache does not hold"

@@ -37,6 +37,9 @@ def check_options(options: dict[str, Any]) -> None:
         fits = isinstance(count, int) and count >= 1
         require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
     check_softcap(_OP, options["softcap"])
+    sliding = options["sliding_window"]
+    fits = sliding is None or (isinstance(sliding, int) and sliding >= 1)
+    require(fits, _OP, "sliding_window as a whole number, 1 or more, or None", repr(sliding), "None: no limit.")
     remedy = "Call Codec.zipcache(), .kivi() or .per_token_head()."
     require(isinstance(options["codec"], Codec), _OP, "a Codec or None", repr(options["codec"]), remedy)
     known = options["normalization"] in NORMALIZATIONS

@@ -20,12 +20,16 @@ def causal_attention(
     scale: float | None,
     softcap: float,
     sinks: Tensor | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """Attention of the last tokens' queries over k and v, as :func:`torch.nn.functional.scaled_dot_product_attention`.
 
-    ``seen`` is bool (batch, tokens), false for padding, or None; where a query sees nothing the result is zeros.
+    ``seen`` is bool (batch, tokens), false for padding, or None; where a query sees nothing the result is zeros. A
+    query sees the ``sliding_window`` newest tokens up to its own, or all if that is None.
     """
     queries, length = q.shape[2], k.shape[2]
+    if sliding_window is not None and length > sliding_window:
+        return _sliding_attention(q, k, v, seen, scale, softcap, sinks, sliding_window)
     plain = softcap == 0 and sinks is None
     if plain and seen is None and queries == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
@@ -38,6 +42,31 @@ def causal_attention(
         return out
     blind = seen.cumsum(1)[:, length - queries :] == 0
     return out.masked_fill(blind[:, None, :, None], 0.0)
+
+
+def _sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+    sliding_window: int,
+) -> Tensor:
+    """The same a few queries at a time, each time over the keys that these see."""
+    parts, before = [], k.shape[2] - q.shape[2]
+    for i in range(0, q.shape[2], _QUERIES):
+        part = q[:, :, i : i + _QUERIES]
+        first, end = max(before + i + 1 - sliding_window, 0), before + i + part.shape[2]
+        rows = torch.arange(before + i, end, device=q.device)[:, None]
+        columns = torch.arange(first, end, device=q.device)
+        mask = ((columns <= rows) & (columns > rows - sliding_window))[None, None]
+        if seen is not None:
+            mask = mask & seen[:, None, None, first:end]
+        out = masked_attention(part, k[:, :, first:end], v[:, :, first:end], mask, scale, softcap, sinks)
+        parts.append(out.masked_fill(~mask.any(3, keepdim=True), 0.0))
+    return torch.cat(parts, 2)
 
 
 def masked_attention(

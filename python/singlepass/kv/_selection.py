@@ -100,6 +100,15 @@ def packed_anew(packed: Tensor, kinds: Tensor) -> Tensor:
     return pack_kinds(every)
 
 
+def leading_padding(packed: Tensor, most: int) -> tuple[int, int]:
+    """How many of the first bytes hold padding alone, and how many tokens that is, at most ``most``."""
+    every = unpack(packed[..., None], 2).flatten(2)
+    nothing = ((every == PADDING) | (every == FILLER)).all(0).all(0).view(-1, 4).all(1)
+    tokens = (every[0, 0] != FILLER).view(-1, 4).sum(1).cumsum(0)
+    count = int((nothing & (tokens <= most)).long().cumprod(0).sum())
+    return count, int(tokens[count - 1]) if count else 0
+
+
 def unpack_kinds(packed: Tensor) -> Tensor:
     """What :func:`pack_kinds` packed, of one or more calls side by side, without fillers."""
     kinds = unpack(packed[..., None], 2).flatten(2)

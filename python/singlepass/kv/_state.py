@@ -20,6 +20,7 @@ from ._window import Window
 _WHERE = "ZipCacheLayer.load_state_dict"
 _FOREIGN = "Pass what state_dict() of a layer with the same options gave."
 _EMPTY: dict[str, Any] = {
+    "forgotten": 0,
     "window_length": 0,
     "window_counts": None,
     "window_k": None,
@@ -44,7 +45,7 @@ def pack(
     if window is None or compressed is None:
         return saved | _EMPTY
     kinds, segments = compressed.state()
-    return saved | window.state() | {"kinds": kinds, "segments": segments}
+    return saved | window.state() | {"forgotten": compressed.forgotten, "kinds": kinds, "segments": segments}
 
 
 def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend: str | None) -> Compressed | None:
@@ -59,7 +60,7 @@ def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend:
     k, v = saved["window_k"], saved["window_v"]
     if k is None:
         present = [name for name in ("window_v", "window_counts", "kinds") if saved[name] is not None]
-        present += [name for name in ("length", "queries", "segments") if saved[name]]
+        present += [name for name in ("length", "forgotten", "queries", "segments") if saved[name]]
         _check(not present, "nothing without a window", present)
         return None
     _check_tensors(saved, options["window"], codec)
@@ -68,7 +69,7 @@ def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend:
     for kind, parts in saved["segments"].items():
         _check_segment(compressed.new_segment(kind), parts, k)
     _check_kinds(saved)
-    compressed.load(saved["kinds"], saved["segments"])
+    compressed.load(saved["kinds"], saved["segments"], saved["forgotten"])
     return compressed
 
 
@@ -92,6 +93,9 @@ def _check_like(name: str, tensor: Any, shape: tuple[int, ...], dtype: torch.dty
 def _check_numbers(saved: dict[str, Any], window: int) -> None:
     length, n = saved["length"], saved["window_length"]
     _check(type(length) is type(n) is int and 0 <= n <= length, "lengths of all tokens and of the window", (length, n))
+    forgotten = saved["forgotten"]
+    fits = type(forgotten) is int and 0 <= forgotten <= length - n
+    _check(fits, f"forgotten from 0 to {length - n}", forgotten)
     _check_places("due", saved["due"], 0, window)
     _check(isinstance(saved["queries"], list), "a list of queries", type(saved["queries"]).__name__)
     try:
@@ -102,7 +106,7 @@ def _check_numbers(saved: dict[str, Any], window: int) -> None:
 
 def _check_kinds(saved: dict[str, Any]) -> None:
     """Raises unless segments hold what kinds say."""
-    compressed = saved["length"] - saved["window_length"]
+    compressed = saved["length"] - saved["window_length"] - saved["forgotten"]
     kinds = unpack(saved["kinds"][..., None], 2).flatten(2)
     tokens = kinds != FILLER
     _check(bool((tokens == tokens[:1, :1]).all()), "the same tokens in all sequences and heads", "others")

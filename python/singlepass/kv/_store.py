@@ -10,7 +10,16 @@ from torch import Tensor
 
 from ._codec import Codec
 from ._functional import Quantized, block_starts, dequantize_into, empty, quantize_into
-from ._selection import PADDING, REGULAR, SALIENT, pack_kinds, packed_anew, tokens_of_kind, unpack_kinds
+from ._selection import (
+    PADDING,
+    REGULAR,
+    SALIENT,
+    leading_padding,
+    pack_kinds,
+    packed_anew,
+    tokens_of_kind,
+    unpack_kinds,
+)
 
 GROWTH = 1.25
 
@@ -87,6 +96,21 @@ class Segment:
             quantize_into(x, index, self._part(name, views), backend)
         self.slots, self.blocks = end, last
 
+    def drop_oldest(self, tokens: Tensor) -> Tensor | None:
+        """Frees the first blocks, as far as they hold none but the ``tokens`` oldest tokens of each head, int64 (batch,
+        heads), if that is a quarter of all slots or more. Returns how many tokens of each head they held."""
+        starts, counts = self.keys.starts, self.keys.counts
+        up_to_here = counts.cumsum(2)
+        blocks = int((up_to_here <= tokens[..., None]).all(0).all(0).sum())
+        slots = int(starts[blocks])
+        if slots == 0 or 4 * slots < self.slots:
+            return None
+        views = self._views((slots, self.slots), (blocks, self.blocks))
+        self._tensors = {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
+        self._tensors["starts"] -= slots
+        self.slots, self.blocks = self.slots - slots, self.blocks - blocks
+        return up_to_here[..., blocks - 1]
+
     def drop_newest(self, tokens: Tensor) -> None:
         """Forgets so many of the newest tokens of each head, int64 (batch, heads)."""
         counts = self._views((0, self.slots), (0, self.blocks))["counts"]
@@ -156,6 +180,7 @@ class Compressed:
         self.segments: dict[int, Segment] = {}
         self._packed = k.new_zeros((*k.shape[:2], 0), dtype=torch.uint8)  # kinds, four tokens in a byte
         self._used = 0
+        self.forgotten = 0  # so many of the oldest tokens have left no trace
         self._may_have_padding = False
         self._pairs: list[tuple[Quantized, Quantized]] | None = None  # views, until there are other tensors
 
@@ -172,16 +197,16 @@ class Compressed:
 
     @property
     def kinds(self) -> Tensor:
-        """What each token is, uint8 (batch, heads, tokens)."""
+        """What each token is, uint8 (batch, heads, tokens), but for the forgotten ones."""
         return unpack_kinds(self._packed[..., : self._used])
 
     def mask(self) -> Tensor:
-        """bool (batch, tokens), false for padding."""
-        return self.kinds[:, 0] != PADDING
+        """bool (batch, tokens), false for padding and what was forgotten."""
+        return torch.nn.functional.pad(self.kinds[:, 0] != PADDING, (self.forgotten, 0))
 
     def has_padding(self) -> bool:
         """Whether some of the tokens are padding."""
-        self._may_have_padding = self._may_have_padding and not bool(self.mask().all())
+        self._may_have_padding = self._may_have_padding and not bool((self.kinds[:, 0] != PADDING).all())
         return self._may_have_padding
 
     def append(
@@ -208,15 +233,41 @@ class Compressed:
                 self.segments[kind] = self.new_segment(kind)
             index = tokens_of_kind(kinds, kind, slots) if padded or slots < tokens else None
             self.segments[kind].append(k, v, index, slots, held, self._backend)
+        self._append_kinds(kinds)
+
+    def skip(self, tokens: int) -> None:
+        """Adds tokens that nobody will see."""
+        kinds = self._packed.new_full((*self._packed.shape[:2], tokens), PADDING)
+        self._append_kinds(kinds)
+        self._may_have_padding = True
+
+    def _append_kinds(self, kinds: Tensor) -> None:
         packed = pack_kinds(kinds)
         end = self._used + packed.shape[2]
         self._packed = grown(self._packed, 2, self._used, end)
         self._packed[..., self._used : end] = packed
         self._used = end
 
+    def forget(self, length: int) -> None:
+        """Frees what it can of the first ``length`` tokens, which nobody will see again."""
+        kinds = self.kinds
+        older, dropped = kinds[..., : max(length - self.forgotten, 0)], False
+        for kind, segment in self.segments.items():
+            gone = segment.drop_oldest((older == kind).sum(2))
+            if gone is not None:
+                its = kinds == kind
+                kinds, dropped = kinds.where(~its | (its.cumsum(2) > gone[..., None]), PADDING), True
+        if not dropped and bool((older != PADDING).any()):
+            return
+        packed = packed_anew(self._packed[..., : self._used], kinds)
+        nothing, tokens = leading_padding(packed, older.shape[2])
+        self._packed, self._used = packed[..., nothing:].clone(), packed.shape[2] - nothing
+        self.forgotten += tokens
+        self._pairs, self._may_have_padding = None, True
+
     def restore(self, k: Tensor, v: Tensor) -> None:
         """Writes what is stored to its tokens' places in k and v (batch, heads, tokens or more, channels)."""
-        kinds = self.kinds
+        k, v, kinds = k[:, :, self.forgotten :], v[:, :, self.forgotten :], self.kinds
         for kind, segment in self.segments.items():
             tokens = tokens_of_kind(kinds, kind, kinds.shape[2])
             rank = (segment.stored().cumsum(2) - 1).clamp(min=0)
@@ -226,7 +277,7 @@ class Compressed:
 
     def first_slots(self, oldest: int) -> Tensor:
         """The first slot of each segment whose token is ``oldest`` or newer, int32 (segments, batch, heads)."""
-        kinds = self.kinds[..., :oldest]
+        kinds = self.kinds[..., : max(oldest - self.forgotten, 0)]
         firsts = []
         for kind, segment in self.segments.items():
             older = (kinds == kind).sum(2)  # tokens stand in their order
@@ -236,7 +287,7 @@ class Compressed:
     def hide(self, mask: Tensor) -> None:
         """Makes padding of the newest tokens of each sequence, those that ``mask`` (batch, tokens) does not show."""
         kinds = self.kinds
-        hidden = (kinds != PADDING) & ~mask[:, None]
+        hidden = (kinds != PADDING) & ~mask[:, None, self.forgotten :]
         for kind, segment in self.segments.items():
             segment.drop_newest((hidden & (kinds == kind)).sum(2))
         self._packed[..., : self._used] = packed_anew(self._packed[..., : self._used], kinds.where(~hidden, PADDING))
@@ -260,8 +311,9 @@ class Compressed:
         block = self._codec.block if kind == SALIENT else self._codec.regular_block
         return Segment(self._bits[kind], block, self._codec, *self._like)
 
-    def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]]) -> None:
+    def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]], forgotten: int) -> None:
         """Takes over what :meth:`state` gave, of which everything was checked."""
+        self.forgotten = forgotten
         self._packed, self._used, self._may_have_padding = packed.clone(), packed.shape[2], True
         self.segments, self._pairs = {kind: self.new_segment(kind) for kind in segments}, None
         for kind, segment in self.segments.items():

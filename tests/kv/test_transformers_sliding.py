@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models whose sliding layers are compressed too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.24")
+
+from transformers import DynamicCache, MistralConfig, Phi3Config
+
+from singlepass.kv import Codec, ZipCache
+
+from .layers import assert_same
+from .models import BYTES, MODELS, build, error, greedy, prompt, run, steps
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
+
+SLIDING: dict[str, dict[str, Any]] = {
+    "mistral": {"config_class": MistralConfig, "sliding_window": 20},
+    "phi3": {"config_class": Phi3Config, "sliding_window": 20},
+    **{name: MODELS[name] for name in ("qwen2-sliding", "gemma2")},
+    "gpt-oss": MODELS["gpt-oss"] | {"num_experts_per_tok": 2},  # of two: which one it is would hang on roundings
+}
+
+
+def cache_of(model: Any, **options: Any) -> ZipCache:
+    return ZipCache(model.config, compress_sliding=True, **({"window": 8, **BYTES} | options))
+
+
+@pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
+@pytest.mark.parametrize("cuts", [[50, *steps(51, 90)], [10, 35, *steps(36, 60), 85], [70, 73]], ids=len)
+@pytest.mark.parametrize("name", SLIDING)
+def test_bytes_change_next_to_nothing(name: str, cuts: list[int], implementation: str) -> None:
+    """Prompts, chunks, tokens one by one and a few at a time, longer than the sliding window."""
+    if implementation == "sdpa" and name in ("gemma2", "gpt-oss"):
+        implementation = "eager"  # sdpa knows neither soft-capping nor sinks
+    model, ids = build(**SLIDING[name]), prompt(2, 90)
+    model.set_attn_implementation("eager")
+    want = run(model, ids, cuts, DynamicCache(config=model.config))
+    model.set_attn_implementation(implementation)
+    cache = cache_of(model)
+    assert error(run(model, ids, cuts, cache), want) < 0.02
+    assert cache.get_seq_length() == 90
+    assert all(hasattr(layer, "inner") for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_padded_batches_that_end_and_go_on(name: str) -> None:
+    model, ids = build(**SLIDING[name]), prompt(3, 80)
+    places = torch.arange(80)
+    mask = places >= torch.tensor([[0], [7], [30]])
+    mask &= ~((places >= 50) & (places < 60)) | torch.tensor([[True], [False], [True]])  # the second ends, and goes on
+    outs = []
+    for implementation, cache in (("eager", DynamicCache(config=model.config)), ("singlepass", cache_of(model))):
+        model.set_attn_implementation(implementation)
+        outs.append(run(model, ids, [40, *steps(41, 60), 70, *steps(71, 80)], cache, mask.long()))
+    assert error(outs[1][mask], outs[0][mask]) < 0.03
+
+
+def test_memory_does_not_grow() -> None:
+    model = build(**SLIDING["mistral"])
+    model.set_attn_implementation("singlepass")
+    cache = cache_of(model, codec=Codec(block=8, regular_block=8))
+    sizes = []
+    for _ in range(4):
+        run(model, prompt(1, 100), [60, *steps(61, 100)], cache)
+        sizes.append(cache.nbytes)
+    assert cache.get_seq_length() == 400
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_generate_beams_crop_and_save() -> None:
+    model, ids = build(**SLIDING["mistral"]), prompt(2, 50)
+    model.set_attn_implementation("singlepass")
+    want = greedy(model, ids, 30, cache=cache_of(model))
+    cache = cache_of(model)
+    assert torch.equal(greedy(model, ids, 30, cache=cache), want)
+    other = cache_of(model)
+    other.load_state_dict(cache.state_dict())
+    assert_same(other.state_dict(), cache.state_dict())
+    assert torch.equal(greedy(model, want, 10, cache=other), greedy(model, want, 10, cache=cache))
+    cache.crop(-2)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.get_seq_length() == 87
+    assert greedy(model, ids[:1], 10, num_beams=3, cache=cache_of(model)).shape == (1, 60)
+    repeated = ids[:1, :10].repeat(1, 5)
+    options = {"prompt_lookup_num_tokens": 5}
+    assert greedy(model, repeated, 20, cache=cache_of(model), **options).shape[1] > 50
