@@ -61,6 +61,21 @@ def test_padded_batches_that_end_and_go_on(name: str) -> None:
     assert error(outs[1][mask], outs[0][mask]) < 0.03
 
 
+def test_one_mask_for_layers_of_both_kinds() -> None:
+    """Where it shows more than the sliding window, it is followed."""
+    model, ids = build(**SLIDING["qwen2-sliding"]), prompt(2, 40)
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    masks = {"full_attention": mask, "sliding_attention": mask}
+    outs = []
+    for implementation, cache in (("eager", None), ("singlepass", cache_of(model))):
+        model.set_attn_implementation(implementation)
+        added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        given = dict.fromkeys(masks, added) if cache is None else masks
+        with torch.no_grad():
+            outs.append(model(ids, attention_mask=given, cache=cache).logits)
+    assert error(*outs) < 1e-4
+
+
 def test_memory_does_not_grow() -> None:
     model = build(**SLIDING["mistral"])
     model.set_attn_implementation("singlepass")

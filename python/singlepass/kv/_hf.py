@@ -52,11 +52,12 @@ _SLIDING = ("keys", "values", "cumulative_length")  # what is saved of sliding l
 class ZipCache(Cache):
     """Compressed KV cache of a Transformers model: salient tokens in more bits than regular ones.
 
-    Full-attention layers are compressed, each by a :class:`ZipCacheLayer`. Sliding-window, chunked and linear layers,
-    which hold little, keep Transformers' own cache, unless ``compress_sliding`` is asked for. Call ``model.set_attn_implementation("singlepass")`` after
-    importing ``ZipCache``: then a prompt attends to uncompressed keys and values, is compressed as a whole, and later
-    tokens attend to the packed codes. Up to ``window`` new tokens stay uncompressed first. With other implementations
-    ("sdpa", "eager", ...) the cache sees no queries: all tokens count as salient, and every step decompresses them.
+    Full-attention layers are compressed, each by a :class:`ZipCacheLayer`, and sliding-window layers if asked for.
+    Other layers, which hold little, keep Transformers' own cache. Call ``model.set_attn_implementation("singlepass")``
+    after importing ``ZipCache``: then a prompt attends to uncompressed keys and values, is compressed as a whole, and
+    later tokens attend to the packed codes. Up to ``window`` new tokens stay uncompressed first. With other
+    implementations ("sdpa", "eager", ...) the cache sees no queries: all tokens count as salient, and every step
+    decompresses them.
 
     Batches may be padded on any side: what the attention mask marks as padding is not stored. Any other mask, bool or
     added to logits (trees of drafts, packed documents, masks per head), is applied too: such a step decompresses all

@@ -214,10 +214,11 @@ class CompressedLayer(CacheLayerMixin):
     def _read_mask(self, mask: Tensor | None, q: Tensor) -> Read:
         """As :func:`read_mask`; None is causal. What raises leaves the whole cache as it was."""
         inner = self.inner
-        # All layers of a model get the same mask: what the first found out holds for the others.
+        # All layers of a kind get the same mask: what the first found out holds for the others.
+        state = self._shared, inner.length, inner.sliding_window
         found = getattr(mask, "singlepass_read", None)
-        if found is not None and found[0] is self._shared and found[1] < self.index and found[2] == inner.length:
-            return found[3]
+        if found is not None and found[0] < self.index and found[1] == state:
+            return found[2]
         try:
             if mask is None:
                 contract = "a mask that hides padding, which the cache does not hold"
@@ -232,7 +233,7 @@ class CompressedLayer(CacheLayerMixin):
         except ValueError:
             self._undo.restore()
             raise
-        mask.singlepass_read = self._shared, self.index, inner.length, read  # type: ignore[attr-defined]
+        mask.singlepass_read = self.index, state, read  # type: ignore[attr-defined]
         return read
 
     @property
