@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include "common/dtype.h"
-#include "common/math.h"
 #include "common/philox.h"
 #include "kv.h"
 #include "rational.h"
@@ -23,7 +22,6 @@ void define_common(py::module_& m) {
         py::arg("x"), py::arg("random"), "Rounds up where `random`, 16 uniform bits, exceeds what is discarded.");
   m.def("float16_to_float", py::vectorize([](std::uint16_t h) { return float16_to_float(h); }));
   m.def("float_to_float16", py::vectorize([](float x) { return float_to_float16(x); }));
-  m.def("one_plus_exp_negative", py::vectorize([](float a) { return one_plus_exp_negative(a); }));
   m.def(
       "philox4x32",
       [](std::uint64_t key, std::uint64_t counter_low, std::uint64_t counter_high) {
