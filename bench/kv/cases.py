@@ -278,7 +278,7 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
             label = f"{name}-{dtype_name(kind)}"
             options: dict[str, Any] = {"footprint": bytes_of_floats}
             if kind == torch.bfloat16:
-                options["differs"] = "tokens, and what stands between, in bfloat16"
+                options["differs"] = "tokens and intermediate results in bfloat16"
             yield provider(label, "yardstick", Tier.FUSED, dense, dense_truth, dtype, **options)
     differs = "tokens in 4 bits, in groups of 64 elements along the tokens"
     options = {"differs": differs, "why_not": quanto_reason, "footprint": 3 * bytes_of_floats}

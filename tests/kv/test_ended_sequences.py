@@ -152,4 +152,12 @@ def test_wrong_masks() -> None:
     for wrong in (torch.ones(4, 1), torch.ones(4, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"^ZipCacheLayer: expected a bool mask of shape \(4, 1\)"):
             layer.append(k, v, wrong)
+    shows = torch.ones(4, 30, dtype=torch.bool)
+    for wrong in (shows.float(), shows[:, 1:], shows[:1]):
+        with pytest.raises(ValueError, match=r"^ZipCacheLayer: expected a bool mask of shape \(4, 30\)"):
+            layer.hide(wrong)
+    with pytest.raises(ValueError, match=r"^ZipCacheLayer: expected a mask that hides the newest tokens; got others"):
+        layer.hide(torch.arange(30).expand(4, -1) != 3)
+    with pytest.raises(ValueError, match="an empty cache"):
+        ZipCacheLayer().hide(shows)
     assert_same(layer.state_dict(), before)

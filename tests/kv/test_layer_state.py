@@ -253,6 +253,8 @@ def _calls(layer: ZipCacheLayer) -> list[tuple[Callable[[], object], str]]:
         (lambda: layer.prefill(q[:, :, :3], k, v), "5 queries, one for each token; got 3"),
         (lambda: layer.prefill(q, k, v, torch.ones(2, 4, dtype=torch.bool)), r"a bool mask of shape \(2, 5\)"),
         (lambda: layer.prefill(q, k, v, torch.ones(2, 5)), r"a bool mask of shape \(2, 5\)"),
+        (lambda: layer.prefill(q, k, v, sinks=torch.zeros(3)), r"float32 sinks of shape \(4,\)"),
+        (lambda: layer.prefill(q, k, v, sinks=torch.zeros(4).double()), "float32 sinks"),
         (lambda: layer.prefill(q[:1], k[:1], v[:1]), r"k of shape \(2, 2, tokens, 32\)"),
         (lambda: layer.attend(q[:, :3]), "a multiple of 2 heads"),
         (lambda: layer.attend(torch.cat((q, q), 2)), "at most 9 queries, whose tokens the window holds; got 10"),

@@ -127,6 +127,8 @@ def test_padded_sequences_that_end_are_saved_and_chosen() -> None:
             other.load_state_dict(layer.state_dict() | {"forgotten": wrong})
     with pytest.raises(ValueError, match="the options"):
         ZipCacheLayer(window=16).load_state_dict(layer.state_dict())
+    with pytest.raises(ValueError, match="a sliding window of at least 1, at most 40; got 41"):
+        layer.attend(tensors[0][:2, :, :1], sliding_window=41)
     for wrong in (0, 2.5, "4"):
         with pytest.raises(ValueError, match="sliding_window as a whole number, 1 or more, or None"):
             ZipCacheLayer(sliding_window=wrong)

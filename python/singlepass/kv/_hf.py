@@ -65,9 +65,9 @@ class ZipCache(Cache):
 
     Args:
         config: ``model.config`` itself: through it the cache sees which attention runs.
-        salient_ratio: fraction of the tokens compressed together that are salient.
+        salient_ratio: fraction of the tokens compressed together that are kept in ``salient_bits``.
         salient_bits, regular_bits, codec, window, recent_probes, random_probes, max_probes, normalization, seed,
-            backend: of every layer, as for :class:`ZipCacheLayer`, whose scale and softcap come from the model.
+            backend: passed to every :class:`ZipCacheLayer`. Scale and softcap come from the model.
         compress_sliding: whether layers with sliding windows are compressed too, for models with large ones (Mistral,
             Phi-3: up to 4,096 tokens).
 
@@ -76,10 +76,11 @@ class ZipCache(Cache):
 
     Raises:
         ValueError: options out of range, or unsupported models: encoder-decoders, layers that share keys and values,
-            unknown kinds of layers. Later, when the model runs: a mask of another shape, or one that shows padding,
-            which is not stored (the cache is unchanged, except for layers without attention); attention with a position
-            bias; :meth:`crop` of more tokens than are uncompressed; gradients through the cache. After any other error
-            during a forward pass, call ``reset()``.
+            latent attention, a head dimension that is not a multiple of 16, unknown kinds of layers, no layer to
+            compress. Later, when the model runs: a mask of another shape, or one that shows padding, which is not
+            stored (the cache is unchanged, except for layers without attention); attention with a position bias or
+            dropout; :meth:`crop` of more tokens than are uncompressed; gradients through the cache. After any other
+            error during a forward pass, call ``reset()``.
         ImportError: on import, without transformers 5.24 or newer. Tested with 5.24.0.
 
     Source: He et al., "ZipCache", arXiv 2405.14256; see :class:`ZipCacheLayer`.
@@ -179,17 +180,16 @@ class ZipCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all memory that is held, of layers that are not compressed too, and the room made ahead for more
-        tokens."""
+        """Total bytes held, including layers that are not compressed and space allocated for more tokens."""
         parts = [[x.inner.tensors(), x.pending] if isinstance(x, CompressedLayer) else vars(x) for x in self.layers]
         return held_nbytes(x for x in tree_leaves(parts) if isinstance(x, Tensor))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest tokens, as many as the negative number says, which must be in the windows still.
+        """Removes the newest ``-tokens_to_remove`` tokens: pass a negative number. They must still be uncompressed.
 
         Raises:
-            ValueError: a positive number, or more tokens than that, or sliding layers that have dropped what would be
-                needed again; the cache is unchanged.
+            ValueError: a positive number, more tokens than are uncompressed, or a sliding-window layer that has already
+                dropped tokens that it would need. The cache is unchanged.
         """
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):

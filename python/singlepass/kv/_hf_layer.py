@@ -266,9 +266,11 @@ class CompressedLayer(CacheLayerMixin):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         self.require_settled()
-        where, fits = f"{_OP}.crop", -self.inner.window_length <= tokens_to_remove <= 0
-        contract = f"{-self.inner.window_length} to 0, minus the tokens to remove, which are not compressed yet"
-        require(fits, where, contract, tokens_to_remove, _CROP)
+        where, most = f"{_OP}.crop", self.inner.window_length
+        remedy = "Pass -3 to remove the 3 newest tokens."
+        require(tokens_to_remove <= 0, where, "minus the number of tokens to remove", tokens_to_remove, remedy)
+        contract = f"{-most} to 0, minus the number of tokens to remove, which are not compressed yet"
+        require(-most <= tokens_to_remove, where, contract, tokens_to_remove, _CROP)
 
     def crop(self, tokens_to_remove: int) -> None:
         self.check_crop(tokens_to_remove)

@@ -61,20 +61,21 @@ class ZipCacheLayer:
     a few of the queries, per key head. Tokens that were stored without queries count as salient.
 
     Args:
-        salient_ratio: fraction of the tokens compressed together that are salient; 1 or 0: all in the same bits.
+        salient_ratio: fraction of the tokens compressed together that are kept in ``salient_bits``, those that receive
+            most attention; 1 or 0: all in the same bits.
         salient_bits: 2, 4 or 8.
         regular_bits: 2, 4 or 8.
         codec: how tokens are quantised, see :class:`Codec`; None: ``Codec.zipcache()``.
         window: maximum number of uncompressed tokens, the newest ones.
-        recent_probes: fraction of the tokens, the newest ones, that are probes.
-        random_probes: fraction of the tokens, drawn from the others, that are probes.
+        recent_probes: number of probes among the newest tokens, as a fraction of all tokens; at least one.
+        random_probes: number of probes drawn from the other tokens, likewise.
         max_probes: maximum number of probes.
         normalization: "probe_nnz" (the paper) or "causal_nnz" (its code); see :func:`probe_saliency`.
-        seed: of the random probes.
+        seed: for drawing the random probes.
         scale: of q @ k^T; None: channels^-0.5.
         softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
         sliding_window: number of the newest tokens that a query sees, including its own; older ones are forgotten.
-            Saliency does not regard it. None: all tokens.
+            Saliency ignores it. None: all tokens.
         backend: "native", "triton" or "eager"; None selects one.
 
     Attributes:
@@ -214,7 +215,7 @@ class ZipCacheLayer:
             k: (batch, heads, tokens, channels).
             v: (batch, heads, tokens, value channels).
             mask: bool (batch, tokens), false for padding, or None.
-            sinks: (query heads,), the logit of an attention sink for each head, or None. Saliency ignores it.
+            sinks: float32 (query heads,), the logit of an attention sink for each head, or None. Saliency ignores it.
 
         Returns:
             Tensor: (batch, query heads, tokens, value channels). The queries of padding see the tokens before them; if
@@ -226,6 +227,7 @@ class ZipCacheLayer:
         check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
+        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
         _check_mask(mask, (k.shape[0], k.shape[2]))
         if self.codec.rotate:
@@ -259,8 +261,8 @@ class ZipCacheLayer:
 
     @_lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
-        """Adds new tokens to the window, which is compressed first if it is full. Padding takes no room once it is
-        compressed; where a sequence goes on after padding, the window is compressed at once.
+        """Adds new tokens to the window, which is compressed first if it is full. Padding is dropped when the window is
+        compressed. If a sequence continues after padding, the window is compressed first.
 
         Args:
             k: (batch, heads, tokens, channels).
@@ -362,9 +364,13 @@ class ZipCacheLayer:
         require(fits, _OP, f"at most {window.length} queries, whose tokens the window holds", queries, remedy)
         fits = queries == 1 or window.takes(None)
         require(fits, _OP, "one query at a time after padding", queries, "Pass the tokens to prefill, with a mask.")
-        sliding_window = self.sliding_window if sliding_window is None else sliding_window
-        fits = sliding_window is None or sliding_window >= 1
-        require(fits, _OP, "a sliding window of at least 1", sliding_window, "Leave it out to see all tokens.")
+        if sliding_window is None:
+            sliding_window = self.sliding_window
+        else:
+            most = "" if self.sliding_window is None else f", at most {self.sliding_window}"
+            fits = sliding_window >= 1 and (self.sliding_window is None or sliding_window <= self.sliding_window)
+            contract = f"a sliding window of at least 1{most}"
+            require(fits, _OP, contract, sliding_window, "Leave it out for that of the layer.")
         if sliding_window is None or self.length <= sliding_window or queries == 1:
             outs = [self._attend(q, sliding_window, sinks, 0)]
         else:  # each query sees other tokens
@@ -433,9 +439,21 @@ class ZipCacheLayer:
 
     @_lasting
     def hide(self, mask: Tensor) -> None:
-        """Makes padding of tokens that ``mask``, bool (batch, length), does not show. They must be the newest of each
-        sequence, as when it has ended before the others."""
+        """Turns tokens into padding, for example those after the end of a sequence.
+
+        Args:
+            mask: bool (batch, length), false for the tokens to remove: the newest ones of a sequence.
+
+        Raises:
+            ValueError: an empty cache, another shape or dtype, or tokens with others after them. The cache is
+                unchanged.
+        """
         window, compressed = self._tokens()
+        _check_mask(mask, (len(window.keys), self.length))
+        held = self.token_mask()
+        shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
+        remedy = "Pass such a mask to the attention instead."
+        require(not bool(shown_after.any()), _OP, "a mask that hides the newest tokens", "others", remedy)
         compressed.hide(mask[:, : self.length - window.length])
         window.hide(mask[:, self.length - window.length :])
 
