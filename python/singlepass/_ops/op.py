@@ -97,7 +97,8 @@ class Op:
         tensors: list[Tensor] = []
         for i in self.typed:
             tensors += args[i] if isinstance(args[i], list) else (args[i],)
-        return self.on(self.choose(tensors[0].device.type, {t.dtype for t in tensors}, backend))(*args, **options)
+        dtypes = {t.dtype for t in tensors if t.dtype != torch.int8}  # int8: codes of a float tensor
+        return self.on(self.choose(tensors[0].device.type, dtypes, backend))(*args, **options)
 
     def choose(self, device_type: str, dtypes: Collection[torch.dtype], backend: str | None = None) -> str:
         """The backend that runs the op for these dtypes and this type of device.

@@ -72,6 +72,7 @@ swap_ = Op(
     "Exchanges active rows and frozen ones.",
     used_by="`spectral.SST`: swaps vectors",
     dtypes="fp32, bf16, fp16; int8 frozen vectors",
+    typed=(0, 1),
 )
 
 lorentz = Op(

@@ -39,7 +39,7 @@ class Quantized:
         >>> import torch
         >>> from singlepass.kv import quantize
         >>> quantize(torch.randn(1, 2, 64, 32), bits=4)
-        Quantized((1, 2, 64, 32), bits=4, axis='channel', blocks=1, nbytes=2316)
+        Quantized((1, 2, 64, 32), bits=4, axis='channel', blocks=1, nbytes=2320)
     """
 
     codes: Tensor
