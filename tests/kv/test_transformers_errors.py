@@ -139,16 +139,17 @@ def test_wrong_attention() -> None:
     assert function(attention, q, k, k, None, position_bias=bias)[0].shape == (1, 3, 4, 16)
 
 
-def test_transformers_is_imported_late() -> None:
+@pytest.mark.parametrize("name", ["ZipCache", "MatryoshkaCache", "fit_matryoshka", "search_ranks", "fold_values"])
+def test_transformers_is_imported_late(name: str) -> None:
     code = (
         "import sys, singlepass.kv\n"
         "assert 'transformers' not in sys.modules\n"
         "sys.modules['transformers'] = None  # as if it were not installed\n"
-        "try: singlepass.kv.ZipCache\n"
+        f"try: singlepass.kv.{name}\n"
         "except ImportError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.startswith("singlepass.kv.ZipCache: expected transformers 5.24 or newer; got ")
+    assert done.stdout.startswith("singlepass.kv: expected transformers 5.24 or newer; got ")
     assert "pip install" in done.stdout
 
 
@@ -176,7 +177,7 @@ def test_more_candidates_than_the_window_holds(implementation: str) -> None:
     want = greedy(model, repeated)
     options = {"prompt_lookup_num_tokens": 10}
     refused = ZipCache(model.config, window=4, **BYTES)
-    with pytest.raises(ValueError, match=r"^ZipCache\.crop: .* give ZipCache a window of as many tokens as there are"):
+    with pytest.raises(ValueError, match=r"^ZipCache\.crop: .* give the cache a window of as many tokens as there are"):
         greedy(model, repeated, cache=refused, **options)
     assert [layer.inner.length for layer in refused.layers] == [refused.get_seq_length()] * 3, "no layer was cropped"
     cache = ZipCache(model.config, window=10, **BYTES)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", minversion="5.24")
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from singlepass import kv
-from singlepass.kv import ZipCache, _hf
+from singlepass.kv import ZipCache, _hf_cache
 from singlepass.kv._hf_layer import CompressedLayer
 
 from .models import build, greedy, prompt
@@ -120,12 +120,12 @@ def test_flags_of_a_cache() -> None:
 
 
 def test_older_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("singlepass.kv.hf_again", _hf.__file__)
+    spec = importlib.util.spec_from_file_location("singlepass.kv.hf_again", _hf_cache.__file__)
     assert spec is not None
     assert spec.loader is not None
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     monkeypatch.setattr("transformers.__version__", "5.23.1")
-    text = r"^singlepass\.kv\.ZipCache: expected transformers 5\.24 or newer; got version 5\.23\.1\. Run: pip install"
+    text = r"^singlepass\.kv: expected transformers 5\.24 or newer; got version 5\.23\.1\. Run: pip install"
     with pytest.raises(ImportError, match=text):
         spec.loader.exec_module(again)

@@ -2,54 +2,27 @@
 """Compressed caches for unmodified models of Hugging Face Transformers.
 
 Importing this module, as ``from singlepass.kv import ZipCache`` does, registers the attention implementation
-"singlepass". It passes queries to the cache, which uses them to find salient tokens, and computes attention on packed
-codes. With any other implementation a :class:`ZipCache` works too, but decompresses all tokens at every step.
-
-Tested with transformers 5.24.0; older versions lack some of the interfaces used here, and are refused.
+"singlepass". It passes queries to the cache, which uses them to find salient tokens, and computes attention on what is
+stored. With any other implementation these caches work too, but decompress all tokens at every step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
-from .._errors import message, require
+from .._errors import require
 from ._codec import Codec
-from ._functional import MAX_HEAD_DIM
+from ._hf_cache import CompressedCache, CompressedLayer, PreTrainedConfig
+from ._layer import ZipCacheLayer
+from ._matryoshka._bases import MatryoshkaBases, Ranks
+from ._matryoshka._layer import MatryoshkaLayer
 from ._options import check_backend
-from ._store import held_nbytes
 
-try:
-    import transformers
-
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
-        raise ImportError(f"version {transformers.__version__}")
-    from transformers.cache_utils import (
-        DYNAMIC_LAYER_TYPE_MAPPING,
-        Cache,
-        DynamicSlidingWindowLayer,
-        get_layer_types_and_kwargs,
-    )
-    from transformers.configuration_utils import PreTrainedConfig
-
-    from ._hf_layer import CompressedLayer, Config, Undo
-except ImportError as error:
-    _contract, _remedy = "transformers 5.24 or newer", 'Run: pip install --upgrade "transformers>=5.24".'
-    raise ImportError(message("singlepass.kv.ZipCache", _contract, error, _remedy)) from error
-
-__all__ = ["ZipCache"]
-
-_OP = "ZipCache"
-# Layers that hold no keys and values token by token, or those of a few tokens only: they stay what transformers makes
-# of them. Kinds that are in neither this nor "full_attention" would not be compressed, and are refused.
-_UNCHANGED = {"sliding_attention", "chunked_attention", "linear_attention", "conv", "dummy"}
-_FOREIGN = "Pass what state_dict() of a cache for the same model gave."
-_SLIDING = ("keys", "values", "cumulative_length")  # what is saved of sliding layers
+__all__ = ["MatryoshkaCache", "ZipCache"]
 
 
-class ZipCache(Cache):
+class ZipCache(CompressedCache):
     """Compressed KV cache of a Transformers model: salient tokens in more bits than regular ones.
 
     Full-attention layers are compressed, each by a :class:`ZipCacheLayer`, and sliding-window layers if asked for.
@@ -100,8 +73,6 @@ class ZipCache(Cache):
         (torch.Size([1, 35]), 34)
     """
 
-    layers: list[Any]
-
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -119,7 +90,7 @@ class ZipCache(Cache):
         compress_sliding: bool = False,
         backend: str | None = None,
     ):
-        options = {
+        options: dict[str, Any] = {
             "salient_ratio": salient_ratio,
             "salient_bits": salient_bits,
             "regular_bits": regular_bits,
@@ -132,123 +103,121 @@ class ZipCache(Cache):
             "seed": seed,
             "backend": backend,
         }
-        check_backend(_OP, backend)
-        is_config = isinstance(config, PreTrainedConfig)
-        require(is_config, _OP, "a model's config", type(config).__name__, "Pass model.config.")
-        remedy = "Leave it to transformers' own caches."
-        require(not config.is_encoder_decoder, _OP, "a decoder-only model", config.model_type, remedy)
-        decoder = config.get_text_config(decoder=True)
-        shares = "reuse" in (getattr(decoder, "kv_sharing_modes", None) or ())
-        shares = shares or bool(getattr(decoder, "num_kv_shared_layers", 0))
-        require(not shares, _OP, "layers with keys and values of their own", decoder.model_type, remedy)
-        types, arguments = get_layer_types_and_kwargs(decoder)
-        unknown = sorted(set(types) - _UNCHANGED - {"full_attention"})
-        require(not unknown, _OP, f"layers among full_attention, {', '.join(sorted(_UNCHANGED))}", unknown, remedy)
-        compressed = {"full_attention", "sliding_attention"} if compress_sliding else {"full_attention"}
-        contract, got = f"a layer of {' or '.join(sorted(compressed))}", f"only {sorted(set(types))}"
-        slides = "Pass compress_sliding=True, or leave it to transformers' own caches."
-        ways_out = slides if "sliding_attention" in types else remedy
-        require(bool(compressed & set(types)), _OP, contract, got, ways_out)
-        latent = getattr(decoder, "kv_lora_rank", None) is not None
-        ours = "Leave it to transformers' own caches: what it stores is compressed already."
-        require(not latent, _OP, "keys and values of heads", f"the latents of {decoder.model_type}", ours)
-        head_dim = getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads
-        fits = head_dim % 16 == 0 and head_dim <= MAX_HEAD_DIM
-        require(fits, _OP, f"a head_dim of 16, 32, ..., {MAX_HEAD_DIM}", head_dim, remedy)
-        shared = Config(decoder)
-        self._undo = Undo(min(types.index(kind) for kind in compressed & set(types)))
-        layers: list[Any] = []
-        for i, (kind, its_arguments) in enumerate(zip(types, arguments, strict=True)):
-            if kind in compressed:
-                layers.append(CompressedLayer(i, shared, self._undo, options, its_arguments.get("sliding_window")))
-            else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**its_arguments))
-        super().__init__(layers=layers)
+        check_backend("ZipCache", backend)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self._undo.note(layer_idx, self.layers[layer_idx])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        def make(index: int, sliding_window: int | None) -> ZipCacheLayer:
+            return ZipCacheLayer(**options, sliding_window=sliding_window)
+
+        kinds = {"full_attention", "sliding_attention"} if compress_sliding else {"full_attention"}
+        super().__init__(config, kinds, make)
 
     def __repr__(self) -> str:
-        compressed = [layer.inner for layer in self.layers if isinstance(layer, CompressedLayer)]
+        compressed: list[Any] = [layer.inner for layer in self.layers if isinstance(layer, CompressedLayer)]
         first = compressed[0]
         parts = [f"salient_ratio={first.salient_ratio}", f"bits=({first.salient_bits}, {first.regular_bits})"]
         parts += [f"layers={len(self.layers)}", f"compressed={len(compressed)}", f"tokens={first.length}"]
         return f"ZipCache({', '.join(parts)}, nbytes={self.nbytes})"
 
-    @property
-    def nbytes(self) -> int:
-        """Total bytes held, including layers that are not compressed and space allocated for more tokens."""
-        parts = [[x.inner.tensors(), x.pending] if isinstance(x, CompressedLayer) else vars(x) for x in self.layers]
-        return held_nbytes(x for x in tree_leaves(parts) if isinstance(x, Tensor))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest ``-tokens_to_remove`` tokens: pass a negative number. They must still be uncompressed.
+class MatryoshkaCache(CompressedCache):
+    """Low-rank KV cache of a Transformers model: keys and values projected on trained orthogonal bases, of which each
+    layer and head keeps as many directions as its ranks say, in 16 or in few bits.
 
-        Raises:
-            ValueError: a positive number, more tokens than are uncompressed, or a sliding-window layer that has already
-                dropped tokens that it would need. The cache is unchanged.
-        """
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                layer.check_crop(tokens_to_remove)
-            elif not getattr(layer, "record_past", True):
-                short = isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() < layer.sliding_window
-                remedy = "Call activate_past_recording() before those tokens come."
-                require(short, f"{_OP}.crop", "layers that record their past", type(layer).__name__, remedy)
-        super().crop(tokens_to_remove)
+    Full-attention layers are compressed, each by a :class:`MatryoshkaLayer`; sliding ones, which hold little, keep
+    Transformers' own cache. Call ``model.set_attn_implementation("singlepass")``: then attention is computed on
+    projected vectors. With other implementations every step restores all keys and values. Batches, padding, masks,
+    conversations, beams, and saving work as with a :class:`ZipCache`. Without ``bits`` any number of tokens can be
+    removed again.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of everything cached, for ``torch.save``. Layers must be full, sliding or chunked attention.
+    Args:
+        config: ``model.config`` itself: through it the cache sees which attention runs.
+        bases: what :func:`fit_matryoshka` gave for this model.
+        budget: fraction of the ranks of keys and values to keep, together. If :func:`search_ranks` searched for it,
+            those ranks are used, else the same ones in all layers and heads.
+        ranks: by number of the layer a pair (ranks of keys, ranks of values), each a multiple of 16 for all heads or
+            one for each head; they take the place of a budget.
+        bits: None: projected vectors keep their dtype. 8, 4 or 2, or a pair such as (4, 2) for salient and regular
+            tokens: they are quantised as by a :class:`ZipCache`.
+        window: with ``bits``, maximum number of tokens that are not quantised yet; and how many new tokens are attended
+            to as stored, where more are a prompt.
+        salient_ratio: fraction of salient tokens, if ``bits`` is a pair.
+        prefill: what a prompt attends to, its "full" keys and values, or "truncated" ones as in training.
+        codec: how tokens are quantised; None: ``Codec.zipcache()``.
+        seed: for drawing the random probes.
+        backend: "native", "triton" or "eager"; None selects one.
 
-        Raises:
-            ValueError: other layers.
-        """
-        return {"layers": [_save(layer) for layer in self.layers]}
+    Raises:
+        ValueError: bases of another model, a budget out of (0, 1], ranks that are no multiples of 16, options out of
+            range, unsupported models as for :class:`ZipCache`; later as there.
+        ImportError: on import, without transformers 5.24 or newer. Tested with 5.24.0.
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Loads the :meth:`state_dict` of a cache for the same model with the same options.
+    Source: Lin et al., "MatryoshkaKV", arXiv 2410.14731; see :class:`MatryoshkaLayer` for what is different.
 
-        Raises:
-            ValueError: anything else. The cache is unchanged.
-        """
-        layers = saved.get("layers") if isinstance(saved, dict) else None
-        fits = isinstance(layers, list) and len(layers) == len(self.layers)
-        got = f"{len(layers)} layers" if isinstance(layers, list) else type(saved).__name__
-        require(fits, f"{_OP}.load_state_dict", f"a saved cache of {len(self.layers)} layers", got, _FOREIGN)
-        assert layers is not None
-        self.layers = [_loaded(layer, its) for layer, its in zip(self.layers, layers, strict=True)]
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from singlepass.kv import MatryoshkaCache, fit_matryoshka
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        ...                      num_key_value_heads=2, head_dim=32, vocab_size=32)
+        >>> model = LlamaForCausalLM(config)
+        >>> bases = fit_matryoshka(model, [torch.arange(32)[None]], progress=False)
+        >>> model.set_attn_implementation("singlepass")
+        >>> cache = MatryoshkaCache(model.config, bases, budget=0.5)
+        >>> tokens = model.generate(torch.arange(30)[None], cache=cache, max_new_tokens=5, do_sample=False,
+        ...                         eos_token_id=None, pad_token_id=0)
+        >>> tokens.shape, cache.get_seq_length()
+        (torch.Size([1, 35]), 34)
+    """
 
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        bases: MatryoshkaBases,
+        budget: float = 0.5,
+        *,
+        ranks: Mapping[int, Ranks | tuple[Any, Any]] | None = None,
+        bits: int | tuple[int, int] | None = None,
+        window: int = 128,
+        salient_ratio: float = 0.6,
+        prefill: str = "full",
+        codec: Codec | None = None,
+        seed: int = 0,
+        backend: str | None = None,
+    ):
+        where = "MatryoshkaCache"
+        check_backend(where, backend)
+        is_bases = isinstance(bases, MatryoshkaBases)
+        require(is_bases, where, "MatryoshkaBases", type(bases).__name__, "Call fit_matryoshka.")
+        its = bases.ranks_of(budget) if ranks is None else ranks
 
-def _save(layer: Any) -> dict[str, Any]:
-    if isinstance(layer, CompressedLayer):
-        layer.require_settled()
-        return layer.inner.state_dict()
-    known, contract = type(layer) is DynamicSlidingWindowLayer, "layers of full, sliding or chunked attention"
-    require(known, f"{_OP}.state_dict", contract, layer, "Save the tokens instead, and run the model on them again.")
-    return {name: _copied(getattr(layer, name)) for name in _SLIDING}
+        def make(index: int, sliding_window: int | None) -> MatryoshkaLayer:
+            contract = f"bases and ranks of layer {index}"
+            require(index in bases.keys and index in its, where, contract, sorted(its), "Fit bases for this model.")
+            of_keys, of_values = its[index]
+            return MatryoshkaLayer(
+                bases.keys[index],
+                bases.values[index],
+                key_ranks=of_keys,
+                value_ranks=of_values,
+                bits=bits,
+                salient_ratio=salient_ratio,
+                codec=codec,
+                window=window,
+                prefill=prefill,
+                seed=seed,
+                backend=backend,
+            )
 
+        self._bases = bases
+        super().__init__(config, {"full_attention"}, make)
 
-def _copied(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, Tensor) else x
+    def _check_config(self, config: PreTrainedConfig, kinds: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
+        found = super()._check_config(config, kinds)
+        self._bases.check_config(self.where, config)
+        return found
 
-
-def _loaded(layer: Any, saved: Any) -> Any:
-    """A layer like that one, with what was saved."""
-    if isinstance(layer, CompressedLayer):
-        compressed = layer.like()
-        options = saved.get("options") if isinstance(saved, dict) else None
-        if isinstance(options, dict):  # these came from the model, and will again
-            compressed.inner.scale, compressed.inner.softcap = options.get("scale"), options.get("softcap", 0.0)
-        compressed.inner.load_state_dict(saved)
-        return compressed
-    fits = type(layer) is DynamicSlidingWindowLayer and isinstance(saved, dict) and set(saved) == set(_SLIDING)
-    require(fits, f"{_OP}.load_state_dict", f"{_SLIDING} of a sliding layer", type(saved).__name__, _FOREIGN)
-    sliding = DynamicSlidingWindowLayer(layer.sliding_window)
-    if saved["keys"] is not None:
-        sliding.lazy_initialization(saved["keys"], saved["values"])
-        for name in _SLIDING:
-            setattr(sliding, name, _copied(saved[name]))
-    return sliding
+    def __repr__(self) -> str:
+        layers: list[Any] = [layer.inner for layer in self.layers if isinstance(layer, CompressedLayer)]
+        kept = sum(layer.kept_channels for layer in layers) / sum(layer.all_channels for layer in layers)
+        parts = [f"kept={kept:.3f}", f"layers={len(self.layers)}", f"compressed={len(layers)}"]
+        return f"MatryoshkaCache({', '.join(parts)}, tokens={layers[0].length}, nbytes={self.nbytes})"

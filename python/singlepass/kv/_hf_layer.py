@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,56 +17,41 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .._errors import message, require
+from .._errors import require
 from ._layer import ZipCacheLayer
 from ._masks import Read, read_mask
+from ._matryoshka._layer import MatryoshkaLayer
+from ._modes import cut
 from ._prompt import explicit_attention, masked_attention
 
 logger = logging.getLogger("singlepass")
 
+Inner = ZipCacheLayer | MatryoshkaLayer  # what holds a layer's tokens
+
 NAME = "singlepass"
-_OP = "ZipCache"
+TRANSFORM = "singlepass_transform"  # an attribute of attention modules: what keys and values become without a cache
 _OF_PADDING = "singlepass_of_padding"  # an attribute of such masks
 _CROP = (
-    "Compressed tokens can't be removed: for prompt lookup and assisted decoding give ZipCache a window of as many "
+    "Compressed tokens can't be removed: for prompt lookup and assisted decoding give the cache a window of as many "
     "tokens as there are candidates."
 )
 # Models that change keys between the cache and attention, or attend to them twice.
 _CHANGE_KEYS = {"diffllama", "idefics", "jetmoe"}
 _CHANGED = (
-    "%s: models of type %r do not attend to the keys that a cache returns, so every step restores all tokens, and all "
-    "count as salient."
+    "%s: models of type %r do not attend to the keys that a cache returns, so every step restores all tokens, and no "
+    "query tells which are salient."
 )
 _SLOW = (
-    "%s: the model runs its attention %r, for which every step restores all tokens, and all count as salient. "
-    'Call model.set_attn_implementation("%s") to compute attention on the packed codes.'
+    "%s: the model runs its attention %r, for which every step restores all tokens, and no query tells which are "
+    'salient. Call model.set_attn_implementation("%s") to compute attention on what is stored.'
 )
-
-
-class _Cut(torch.autograd.Function):
-    """A result without its gradient. To drop it silently would train a model wrongly."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, *sources: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
-        contract, got = "no gradient through compressed tokens", "a backward pass"
-        raise ValueError(message("ZipCache", contract, got, "Train without the cache."))
-
-
-def cut(out: Tensor, *sources: Tensor) -> Tensor:
-    """``out``, of which asking for a gradient raises if it came of tensors that need one."""
-    needed = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
-    return _Cut.apply(out, *sources) if needed else out
 
 
 class Config:
     """A model's config, which copies of a cache share: it says which attention the model runs at the moment."""
 
-    def __init__(self, config: PreTrainedConfig):
-        self.config = config
+    def __init__(self, config: PreTrainedConfig, where: str):
+        self.config, self.where = config, where
         self._warned = False
 
     def runs_ours(self) -> bool:
@@ -74,7 +60,9 @@ class Config:
         running, fits = self.config._attn_implementation, self.config.model_type not in _CHANGE_KEYS
         if not (running == NAME and fits) and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
-            logger.warning(*((_SLOW, _OP, running, NAME) if fits else (_CHANGED, _OP, self.config.model_type)))
+            logger.warning(
+                *((_SLOW, self.where, running, NAME) if fits else (_CHANGED, self.where, self.config.model_type))
+            )
         return running == NAME and fits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Config:
@@ -102,7 +90,7 @@ class Undo:
 
 
 class CompressedLayer(CacheLayerMixin):
-    """A layer of a :class:`ZipCache` of full or sliding attention, as transformers wants layers to be. A sliding one
+    """A compressed layer of full or sliding attention, as transformers wants layers to be. A sliding one
     has places for all tokens, though it forgets those that it does not see any more: its masks are those of all tokens.
 
     Models call :meth:`update`, then the attention function. Only the latter has the queries, by which tokens are
@@ -112,20 +100,25 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, index: int, shared: Config, undo: Undo, options: dict[str, Any], sliding_window: int | None = None
+        self,
+        index: int,
+        shared: Config,
+        undo: Undo,
+        make: Callable[[int, int | None], Inner],
+        sliding_window: int | None = None,
     ):
         super().__init__()
         self.index = index
-        self.inner = ZipCacheLayer(**options, sliding_window=sliding_window)
+        self.inner = make(index, sliding_window)
         self.record_past = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self._shared = shared
         self._undo = undo
-        self._options = options
+        self._make = make
 
     def like(self) -> CompressedLayer:
         """An empty one in its place."""
-        return CompressedLayer(self.index, self._shared, self._undo, self._options, self.inner.sliding_window)
+        return CompressedLayer(self.index, self._shared, self._undo, self._make, self.inner.sliding_window)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -176,7 +169,9 @@ class CompressedLayer(CacheLayerMixin):
     def take(self) -> tuple[Tensor, Tensor]:
         """What the last update laid aside."""
         remedy = 'This model attends to them twice: call model.set_attn_implementation("sdpa").'
-        require(self.pending is not None, _OP, "one attention call for each update", "another call", remedy)
+        require(
+            self.pending is not None, self._shared.where, "one attention call for each update", "another call", remedy
+        )
         assert self.pending is not None
         pending, self.pending = self.pending, None
         return pending
@@ -184,7 +179,7 @@ class CompressedLayer(CacheLayerMixin):
     def require_settled(self) -> None:
         contract = f'a call of the attention "{NAME}" with the very keys that update returned'
         remedy = "Call reset() after an error; else choose another attention for this model."
-        require(self.pending is None, _OP, contract, f"none by layer {self.index}", remedy)
+        require(self.pending is None, self._shared.where, contract, f"none by layer {self.index}", remedy)
 
     def extend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Attention of new tokens' queries, and the tokens cached: compressed at once if they are a prompt, else at
@@ -223,13 +218,13 @@ class CompressedLayer(CacheLayerMixin):
             if mask is None:
                 contract = "a mask that hides padding, which the cache does not hold"
                 remedy = "Pass the attention_mask of the whole conversation."
-                require(not inner.holds_padding, _OP, contract, "no mask", remedy)
+                require(not inner.holds_padding, self._shared.where, contract, "no mask", remedy)
                 return Read(None, True)
             held = inner.token_mask() if inner.holds_padding else None
             batch, heads, tokens, _ = q.shape
             final = hasattr(mask, _OF_PADDING)
             options: dict[str, Any] = {"final": final, "sliding_window": inner.sliding_window}
-            read = read_mask(mask, inner.length, (batch, heads, tokens), held, _OP, **options)
+            read = read_mask(mask, inner.length, (batch, heads, tokens), held, self._shared.where, **options)
         except ValueError:
             self._undo.restore()
             raise
@@ -266,7 +261,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         self.require_settled()
-        where, most = f"{_OP}.crop", self.inner.window_length
+        where, most = f"{self._shared.where}.crop", self.inner.window_length
         remedy = "Pass -3 to remove the 3 newest tokens."
         require(tokens_to_remove <= 0, where, "minus the number of tokens to remove", tokens_to_remove, remedy)
         contract = f"{-most} to 0, minus the number of tokens to remove, which are not compressed yet"
@@ -301,11 +296,14 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention implementation "singlepass": of a :class:`ZipCache`, or transformers' "sdpa" without one, to which
+    """The attention implementation "singlepass": of a compressed cache, or transformers' "sdpa" without one, to which
     logit softcapping and sinks are added."""
     layer: CompressedLayer | None = getattr(key, "singlepass_layer", None)
     softcap, sinks, bias, local = map(kwargs.get, ("softcap", "s_aux", "position_bias", "sliding_window"))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    transform = getattr(module, TRANSFORM, None)
+    if layer is None and transform is not None:
+        key, value = transform(key, value)
     if layer is None and softcap is None and sinks is None:
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)

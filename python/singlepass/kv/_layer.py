@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from .._errors import message, require
 from ._codec import Codec
 from ._functional import attend, check_exact, check_needs_no_gradient, check_queries
+from ._modes import lasting
 from ._options import check_new_tokens, check_options
 from ._prompt import causal_attention, rotate
 from ._saliency import prompt_saliency
@@ -24,25 +24,10 @@ from ._store import Compressed, held_nbytes
 from ._window import Window
 
 _OP = "ZipCacheLayer"
-P = ParamSpec("P")
-R = TypeVar("R")
 _SAVED = (
     *("salient_ratio", "salient_bits", "regular_bits", "window", "recent_probes", "random_probes", "max_probes"),
     *("normalization", "scale", "softcap", "sliding_window"),
 )
-
-
-def _lasting(method: Callable[P, R]) -> Callable[P, R]:
-    """A method whose tensors can be written to later, though it be called in inference mode."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return method(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return run
 
 
 class Held(NamedTuple):
@@ -204,7 +189,7 @@ class ZipCacheLayer:
 
     # Adding tokens
 
-    @_lasting
+    @lasting
     def prefill(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sinks: Tensor | None = None
     ) -> Tensor:
@@ -224,25 +209,57 @@ class ZipCacheLayer:
         Raises:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
+        self._check_prompt(q, k, v, mask)
+        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        if self.codec.rotate:
+            q, k, v = rotate(q), rotate(k), rotate(v)
+        keys, values, seen = self._with_cached(k, v, mask)
+        out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks, self.sliding_window)
+        self._add_prompt(q, k, v, mask, keys, seen)
+        return rotate(out) if self.codec.rotate else out
+
+    @lasting
+    def store(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+        """Adds and compresses a prompt as :meth:`prefill` does, for those who compute its attention by themselves.
+
+        Args:
+            q, k, v, mask: as for :meth:`prefill`.
+
+        Raises:
+            ValueError: as :meth:`prefill`. The cache is unchanged.
+        """
+        self._check_prompt(q, k, v, mask)
+        if self.codec.rotate:
+            q, k, v = rotate(q), rotate(k), rotate(v)
+        keys, _, seen = self._with_cached(k, v, mask) if self.mixed else (k, v, mask)
+        self._add_prompt(q, k, v, mask, keys, seen)
+
+    def _check_prompt(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
-        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
-        _check_mask(mask, (k.shape[0], k.shape[2]))
-        if self.codec.rotate:
-            q, k, v = rotate(q), rotate(k), rotate(v)
-        before, tokens = self.length, k.shape[2]
-        keys, values, seen = k, v, mask
-        if before:
-            old_k, old_v = self._restore(k.dtype)
-            keys, values = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
-            if mask is not None or self.holds_padding:
-                now = torch.ones(k.shape[0], tokens, dtype=torch.bool, device=k.device) if mask is None else mask
-                seen = torch.cat((self.token_mask(), now), 1)
-        out = causal_attention(q, keys, values, seen, self.scale, self.softcap, sinks, self.sliding_window)
+        check_mask(mask, (k.shape[0], k.shape[2]))
+
+    def _with_cached(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values of all tokens, cached and new, and which are no padding, bool (batch, tokens); None: all."""
+        if self.length == 0:
+            return k, v, mask
+        old_k, old_v = self._restore(k.dtype)
+        seen = None
+        if mask is not None or self.holds_padding:
+            now = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+            seen = torch.cat((self.token_mask(), now), 1)
+        return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), seen
+
+    def _add_prompt(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor, seen: Tensor | None
+    ) -> None:
+        """Compresses a prompt, whose saliency is that among all tokens: those of ``keys``, as far as ``seen``."""
+        tokens = k.shape[2]
         unseen = 0 if self.sliding_window is None else max(tokens - self.sliding_window, 0)  # by later queries
         if unseen:  # nor are the tokens before these
+            before = keys.shape[2] - tokens
             q, k, v, keys = q[:, :, unseen:], k[:, :, unseen:], v[:, :, unseen:], keys[:, :, before + unseen :]
             mask = None if mask is None else mask[:, unseen:]
             seen = None if seen is None else seen[:, before + unseen :]
@@ -257,9 +274,8 @@ class ZipCacheLayer:
             self._compress(k, v, saliency, mask)
             self.length += tokens
             self._forget()
-        return rotate(out) if self.codec.rotate else out
 
-    @_lasting
+    @lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         """Adds new tokens to the window, which is compressed first if it is full. Padding is dropped when the window is
         compressed. If a sequence continues after padding, the window is compressed first.
@@ -273,7 +289,7 @@ class ZipCacheLayer:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
-        _check_mask(mask, (k.shape[0], k.shape[2]))
+        check_mask(mask, (k.shape[0], k.shape[2]))
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
         window = self._tokens_like(k, v).window
@@ -288,7 +304,7 @@ class ZipCacheLayer:
             done += n
         self.length += tokens
 
-    @_lasting
+    @lasting
     def make_room(self, tokens: int) -> None:
         """Compresses the window unless it has room for so many tokens, or is empty: new ones are to stay in one
         window, from which they can be removed."""
@@ -336,7 +352,7 @@ class ZipCacheLayer:
 
     # Using them
 
-    @_lasting
+    @lasting
     def attend(self, q: Tensor, *, sliding_window: int | None = None, sinks: Tensor | None = None) -> Tensor:
         """Attention of the newest tokens' queries over all cached tokens, computed on the packed codes.
 
@@ -437,7 +453,7 @@ class ZipCacheLayer:
         mask[:, : self._unseen] = False
         return mask
 
-    @_lasting
+    @lasting
     def hide(self, mask: Tensor) -> None:
         """Turns tokens into padding, for example those after the end of a sequence.
 
@@ -449,7 +465,7 @@ class ZipCacheLayer:
                 unchanged.
         """
         window, compressed = self._tokens()
-        _check_mask(mask, (len(window.keys), self.length))
+        check_mask(mask, (len(window.keys), self.length))
         held = self.token_mask()
         shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
         remedy = "Pass such a mask to the attention instead."
@@ -466,7 +482,7 @@ class ZipCacheLayer:
             window.map_batch(function, keep_room)
             compressed.map_batch(function)
 
-    @_lasting
+    @lasting
     def select_sequences(self, index: Tensor | Sequence[int]) -> None:
         """Selects sequences of the batch by index, in that order, possibly repeated, as for beam search.
 
@@ -479,12 +495,12 @@ class ZipCacheLayer:
         beams = len(chosen) == self.batch  # at every step
         self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), keep_room=beams)
 
-    @_lasting
+    @lasting
     def repeat_sequences(self, times: int) -> None:
         """Repeats each sequence of the batch ``times`` times in a row."""
         self._map_batch(lambda t: t.repeat_interleave(times, 0))
 
-    @_lasting
+    @lasting
     def drop_newest(self, tokens: int) -> None:
         """Removes the newest tokens, which must still be in the window.
 
@@ -505,7 +521,7 @@ class ZipCacheLayer:
         window, compressed = (None, None) if self._held is None else self._held
         return pack(self._saved(), self.length, window, compressed, self._draw.generator)
 
-    @_lasting
+    @lasting
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Loads the :meth:`state_dict` of a layer with the same options.
 
@@ -526,7 +542,8 @@ class ZipCacheLayer:
         return {name: getattr(self, name) for name in _SAVED} | {"codec": asdict(self.codec)}
 
 
-def _check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+def check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises unless it is a mask of so many sequences and tokens, or None."""
     if mask is not None:
         fits = mask.shape == shape and mask.dtype == torch.bool
         got = f"{tuple(mask.shape)} of {mask.dtype}"

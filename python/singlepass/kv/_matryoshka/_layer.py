@@ -1,0 +1,564 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The low-rank cache of one attention layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..._errors import message, require
+from .._codec import Codec
+from .._dense import DenseLayer
+from .._functional import BITS, FLOATS, MAX_HEAD_DIM, check_exact, check_needs_no_gradient, check_queries
+from .._layer import ZipCacheLayer, check_mask
+from .._modes import lasting
+from .._options import check_new_tokens
+from .._prompt import causal_attention
+from .._store import held_nbytes
+from ._bases import STEP, check_ranks
+
+_OP = "MatryoshkaLayer"
+_FOREIGN = "Pass what state_dict() of a layer with the same bases, ranks and options gave."
+PREFILLS = ("full", "truncated")
+
+
+class Basis:
+    """The directions that some heads keep.
+
+    Args:
+        matrices: orthogonal (heads, channels, channels), a basis in the columns of each. If they are the identity,
+            vectors come in coordinates of a basis already.
+        rank: how many directions are kept, the first ones.
+    """
+
+    def __init__(self, matrices: Tensor, rank: int):
+        self.channels, self.rank = matrices.shape[1], rank
+        whole = torch.eye(self.channels, dtype=matrices.dtype, device=matrices.device)
+        self._kept = None if bool((matrices == whole).all()) else matrices[..., :rank]
+
+    def settle(self, like: Tensor) -> None:
+        """Chooses dtype and device for such vectors. On CPUs products are float32: bfloat16 ones are slow if small."""
+        if self._kept is not None:
+            dtype = torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
+            self._kept = self._kept.to(like.device, dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (batch, heads, tokens, channels) in coordinates of the basis (batch, heads, tokens, rank)."""
+        return x[..., : self.rank] if self._kept is None else (x.to(self._kept.dtype) @ self._kept).to(x.dtype)
+
+    def back(self, y: Tensor) -> Tensor:
+        """What has these coordinates."""
+        if self._kept is None:
+            return F.pad(y, (0, self.channels - self.rank))
+        return (y.to(self._kept.dtype) @ self._kept.mT).to(y.dtype)
+
+
+@dataclass
+class Group:
+    """KV heads of equal ranks, and what is kept of them.
+
+    Attributes:
+        heads: their numbers.
+        keys: directions that are kept of their keys.
+        values: and of their values.
+        inner: their tokens, projected.
+    """
+
+    heads: list[int]
+    keys: Basis
+    values: Basis
+    inner: ZipCacheLayer | DenseLayer
+
+    def of(self, x: Tensor) -> Tensor:
+        """Its heads of x (batch, heads, ...)."""
+        return x if len(self.heads) == x.shape[1] else x[:, self.heads]
+
+    def project(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Its heads of k and v (batch, heads, tokens, channels) in coordinates of the bases."""
+        return self.keys.project(self.of(k)), self.values.project(self.of(v))
+
+    def project_queries(self, q: Tensor, heads: int) -> Tensor:
+        """Queries of its heads likewise, of all the query heads of ``heads`` KV heads."""
+        rows = self.keys.project(self.of(q.unflatten(1, (heads, -1)).flatten(2, 3)))
+        return rows.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+    def queries_of(self, x: Tensor, heads: int) -> Tensor:
+        """Of one number for each query head those of its heads."""
+        return x.unflatten(0, (heads, -1))[self.heads].flatten().contiguous()
+
+
+class MatryoshkaLayer:
+    """Keys and values of one attention layer, projected on orthogonal bases of which each head keeps as many directions
+    as its ranks say: a fraction of the memory, in as many bits as they came with, or in few.
+
+    Heads of equal ranks are stored and attended to together, without padding. Attention is computed on projected
+    vectors, with queries projected likewise; only its result is turned back.
+
+    Args:
+        key_bases: orthogonal matrices, float32 (heads, channels, channels), a basis in the columns of each, the most
+            important direction first.
+        value_bases: likewise (heads, value channels, value channels).
+        key_ranks: how many directions each head keeps, multiples of 16: one for all, or one for each.
+        value_ranks: likewise.
+        bits: None: projected vectors keep their dtype. 8, 4 or 2: they are quantised. (4, 2) or another pair: salient
+            tokens are kept in more bits than regular ones, as in a :class:`ZipCacheLayer`.
+        salient_ratio: fraction of salient tokens, if ``bits`` is a pair.
+        codec: how tokens are quantised; None: ``Codec.zipcache()``.
+        window: with ``bits``, maximum number of tokens that are not quantised yet, the newest ones.
+        prefill: what a prompt attends to, "full" or "truncated" keys and values of its own. Those from before it are
+            truncated in any case.
+        seed: for drawing the random probes.
+        scale: of q @ k^T; None: channels^-0.5.
+        softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
+        backend: "native", "triton" or "eager"; None selects one.
+
+    Attributes:
+        length: number of cached tokens.
+
+    Raises:
+        ValueError: options out of range; bases that are not orthogonal, such as those per query head.
+
+    Source: Lin et al., "MatryoshkaKV", arXiv 2410.14731. Unlike there, bases belong to KV heads, not to query heads, so
+    that grouped-query attention saves memory; no mean is subtracted, so that softcap and sinks are exact; nothing is
+    padded to the largest rank.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import MatryoshkaLayer
+        >>> q, k, v = torch.randn(1, 8, 200, 64), torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
+        >>> bases = torch.linalg.qr(torch.randn(2, 64, 64)).Q
+        >>> layer = MatryoshkaLayer(bases, bases, key_ranks=32, value_ranks=[32, 48])
+        >>> layer.prefill(q, k, v).shape
+        torch.Size([1, 8, 200, 64])
+        >>> layer.append(k[:, :, :1], v[:, :, :1])
+        >>> layer.attend(q[:, :, :1]).shape
+        torch.Size([1, 8, 1, 64])
+        >>> layer.kept_channels, layer.all_channels, layer.length
+        (144, 256, 201)
+    """
+
+    sliding_window = None
+
+    def __init__(
+        self,
+        key_bases: Tensor,
+        value_bases: Tensor,
+        *,
+        key_ranks: int | Sequence[int] | Tensor,
+        value_ranks: int | Sequence[int] | Tensor,
+        bits: int | tuple[int, int] | None = None,
+        salient_ratio: float = 0.6,
+        codec: Codec | None = None,
+        window: int = 128,
+        prefill: str = "full",
+        seed: int = 0,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        backend: str | None = None,
+    ):
+        for name, bases in (("key_bases", key_bases), ("value_bases", value_bases)):
+            check_bases(_OP, name, bases)
+        heads, fits = key_bases.shape[0], key_bases.shape[0] == value_bases.shape[0]
+        require(fits, _OP, f"value_bases of {heads} heads, as keys", value_bases.shape[0], "Pass one for each KV head.")
+        keys = check_ranks(_OP, key_ranks, "keys", heads, key_bases.shape[1])
+        values = check_ranks(_OP, value_ranks, "values", heads, value_bases.shape[1])
+        require(prefill in PREFILLS, _OP, " or ".join(map(repr, PREFILLS)), repr(prefill), "Choose one of them.")
+        self.bits = check_bits(bits)
+        self.salient_ratio, self.codec = salient_ratio, Codec() if codec is None else codec
+        self.window, self.prefill_on, self.seed = window, prefill, seed
+        self.scale, self.softcap, self.backend = scale, softcap, backend
+        self._bases = key_bases, value_bases
+        self._ranks = keys, values
+        ZipCacheLayer(**self._options())  # raises unless options are in range
+        for rank in torch.cat(self._ranks).tolist() if self.bits is not None else ():
+            self.codec.check_head_dim(_OP, rank)
+        self.reset()
+
+    def _new_groups(self) -> list[Group]:
+        """Empty ones."""
+        members: dict[tuple[int, ...], list[int]] = {}
+        for head, ranks in enumerate(zip(*(ranks.tolist() for ranks in self._ranks), strict=True)):
+            members.setdefault(ranks, []).append(head)
+        groups = []
+        for (of_keys, of_values), heads in members.items():
+            inner = (
+                DenseLayer(self._scale, self.softcap, self.backend)
+                if self.bits is None
+                else ZipCacheLayer(**self._options())
+            )
+            keys, values = (matrices[heads] for matrices in self._bases)
+            groups.append(Group(heads, Basis(keys, of_keys), Basis(values, of_values), inner))
+        return groups
+
+    def _options(self) -> dict[str, Any]:
+        """Those of what holds quantised tokens."""
+        high, low = (4, 2) if self.bits is None else self.bits
+        return {
+            "salient_ratio": self.salient_ratio,
+            "salient_bits": high,
+            "regular_bits": low,
+            "codec": self.codec,
+            "window": self.window,
+            "seed": self.seed,
+            "scale": self._scale,
+            "softcap": self.softcap,
+            "backend": self.backend,
+        }
+
+    @property
+    def _scale(self) -> float:
+        """That of whole vectors, not of what is kept of them."""
+        return float(self._bases[0].shape[1] ** -0.5 if self.scale is None else self.scale)
+
+    def reset(self) -> None:
+        """Removes all tokens."""
+        self.length = 0
+        self._groups = self._new_groups()
+        self._like: tuple[Tensor, Tensor] | None = None  # tokens' shape, dtype and device, once known
+
+    def _groups_for(self, k: Tensor, v: Tensor) -> list[Group]:
+        """The groups, with bases of these tokens' dtype and device."""
+        if self._like is None:
+            self._like = k[:, :, :0].clone(), v[:, :, :0].clone()
+            self._settle(self._groups, self._like[0])
+        for group in self._groups:
+            group.inner.scale, group.inner.softcap = self._scale, self.softcap
+        return self._groups
+
+    @staticmethod
+    def _settle(groups: list[Group], like: Tensor) -> None:
+        for group in groups:
+            group.keys.settle(like)
+            group.values.settle(like)
+
+    def _check_held(self) -> tuple[Tensor, Tensor]:
+        if self._like is None:
+            raise ValueError(message(_OP, "cached tokens", "an empty cache", "Call append or prefill."))
+        return self._like
+
+    @property
+    def window_length(self) -> int:
+        """How many of the cached tokens can be removed: those not quantised yet."""
+        return self._groups[0].inner.window_length
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the tokens; None as long as there are none."""
+        return None if self._like is None else self._like[0].dtype
+
+    @property
+    def batch(self) -> int | None:
+        """How many sequences are cached; None as long as there are no tokens."""
+        return None if self._like is None else len(self._like[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memory held, with room preallocated for more tokens, but without the bases."""
+        return held_nbytes(self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are held, but for the bases."""
+        return [t for group in self._groups for t in group.inner.tensors()]
+
+    @property
+    def kept_channels(self) -> int:
+        """How many numbers are stored for a token, all heads' keys and values together."""
+        return sum(int(ranks.sum()) for ranks in self._ranks)
+
+    @property
+    def all_channels(self) -> int:
+        """How many a token has."""
+        return sum(basis.shape[0] * basis.shape[1] for basis in self._bases)
+
+    @property
+    def holds_padding(self) -> bool:
+        """Whether some of the tokens were padding."""
+        return self._groups[0].inner.holds_padding
+
+    def __repr__(self) -> str:
+        ranks = [f"{name}_ranks={its.tolist()}" for name, its in zip(("key", "value"), self._ranks, strict=True)]
+        bits = None if self.bits is None else self.bits[0] if self.bits[0] == self.bits[1] else self.bits
+        return f"MatryoshkaLayer({', '.join(ranks)}, bits={bits}, tokens={self.length}, nbytes={self.nbytes})"
+
+    # Adding tokens
+
+    def _check_new(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        check_new_tokens(k, v, self._like, Codec(), self.backend)
+        for name, x, bases in zip("kv", (k, v), self._bases, strict=True):
+            fits = x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
+            contract = f"{name} (batch, {bases.shape[0]}, tokens, {bases.shape[1]}), as the bases"
+            require(fits, _OP, contract, tuple(x.shape), "Pass bases of this layer.")
+        check_mask(mask, (k.shape[0], k.shape[2]))
+
+    @lasting
+    def prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Causal attention of a prompt's queries over all cached tokens and the prompt, which is then stored.
+
+        Args:
+            q: (batch, query heads, tokens, channels).
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
+            mask: bool (batch, tokens), false for padding, or None.
+            sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
+
+        Returns:
+            Tensor: (batch, query heads, tokens, value channels). The queries of padding see the tokens before them; if
+            there are none, the result is zero.
+
+        Raises:
+            ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
+        """
+        self._check_new(k, v, mask)
+        check_queries(_OP, q, k)
+        check_needs_no_gradient(_OP, q=q)
+        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
+        groups = self._groups_for(k, v)
+        projected = [group.project(k, v) for group in groups]
+        keys, values = (k, v) if self.prefill_on == "full" else self._back(projected)
+        seen = mask
+        if self.length:
+            old_k, old_v = self.dequantize()
+            keys, values = torch.cat((old_k, keys), 2), torch.cat((old_v, values), 2)
+            if mask is not None or self.holds_padding:
+                now = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
+                seen = torch.cat((self.token_mask(), now), 1)
+        out = causal_attention(q, keys, values, seen, self._scale, self.softcap, sinks)
+        for group, (its_k, its_v) in zip(groups, projected, strict=True):
+            group.inner.store(group.project_queries(q, k.shape[1]), its_k, its_v, mask)
+        self.length += k.shape[2]
+        return out
+
+    @lasting
+    def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+        """Projects and adds new tokens.
+
+        Args:
+            k: (batch, heads, tokens, channels).
+            v: (batch, heads, tokens, value channels).
+            mask: bool (batch, tokens), false for padding, such as what follows sequences that have ended; or None.
+
+        Raises:
+            ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
+        """
+        self._check_new(k, v, mask)
+        for group in self._groups_for(k, v):
+            group.inner.append(*group.project(k, v), mask)
+        self.length += k.shape[2]
+
+    @lasting
+    def make_room(self, tokens: int) -> None:
+        """Makes sure that the next ``tokens`` tokens can be removed again together."""
+        for group in self._groups:
+            group.inner.make_room(tokens)
+
+    # Using them
+
+    @lasting
+    def attend(self, q: Tensor, *, sinks: Tensor | None = None) -> Tensor:
+        """Attention of the newest tokens' queries over all cached tokens, computed on projected vectors.
+
+        Args:
+            q: (batch, query heads, queries, channels). The last query belongs to the last token; with ``bits``, the
+                tokens of all queries must not be quantised yet.
+            sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
+
+        Returns:
+            Tensor: (batch, query heads, queries, value channels), q's dtype.
+
+        Raises:
+            ValueError: an empty cache, invalid shapes or options, or a tensor that requires gradients.
+        """
+        k, v = self._check_held()
+        check_queries(_OP, q, k)
+        check_needs_no_gradient(_OP, q=q)
+        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        most, remedy = max(self.window_length, 1), "Pass longer pieces to prefill, which adds and attends by itself."
+        require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
+        heads = k.shape[1]
+        outs = []
+        for group in self._groups_for(k, v):
+            its_sinks = None if sinks is None else group.queries_of(sinks, heads)
+            its = group.inner.attend(group.project_queries(q, heads), sinks=its_sinks)
+            outs.append(group.values.back(its.unflatten(1, (len(group.heads), -1)).flatten(2, 3)))
+        return self._joined(outs, heads).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+    def dequantize(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
+        added, as far as the bases keep them; zeros for padding.
+
+        Raises:
+            ValueError: an empty cache.
+        """
+        self._check_held()
+        return self._back([group.inner.dequantize() for group in self._groups])
+
+    def _back(self, projected: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Projected keys and values of each group, turned back."""
+        heads = len(self._bases[0])
+        keys = [group.keys.back(k) for group, (k, _) in zip(self._groups, projected, strict=True)]
+        values = [group.values.back(v) for group, (_, v) in zip(self._groups, projected, strict=True)]
+        return self._joined(keys, heads), self._joined(values, heads)
+
+    def _joined(self, parts: list[Tensor], heads: int) -> Tensor:
+        """Vectors (batch, heads, tokens, channels) of all heads, from those of each group."""
+        if len(parts) == 1:
+            return parts[0]
+        batch, _, tokens, channels = parts[0].shape
+        whole = parts[0].new_empty((batch, heads, tokens, channels))
+        for group, its in zip(self._groups, parts, strict=True):
+            whole[:, group.heads] = its
+        return whole
+
+    def token_mask(self) -> Tensor:
+        """bool (batch, length), false for padding.
+
+        Raises:
+            ValueError: an empty cache.
+        """
+        self._check_held()
+        return self._groups[0].inner.token_mask()
+
+    @lasting
+    def hide(self, mask: Tensor) -> None:
+        """Turns tokens into padding, for example those after the end of a sequence.
+
+        Args:
+            mask: bool (batch, length), false for the tokens to remove: the newest ones of a sequence.
+
+        Raises:
+            ValueError: an empty cache, another shape or dtype, or tokens with others after them. The cache is
+                unchanged.
+        """
+        k, _ = self._check_held()
+        check_mask(mask, (len(k), self.length))
+        held = self.token_mask()
+        shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
+        remedy = "Pass such a mask to the attention instead."
+        require(not bool(shown_after.any()), _OP, "a mask that hides the newest tokens", "others", remedy)
+        for group in self._groups:
+            group.inner.hide(mask)
+
+    # Changing the batch and the length
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._like = None if self._like is None else (function(self._like[0]), function(self._like[1]))
+
+    @lasting
+    def select_sequences(self, index: Tensor | Sequence[int]) -> None:
+        """Selects sequences of the batch by index, in that order, possibly repeated, as for beam search.
+
+        Raises:
+            ValueError: anything but indices of sequences.
+        """
+        chosen = torch.as_tensor(index)
+        fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
+        require(fits, _OP, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
+        self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)))
+        for group in self._groups:
+            group.inner.select_sequences(chosen)
+
+    @lasting
+    def repeat_sequences(self, times: int) -> None:
+        """Repeats each sequence of the batch ``times`` times in a row."""
+        self._map_batch(lambda t: t.repeat_interleave(times, 0))
+        for group in self._groups:
+            group.inner.repeat_sequences(times)
+
+    @lasting
+    def drop_newest(self, tokens: int) -> None:
+        """Removes the newest tokens, which must not be quantised yet.
+
+        Raises:
+            ValueError: more tokens than that. The cache is unchanged.
+        """
+        fits = 0 <= tokens <= self.window_length
+        contract = f"0 to {self.window_length} tokens, those that are not quantised yet"
+        require(fits, _OP, contract, tokens, "Quantised tokens can't be removed; build the cache anew.")
+        for group in self._groups:
+            group.inner.drop_newest(tokens)
+        self.length -= tokens
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of everything cached, for ``torch.save``. The bases are not among it."""
+        groups = [group.inner.state_dict() for group in self._groups]
+        like = None if self._like is None else tuple(x.clone() for x in self._like)
+        return {"options": self._saved(), "length": self.length, "like": like, "groups": groups}
+
+    @lasting
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Loads the :meth:`state_dict` of a layer with the same bases, ranks and options.
+
+        Raises:
+            ValueError: anything else. The cache is unchanged.
+        """
+        where = f"{_OP}.load_state_dict"
+        keys = {"options", "length", "like", "groups"}
+        fits = isinstance(saved, dict) and set(saved) == keys
+        require(fits, where, f"a dictionary of {sorted(keys)}", type(saved).__name__, _FOREIGN)
+        options = self._saved()
+        require(saved["options"] == options, where, f"the options {options}", saved["options"], _FOREIGN)
+        groups, its, length = self._new_groups(), saved["groups"], saved["length"]
+        fits = isinstance(its, list) and len(its) == len(groups)
+        require(fits, where, f"{len(groups)} groups of heads", type(its).__name__, _FOREIGN)
+        for group, state in zip(groups, its, strict=True):
+            group.inner.load_state_dict(state)
+            require(group.inner.length == length, where, f"{length} tokens", group.inner.length, _FOREIGN)
+        like = saved["like"]
+        if like is not None:
+            self._check_like(where, like, groups)
+            self._settle(groups, like[0])
+        require((like is None) == (length == 0), where, "tokens and their shapes", "one of them", _FOREIGN)
+        self._groups, self._like, self.length = groups, None if like is None else tuple(x.clone() for x in like), length
+
+    def _check_like(self, where: str, like: Any, groups: list[Group]) -> None:
+        """Raises unless they are shapes of the tokens that groups hold."""
+        fits = isinstance(like, tuple) and len(like) == 2
+        for x, bases in zip(like if fits else (), self._bases, strict=True):
+            fits = fits and isinstance(x, Tensor) and x.dtype in FLOATS and x.dim() == 4 and x.shape[2] == 0
+            fits = fits and x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
+        for group in groups if fits else ():
+            k, v = (x[:, :, :0] for x in group.inner.dequantize())
+            for x, rank, its in ((k, group.keys.rank, like[0]), (v, group.values.rank, like[1])):
+                fits = fits and x.shape == (len(its), len(group.heads), 0, rank) and x.dtype == its.dtype
+        require(fits, where, "shapes of the tokens", type(like).__name__, _FOREIGN)
+
+    def _saved(self) -> dict[str, Any]:
+        """What decides on what is stored, as plain data."""
+        digest = hashlib.sha256()
+        for basis in self._bases:
+            digest.update(basis.detach().float().cpu().contiguous().numpy().tobytes())
+        names = ("bits", "salient_ratio", "window", "scale", "softcap")
+        ranks = {name: its.tolist() for name, its in zip(("key_ranks", "value_ranks"), self._ranks, strict=True)}
+        options = {name: getattr(self, name) for name in names}
+        return options | ranks | {"prefill": self.prefill_on, "codec": asdict(self.codec), "bases": digest.hexdigest()}
+
+
+def check_bases(where: str, name: str, bases: Tensor) -> None:
+    """Raises unless they are orthogonal matrices of a layer's heads."""
+    require(isinstance(bases, Tensor), where, f"a tensor {name}", type(bases).__name__, "Call fit_matryoshka.")
+    square = bases.dim() == 3 and bases.shape[1] == bases.shape[2] and bases.shape[1] % STEP == 0
+    square = square and 0 < bases.shape[1] <= MAX_HEAD_DIM and bases.is_floating_point() and bases.shape[0] > 0
+    contract = f"{name} (heads, channels, channels) of 16, 32, ..., {MAX_HEAD_DIM} channels"
+    require(square, where, contract, f"{tuple(bases.shape)} of {bases.dtype}", "Pass one matrix for each KV head.")
+    whole = bases.detach().double()
+    off = (whole.mT @ whole - torch.eye(bases.shape[1], dtype=torch.float64, device=bases.device)).abs().amax()
+    require(bool(off < 1e-3), where, f"orthogonal {name}", f"U^T U - I up to {off:.2g}", "Call fit_matryoshka.")
+
+
+def check_bits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """A pair of them, for salient tokens and regular ones."""
+    pair = bits if bits is None or isinstance(bits, (tuple, list)) else (bits, bits)
+    fits = pair is None or (len(pair) == 2 and all(type(b) is int and b in BITS for b in pair) and pair[0] >= pair[1])
+    require(fits, _OP, "bits None, 8, 4, 2 or a pair such as (4, 2)", repr(bits), "None: those of the tokens.")
+    return None if pair is None else (pair[0], pair[1])

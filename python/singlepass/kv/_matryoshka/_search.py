@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which heads can do with fewer directions than others."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # comes with transformers
+from transformers.modeling_utils import PreTrainedModel
+
+from ..._errors import require
+from ._bases import STEP, MatryoshkaBases, Ranks, check_budget
+from ._hooks import Batch, checked_batches, transformed
+from ._train import divergence, truncate
+
+_OP = "search_ranks"
+
+
+class Entry(NamedTuple):
+    """One head's keys (0) or values (1)."""
+
+    layer: int
+    kind: int
+    head: int
+
+
+def search_ranks(
+    model: PreTrainedModel,
+    bases: MatryoshkaBases,
+    batches: Iterable[Tensor | dict[str, Tensor]],
+    budget: float,
+    *,
+    per_round: int = 1,
+    progress: bool = True,
+) -> MatryoshkaBases:
+    """Finds ranks for a budget, other ones for each layer and head, and for keys and values.
+
+    All start at full rank. Again and again 16 directions are taken from where that costs least: where the divergence
+    from the uncompressed model, on some texts, grows least. What that is for one head changes as others shrink, so it
+    is measured again before a head is chosen, but only for heads that come first by what is known.
+
+    It costs a forward pass over all batches for each head's keys and values, and one or more for each 16 directions to
+    be taken; how long that takes at least is shown first.
+
+    Args:
+        model: the model that ``bases`` were fitted for.
+        bases: what :func:`fit_matryoshka` gave.
+        batches: as for :func:`fit_matryoshka`; some hundred tokens are enough. Logits for all of them are kept.
+        budget: fraction of the ranks of keys and values to keep, together.
+        per_round: how many times something is taken before what is known of a head counts as old; 1, as in the paper,
+            is slowest and most careful.
+        progress: whether to show costs, and a progress bar.
+
+    Returns:
+        MatryoshkaBases: the same bases, which hold the ranks for this budget too.
+
+    Raises:
+        ValueError: bases of another model, a budget out of (0, 1] or too small, wrong batches.
+
+    Source: Lin et al., "MatryoshkaKV", arXiv 2410.14731, algorithm 1, where every head is measured again each time.
+    """
+    found = checked_batches(_OP, batches)
+    check_budget(_OP, budget)
+    fits = isinstance(per_round, int) and per_round >= 1
+    require(fits, _OP, "per_round as a whole number, 1 or more", repr(per_round), "1 measures most.")
+    bases.check_model(_OP, model)
+    search = _Search(model, bases, found)
+    least = 2 * STEP * search.entries_of_keys / search.total
+    contract = f"a budget of {least:.3g} or more, which leaves each head 16 directions"
+    require(budget >= least, _OP, contract, budget, "Pass a larger one.")
+    ranks = search.run(int(budget * search.total + 1e-6), per_round, progress)
+    return replace(bases, ranks=dict(sorted({**bases.ranks, float(budget): ranks}.items())))
+
+
+class _Search:
+    """The ranks so far, and what they cost."""
+
+    def __init__(self, model: PreTrainedModel, bases: MatryoshkaBases, batches: list[Batch]):
+        device = next(model.parameters()).device
+        self._model, self._batches = model, batches
+        pairs = {layer: (bases.keys[layer], bases.values[layer]) for layer in bases.keys}
+        self._bases = {layer: [u.to(device) for u in pair] for layer, pair in pairs.items()}
+        self.ranks = {layer: [torch.full((len(u),), u.shape[1]) for u in pair] for layer, pair in pairs.items()}
+        self.entries_of_keys = sum(len(u) for u in bases.keys.values())
+        self.total = self.kept
+        with torch.no_grad():
+            self._want = [self._logits(batch) for batch in batches]
+
+    @property
+    def kept(self) -> int:
+        """Directions, of all heads together."""
+        return sum(int(its.sum()) for pair in self.ranks.values() for its in pair)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        logits = self._model(**batch.inputs(self._model), use_cache=False).logits
+        return logits[batch.shown.to(logits.device)]
+
+    def _truncate(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = []
+        for x, u, ranks in zip((k, v), self._bases[layer], self.ranks[layer], strict=True):
+            whole = bool((ranks == u.shape[1]).all())
+            mask = torch.arange(u.shape[1]) < ranks[:, None]
+            out.append(x if whole else truncate(x, u, mask))
+        return out[0], out[1]
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """From the uncompressed model, the mean over all tokens."""
+        total, tokens = 0.0, 0
+        with transformed(self._model, self._truncate):
+            for batch, want in zip(self._batches, self._want, strict=True):
+                total += float(divergence(want, self._logits(batch))) * len(want)
+                tokens += len(want)
+        return total / tokens
+
+    def _cost(self, entry: Entry, now: float) -> float:
+        """What it costs to take 16 directions from a head, where the divergence is ``now``."""
+        self.ranks[entry.layer][entry.kind][entry.head] -= STEP
+        cost = self.divergence() - now
+        self.ranks[entry.layer][entry.kind][entry.head] += STEP
+        return cost
+
+    def run(self, target: int, per_round: int, progress: bool) -> dict[int, Ranks]:
+        """Takes directions until no more than ``target`` are kept."""
+        begin, now = time.monotonic(), self.divergence()
+        seconds = time.monotonic() - begin
+        entries = [
+            Entry(layer, kind, head)
+            for layer, pair in self.ranks.items()
+            for kind, its in enumerate(pair)
+            for head in range(len(its))
+        ]
+        to_take = -(-(self.total - target) // STEP)
+        passes = len(entries) + to_take
+        if progress:
+            tqdm.write(
+                f"{_OP}: {passes} passes or more of {seconds:.2g} s: {passes * seconds / 60:.2g} minutes or more"
+            )
+        known: list[tuple[float, int, Entry]] = []
+        for entry in tqdm(entries, "what heads cost", disable=not progress, unit="head"):
+            if self._can_give(entry):
+                heapq.heappush(known, (self._cost(entry, now), 0, entry))
+        for taken in tqdm(range(to_take), "taking directions", disable=not progress, unit="step"):
+            while True:
+                cost, measured, entry = heapq.heappop(known)
+                if taken - measured < per_round:
+                    break
+                heapq.heappush(known, (self._cost(entry, now), taken, entry))
+            self.ranks[entry.layer][entry.kind][entry.head] -= STEP
+            now = self.divergence() if taken - measured else now + cost
+            if self._can_give(entry):
+                heapq.heappush(known, (self._cost(entry, now), taken + 1, entry))
+        return {layer: Ranks(*pair) for layer, pair in self.ranks.items()}
+
+    def _can_give(self, entry: Entry) -> bool:
+        return int(self.ranks[entry.layer][entry.kind][entry.head]) > STEP

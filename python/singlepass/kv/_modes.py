@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch's modes mean for a cache: it outlives inference mode, and has no gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._errors import message
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def lasting(method: Callable[P, R]) -> Callable[P, R]:
+    """A method whose tensors can be written to later, though it be called in inference mode."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
+
+
+class _Cut(torch.autograd.Function):
+    """A result without its gradient. To drop it silently would train a model wrongly."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *sources: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        contract, got = "no gradient through compressed tokens", "a backward pass"
+        raise ValueError(message("singlepass.kv", contract, got, "Train without the cache."))
+
+
+def cut(out: Tensor, *sources: Tensor) -> Tensor:
+    """``out``, of which asking for a gradient raises if it came of tensors that need one."""
+    needed = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
+    return _Cut.apply(out, *sources) if needed else out
