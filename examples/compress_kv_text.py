@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from _digits import progress_bar
-from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, verdict
+from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, save, verdict
 from _text import ROOT, VALUE, Curves, Training, build, needles, read_corpus, train, windows
 from torch import Tensor, nn
 
@@ -294,14 +294,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
         plt.close(figure)
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """As JSON, each row on a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result | {"rows": None}, indent=1)
-    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
-    path.write_text(text.replace('"rows": null', f'"rows": [\n  {rows}\n ]') + "\n", encoding="utf-8")
 
 
 def write_docs(result: dict[str, Any]) -> None:

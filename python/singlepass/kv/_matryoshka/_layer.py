@@ -316,13 +316,9 @@ class MatryoshkaLayer:
         Raises:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
-        self._check_new(k, v, mask)
-        check_queries(_OP, q, k)
-        check_needs_no_gradient(_OP, q=q)
+        self._check_prompt(q, k, v, mask)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
-        require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
-        groups = self._groups_for(k, v)
-        projected = [group.project(k, v) for group in groups]
+        projected = [group.project(k, v) for group in self._groups_for(k, v)]
         keys, values = (k, v) if self.prefill_on == "full" else self._back(projected)
         seen = mask
         if self.length:
@@ -332,10 +328,33 @@ class MatryoshkaLayer:
                 now = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
                 seen = torch.cat((self.token_mask(), now), 1)
         out = causal_attention(q, keys, values, seen, self._scale, self.softcap, sinks)
-        for group, (its_k, its_v) in zip(groups, projected, strict=True):
-            group.inner.store(group.project_queries(q, k.shape[1]), its_k, its_v, mask)
-        self.length += k.shape[2]
+        self._store(q, projected, mask)
         return out
+
+    @lasting
+    def store(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+        """Projects and adds a prompt as :meth:`prefill` does, for those who compute its attention by themselves.
+
+        Args:
+            q, k, v, mask: as for :meth:`prefill`.
+
+        Raises:
+            ValueError: as :meth:`prefill`. The cache is unchanged.
+        """
+        self._check_prompt(q, k, v, mask)
+        self._store(q, [group.project(k, v) for group in self._groups_for(k, v)], mask)
+
+    def _check_prompt(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        self._check_new(k, v, mask)
+        check_queries(_OP, q, k)
+        check_needs_no_gradient(_OP, q=q)
+        require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
+
+    def _store(self, q: Tensor, projected: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
+        heads = len(self._bases[0])
+        for group, (k, v) in zip(self._groups, projected, strict=True):
+            group.inner.store(group.project_queries(q, heads), k, v, mask)
+        self.length += q.shape[2]
 
     @lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
