@@ -284,7 +284,8 @@ def facts(result: dict[str, Any]) -> str:
     texts, questions = (", ".join(f"{n} of {length:,}" for length, n in exam[k]) for k in ("texts", "questions"))
     return (
         f"SmolLM2-135M-Instruct, help topics of Python {result['python']}; texts: {texts} tokens;\n"
-        f"questions: {questions} tokens; {exam['steps']} steps of training; {machine['device']}, torch {versions['torch']},\n"
+        f"questions: {questions} tokens; {exam['steps']} steps of training;\n"
+        f"{machine['device']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, {result['date'][:10]}"
     )
 

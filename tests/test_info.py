@@ -60,7 +60,14 @@ def test_the_check_runs_every_op_and_class() -> None:
         for case in _check.CASES.values():
             case(torch.float32, "cpu")
     assert ran == {(op, "native") for op in OPS if op != "stream_"}  # of the bench alone
-    public = {*optim.__all__, "GroupRational", "quantize, dequantize", "probe_saliency", "ZipCacheLayer"}
+    public = {
+        *optim.__all__,
+        "GroupRational",
+        "quantize, dequantize",
+        "probe_saliency",
+        "ZipCacheLayer",
+        "MatryoshkaLayer",
+    }
     assert set(_check.CASES) == public | {"SSTLinear", "LorentzLinear", "SST"}
     assert all(any(hasattr(m, name.split(",")[0]) for m in (optim, nn, kv, spectral)) for name in _check.CASES)
 

@@ -73,6 +73,15 @@ def _cache(dtype: torch.dtype, device: str) -> list[Tensor]:
     return [layer.attend(q[:, :, 99:])]
 
 
+def _low_rank(dtype: torch.dtype, device: str) -> list[Tensor]:
+    q, k, v = _random(3, 1, 2, 100, 32).to(device, dtype)
+    bases = torch.linalg.qr(_random(2, 32, 32)).Q.to(device)
+    layer = kv.MatryoshkaLayer(bases, bases, key_ranks=16, value_ranks=32)
+    layer.prefill(q[:, :, :99], k[:, :, :99], v[:, :, :99])
+    layer.append(k[:, :, 99:], v[:, :, 99:])
+    return [layer.attend(q[:, :, 99:])]
+
+
 def _codes(dtype: torch.dtype, device: str) -> list[Tensor]:
     return [kv.dequantize(kv.quantize(_random(1, 2, 100, 32).to(device, dtype), bits=4), dtype)]
 
@@ -88,6 +97,7 @@ CASES: dict[str, Case] = {
     "quantize, dequantize": _codes,
     "probe_saliency": _saliency,
     "ZipCacheLayer": _cache,
+    "MatryoshkaLayer": _low_rank,
     "SSTLinear": partial(_spectral, spectral.SSTLinear),
     "LorentzLinear": partial(_spectral, spectral.LorentzLinear),
     "SST": _sst,

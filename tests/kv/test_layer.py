@@ -368,3 +368,19 @@ def test_long_prompts_with_padding_and_after_others(tokens: int, softcap: float)
     again = padded.prefill(*part((q, k, v), 0, tokens), mask)
     assert again.shape == out.shape
     assert padded.length == 2 * tokens
+
+
+@pytest.mark.parametrize("codec", [Codec.zipcache(), Codec.per_token_head(rotate=True)], ids=["zipcache", "rotated"])
+@pytest.mark.parametrize("ratio", [0.6, 1.0])
+def test_storing_a_prompt_is_prefill_without_its_attention(ratio: float, codec: Codec) -> None:
+    q, k, v = drawn(90)
+    mask = torch.ones(2, 90, dtype=torch.bool)
+    mask[0, :9] = False
+    layers = [ZipCacheLayer(ratio, codec=codec, window=16) for _ in range(2)]
+    for begin, end in ((0, 50), (50, 90)):
+        layers[0].prefill(*part((q, k, v), begin, end), mask[:, begin:end])
+        layers[1].store(*part((q, k, v), begin, end), mask[:, begin:end])
+        assert_same(*(layer.state_dict() for layer in layers))
+    with pytest.raises(ValueError, match="90 queries, one for each token; got 1"):
+        layers[1].store(q[:, :, :1], k, v)
+    assert layers[1].length == 90

@@ -79,7 +79,7 @@ decode = Op(
     slots before window[b, 1]. `first` (segments, B, H), int32: slots before it are not seen. `sinks` (Hq,), float32: a
     logit more in each row's sum. Returns the result, (B, Hq, Lq, Dv) in q's dtype, and the logarithm of the sums of
     exp, (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.""",
-    used_by="`kv.ZipCache`, `kv.ZipCacheLayer`, `kv.decode_attention`",
+    used_by="`kv.decode_attention` and the caches",
     dtypes="fp32, bf16, fp16; 8, 4, 2 bits",
     typed=(0, 2),
 )

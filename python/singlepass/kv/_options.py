@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -37,6 +38,10 @@ def check_options(options: dict[str, Any]) -> None:
         fits = isinstance(count, int) and count >= 1
         require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
     check_softcap(_OP, options["softcap"])
+    seed, scale = options["seed"], options["scale"]
+    require(isinstance(seed, int), _OP, "seed as a whole number", repr(seed), "Leave it out for 0.")
+    fits = scale is None or (isinstance(scale, Real) and math.isfinite(scale))
+    require(fits, _OP, "scale as a number, or None", repr(scale), "None: channels^-0.5.")
     sliding = options["sliding_window"]
     fits = sliding is None or (isinstance(sliding, int) and sliding >= 1)
     require(fits, _OP, "sliding_window as a whole number, 1 or more, or None", repr(sliding), "None: no limit.")
