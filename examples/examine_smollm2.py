@@ -68,7 +68,7 @@ class Exam:
     steps: int = 120  # of training, each on one batch
     batch: int = 512
     fitted: int = 32  # batches that principal components are made of
-    searched: int = 2  # batches of half the size that ranks are searched on
+    searched: int = 1  # batches of half the size that ranks are searched on
     per_round: int = 8
     budgets: tuple[float, ...] = (0.75, 0.5)
     texts: tuple[tuple[int, int], ...] = ((1024, 10), (4096, 3))

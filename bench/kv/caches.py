@@ -6,8 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DECODE, QUANTIZE, DEQUANTIZE, SALIENCY = "kv_decode", "kv_quantize_", "kv_dequantize_", "kv_saliency"
+# Attention of a MatryoshkaLayer that keeps half of the channels; what that has of its own.
+LOW_RANK, LOW_RANK_CODES, PROJECT = "low_rank_attend", "low_rank_attend_4_2", "low_rank_append"
 TITLES = {
     DECODE: "decode attention",
+    LOW_RANK: "decode attention, half the ranks",
+    LOW_RANK_CODES: "decode attention, half the ranks, 4/2 bits",
+    PROJECT: "project and append a token, half the ranks",
     QUANTIZE: "quantise and pack",
     DEQUANTIZE: "restore",
     SALIENCY: "saliency of 512 probes",
@@ -40,6 +45,7 @@ QUERY_HEADS, HEADS, WIDTH = 32, 8, 128
 # ZipCache's default: 60% of the tokens in 4 bits, the others in 2 and smaller blocks; half of the window is in use.
 SALIENT_RATIO, BLOCK, REGULAR_BLOCK, WINDOW = 0.6, 128, 32, 64
 PROBES = 512
+RANK = WIDTH // 2  # of low-rank caches
 
 SHAPES = {
     "cpu": tuple(CacheShape(batch, length) for batch, length in ((1, 32768), (4, 32768), (1, 4096), (4, 4096))),

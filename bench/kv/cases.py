@@ -20,9 +20,13 @@ from .caches import (
     DECODE,
     DEQUANTIZE,
     HEADS,
+    LOW_RANK,
+    LOW_RANK_CODES,
     PROBES,
+    PROJECT,
     QUANTIZE,
     QUERY_HEADS,
+    RANK,
     REGULAR_BLOCK,
     SALIENCY,
     SALIENT_RATIO,
@@ -136,6 +140,50 @@ def own_saliency(backend: str, data: Inputs) -> Call:
     return lambda: probe_saliency(data.probes, data.k, data.positions, backend=backend)
 
 
+def low_rank_layer(backend: str, bits: tuple[int, int] | None, data: Inputs) -> Any:
+    """A layer that holds the tokens, projected on half of some bases. Queries are those of the newest token."""
+    from singlepass.kv import MatryoshkaLayer
+
+    generator = torch.Generator(data.k.device).manual_seed(1)
+    options: dict[str, Any] = {"generator": generator, "device": data.k.device}
+    bases = [torch.linalg.qr(torch.randn(HEADS, WIDTH, WIDTH, **options)).Q for _ in range(2)]
+    layer = MatryoshkaLayer(*bases, key_ranks=RANK, value_ranks=RANK, bits=bits, backend=backend)
+    compressed = split(data)[1]
+    q = None if bits is None else data.q.expand(-1, -1, compressed, -1)
+    layer.store(q, data.k[:, :, :compressed], data.v[:, :, :compressed])
+    layer.append(data.k[:, :, compressed:], data.v[:, :, compressed:])
+    return layer
+
+
+def own_low_rank(bits: tuple[int, int] | None, backend: str, data: Inputs) -> Call:
+    layer = low_rank_layer(backend, bits, data)
+    return lambda: layer.attend(data.q)
+
+
+def own_append(backend: str, data: Inputs) -> Call:
+    """What projecting is judged by: the tokens as they come back."""
+    layer = low_rank_layer(backend, None, data)
+    return lambda: torch.cat([x.flatten() for x in layer.dequantize()])
+
+
+def append_alone(backend: str, data: Inputs) -> Call:
+    """What is timed."""
+    layer = low_rank_layer(backend, None, data)
+    k, v = data.k[:, :, :1].contiguous(), data.v[:, :, :1].contiguous()
+
+    def call() -> Tensor:
+        layer.append(k, v)
+        layer.drop_newest(1)
+        return k
+
+    return call
+
+
+def low_rank_truth(bits: tuple[int, int] | None, data: Inputs) -> Tensor:
+    k, v = (x.double() for x in low_rank_layer("eager", bits, data).dequantize())
+    return F.scaled_dot_product_attention(data.q.double(), k, v, enable_gqa=True)
+
+
 def sdpa(dtype: torch.dtype, data: Inputs) -> Call:
     """PyTorch's attention over uncompressed tokens."""
     q, k, v = (t.to(dtype) for t in (data.q, data.k, data.v))
@@ -147,6 +195,13 @@ def grouped(dtype: torch.dtype, data: Inputs) -> Call:
     q, k, v = (t.to(dtype) for t in (data.q, data.k, data.v))
     rows = q.view(len(q), HEADS, QUERY_HEADS // HEADS, WIDTH)
     return lambda: (((rows @ k.mT) * WIDTH**-0.5).softmax(-1) @ v).view(q.shape)
+
+
+def grouped_sdpa(dtype: torch.dtype, data: Inputs) -> Call:
+    """PyTorch's attention with the query heads of a group as queries of one head."""
+    q, k, v = (t.to(dtype) for t in (data.q, data.k, data.v))
+    rows = q.view(len(q), HEADS, QUERY_HEADS // HEADS, WIDTH)
+    return lambda: F.scaled_dot_product_attention(rows, k, v).view(q.shape)
 
 
 def copied(data: Inputs) -> Call:
@@ -248,7 +303,17 @@ OWN: dict[str, Callable[[str, Inputs], Call]] = {
     QUANTIZE: own_quantize,
     DEQUANTIZE: own_dequantize,
     SALIENCY: own_saliency,
+    LOW_RANK: partial(own_low_rank, None),
+    LOW_RANK_CODES: partial(own_low_rank, (4, 2)),
+    PROJECT: own_append,
 }
+TIMED: dict[str, Callable[[str, Inputs], Call]] = {QUANTIZE: quantize_alone, PROJECT: append_alone}
+TRUTHS: dict[str, Callable[[Inputs], Tensor]] = {
+    DECODE: decode_truth,
+    LOW_RANK: partial(low_rank_truth, None),
+    LOW_RANK_CODES: partial(low_rank_truth, (4, 2)),
+}
+OPS_OF = {LOW_RANK: DECODE, LOW_RANK_CODES: DECODE, PROJECT: DECODE}  # which op a layer runs
 
 
 def eager_truth(op: str, data: Inputs) -> Tensor:
@@ -256,23 +321,23 @@ def eager_truth(op: str, data: Inputs) -> Tensor:
 
 
 def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> Iterator[Provider]:
-    truth = decode_truth if op == DECODE else partial(eager_truth, op)
+    truth = TRUTHS.get(op, partial(eager_truth, op))
     bytes_of_floats = shape.elements * 4
     for name, tier, footprint in (
         ("native", Tier.FUSED, bytes_of_floats // 8),
         ("triton", Tier.FUSED, bytes_of_floats // 8),
         ("eager", Tier.EAGER, 4 * bytes_of_floats),
     ):
-        timed = partial(quantize_alone, name) if op == QUANTIZE else None
-        why_not = partial(own_reason, op, name, dtype)
+        timed = partial(TIMED[op], name) if op in TIMED else None
+        why_not = partial(own_reason, OPS_OF.get(op, op), name, dtype)
         make = partial(OWN[op], name)
         yield provider(name, name, tier, make, truth, dtype, timed, why_not=why_not, footprint=footprint)
     if op == QUANTIZE:
         yield provider("copy", "yardstick", Tier.FUSED, copied, lambda data: data.v, dtype, footprint=bytes_of_floats)
-    if op != DECODE:
+    if op not in (DECODE, LOW_RANK, LOW_RANK_CODES):
         return
     # The choice of a user: whichever of them is fastest.
-    for name, attention in (("sdpa", sdpa), ("grouped", grouped)):
+    for name, attention in (("sdpa", sdpa), ("grouped", grouped), ("grouped-sdpa", grouped_sdpa)):
         for kind in (torch.float32, torch.bfloat16):
             dense = partial(attention, kind)
             label = f"{name}-{dtype_name(kind)}"
@@ -280,6 +345,8 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
             if kind == torch.bfloat16:
                 options["differs"] = "tokens and intermediate results in bfloat16"
             yield provider(label, "yardstick", Tier.FUSED, dense, dense_truth, dtype, **options)
+    if op != DECODE:
+        return
     differs = "tokens in 4 bits, in groups of 64 elements along the tokens"
     options = {"differs": differs, "why_not": quanto_reason, "footprint": 3 * bytes_of_floats}
     yield provider("transformers-quanto", "peer", Tier.PEER, quantized_cache, dense_truth, dtype, **options)
@@ -289,14 +356,14 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
         yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
 
 
-def packed_bytes(shape: CacheShape) -> int:
-    """Of the compressed tokens: codes; steps and minima of keys for each block's channels, of values for each token;
-    values' channel factors for each block."""
+def packed_bytes(shape: CacheShape, width: int = WIDTH) -> int:
+    """Of the compressed tokens, of so many channels: codes; steps and minima of keys for each block's channels, of
+    values for each token; values' channel factors for each block."""
     salient = round(SALIENT_RATIO * (shape.length - WINDOW))
     total = 0
     for bits, block, tokens in ((4, BLOCK, salient), (2, REGULAR_BLOCK, shape.length - WINDOW - salient)):
         blocks = -(-tokens // block)
-        total += tokens * (2 * WIDTH * bits // 8 + 4) + blocks * 6 * WIDTH
+        total += tokens * (2 * width * bits // 8 + 4) + blocks * 6 * width
     return shape.batch * HEADS * total
 
 
@@ -307,6 +374,12 @@ def passes(op: str, shape: CacheShape, dtype: torch.dtype) -> tuple[Pass, ...]:
     tokens, packed = shape.elements * dtype.itemsize, packed_bytes(shape)
     if op == DECODE:
         return (Pass((packed + window,), ()),)
+    if op == LOW_RANK:
+        return (Pass((tokens * RANK // WIDTH,), ()),)
+    if op == LOW_RANK_CODES:
+        return (Pass((packed_bytes(shape, RANK) + window * RANK // WIDTH,), ()),)
+    if op == PROJECT:
+        return (Pass((2 * HEADS * WIDTH * RANK * 4,), ()),)  # the bases
     if op == SALIENCY:
         return (Pass((tokens // 2,), ()), Pass((tokens // 2,), ()))
     if op == QUANTIZE:
@@ -315,7 +388,11 @@ def passes(op: str, shape: CacheShape, dtype: torch.dtype) -> tuple[Pass, ...]:
 
 
 def flops(op: str, shape: CacheShape) -> int:
-    per_element = {DECODE: 2 * QUERY_HEADS // HEADS, QUANTIZE: 6, DEQUANTIZE: 3}
+    if op == PROJECT:
+        return 2 * 2 * shape.batch * HEADS * WIDTH * RANK
+    attention = 2 * QUERY_HEADS // HEADS
+    per_element = {DECODE: attention, LOW_RANK: attention // 2, LOW_RANK_CODES: attention // 2}
+    per_element |= {QUANTIZE: 6, DEQUANTIZE: 3}
     if op == SALIENCY:
         return PROBE_FLOPS * shape.elements // 2 * min(PROBES, shape.length // 10) * QUERY_HEADS // HEADS
     return per_element[op] * shape.elements
@@ -345,7 +422,8 @@ def quick_cases(device: torch.device, probe: Probe) -> Iterator[Case]:
 
     longest = CacheShape(1, fitting(QUICK_LENGTHS, seconds, QUICK_SECONDS))
     float32, bfloat16 = torch.float32, torch.bfloat16
-    for op, dtype in ((DECODE, float32), (DECODE, bfloat16), (QUANTIZE, float32), (SALIENCY, float32)):
+    telling = ((DECODE, float32), (DECODE, bfloat16), (LOW_RANK, float32), (QUANTIZE, float32), (SALIENCY, float32))
+    for op, dtype in telling:
         yield case(op, CacheShape(1, QUICK_SALIENCY) if op == SALIENCY else longest, dtype, False)
     yield case(DEQUANTIZE, longest, float32, False)
 
@@ -356,7 +434,7 @@ def case(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> Case:
         op=op,
         size=shape.name,
         dtype=dtype,
-        ops=(op,),
+        ops=(OPS_OF.get(op, op),),
         passes=passes(op, shape, dtype),
         flops=flops(op, shape),
         elements=shape.elements,

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from ..bars import Check, fastest, ours, ratio, time_over
 from ..results import Row, Run
-from .caches import DECODE, QUANTIZE, TITLES
+from .caches import DECODE, LOW_RANK, LOW_RANK_CODES, QUANTIZE, TITLES
 
 # CPU. Short caches are those that a processor holds.
 TIMES_DENSE = {True: 2.0, False: 1.0}
+TIMES_DENSE_LOW_RANK = {LOW_RANK: 1.7, LOW_RANK_CODES: 4.0}  # of long caches
 LONG = 32768
 TIMES_QUANTIZED_CACHE = 10.0
 TIMES_COPY = 3.0
@@ -40,6 +41,9 @@ def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
         limit = TIMES_DENSE[length_of(rows[0]) >= LONG]
         yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
         yield times_faster("times faster than QuantizedCache", rows, "peer", TIMES_QUANTIZED_CACHE)
+    elif rows[0].op in TIMES_DENSE_LOW_RANK and length_of(rows[0]) >= LONG:
+        limit = TIMES_DENSE_LOW_RANK[rows[0].op]
+        yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
     elif rows[0].op == QUANTIZE:
         copies = [row for row in rows if row.column == "yardstick"]
         yield time_over("time over a copy of the tokens", case_of(rows[0]), ours(rows), copies, TIMES_COPY)

@@ -10,6 +10,7 @@ from torch import Tensor
 from singlepass.kv import ZipCacheLayer
 from singlepass.kv._selection import PADDING
 
+from ..tolerances import assert_same_bits
 from .inputs import each_cpu_backend
 from .layers import assert_same, check_attend, drawn, kinds, part, stream
 from .test_layer import CODECS, each_codec
@@ -161,3 +162,23 @@ def test_wrong_masks() -> None:
     with pytest.raises(ValueError, match="an empty cache"):
         ZipCacheLayer().hide(shows)
     assert_same(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("ends", [1, 4, 7, 8])
+def test_no_token_is_lost_where_probes_saw_less_of_one_sequence(ends: int, ratio: float) -> None:
+    """A sequence that ends has other probes than one that goes on, and so another share of salient tokens."""
+    for seed in range(10):
+        q, k, v = drawn(20, seed=seed)
+        mask = torch.ones(2, 20, dtype=torch.bool)
+        mask[0, ends:] = False
+        layer = ZipCacheLayer(ratio, window=8, seed=seed)
+        layer.append(*part((k, v), 0, 7), mask[:, :7])
+        for i in range(7, 20):
+            layer.append(*part((k, v), i, i + 1), mask[:, i : i + 1])
+            check_attend(layer, q[:, :, i : i + 1])
+        assert_same_bits(layer.token_mask(), mask)
+        keys, _ = layer.dequantize()
+        assert_same_bits(keys.abs().sum(3).ne(0), mask[:, None].expand(keys.shape[:3]))
+        again = ZipCacheLayer(ratio, window=8, seed=seed)
+        again.load_state_dict(layer.state_dict())

@@ -90,6 +90,43 @@ def test_foreign_safetensors_are_refused(tmp_path: Path) -> None:
         MatryoshkaBases.load(path)
 
 
+def changed(tensors: dict[str, torch.Tensor], **new: Any) -> dict[str, torch.Tensor]:
+    out = tensors | {name.replace("_", "."): x for name, x in new.items()}
+    return {name: x for name, x in out.items() if x is not None}
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        {"sample": None},
+        {"values_1": None},
+        {"keys_7": torch.eye(32).expand(2, 32, 32).contiguous()},
+        {"keys": torch.zeros(1)},
+        {"keys_x": torch.zeros(1)},
+        {"keys_0": torch.full((2, 32, 32), torch.nan)},
+        {"keys_0": torch.zeros(2, 32, 16)},
+        {"ranks_0.5_keys_0": torch.tensor([16, 16])},
+        {"ranks_half_keys_0": torch.tensor([16, 16])},
+    ],
+    ids=str,
+)
+def test_broken_files_are_refused(new: dict[str, Any], tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "bases.safetensors"
+    fit_matryoshka(build(head_dim=32), [prompt(2, 60)], progress=False).save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({name: x.clone() for name, x in changed(tensors, **new).items()}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"MatryoshkaBases.*: expected"):
+        MatryoshkaBases.load(path)
+    save_file(tensors, path, metadata={"format": metadata["format"]})
+    with pytest.raises(ValueError, match="a whole file; got KeyError"):
+        MatryoshkaBases.load(path)
+
+
 def test_models_are_told_apart() -> None:
     model = build(head_dim=32)
     bases = fit_matryoshka(model, [prompt(2, 60)], progress=False)
@@ -111,6 +148,18 @@ def test_uniform_ranks_fit_the_budget(budget: float, head_dim: int, want: tuple[
     for ranks in bases.ranks_of(budget).values():
         assert [its.tolist() for its in ranks] == [[rank] * 2 for rank in want]
     assert sum(want) <= budget * 2 * head_dim
+
+
+def test_budgets_are_numbers_of_any_kind() -> None:
+    import numpy as np
+
+    bases = fit_matryoshka(build(head_dim=48), [prompt(2, 60)], progress=False)
+    assert bases.ranks_of(np.float32(0.5))[0].keys.tolist() == [16, 16]
+    with pytest.raises(ValueError, match=r"a budget of 0.3333333333333333 or more for heads of 48; got 0.333\."):
+        bases.ranks_of(0.333)
+    ranks = {i: Ranks(torch.tensor([48, 32]), torch.tensor([16, 48])) for i in range(3)}
+    found = MatryoshkaBases(bases.keys, bases.values, bases.model, bases.sample, {0.7: ranks})
+    assert found.ranks_of(0.1 * 7)[0].keys.tolist() == [48, 32]
 
 
 def test_wrong_calibration_is_refused() -> None:

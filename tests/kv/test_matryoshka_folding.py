@@ -12,7 +12,7 @@ from torch import nn
 
 pytest.importorskip("transformers", minversion="5.24")
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, OlmoConfig, PreTrainedModel, Qwen2Config
 
 from singlepass.kv import MatryoshkaBases, MatryoshkaCache, fit_matryoshka, fold_values, search_ranks
 
@@ -98,8 +98,8 @@ def normed(model: PreTrainedModel) -> None:
     [
         (wrapped, "v_proj of layer 1 as a plain nn.Linear; got Sequential"),
         (tied, "weights of its own in v_proj of layer 0; got shared ones"),
-        (gated, "nothing between v_proj and o_proj but attention; got logits that would change by"),
-        (normed, "nothing between v_proj and o_proj but attention"),
+        (gated, "nothing between v_proj and o_proj of layer 1 but attention; got results that change by"),
+        (normed, "nothing between v_proj and o_proj of layer 0 but attention"),
     ],
 )
 def test_models_that_cannot_be_folded_are_unchanged(change: Any, contract: str) -> None:
@@ -111,6 +111,54 @@ def test_models_that_cannot_be_folded_are_unchanged(change: Any, contract: str) 
         fold_values(model, bases)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert not hasattr(model.config, "singlepass_folded_values")
+
+
+def gated_a_little(model: PreTrainedModel) -> None:
+    """By numbers close to each other, as gates are at first."""
+    gate = 0.5 + 0.2 * torch.rand(128, generator=torch.Generator().manual_seed(0)).to(model.dtype)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: (args[0] * gate,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gates_are_noticed_in_narrow_dtypes(dtype: torch.dtype) -> None:
+    model = build(head_dim=32).to(dtype)
+    gated_a_little(model)
+    bases = fitted(model)
+    with pytest.raises(ValueError, match="nothing between v_proj and o_proj of layer 0 but attention"):
+        fold_values(model, bases)
+
+
+def test_errors_and_interrupts_leave_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(head_dim=32)
+    bases = fitted(model)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    calls = []
+
+    def interrupted(*args: Any) -> float:
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("singlepass.kv._matryoshka._fold._difference", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fold_values(model, bases)
+    assert calls
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    monkeypatch.undo()
+    clipped = build(OlmoConfig, head_dim=32, clip_qkv=8.0)
+    its = fitted(clipped)
+    with pytest.raises(ValueError, match="values that are not clipped; got clip_qkv"):
+        fold_values(clipped, its)
+    fold_values(model, bases)
+    with pytest.raises(ValueError, match="a model whose values are not folded; got a folded one"):
+        fitted(model)
+
+
+def test_a_projection_of_two_layers_is_refused() -> None:
+    model = build(head_dim=32)
+    model.model.layers[2].self_attn.v_proj = model.model.layers[0].self_attn.v_proj
+    with pytest.raises(ValueError, match="weights of its own in v_proj of layer 0; got shared ones"):
+        fold_values(model, fitted(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

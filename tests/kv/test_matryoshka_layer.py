@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -164,6 +165,20 @@ def test_padding_ended_sequences_and_a_next_turn(bits: Any) -> None:
         check(out[1:], want, q[1:, :, 39:], k[1:], v[1:])
 
 
+@pytest.mark.parametrize("ranks", [(16, 16), (16, 32)])
+@pytest.mark.parametrize("bits", [None, (4, 2)])
+def test_a_sequence_of_padding_alone_gives_zeros(bits: Any, ranks: tuple[int, int]) -> None:
+    q, k, v = drawn(20)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1] = False
+    layer = made(ranks=ranks, bits=bits)
+    out = layer.prefill(q, k, v, mask)
+    for its in (out, layer.attend(q[:, :, 19:])):
+        assert bool((its[1] == 0).all())
+        assert its[0].isfinite().all()
+        assert float(its[0].norm()) > 0.1
+
+
 def test_hidden_tokens_are_not_seen() -> None:
     q, k, v = drawn(20)
     layer = made()
@@ -257,6 +272,57 @@ def test_it_outlives_inference_mode() -> None:
     assert layer.attend(q[:, :, 18:19]).isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [None, (4, 2)])
+def test_nan_in_padding_reaches_no_token(bits: Any) -> None:
+    q, k, v = drawn(30)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[0, :9] = mask[1, 25:] = False
+    dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (k, v)]
+    found = []
+    for its in ((k, v), dirty):
+        layer = made(ranks=([16, 32], 16), bits=bits, window=8)
+        outs = [layer.prefill(q[:, :, :20], *part(its, 0, 20), mask[:, :20])]
+        for i in range(20, 30):
+            layer.append(*part(its, i, i + 1), mask[:, i : i + 1])
+            outs.append(layer.attend(q[:, :, i : i + 1]))
+        found.append([*outs, *layer.dequantize()])
+    for clean, other in zip(*found, strict=True):
+        assert_same_bits(other, clean)
+
+
+@pytest.mark.parametrize("bits", [None, (4, 2)])
+def test_nothing_and_what_is_left_of_it(bits: Any) -> None:
+    """No queries, no tokens, all removed, and saved like that; masks and ranks that the caller changes later."""
+    q, k, v = drawn(12)
+    ranks = torch.tensor([16, 32])
+    layer = made(ranks=(ranks, 16), bits=bits)
+    ranks[0] = 32
+    assert layer.prefill(*part((q, k, v), 0, 0)).shape == (2, 4, 0, 32)
+    layer.append(*part((k, v), 0, 0))
+    layer.append(k, v)
+    assert layer.attend(q[:, :, :0]).shape == (2, 4, 0, 32)
+    layer.token_mask()[:] = False
+    assert bool(layer.token_mask().all())
+    layer.drop_newest(12)
+    other = made(ranks=([16, 32], 16), bits=bits)
+    other.load_state_dict(layer.state_dict())
+    other.append(k, v)
+    assert other.length == 12
+
+
+def test_copies_outlive_inference_mode() -> None:
+    q, k, v = drawn(20)
+    layer = made()
+    with torch.inference_mode():
+        layer.append(*part((k, v), 0, 10))
+        layer.append(*part((k, v), 10, 11))
+        other = copy.deepcopy(layer)
+        other.append(*part((k, v), 11, 12))
+    other.append(*part((k, v), 12, 13))
+    assert (layer.length, other.length) == (11, 13)
+    assert other.attend(q[:, :, 12:13]).isfinite().all()
+
+
 U = bases(2, 32)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"key_ranks": 24}, "2 ranks of keys among 16, 32, ..., 32; got"),
@@ -303,6 +369,7 @@ def test_bad_tokens_change_nothing() -> None:
         lambda: layer.prefill(q[:, :, 1:], k.detach(), v),
         lambda: layer.prefill(q[:, :3], k.detach(), v),
         lambda: layer.attend(q[:, :, :11]),
+        lambda: layer.attend(q[:, :, :1].double()),
         lambda: layer.drop_newest(11),
         lambda: layer.select_sequences([[0]]),
         lambda: layer.hide(torch.ones(2, 9, dtype=torch.bool)),

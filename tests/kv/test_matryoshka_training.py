@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", minversion="5.24")
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config
 
 from singlepass.kv import MatryoshkaBases, MatryoshkaCache, fit_matryoshka, search_ranks
 from singlepass.kv._matryoshka._hooks import checked_batches
@@ -122,6 +122,47 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         fit_matryoshka(its, texts(), optimizer=stops_after(0), checkpoint=path, **options)
 
 
+def test_checkpoints_of_other_models_and_broken_ones(tmp_path: Path) -> None:
+    path = tmp_path / "training.pt"
+    options: dict[str, Any] = {"steps": 1, "checkpoint": path, "progress": False}
+    fit_matryoshka(model(), texts(), **options)
+    with pytest.raises(ValueError, match="a checkpoint of this training"):
+        fit_matryoshka(build(head_dim=32, seed=5), texts(), **options)
+    saved = torch.load(path, weights_only=True)
+    for wrong in (
+        {},
+        saved | {"settings": 1},
+        saved | {"tensors": saved["tensors"][:1]},
+        saved | {"tensors": [x[:1] for x in saved["tensors"]]},
+        saved | {"step": 7},
+        saved | {"parts": []},
+    ):
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="a whole checkpoint"):
+            fit_matryoshka(model(), texts(), **options)
+    with pytest.raises(ValueError, match="a folder that exists"):
+        fit_matryoshka(model(), texts(), steps=1, checkpoint=tmp_path / "no" / "training.pt", progress=False)
+
+
+def test_the_model_is_what_it_was() -> None:
+    its = build(head_dim=32, attention_dropout=0.5).train()
+    its.model.layers[1].eval()
+    flags = [m.training for m in its.modules()]
+    its.activation_checkpointing_enable()
+    functions = [vars(m).get("_gradient_checkpointing_func") for m in its.modules()]
+    with torch.inference_mode():
+        first = fit_matryoshka(its, texts(), progress=False)
+        fit_matryoshka(its, texts(), steps=2, gradient_checkpointing=True, progress=False)
+        second = fit_matryoshka(its, texts(), progress=False)
+    assert torch.equal(first.keys[0], second.keys[0]), "without dropout"
+    assert [m.training for m in its.modules()] == flags
+    assert [vars(m).get("_gradient_checkpointing_func") for m in its.modules()] == functions
+    assert all(p.requires_grad for p in its.parameters())
+    frozen = build(head_dim=32).requires_grad_(False)
+    fit_matryoshka(frozen, texts(), steps=2, gradient_checkpointing=True, progress=False)
+    assert not frozen(prompt(1, 10)).logits.requires_grad
+
+
 def test_padding_is_not_learnt_from() -> None:
     its, ids = model(), prompt(2, 60)
     mask = torch.ones_like(ids)
@@ -143,11 +184,13 @@ def test_wrong_options_of_training() -> None:
         ({"lr": float("nan")}, "an lr over 0"),
         ({"distill": 1.5}, "distill from 0 to 1"),
         ({"optimizer": lambda parameters: None}, "an optimizer; got NoneType"),
-        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=float("inf"))}, "a finite loss in step 1"),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=float("inf"))}, "finite bases after step 0"),
     ]
     for options, contract in cases:
         with pytest.raises(ValueError, match=contract):
             fit_matryoshka(its, texts(), **({"steps": 2, "progress": False} | options))
+    with pytest.raises(ValueError, match="a model with a head for language modelling; got LlamaModel"):
+        fit_matryoshka(its.model, texts(), steps=1, progress=False)
     assert all(p.requires_grad for p in its.parameters())
 
 
@@ -186,6 +229,14 @@ def test_search_finds_what_loses_least() -> None:
     total = sum(layer.inner.kept_channels for layer in cache.layers)
     assert total <= 0.6 * 3 * 2 * 2 * 32 < total + 16
     assert cache.nbytes == total * 2 * 30 * 4 or cache.nbytes > total * 2 * 30 * 4  # with room for more
+
+
+def test_layers_that_a_cache_leaves_alone_take_no_part() -> None:
+    options: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
+    its = build(Qwen2Config, head_dim=64, **options)
+    bases = fit_matryoshka(its, [prompt(2, 80)], progress=False)
+    found = search_ranks(its, bases, [prompt(1, 30)], 0.5, per_round=8, progress=False)
+    assert "kept=0.500, layers=3, compressed=1" in repr(MatryoshkaCache(its.config, found, 0.5))
 
 
 def test_wrong_searches() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from singlepass.kv import Codec, ZipCacheLayer
 
+from ..tolerances import assert_same_bits
 from .inputs import each_cpu_backend
 from .layers import assert_same, check_attend, dense, drawn, part
 from .test_layer import CODECS, each_codec
@@ -132,3 +133,20 @@ def test_padded_sequences_that_end_are_saved_and_chosen() -> None:
     for wrong in (0, 2.5, "4"):
         with pytest.raises(ValueError, match="sliding_window as a whole number, 1 or more, or None"):
             ZipCacheLayer(sliding_window=wrong)
+
+
+@pytest.mark.parametrize("window", [4, 16, 128])
+def test_hiding_nothing_changes_nothing(window: int) -> None:
+    """What left the sliding window is false in the mask, but is no padding."""
+    q, k, v = drawn(40)
+    layer = ZipCacheLayer(1.0, salient_bits=8, sliding_window=20, window=window)
+    layer.prefill(*part((q, k, v), 0, 17))
+    for i in range(17, 40):
+        layer.append(*part((k, v), i, i + 1))
+        before = layer.attend(q[:, :, i : i + 1])
+        layer.hide(layer.token_mask())
+        assert_same_bits(layer.attend(q[:, :, i : i + 1]), before)
+    mask = layer.token_mask()
+    mask[0, 35:] = False
+    layer.hide(mask)
+    assert_same_bits(layer.token_mask(), mask)

@@ -105,3 +105,21 @@ def test_generate_beams_crop_and_save() -> None:
     repeated = ids[:1, :10].repeat(1, 5)
     options = {"prompt_lookup_num_tokens": 5}
     assert greedy(model, repeated, 20, cache=cache_of(model), **options).shape[1] > 50
+
+
+def test_ended_tokens_beyond_the_window() -> None:
+    """A later turn hides what followed the end of a sequence, when that has long left the window of another."""
+    model = build(MistralConfig, sliding_window=20, head_dim=32)
+    model.set_attn_implementation("singlepass")
+    ids = prompt(2, 90)
+    mask = torch.ones_like(ids)
+    cache = ZipCache(model.config, compress_sliding=True, window=4, **BYTES)
+    run(model, ids[:, :40], steps(30, 40), cache)
+    mask[0, 36:40] = 0
+    want = run(model, ids, [], None, mask)
+    for begin, end in ((40, 70), (70, 71), (71, 90)):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, begin:end]
+        with torch.no_grad():
+            options = {"attention_mask": mask[:, :end], "position_ids": positions, "cache": cache}
+            got = model(ids[:, begin:end], **options).logits
+        assert error(got, want[:, begin:end]) < 0.02

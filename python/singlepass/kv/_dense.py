@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .._errors import message, require
 from ._functional import attend
+from ._options import without_padding
 from ._prompt import causal_attention
 from ._store import grown, held_nbytes
 
@@ -58,7 +59,9 @@ class DenseLayer:
         k, v = self._room
         return k[:, :, : self.length], v[:, :, : self.length]
 
-    def store(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    mixed = False
+
+    def store(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         self.append(k, v, mask)
 
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
@@ -83,6 +86,7 @@ class DenseLayer:
             mask = None if self._mask is None else self._mask[:, None, None]
             rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
             out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=self.scale)
+            out = out if mask is None else out.masked_fill(~mask.any(3, keepdim=True), 0.0)
             return out.flatten(1, 2)[:, :, None]
         ends = None if plain else self._ends(k, queries)
         if ends is None:
@@ -102,13 +106,13 @@ class DenseLayer:
         return torch.stack((begin, end), 1).int() if bool(whole.all()) else None
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        shown = 1 if self._mask is None else self._mask[:, None, :, None]
-        k, v = self._tokens
-        return k * shown, v * shown
+        k, v = without_padding(*self._tokens, self._mask)
+        return k.clone(), v.clone()
 
     def token_mask(self) -> Tensor:
         k, _ = self._tokens
-        return torch.ones(len(k), self.length, dtype=torch.bool, device=k.device) if self._mask is None else self._mask
+        whole = torch.ones(len(k), self.length, dtype=torch.bool, device=k.device)
+        return whole if self._mask is None else self._mask.clone()
 
     def hide(self, mask: Tensor) -> None:
         self._mask = self.token_mask() & mask

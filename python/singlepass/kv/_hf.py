@@ -141,7 +141,8 @@ class MatryoshkaCache(CompressedCache):
         window: with ``bits``, maximum number of tokens that are not quantised yet; and how many new tokens are attended
             to as stored, where more are a prompt.
         salient_ratio: fraction of salient tokens, if ``bits`` is a pair.
-        prefill: what a prompt attends to, its "full" keys and values, or "truncated" ones as in training.
+        prefill: what a prompt attends to, its "full" keys and values, or "truncated" ones as in training; always "full"
+            with other attention implementations and with masks that are more than padding.
         codec: how tokens are quantised; None: ``Codec.zipcache()``.
         seed: for drawing the random probes.
         backend: "native", "triton" or "eager"; None selects one.
@@ -192,8 +193,12 @@ class MatryoshkaCache(CompressedCache):
 
         def make(index: int, sliding_window: int | None) -> MatryoshkaLayer:
             contract = f"bases and ranks of layer {index}"
-            require(index in bases.keys and index in its, where, contract, sorted(its), "Fit bases for this model.")
-            of_keys, of_values = its[index]
+            known = index in bases.keys and isinstance(its, Mapping) and index in its
+            require(known, where, contract, its, "Fit bases for this model.")
+            pair = its[index]
+            fits = isinstance(pair, tuple) and len(pair) == 2
+            require(fits, where, f"a pair of ranks for layer {index}", pair, "Pass (ranks of keys, ranks of values).")
+            of_keys, of_values = pair
             return MatryoshkaLayer(
                 bases.keys[index],
                 bases.values[index],

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from .._errors import message, require
 from ._codec import Codec
 from ._functional import attend, check_exact, check_needs_no_gradient, check_queries
-from ._modes import lasting
-from ._options import check_new_tokens, check_options
+from ._modes import Lasting, lasting
+from ._options import check_mask, check_new_tokens, check_options, without_padding
 from ._prompt import causal_attention, rotate
 from ._saliency import prompt_saliency
 from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
@@ -37,7 +37,7 @@ class Held(NamedTuple):
     compressed: Compressed
 
 
-class ZipCacheLayer:
+class ZipCacheLayer(Lasting):
     """Compressed keys and values of one attention layer: salient tokens in more bits than regular ones, the newest ones
     uncompressed.
 
@@ -211,6 +211,7 @@ class ZipCacheLayer:
         """
         self._check_prompt(q, k, v, mask)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        k, v = without_padding(k, v, mask)
         if self.codec.rotate:
             q, k, v = rotate(q), rotate(k), rotate(v)
         keys, values, seen = self._with_cached(k, v, mask)
@@ -219,27 +220,30 @@ class ZipCacheLayer:
         return rotate(out) if self.codec.rotate else out
 
     @lasting
-    def store(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    def store(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         """Adds and compresses a prompt as :meth:`prefill` does, for those who compute its attention by themselves.
 
         Args:
-            q, k, v, mask: as for :meth:`prefill`.
+            q: as for :meth:`prefill`; None: all tokens count as salient.
+            k, v, mask: as for :meth:`prefill`.
 
         Raises:
             ValueError: as :meth:`prefill`. The cache is unchanged.
         """
         self._check_prompt(q, k, v, mask)
+        k, v = without_padding(k, v, mask)
         if self.codec.rotate:
-            q, k, v = rotate(q), rotate(k), rotate(v)
-        keys, _, seen = self._with_cached(k, v, mask) if self.mixed else (k, v, mask)
+            q, k, v = None if q is None else rotate(q), rotate(k), rotate(v)
+        keys, _, seen = self._with_cached(k, v, mask) if self.mixed and q is not None else (k, v, mask)
         self._add_prompt(q, k, v, mask, keys, seen)
 
-    def _check_prompt(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
-        check_queries(_OP, q, k)
-        check_needs_no_gradient(_OP, q=q)
-        require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
-        check_mask(mask, (k.shape[0], k.shape[2]))
+    def _check_prompt(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        check_new_tokens(_OP, k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
+        if q is not None:
+            check_queries(_OP, q, k)
+            check_needs_no_gradient(_OP, q=q)
+            require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
+        check_mask(_OP, mask, (k.shape[0], k.shape[2]))
 
     def _with_cached(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values of all tokens, cached and new, and which are no padding, bool (batch, tokens); None: all."""
@@ -253,18 +257,19 @@ class ZipCacheLayer:
         return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), seen
 
     def _add_prompt(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor, seen: Tensor | None
+        self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor, seen: Tensor | None
     ) -> None:
         """Compresses a prompt, whose saliency is that among all tokens: those of ``keys``, as far as ``seen``."""
         tokens = k.shape[2]
         unseen = 0 if self.sliding_window is None else max(tokens - self.sliding_window, 0)  # by later queries
         if unseen:  # nor are the tokens before these
             before = keys.shape[2] - tokens
-            q, k, v, keys = q[:, :, unseen:], k[:, :, unseen:], v[:, :, unseen:], keys[:, :, before + unseen :]
+            q = None if q is None else q[:, :, unseen:]
+            k, v, keys = k[:, :, unseen:], v[:, :, unseen:], keys[:, :, before + unseen :]
             mask = None if mask is None else mask[:, unseen:]
             seen = None if seen is None else seen[:, before + unseen :]
         saliency = None
-        if self.mixed and tokens:
+        if self.mixed and tokens and q is not None:
             options = {"normalization": self.normalization, **self._logits}
             saliency = prompt_saliency(q, keys, mask, seen, self._draw, **options)
         self._flush()
@@ -288,8 +293,9 @@ class ZipCacheLayer:
         Raises:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
-        check_new_tokens(k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
-        check_mask(mask, (k.shape[0], k.shape[2]))
+        check_new_tokens(_OP, k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
+        check_mask(_OP, mask, (k.shape[0], k.shape[2]))
+        k, v = without_padding(k, v, mask)
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
         window = self._tokens_like(k, v).window
@@ -341,14 +347,18 @@ class ZipCacheLayer:
         batch, _, tokens, _ = k.shape
         total = torch.full((batch,), tokens, device=k.device) if mask is None else mask.sum(1)
         if self.mixed and saliency is not None:
-            most = max(int(tokens * self.salient_ratio + 0.5), int(torch.as_tensor(unseen).max()))
             kinds, salient = classify(saliency, mask, self.salient_ratio, unseen)
+            if isinstance(unseen, Tensor):  # other shares of each sequence
+                slots = int(salient.max()), int((total - salient).max())
+            else:  # no shorter sequence has more of either
+                most = max(int(tokens * self.salient_ratio + 0.5), unseen)
+                slots = most, tokens - most
         else:  # all in the same bits, or of unknown saliency
             some = self.salient_ratio > 0.0
-            most = tokens if some else 0
+            slots = (tokens, 0) if some else (0, tokens)
             kinds, salient = all_of_kind(SALIENT if some else REGULAR, k, mask), total * int(some)
         compressed = self._tokens_like(k, v).compressed
-        compressed.append(k, v, kinds, most, salient, total, padded=mask is not None)
+        compressed.append(k, v, kinds, slots, salient, total, padded=mask is not None)
 
     # Using them
 
@@ -417,8 +427,11 @@ class ZipCacheLayer:
             softcap=self.softcap,
             backend=self.backend,
         )
-        if self.mixed and lowest == 0:  # a query that sees not all of the window tells nothing of the rest
-            window.probes.add(q, lse, end - q.shape[2])
+        place = end - q.shape[2]  # -1: right after a prompt, which is compressed already
+        if (
+            self.mixed and lowest == 0 and 0 <= place < end
+        ):  # a query that sees part of the window tells nothing of the rest
+            window.probes.add(q, lse, place)
         return out
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
@@ -432,9 +445,8 @@ class ZipCacheLayer:
         """All tokens as they are stored, in their order."""
         window, compressed = self._tokens()
         k, v = (x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in window.room)
-        for held, out in ((window.keys, k), (window.values, v)):
-            shown = held if window.mask is None else held * window.mask[:, None, :, None]
-            out[:, :, self.length - window.length :] = shown
+        for held, out in zip(without_padding(window.keys, window.values, window.mask), (k, v), strict=True):
+            out[:, :, self.length - window.length :] = held
         compressed.restore(k, v)
         k[:, :, : self._unseen], v[:, :, : self._unseen] = 0.0, 0.0
         return k, v
@@ -465,11 +477,13 @@ class ZipCacheLayer:
                 unchanged.
         """
         window, compressed = self._tokens()
-        check_mask(mask, (len(window.keys), self.length))
+        check_mask(_OP, mask, (len(window.keys), self.length))
         held = self.token_mask()
         shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
         remedy = "Pass such a mask to the attention instead."
         require(not bool(shown_after.any()), _OP, "a mask that hides the newest tokens", "others", remedy)
+        mask = mask.clone()
+        mask[:, : self._unseen] = True  # what left the sliding window is forgotten in its own time
         compressed.hide(mask[:, : self.length - window.length])
         window.hide(mask[:, self.length - window.length :])
 
@@ -540,11 +554,3 @@ class ZipCacheLayer:
     def _saved(self) -> dict[str, Any]:
         """The options that decide on what is stored, as plain data."""
         return {name: getattr(self, name) for name in _SAVED} | {"codec": asdict(self.codec)}
-
-
-def check_mask(mask: Tensor | None, shape: tuple[int, int]) -> None:
-    """Raises unless it is a mask of so many sequences and tokens, or None."""
-    if mask is not None:
-        fits = mask.shape == shape and mask.dtype == torch.bool
-        got = f"{tuple(mask.shape)} of {mask.dtype}"
-        require(fits, _OP, f"a bool mask of shape {shape}", got, "True marks tokens.")

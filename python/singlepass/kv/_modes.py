@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -27,6 +28,17 @@ def lasting(method: Callable[P, R]) -> Callable[P, R]:
             return method(*args, **kwargs)
 
     return run
+
+
+class Lasting:
+    """Something whose copies can be written to later, though they be made in inference mode."""
+
+    @lasting
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
 
 class _Cut(torch.autograd.Function):

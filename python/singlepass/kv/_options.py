@@ -7,6 +7,7 @@ import math
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._errors import require
@@ -52,12 +53,12 @@ def check_options(options: dict[str, Any]) -> None:
 
 
 def check_new_tokens(
-    k: Tensor, v: Tensor, window: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None
+    where: str, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None
 ) -> None:
-    """Raises unless keys and values are tokens that a cache can take, behind those of its window if there is one."""
-    if window is None or not (_alike(k, window[0]) and _alike(v, window[1]) and k.shape[2] == v.shape[2]):
-        _check_anew(k, v, window, codec, backend)
-    check_needs_no_gradient(_OP, k=k, v=v)
+    """Raises unless keys and values are tokens that a cache can take, behind those that it holds if there are some."""
+    if held is None or not (_alike(k, held[0]) and _alike(v, held[1]) and k.shape[2] == v.shape[2]):
+        _check_anew(where, k, v, held, codec, backend)
+    check_needs_no_gradient(where, k=k, v=v)
 
 
 def _alike(new: Tensor, held: Tensor) -> bool:
@@ -66,22 +67,40 @@ def _alike(new: Tensor, held: Tensor) -> bool:
     return same and new.shape[:2] == held.shape[:2] and new.shape[3] == held.shape[3]
 
 
-def _check_anew(k: Tensor, v: Tensor, window: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None) -> None:
+def _check_anew(
+    where: str, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None
+) -> None:
     """The same with nothing known of them."""
-    check_tokens(_OP, "k", k)
-    check_tokens(_OP, "v", v)
+    check_tokens(where, "k", k)
+    check_tokens(where, "v", v)
     fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
     got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
-    require(fits, _OP, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
+    require(fits, where, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
     for x in (k, v):
-        codec.check_head_dim(_OP, x.shape[3])
+        codec.check_head_dim(where, x.shape[3])
     ops.quantize_.choose(k.device.type, {k.dtype}, backend)  # raises if there is none, before anything is changed
-    if window is None:
+    if held is None:
         return
-    for name, held, new in zip("kv", window, (k, v), strict=True):
-        batch, heads, _, head_dim = held.shape
+    for name, old, new in zip("kv", held, (k, v), strict=True):
+        batch, heads, _, head_dim = old.shape
         fits = (batch, heads, head_dim) == (new.shape[0], new.shape[1], new.shape[3])
-        fits = fits and held.dtype == new.dtype and held.device == new.device
-        contract = f"{name} of shape ({batch}, {heads}, tokens, {head_dim}), {held.dtype} on {held.device}, as cached"
+        fits = fits and old.dtype == new.dtype and old.device == new.device
+        contract = f"{name} of shape ({batch}, {heads}, tokens, {head_dim}), {old.dtype} on {old.device}, as cached"
         got = f"{tuple(new.shape)}, {new.dtype} on {new.device}"
-        require(fits, _OP, contract, got, "Call reset() for other sequences.")
+        require(fits, where, contract, got, "Call reset() for other sequences.")
+
+
+def check_mask(where: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+    """Raises unless it is a mask of so many sequences and tokens, or None."""
+    if mask is not None:
+        fits = isinstance(mask, Tensor) and mask.shape == shape and mask.dtype == torch.bool
+        got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        require(fits, where, f"a bool mask of shape {shape}", got, "True marks tokens.")
+
+
+def without_padding(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values with zeros where a mask shows padding: what models compute for it may be NaN."""
+    if mask is None:
+        return k, v
+    hidden = ~mask[:, None, :, None]
+    return k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)

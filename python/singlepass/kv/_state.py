@@ -121,7 +121,7 @@ def _check_kinds(saved: dict[str, Any]) -> None:
 def _check_tensors(saved: dict[str, Any], window: int, codec: Codec) -> None:
     k, v, n = saved["window_k"], saved["window_v"], saved["window_length"]
     _check(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4, "tensors of a window", _shown(saved))
-    check_new_tokens(k, v, None, codec, None)
+    check_new_tokens(_WHERE, k, v, None, codec, None)
     _check(k.shape[2] == n <= window, f"a window of {n} tokens, at most {window}", k.shape[2])
     batch, heads = k.shape[:2]
     _check_like("kinds", saved["kinds"], (batch, heads, -1), torch.uint8, k.device)

@@ -210,7 +210,14 @@ class Compressed:
         return self._may_have_padding
 
     def append(
-        self, k: Tensor, v: Tensor, kinds: Tensor, most: int, salient: Tensor, lengths: Tensor, padded: bool
+        self,
+        k: Tensor,
+        v: Tensor,
+        kinds: Tensor,
+        slots: tuple[int, int],
+        salient: Tensor,
+        lengths: Tensor,
+        padded: bool,
     ) -> None:
         """Compresses tokens of given kinds.
 
@@ -218,7 +225,7 @@ class Compressed:
             k: (batch, heads, tokens, channels).
             v: (batch, heads, tokens, value channels).
             kinds: uint8 (batch, heads, tokens).
-            most: how many tokens of a sequence are salient at most.
+            slots: how many tokens of a sequence are salient at most, and how many regular.
             salient: how many of each sequence are, int64 (batch,).
             lengths: how many tokens each sequence has, int64 (batch,).
             padded: whether some may be padding.
@@ -226,13 +233,13 @@ class Compressed:
         tokens = k.shape[2]
         self._pairs = None
         self._may_have_padding = self._may_have_padding or padded
-        for kind, slots, held in ((SALIENT, most, salient), (REGULAR, tokens - most, lengths - salient)):
-            if slots == 0:
+        for kind, most, held in zip((SALIENT, REGULAR), slots, (salient, lengths - salient), strict=True):
+            if most == 0:
                 continue
             if kind not in self.segments:
                 self.segments[kind] = self.new_segment(kind)
-            index = tokens_of_kind(kinds, kind, slots) if padded or slots < tokens else None
-            self.segments[kind].append(k, v, index, slots, held, self._backend)
+            index = tokens_of_kind(kinds, kind, most) if padded or most < tokens else None
+            self.segments[kind].append(k, v, index, most, held, self._backend)
         self._append_kinds(kinds)
 
     def skip(self, tokens: int) -> None:

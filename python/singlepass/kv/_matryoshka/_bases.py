@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._errors import message, require
+from .._functional import MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig
@@ -68,6 +70,14 @@ class MatryoshkaBases:
     ranks: Mapping[float, Mapping[int, Ranks]] = field(default_factory=dict)
     folded: str | None = None
 
+    def __post_init__(self) -> None:
+        same = len(self.keys) > 0 and set(self.keys) == set(self.values)
+        got = f"{sorted(self.keys)} and {sorted(self.values)}"
+        require(same, _OP, "keys and values of the same layers", got, "Call fit_matryoshka.")
+        for name in ("keys", "values"):
+            for layer, matrices in getattr(self, name).items():
+                check_bases(_OP, f"{name} of layer {layer}", matrices)
+
     def __repr__(self) -> str:
         first = next(iter(self.keys.values()))
         kind = (
@@ -87,7 +97,7 @@ class MatryoshkaBases:
             ValueError: a budget out of (0, 1], or too small to keep anything.
         """
         check_budget(_OP, budget)
-        found = self.ranks.get(float(budget))
+        found = self.ranks.get(key_of(budget))
         if found is not None:
             return found
         return {layer: _uniform(budget, self.keys[layer], self.values[layer]) for layer in self.keys}
@@ -118,7 +128,7 @@ class MatryoshkaBases:
         for budget, layers in self.ranks.items():
             for layer, ranks in layers.items():
                 for name, its in zip(Ranks._fields, ranks, strict=True):
-                    tensors[f"ranks.{budget!r}.{name}.{layer}"] = its.contiguous()
+                    tensors[f"ranks.{budget!r}.{name}.{layer}"] = its.clone()
         from safetensors.torch import save_file  # comes with transformers
 
         save_file(tensors, path, metadata={"format": _FORMAT, "about": json.dumps([self.model, self.folded])})
@@ -139,10 +149,18 @@ class MatryoshkaBases:
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
-                require(metadata.get("format") == _FORMAT, where, f"a file of {_FORMAT}", metadata, remedy)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(message(where, "a whole file", error, remedy)) from error
+        require(metadata.get("format") == _FORMAT, where, f"a file of {_FORMAT}", metadata, remedy)
+        try:
+            return cls._of(tensors, metadata)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # whatever else may be in it
+            raise ValueError(message(where, "a whole file", f"{type(error).__name__}: {error}", remedy)) from error
+
+    @classmethod
+    def _of(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> MatryoshkaBases:
+        """The bases of a file's contents."""
         parts: dict[str, dict[int, Tensor]] = {"keys": {}, "values": {}}
         found: dict[float, dict[int, dict[str, Tensor]]] = {}
         for name, tensor in tensors.items():
@@ -156,12 +174,33 @@ class MatryoshkaBases:
         model, folded = json.loads(metadata["about"])
         bases = cls(keys, values, model, tensors["sample"], folded=folded)
         ranks = {b: {i: Ranks(**its) for i, its in sorted(layers.items())} for b, layers in sorted(found.items())}
+        for layers in ranks.values():
+            for layer, its in layers.items():
+                for name, one, matrices in zip(Ranks._fields, its, (keys[layer], values[layer]), strict=True):
+                    check_ranks(_OP, one, name, len(matrices), matrices.shape[1])
         return replace(bases, ranks=ranks)
 
 
+def check_bases(where: str, name: str, bases: Tensor) -> None:
+    """Raises unless they are orthogonal matrices of a layer's heads."""
+    require(isinstance(bases, Tensor), where, f"a tensor {name}", type(bases).__name__, "Call fit_matryoshka.")
+    square = bases.dim() == 3 and bases.shape[1] == bases.shape[2] and bases.shape[1] % STEP == 0
+    square = square and 0 < bases.shape[1] <= MAX_HEAD_DIM and bases.is_floating_point() and bases.shape[0] > 0
+    contract = f"{name} (heads, channels, channels) of 16, 32, ..., {MAX_HEAD_DIM} channels"
+    require(square, where, contract, f"{tuple(bases.shape)} of {bases.dtype}", "Pass one matrix for each KV head.")
+    whole = bases.detach().double()
+    off = (whole.mT @ whole - torch.eye(bases.shape[1], dtype=torch.float64, device=bases.device)).abs().amax()
+    require(bool(off < 1e-3), where, f"orthogonal {name}", f"U^T U - I up to {off:.2g}", "Call fit_matryoshka.")
+
+
 def check_budget(where: str, budget: float) -> None:
-    fits = isinstance(budget, (int, float)) and 0.0 < budget <= 1.0
+    fits = isinstance(budget, Real) and 0.0 < float(budget) <= 1.0
     require(fits, where, "a budget over 0, up to 1", repr(budget), "It is the fraction of the ranks to keep.")
+
+
+def key_of(budget: float) -> float:
+    """By which ranks for a budget are found: the same for numbers that differ by their roundings."""
+    return round(float(budget), 6)
 
 
 def _uniform(budget: float, keys: Tensor, values: Tensor) -> Ranks:
@@ -169,7 +208,7 @@ def _uniform(budget: float, keys: Tensor, values: Tensor) -> Ranks:
     (heads, most, _), most_of_values = keys.shape, values.shape[1]
     steps = int(budget * (most + most_of_values) / STEP + 1e-6)
     least = 2 * STEP / (most + most_of_values)
-    require(steps >= 2, _OP, f"a budget of {least:.3g} or more for heads of {most}", budget, "Each keeps 16 at least.")
+    require(steps >= 2, _OP, f"a budget of {least} or more for heads of {most}", budget, "Each keeps 16 at least.")
     of_keys = min(max(steps // 2, steps - most_of_values // STEP), most // STEP)
     full = (torch.full((heads,), STEP * n) for n in (of_keys, min(steps - of_keys, most_of_values // STEP)))
     return Ranks(*full)
@@ -177,13 +216,16 @@ def _uniform(budget: float, keys: Tensor, values: Tensor) -> Ranks:
 
 def check_ranks(where: str, ranks: Any, name: str, heads: int, most: int) -> Tensor:
     """Ranks of one layer's heads, int64 (heads,), if they are."""
-    its = torch.as_tensor(ranks)
+    try:
+        its = torch.as_tensor(ranks)
+    except (RuntimeError, TypeError, ValueError):
+        its = torch.empty(0)
     its = its.expand(heads) if its.dim() == 0 else its
     fits = its.shape == (heads,) and its.dtype in (torch.int64, torch.int32)
     fits = fits and bool(((its % STEP == 0) & (its >= STEP) & (its <= most)).all())
     contract = f"{heads} ranks of {name} among 16, 32, ..., {most}"
-    require(fits, where, contract, its.tolist(), "Ranks are multiples of 16; or pass a budget.")
-    return its.long()
+    require(fits, where, contract, ranks, "Ranks are multiples of 16; or pass a budget.")
+    return its.long().clone()
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -15,13 +15,15 @@ from tqdm import tqdm  # comes with transformers
 from transformers.modeling_utils import PreTrainedModel
 
 from ..._errors import require
-from ._bases import STEP, MatryoshkaBases, describe, sample_of
-from ._hooks import Batch, checked_batches, transformed
-from ._train import train
+from .._modes import lasting
+from ._bases import MARK, STEP, MatryoshkaBases, describe, sample_of, text_config
+from ._hooks import Batch, check_head, checked_batches, evaluating, transformed
+from ._train import check_checkpoint, train
 
 _OP = "fit_matryoshka"
 
 
+@lasting
 def fit_matryoshka(
     model: PreTrainedModel,
     batches: Iterable[Tensor | dict[str, Tensor]],
@@ -87,11 +89,16 @@ def fit_matryoshka(
     require(fits, _OP, "an lr over 0", repr(lr), "Leave it out for the default.")
     fits = isinstance(distill, (int, float)) and 0.0 <= distill <= 1.0
     require(fits, _OP, "distill from 0 to 1", repr(distill), "It is a weight.")
+    if steps:
+        check_head(_OP, model)
+    folded = getattr(text_config(model), MARK, None) is not None
+    require(not folded, _OP, "a model whose values are not folded", "a folded one", "Fit before you fold.")
+    check_checkpoint(checkpoint)
     moments = _moments(model, found, progress)
     bases = {layer: [_principal(x) for x in pair] for layer, pair in moments.items()}
     if steps:
         options: dict[str, Any] = {"lr": lr, "distill": distill, "optimizer": optimizer, "seed": seed}
-        options |= {"checkpoint": checkpoint, "gradient_checkpointing": gradient_checkpointing, "progress": progress}
+        options |= {"path": checkpoint, "gradient_checkpointing": gradient_checkpointing, "progress": progress}
         bases = train(model, bases, found, steps, **options)
     keys, values = ({layer: pair[i] for layer, pair in bases.items()} for i in (0, 1))
     return MatryoshkaBases(keys, values, describe(model.config), sample_of(model))
@@ -113,7 +120,7 @@ def _moments(model: PreTrainedModel, batches: list[Batch], progress: bool) -> di
                 its[i] += square
         return k, v
 
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         for batch in tqdm(batches, "moments of keys and values", disable=not progress, unit="batch"):
             shown = batch.shown
             with transformed(model, partial(record, shown)):

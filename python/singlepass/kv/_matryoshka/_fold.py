@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from ..._errors import message, require
 from ._bases import MARK, MatryoshkaBases, sample_of, text_config
+from ._hooks import evaluating
 
 _OP = "fold_values"
 
@@ -24,7 +26,8 @@ def fold_values(model: PreTrainedModel, bases: MatryoshkaBases) -> MatryoshkaBas
     has nothing left to do for values but to keep the first coordinates.
 
     The whole basis goes in, so that shapes stay, and every rank keeps a prefix. ``model.config`` gets a mark, by which
-    caches tell folded models from others, and which is saved with the model.
+    caches tell folded models from others, and which is saved with the model. Models that share one config object share
+    the mark: give each its own.
 
     Args:
         model: a decoder-only model of Transformers whose attention has ``v_proj`` and ``o_proj``, plain linear layers.
@@ -55,30 +58,73 @@ def fold_values(model: PreTrainedModel, bases: MatryoshkaBases) -> MatryoshkaBas
     folded, remedy = getattr(config, MARK, None) is not None, "Fold once, and use the bases that it returned."
     require(not folded, _OP, "a model whose values are not folded yet", "a folded one", remedy)
     bases.check_model(_OP, model)
+    clipped = getattr(config, "clip_qkv", None) is not None
+    require(not clipped, _OP, "values that are not clipped", "clip_qkv in the config", "Use the bases without folding.")
     layers = _attention_layers(model, bases)
-    probe = torch.arange(1, 33, device=next(model.parameters()).device)[None] % config.vocab_size
-    with torch.no_grad():
-        before = model(probe, use_cache=False).logits.double()
-        was = [(w, w.detach().clone()) for layer in layers.values() for w in _weights(*layer)]
-        for number, (values, output) in layers.items():
-            _multiply(bases.values[number], values, output)
-        off = float((model(probe, use_cache=False).logits.double() - before).norm() / before.norm())
-        same = off < max(1e-4, 16 * torch.finfo(was[0][0].dtype).eps)  # weights are rounded once more
-        if not same:
+    whole = {layer: u.detach().double().cpu() for layer, u in bases.values.items()}
+    mark = hashlib.sha256(b"".join(u.numpy().tobytes() for u in whole.values())).hexdigest()[:16]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(config.vocab_size, (1, 128), generator=generator).to(next(model.parameters()).device)
+    was = [(w, w.detach().clone()) for layer in layers.values() for w in _weights(*layer)]
+    try:
+        with torch.no_grad(), evaluating(model):
+            before, outputs = _results(model, layers, probe)
+            for number, (values, output) in layers.items():
+                _multiply(whole[number], values, output)
+            after, _ = _results(model, layers, probe, outputs)
+            for number, u in whole.items():
+                off = _difference(before[number], after[number], u)
+                allowed = max(
+                    4 * torch.finfo(layers[number][0].weight.dtype).eps, 1e-5
+                )  # weights are rounded once more
+                contract = f"nothing between v_proj and o_proj of layer {number} but attention"
+                remedy = "Use the bases without folding."
+                require(off <= allowed, _OP, contract, f"results that change by {off:.2g}", remedy)
+    except BaseException:
+        with torch.no_grad():
             for weight, its in was:
                 weight.copy_(its)
-    contract = "nothing between v_proj and o_proj but attention"
-    require(same, _OP, contract, f"logits that would change by {off:.2g}", "Use the bases without folding.")
-    mark = hashlib.sha256(b"".join(u.contiguous().numpy().tobytes() for u in bases.values.values())).hexdigest()[:16]
+        raise
     setattr(config, MARK, mark)
-    values_now = {layer: torch.eye(u.shape[1]).expand_as(u).contiguous() for layer, u in bases.values.items()}
+    values_now = {layer: torch.eye(u.shape[1]).expand(u.shape).contiguous() for layer, u in whole.items()}
     return replace(bases, values=values_now, sample=sample_of(model), folded=mark)
+
+
+def _results(
+    model: PreTrainedModel,
+    layers: dict[int, tuple[nn.Linear, nn.Linear]],
+    ids: Tensor,
+    outputs: dict[int, Tensor] | None = None,
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What each layer's attention gives to its output projection, and what that makes of it. Given ``outputs`` take the
+    place of the latter, so that a difference in one layer makes none in others."""
+    found: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
+
+    def note(number: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        found[0][number], found[1][number] = inputs[0].double().cpu(), output
+        return output if outputs is None else outputs[number]
+
+    hooks = [output.register_forward_hook(partial(note, number)) for number, (_, output) in layers.items()]
+    try:
+        model.base_model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _difference(before: Tensor, after: Tensor, u: Tensor) -> float:
+    """By how much results (..., query heads * channels) are not those from before, turned by the bases."""
+    heads, channels, _ = u.shape
+    want = before.unflatten(-1, (heads, -1, channels)) @ u
+    return float((after - want.flatten(-3)).norm() / want.norm())
 
 
 def _attention_layers(model: PreTrainedModel, bases: MatryoshkaBases) -> dict[int, tuple[nn.Linear, nn.Linear]]:
     """The projections that make values and that use results, by number of the layer."""
     found: dict[int, tuple[nn.Linear, nn.Linear]] = {}
-    uses = Counter(p.data_ptr() for m in model.modules() for p in m._parameters.values() if p is not None)
+    modules = [m for parent in model.modules() for m in parent._modules.values() if m is not None]  # shared ones twice
+    uses = Counter(p.data_ptr() for m in modules for p in m._parameters.values() if p is not None)
     for module in model.modules():
         number: Any = getattr(module, "layer_idx", None)
         if number not in bases.values or not hasattr(module, "v_proj"):

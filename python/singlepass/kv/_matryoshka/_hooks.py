@@ -61,11 +61,31 @@ def checked_batches(where: str, batches: Iterable[Tensor | dict[str, Tensor]]) -
     return found
 
 
+def check_head(where: str, model: PreTrainedModel) -> None:
+    """Raises unless a model has logits."""
+    fits = model.get_output_embeddings() is not None
+    require(fits, where, "a model with a head for language modelling", type(model).__name__, "Pass the whole model.")
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout; afterwards the model is what it was."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.eval()
+        for module in training:
+            module.training = True
+
+
 @contextmanager
 def transformed(model: PreTrainedModel, transform: Transform) -> Iterator[None]:
     """Attention by "singlepass", which attends to what ``transform`` makes of the number of a layer, its keys and its
     values; afterwards the model is what it was."""
-    before = model.config._attn_implementation
+    configs: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]  # parts have their own
+    before = {id(c): (c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")}
     hooked = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
     model.set_attn_implementation(NAME)
     try:
@@ -75,4 +95,5 @@ def transformed(model: PreTrainedModel, transform: Transform) -> Iterator[None]:
     finally:
         for module in hooked:
             delattr(module, TRANSFORM)
-        model.set_attn_implementation(before)
+        for config, implementation in before.values():
+            config._attn_implementation = implementation

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from ..._errors import message, require
 from .._codec import Codec
 from .._dense import DenseLayer
-from .._functional import BITS, FLOATS, MAX_HEAD_DIM, check_exact, check_needs_no_gradient, check_queries
-from .._layer import ZipCacheLayer, check_mask
-from .._modes import lasting
-from .._options import check_new_tokens
+from .._functional import BITS, FLOATS, check_exact, check_needs_no_gradient, check_queries
+from .._layer import ZipCacheLayer
+from .._modes import Lasting, lasting
+from .._options import check_mask, check_new_tokens, without_padding
 from .._prompt import causal_attention
 from .._store import held_nbytes
-from ._bases import STEP, check_ranks
+from ._bases import check_bases, check_ranks
 
 _OP = "MatryoshkaLayer"
 _FOREIGN = "Pass what state_dict() of a layer with the same bases, ranks and options gave."
@@ -85,15 +85,16 @@ class Group:
 
     def project_queries(self, q: Tensor, heads: int) -> Tensor:
         """Queries of its heads likewise, of all the query heads of ``heads`` KV heads."""
-        rows = self.keys.project(self.of(q.unflatten(1, (heads, -1)).flatten(2, 3)))
-        return rows.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        group, queries = q.shape[1] // heads, q.shape[2]
+        rows = self.keys.project(self.of(q.unflatten(1, (heads, group)).flatten(2, 3)))
+        return rows.unflatten(2, (group, queries)).flatten(1, 2)
 
     def queries_of(self, x: Tensor, heads: int) -> Tensor:
         """Of one number for each query head those of its heads."""
         return x.unflatten(0, (heads, -1))[self.heads].flatten().contiguous()
 
 
-class MatryoshkaLayer:
+class MatryoshkaLayer(Lasting):
     """Keys and values of one attention layer, projected on orthogonal bases of which each head keeps as many directions
     as its ranks say: a fraction of the memory, in as many bits as they came with, or in few.
 
@@ -289,12 +290,12 @@ class MatryoshkaLayer:
     # Adding tokens
 
     def _check_new(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        check_new_tokens(k, v, self._like, Codec(), self.backend)
+        check_new_tokens(_OP, k, v, self._like, Codec(), self.backend)
         for name, x, bases in zip("kv", (k, v), self._bases, strict=True):
             fits = x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
             contract = f"{name} (batch, {bases.shape[0]}, tokens, {bases.shape[1]}), as the bases"
             require(fits, _OP, contract, tuple(x.shape), "Pass bases of this layer.")
-        check_mask(mask, (k.shape[0], k.shape[2]))
+        check_mask(_OP, mask, (k.shape[0], k.shape[2]))
 
     @lasting
     def prefill(
@@ -318,6 +319,7 @@ class MatryoshkaLayer:
         """
         self._check_prompt(q, k, v, mask)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        k, v = without_padding(k, v, mask)
         projected = [group.project(k, v) for group in self._groups_for(k, v)]
         keys, values = (k, v) if self.prefill_on == "full" else self._back(projected)
         seen = mask
@@ -332,29 +334,34 @@ class MatryoshkaLayer:
         return out
 
     @lasting
-    def store(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    def store(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         """Projects and adds a prompt as :meth:`prefill` does, for those who compute its attention by themselves.
 
         Args:
-            q, k, v, mask: as for :meth:`prefill`.
+            q: as for :meth:`prefill`; None: all tokens count as salient.
+            k, v, mask: as for :meth:`prefill`.
 
         Raises:
             ValueError: as :meth:`prefill`. The cache is unchanged.
         """
         self._check_prompt(q, k, v, mask)
+        k, v = without_padding(k, v, mask)
         self._store(q, [group.project(k, v) for group in self._groups_for(k, v)], mask)
 
-    def _check_prompt(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    def _check_prompt(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         self._check_new(k, v, mask)
-        check_queries(_OP, q, k)
-        check_needs_no_gradient(_OP, q=q)
-        require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
+        if q is not None:
+            check_queries(_OP, q, k)
+            check_needs_no_gradient(_OP, q=q)
+            require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
+            require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
 
-    def _store(self, q: Tensor, projected: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
+    def _store(self, q: Tensor | None, projected: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
         heads = len(self._bases[0])
         for group, (k, v) in zip(self._groups, projected, strict=True):
-            group.inner.store(group.project_queries(q, heads), k, v, mask)
-        self.length += q.shape[2]
+            its = group.project_queries(q, heads) if q is not None and group.inner.mixed else None
+            group.inner.store(its, k, v, mask)
+        self.length += projected[0][0].shape[2]
 
     @lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
@@ -369,6 +376,7 @@ class MatryoshkaLayer:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         self._check_new(k, v, mask)
+        k, v = without_padding(k, v, mask)
         for group in self._groups_for(k, v):
             group.inner.append(*group.project(k, v), mask)
         self.length += k.shape[2]
@@ -399,6 +407,7 @@ class MatryoshkaLayer:
         k, v = self._check_held()
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
+        require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         most, remedy = max(self.window_length, 1), "Pass longer pieces to prefill, which adds and attends by itself."
         require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
@@ -408,7 +417,7 @@ class MatryoshkaLayer:
             its_sinks = None if sinks is None else group.queries_of(sinks, heads)
             its = group.inner.attend(group.project_queries(q, heads), sinks=its_sinks)
             outs.append(group.values.back(its.unflatten(1, (len(group.heads), -1)).flatten(2, 3)))
-        return self._joined(outs, heads).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+        return self._joined(outs, heads).unflatten(2, (q.shape[1] // heads, q.shape[2])).flatten(1, 2)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
@@ -458,7 +467,7 @@ class MatryoshkaLayer:
                 unchanged.
         """
         k, _ = self._check_held()
-        check_mask(mask, (len(k), self.length))
+        check_mask(_OP, mask, (len(k), self.length))
         held = self.token_mask()
         shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
         remedy = "Pass such a mask to the attention instead."
@@ -537,7 +546,7 @@ class MatryoshkaLayer:
         if like is not None:
             self._check_like(where, like, groups)
             self._settle(groups, like[0])
-        require((like is None) == (length == 0), where, "tokens and their shapes", "one of them", _FOREIGN)
+        require(like is not None or length == 0, where, "tokens and their shapes", "tokens alone", _FOREIGN)
         self._groups, self._like, self.length = groups, None if like is None else tuple(x.clone() for x in like), length
 
     def _check_like(self, where: str, like: Any, groups: list[Group]) -> None:
@@ -546,7 +555,7 @@ class MatryoshkaLayer:
         for x, bases in zip(like if fits else (), self._bases, strict=True):
             fits = fits and isinstance(x, Tensor) and x.dtype in FLOATS and x.dim() == 4 and x.shape[2] == 0
             fits = fits and x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
-        for group in groups if fits else ():
+        for group in groups if fits and groups[0].inner.length else ():
             k, v = (x[:, :, :0] for x in group.inner.dequantize())
             for x, rank, its in ((k, group.keys.rank, like[0]), (v, group.values.rank, like[1])):
                 fits = fits and x.shape == (len(its), len(group.heads), 0, rank) and x.dtype == its.dtype
@@ -561,18 +570,6 @@ class MatryoshkaLayer:
         ranks = {name: its.tolist() for name, its in zip(("key_ranks", "value_ranks"), self._ranks, strict=True)}
         options = {name: getattr(self, name) for name in names}
         return options | ranks | {"prefill": self.prefill_on, "codec": asdict(self.codec), "bases": digest.hexdigest()}
-
-
-def check_bases(where: str, name: str, bases: Tensor) -> None:
-    """Raises unless they are orthogonal matrices of a layer's heads."""
-    require(isinstance(bases, Tensor), where, f"a tensor {name}", type(bases).__name__, "Call fit_matryoshka.")
-    square = bases.dim() == 3 and bases.shape[1] == bases.shape[2] and bases.shape[1] % STEP == 0
-    square = square and 0 < bases.shape[1] <= MAX_HEAD_DIM and bases.is_floating_point() and bases.shape[0] > 0
-    contract = f"{name} (heads, channels, channels) of 16, 32, ..., {MAX_HEAD_DIM} channels"
-    require(square, where, contract, f"{tuple(bases.shape)} of {bases.dtype}", "Pass one matrix for each KV head.")
-    whole = bases.detach().double()
-    off = (whole.mT @ whole - torch.eye(bases.shape[1], dtype=torch.float64, device=bases.device)).abs().amax()
-    require(bool(off < 1e-3), where, f"orthogonal {name}", f"U^T U - I up to {off:.2g}", "Call fit_matryoshka.")
 
 
 def check_bits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm  # comes with transformers
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
 from ..._errors import require
-from ._bases import STEP, MatryoshkaBases, Ranks, check_budget
-from ._hooks import Batch, checked_batches, transformed
+from ._bases import STEP, MatryoshkaBases, Ranks, check_budget, key_of, text_config
+from ._hooks import Batch, check_head, checked_batches, evaluating, transformed
 from ._train import divergence, truncate
 
 _OP = "search_ranks"
@@ -41,9 +42,10 @@ def search_ranks(
 ) -> MatryoshkaBases:
     """Finds ranks for a budget, other ones for each layer and head, and for keys and values.
 
-    All start at full rank. Again and again 16 directions are taken from where that costs least: where the divergence
-    from the uncompressed model, on some texts, grows least. What that is for one head changes as others shrink, so it
-    is measured again before a head is chosen, but only for heads that come first by what is known.
+    All start at full rank, or at the ranks of the next larger budget that the bases hold. Again and again 16 directions
+    are taken from where that costs least: where the divergence from the uncompressed model, on some texts, grows least.
+    What that is for one head changes as others shrink, so it is measured again before a head is chosen, but only for
+    heads that come first by what is known.
 
     It costs a forward pass over all batches for each head's keys and values, and one or more for each 16 directions to
     be taken; how long that takes at least is shown first.
@@ -69,26 +71,40 @@ def search_ranks(
     check_budget(_OP, budget)
     fits = isinstance(per_round, int) and per_round >= 1
     require(fits, _OP, "per_round as a whole number, 1 or more", repr(per_round), "1 measures most.")
+    check_head(_OP, model)
     bases.check_model(_OP, model)
-    search = _Search(model, bases, found)
-    least = 2 * STEP * search.entries_of_keys / search.total
-    contract = f"a budget of {least:.3g} or more, which leaves each head 16 directions"
-    require(budget >= least, _OP, contract, budget, "Pass a larger one.")
-    ranks = search.run(int(budget * search.total + 1e-6), per_round, progress)
-    return replace(bases, ranks=dict(sorted({**bases.ranks, float(budget): ranks}.items())))
+    larger = [other for other in bases.ranks if other >= key_of(budget)]
+    with evaluating(model):
+        search = _Search(model, bases, found, bases.ranks[min(larger)] if larger else None)
+        least = STEP * search.entries / search.total
+        contract = f"a budget of {least} or more, which leaves each head 16 directions"
+        require(budget >= least, _OP, contract, budget, "Pass a larger one.")
+        ranks = search.run(int(budget * search.total + 1e-6), per_round, progress)
+    return replace(bases, ranks=dict(sorted({**bases.ranks, key_of(budget): ranks}.items())))
 
 
 class _Search:
     """The ranks so far, and what they cost."""
 
-    def __init__(self, model: PreTrainedModel, bases: MatryoshkaBases, batches: list[Batch]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bases: MatryoshkaBases,
+        batches: list[Batch],
+        start: Mapping[int, Ranks] | None = None,
+    ):
         device = next(model.parameters()).device
         self._model, self._batches = model, batches
-        pairs = {layer: (bases.keys[layer], bases.values[layer]) for layer in bases.keys}
+        kinds, _ = get_layer_types_and_kwargs(text_config(model))
+        full = [layer for layer in bases.keys if kinds[layer] == "full_attention"]  # those that a cache compresses
+        require(bool(full), _OP, "a layer of full attention", f"only {sorted(set(kinds))}", "Choose another model.")
+        pairs = {layer: (bases.keys[layer], bases.values[layer]) for layer in full}
         self._bases = {layer: [u.to(device) for u in pair] for layer, pair in pairs.items()}
         self.ranks = {layer: [torch.full((len(u),), u.shape[1]) for u in pair] for layer, pair in pairs.items()}
-        self.entries_of_keys = sum(len(u) for u in bases.keys.values())
+        self.entries = sum(len(u) for pair in pairs.values() for u in pair)
         self.total = self.kept
+        if start is not None:
+            self.ranks = {layer: [its.clone() for its in start[layer]] for layer in pairs}
         with torch.no_grad():
             self._want = [self._logits(batch) for batch in batches]
 
@@ -102,6 +118,8 @@ class _Search:
         return logits[batch.shown.to(logits.device)]
 
     def _truncate(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer not in self.ranks:
+            return k, v
         out = []
         for x, u, ranks in zip((k, v), self._bases[layer], self.ranks[layer], strict=True):
             whole = bool((ranks == u.shape[1]).all())
@@ -136,7 +154,7 @@ class _Search:
             for kind, its in enumerate(pair)
             for head in range(len(its))
         ]
-        to_take = -(-(self.total - target) // STEP)
+        to_take = max(-(-(self.kept - target) // STEP), 0)
         passes = len(entries) + to_take
         if progress:
             tqdm.write(

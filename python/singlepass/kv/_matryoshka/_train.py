@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm  # comes with transformers
 from transformers.modeling_utils import PreTrainedModel
 
 from ..._errors import message, require
 from ...optim import AdamW
-from ._bases import STEP
-from ._hooks import Batch, transformed
+from ._bases import STEP, describe, sample_of
+from ._hooks import Batch, evaluating, transformed
 
 _OP = "fit_matryoshka"
 _SAVE_EVERY = 20  # steps
@@ -36,6 +38,8 @@ def cayley(x: Tensor) -> Tensor:
     return torch.linalg.solve(eye - half, eye + half)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     model: PreTrainedModel,
     start: Bases,
@@ -46,7 +50,7 @@ def train(
     distill: float,
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None,
     seed: int,
-    checkpoint: str | os.PathLike[str] | None,
+    path: str | os.PathLike[str] | None,
     gradient_checkpointing: bool,
     progress: bool,
 ) -> Bases:
@@ -62,7 +66,7 @@ def train(
     warmup = max(steps // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(chosen, lambda step: _share_of_lr(step, steps, warmup))
     settings = {"steps": steps, "lr": lr, "distill": distill, "seed": seed, "optimizer": type(chosen).__name__}
-    saved = _Checkpoint(checkpoint, settings | {"data": _digest(batches, start)})
+    saved = _Checkpoint(path, settings | {"data": _digest(model, batches)})
     tensors = [*parameters, *(u for pair in start.values() for u in pair)]  # principal components have any sign
     done = saved.load(tensors, chosen, schedule)
     with _only_bases_train(model, gradient_checkpointing):
@@ -74,6 +78,8 @@ def train(
             require(math.isfinite(loss), _OP, contract, loss, remedy)
             chosen.step()
             schedule.step()
+            finite = all(bool(x.isfinite().all()) for x in parameters)
+            require(finite, _OP, f"finite bases after step {step}", "others", remedy)
             if (step + 1) % _SAVE_EVERY == 0 or step + 1 == steps:
                 saved.save(step + 1, tensors, chosen, schedule)
     with torch.no_grad():
@@ -143,34 +149,41 @@ def divergence(want: Tensor, got: Tensor) -> Tensor:
 def _only_bases_train(model: PreTrainedModel, gradient_checkpointing: bool) -> Iterator[None]:
     """Weights need no gradient, layers are recomputed if asked for; afterwards the model is what it was."""
     needed = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    already = getattr(model, "is_activation_checkpointing", False)
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    layers = [m for m in model.modules() if hasattr(m, names[0])]
+    before = [{name: vars(m)[name] for name in names if name in vars(m)} for m in layers]
     model.requires_grad_(False)
-    model.eval()
     try:
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():
-                module.training = getattr(module, "gradient_checkpointing", False)  # without dropout within
-        yield
+        with evaluating(model):
+            for module in layers if gradient_checkpointing else ():
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                module.training = True  # itself alone, without dropout within
+            yield
     finally:
-        if gradient_checkpointing and not already:
-            model.gradient_checkpointing_disable()
-        model.eval()
-        for module in training:
-            module.training = True
+        for module, its in zip(layers, before, strict=True):
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(its)
         for parameter in needed:
             parameter.requires_grad_(True)
 
 
-def _digest(batches: list[Batch], start: Bases) -> str:
+def _digest(model: PreTrainedModel, batches: list[Batch]) -> str:
     """Of what is trained on."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(describe(model.config).encode())
+    digest.update(sample_of(model).numpy().tobytes())
     for batch in batches:
         digest.update(batch.ids.numpy().tobytes())
         digest.update(batch.shown.numpy().tobytes())
-    digest.update(str([tuple(u.shape) for pair in start.values() for u in pair]).encode())
     return digest.hexdigest()
+
+
+def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
+    """Raises unless a checkpoint can be written there."""
+    if path is not None:
+        folder = Path(path).parent
+        require(folder.is_dir(), f"{_OP}(checkpoint=...)", "a folder that exists", folder, "Create it first.")
 
 
 class _Checkpoint:
@@ -196,15 +209,23 @@ class _Checkpoint:
         where, remedy = f"{_OP}(checkpoint=...)", "Pass another path, or delete the file."
         try:
             state = torch.load(self._path, map_location=tensors[0].device, weights_only=True)
-            settings, step = state["settings"], state["step"]
+            settings, step, saved, states = (state[name] for name in ("settings", "step", "tensors", "parts"))
+            differing = {name: settings.get(name) for name, its in self._settings.items() if settings.get(name) != its}
         except Exception as error:  # torch.load raises what its reader happens to meet
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(message(where, "a whole checkpoint", text, remedy)) from error
-        differing = {name: settings.get(name) for name, its in self._settings.items() if settings.get(name) != its}
+            raise ValueError(message(where, "a whole checkpoint", _first_line(error), remedy)) from error
         require(not differing, where, f"a checkpoint of this training, {self._settings}", differing, remedy)
+        try:
+            same = [x.shape for x in tensors] == [x.shape for x in saved] and 0 <= step <= self._settings["steps"]
+            for part, its in zip(parts, states, strict=True):
+                part.load_state_dict(its)
+        except Exception as error:  # so do optimizers
+            raise ValueError(message(where, "a whole checkpoint", _first_line(error), remedy)) from error
+        require(same, where, "a whole checkpoint", "tensors of other shapes", remedy)
         with torch.no_grad():
-            for x, its in zip(tensors, state["tensors"], strict=True):
+            for x, its in zip(tensors, saved, strict=True):
                 x.copy_(its)
-        for part, its in zip(parts, state["parts"], strict=True):
-            part.load_state_dict(its)
         return int(step)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
