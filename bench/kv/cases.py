@@ -258,13 +258,15 @@ def decode_truth(data: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(data.q.double(), k, v, enable_gqa=True)
 
 
-def gate(make: Make, truth: Callable[[Inputs], Tensor], dtype: torch.dtype, device: torch.device) -> Gate:
+def gate(
+    make: Make, truth: Callable[[Inputs], Tensor], dtype: torch.dtype, device: torch.device, roundings: int = 1
+) -> Gate:
     """One call on a small cache, compared elementwise."""
     data = make_inputs(GATE_SHAPE, dtype, device)
     got, want = make(data)().double(), truth(data).double()
     if got.shape != want.shape:
         return Gate(float("inf"))
-    error = (got - want).abs() / (GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))
+    error = (got - want).abs() / (roundings * GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))
     return Gate(error.nan_to_num(nan=float("inf")).max().item())
 
 
@@ -290,12 +292,15 @@ def provider(
     truth: Callable[[Inputs], Tensor],
     dtype: torch.dtype,
     timed: Make | None = None,
+    roundings: int = 1,
     **options: Any,
 ) -> Provider:
     def prepare(data: Inputs) -> Step:
         return Step((timed or make)(data))
 
-    return Provider(name, column, tier, prepare=prepare, gate=partial(gate, make, truth, dtype), **options)
+    return Provider(
+        name, column, tier, prepare=prepare, gate=partial(gate, make, truth, dtype, roundings=roundings), **options
+    )
 
 
 OWN: dict[str, Callable[[str, Inputs], Call]] = {
@@ -331,7 +336,9 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
         timed = partial(TIMED[op], name) if op in TIMED else None
         why_not = partial(own_reason, OPS_OF.get(op, op), name, dtype)
         make = partial(OWN[op], name)
-        yield provider(name, name, tier, make, truth, dtype, timed, why_not=why_not, footprint=footprint)
+        # Queries and results are rounded when they are projected, too.
+        roundings = 3 if op in (LOW_RANK, LOW_RANK_CODES) else 1
+        yield provider(name, name, tier, make, truth, dtype, timed, roundings, why_not=why_not, footprint=footprint)
     if op == QUANTIZE:
         yield provider("copy", "yardstick", Tier.FUSED, copied, lambda data: data.v, dtype, footprint=bytes_of_floats)
     if op not in (DECODE, LOW_RANK, LOW_RANK_CODES):
