@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.kv import Codec, Quantized, ZipCacheLayer, decode_attention, dequantize, probe_saliency, quantize
+from singlepass.kv import (
+    Codec,
+    MatryoshkaLayer,
+    Quantized,
+    ZipCacheLayer,
+    decode_attention,
+    dequantize,
+    probe_saliency,
+    quantize,
+)
 
 from ..tolerances import assert_same_bits
 
@@ -134,6 +143,27 @@ def test_a_cache_from_prompt_to_answer(backend: str, codec: Codec) -> None:
                 outputs.append(layer.attend(q[:, :, t : t + 1]))
             results.append(torch.cat([out.cpu() for out in outputs[1:]], 2))
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@each_kernel
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_low_rank_cache_from_prompt_to_answer(backend: str, bits: int | None) -> None:
+    bases = [torch.linalg.qr(torch.randn(4, 128, 128, generator=torch.Generator().manual_seed(i))).Q for i in (0, 1)]
+    q, k, v = random(2, 16, 900, 128, seed=1), random(2, 4, 900, 128, seed=2), random(2, 4, 900, 128, seed=3)
+    outs = []
+    for device in ("cuda", "cpu"):
+        its_bases = [basis.to(device) for basis in bases]
+        ranks = {"key_ranks": [64, 64, 32, 128], "value_ranks": [64, 64, 96, 80]}
+        on = backend if device == "cuda" else "native"
+        layer = MatryoshkaLayer(*its_bases, **ranks, bits=bits, window=64, backend=on)
+        parts = [x.to(device) for x in (q, k, v)]
+        layer.prefill(*(x[:, :, :800] for x in parts))
+        steps = []
+        for i in range(800, 900):
+            layer.append(*(x[:, :, i : i + 1] for x in parts[1:]))
+            steps.append(layer.attend(parts[0][:, :, i : i + 1]))
+        outs.append(torch.cat(steps, 2).float().cpu())
+    assert (outs[0] - outs[1]).norm() < 0.02 * outs[1].norm()  # of bfloat16; some codes may differ by one
 
 
 @each_kernel
