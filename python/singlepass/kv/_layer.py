@@ -15,8 +15,15 @@ from .._errors import message, require
 from ._codec import Codec
 from ._functional import attend, check_exact, check_needs_no_gradient, check_queries
 from ._modes import Lasting, lasting
-from ._options import check_mask, check_new_tokens, check_options, without_padding
-from ._prompt import causal_attention, rotate
+from ._options import (
+    check_hides_newest,
+    check_index,
+    check_mask,
+    check_new_tokens,
+    check_options,
+    without_padding,
+)
+from ._prompt import behind, causal_attention, rotate
 from ._saliency import prompt_saliency
 from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
 from ._state import check, pack
@@ -249,12 +256,8 @@ class ZipCacheLayer(Lasting):
         """Keys and values of all tokens, cached and new, and which are no padding, bool (batch, tokens); None: all."""
         if self.length == 0:
             return k, v, mask
-        old_k, old_v = self._restore(k.dtype)
-        seen = None
-        if mask is not None or self.holds_padding:
-            now = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-            seen = torch.cat((self.token_mask(), now), 1)
-        return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), seen
+        held = self.token_mask() if mask is not None or self.holds_padding else None
+        return behind(self._restore(k.dtype), held, k, v, mask)
 
     def _add_prompt(
         self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor, seen: Tensor | None
@@ -478,10 +481,7 @@ class ZipCacheLayer(Lasting):
         """
         window, compressed = self._tokens()
         check_mask(_OP, mask, (len(window.keys), self.length))
-        held = self.token_mask()
-        shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
-        remedy = "Pass such a mask to the attention instead."
-        require(not bool(shown_after.any()), _OP, "a mask that hides the newest tokens", "others", remedy)
+        check_hides_newest(_OP, self.token_mask(), mask)
         mask = mask.clone()
         mask[:, : self._unseen] = True  # what left the sliding window is forgotten in its own time
         compressed.hide(mask[:, : self.length - window.length])
@@ -503,9 +503,7 @@ class ZipCacheLayer(Lasting):
         Raises:
             ValueError: anything but indices of sequences.
         """
-        chosen = torch.as_tensor(index)
-        fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
-        require(fits, _OP, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
+        chosen = check_index(_OP, index)
         beams = len(chosen) == self.batch  # at every step
         self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), keep_room=beams)
 

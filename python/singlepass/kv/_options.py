@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -96,6 +97,21 @@ def check_mask(where: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
         fits = isinstance(mask, Tensor) and mask.shape == shape and mask.dtype == torch.bool
         got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         require(fits, where, f"a bool mask of shape {shape}", got, "True marks tokens.")
+
+
+def check_hides_newest(where: str, held: Tensor, mask: Tensor) -> None:
+    """Raises unless the tokens of ``held`` that a mask does not show are the newest of their sequence."""
+    shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
+    remedy = "Pass such a mask to the attention instead."
+    require(not bool(shown_after.any()), where, "a mask that hides the newest tokens", "others", remedy)
+
+
+def check_index(where: str, index: Tensor | Sequence[int]) -> Tensor:
+    """Numbers of sequences as a tensor, if they are."""
+    chosen = torch.as_tensor(index)
+    fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
+    require(fits, where, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
+    return chosen
 
 
 def without_padding(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

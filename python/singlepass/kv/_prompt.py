@@ -12,6 +12,18 @@ from torch.nn import functional as F
 _QUERIES = 256  # at a time, where logits are held
 
 
+def behind(
+    cached: tuple[Tensor, Tensor], held: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of cached tokens and of new ones behind them, and which are no padding, bool (batch, tokens):
+    ``held`` and ``mask`` say that of either; None: there is none."""
+    seen = None
+    if held is not None:
+        now = held.new_ones((len(held), k.shape[2])) if mask is None else mask
+        seen = torch.cat((held, now), 1)
+    return torch.cat((cached[0], k), 2), torch.cat((cached[1], v), 2), seen
+
+
 def causal_attention(
     q: Tensor,
     k: Tensor,

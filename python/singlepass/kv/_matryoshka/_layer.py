@@ -18,8 +18,8 @@ from .._dense import DenseLayer
 from .._functional import BITS, FLOATS, check_exact, check_needs_no_gradient, check_queries
 from .._layer import ZipCacheLayer
 from .._modes import Lasting, lasting
-from .._options import check_mask, check_new_tokens, without_padding
-from .._prompt import causal_attention
+from .._options import check_hides_newest, check_index, check_mask, check_new_tokens, without_padding
+from .._prompt import behind, causal_attention
 from .._store import held_nbytes
 from ._bases import check_bases, check_ranks
 
@@ -324,11 +324,8 @@ class MatryoshkaLayer(Lasting):
         keys, values = (k, v) if self.prefill_on == "full" else self._back(projected)
         seen = mask
         if self.length:
-            old_k, old_v = self.dequantize()
-            keys, values = torch.cat((old_k, keys), 2), torch.cat((old_v, values), 2)
-            if mask is not None or self.holds_padding:
-                now = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if mask is None else mask
-                seen = torch.cat((self.token_mask(), now), 1)
+            held = self.token_mask() if mask is not None or self.holds_padding else None
+            keys, values, seen = behind(self.dequantize(), held, keys, values, mask)
         out = causal_attention(q, keys, values, seen, self._scale, self.softcap, sinks)
         self._store(q, projected, mask)
         return out
@@ -468,10 +465,7 @@ class MatryoshkaLayer(Lasting):
         """
         k, _ = self._check_held()
         check_mask(_OP, mask, (len(k), self.length))
-        held = self.token_mask()
-        shown_after = ((held & ~mask).cumsum(1) > 0) & held & mask
-        remedy = "Pass such a mask to the attention instead."
-        require(not bool(shown_after.any()), _OP, "a mask that hides the newest tokens", "others", remedy)
+        check_hides_newest(_OP, self.token_mask(), mask)
         for group in self._groups:
             group.inner.hide(mask)
 
@@ -487,9 +481,7 @@ class MatryoshkaLayer(Lasting):
         Raises:
             ValueError: anything but indices of sequences.
         """
-        chosen = torch.as_tensor(index)
-        fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
-        require(fits, _OP, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
+        chosen = check_index(_OP, index)
         self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)))
         for group in self._groups:
             group.inner.select_sequences(chosen)
