@@ -57,7 +57,7 @@ STYLES = {
     PC: ("low rank: " + PC, "#999999", "v", "--"),
     TRAINED: ("low rank: " + TRAINED, "#cc79a7", "<", "--"),
     SEARCHED: ("low rank: " + SEARCHED, "#882255", ">", "-"),
-    "both": (SEARCHED + ", in few bits", "#000000", "*", "-"),
+    "both": (SEARCHED + ", in few bits", "#000000", "*", "none"),
 }
 
 
@@ -284,8 +284,8 @@ def facts(result: dict[str, Any]) -> str:
     texts, questions = (", ".join(f"{n} of {length:,}" for length, n in exam[k]) for k in ("texts", "questions"))
     return (
         f"SmolLM2-135M-Instruct, help topics of Python {result['python']}; texts: {texts} tokens;\n"
-        f"questions: {questions} tokens; {exam['steps']} steps of training;\n"
-        f"{machine['device']}, torch {versions['torch']}, "
+        f"questions: {questions} tokens; bases fitted on texts of {exam['batch']} tokens, trained for {exam['steps']}\n"
+        f"steps; {machine['device']}, torch {versions['torch']},\n"
         f"transformers {versions['transformers']}, {result['date'][:10]}"
     )
 
@@ -326,6 +326,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.set_xlabel("times smaller than 16 bits, everything counted")
             axes.spines[["top", "right"]].set_visible(False)
         left.set_yscale("symlog", linthresh=0.01)
+        left.set_ylim(bottom=-0.01)
         left.axhline(0.0, color="#333333", linewidth=1, zorder=0)
         right.axhline(statistics.fmean(plain.found), color="#333333", linewidth=1, zorder=0)
         left.set_title("increase of the loss, nats per token", loc="left", fontweight="bold")

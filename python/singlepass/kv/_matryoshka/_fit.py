@@ -50,7 +50,8 @@ def fit_matryoshka(
     Args:
         model: a decoder-only model of Transformers.
         batches: token ids (batch, tokens), or dictionaries with ``input_ids`` and ``attention_mask``, whose padding is
-            not counted. Some thousand tokens of the texts that the model will see are enough for principal components.
+            not counted. Some thousand tokens of the texts that the model will see are enough for principal components,
+            if the texts are as long as contexts will be: later keys are rotated into other directions.
             Each step of training takes one batch, in their order, again and again.
         steps: of training.
         lr: learning rate, which rises in the first twentieth of the steps, and falls to a tenth in the end.
