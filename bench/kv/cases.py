@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +35,8 @@ from .caches import (
     WINDOW,
     CacheShape,
 )
+from .inputs import Call, Inputs, Make, inputs, make_inputs, split
+from .low_rank import append_alone, low_rank_truth, own_append, own_low_rank
 
 GATE_SHAPE = CacheShape(2, 300)
 KIVI_GROUP, KIVI_WINDOW = 32, 128
@@ -44,40 +45,7 @@ GATE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 PROBE_FLOPS = 4  # of a multiplication and an addition, in both passes over the keys
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """One layer's tokens; queries are those of the newest token and, for saliency, of the probes."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    probes: Tensor
-    positions: Tensor
-
-
-def make_inputs(shape: CacheShape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(heads: int, tokens: int) -> Tensor:
-        return torch.randn(shape.batch, heads, tokens, WIDTH, generator=generator, device=device).to(dtype)
-
-    probes = min(PROBES, shape.length // 10)
-    positions = torch.randperm(shape.length, generator=generator, device=device)[:probes].sort().values
-    positions[-1] = shape.length - 1  # the newest is always one, so that all tokens are seen
-    newest, probing = normal(QUERY_HEADS, 1), normal(QUERY_HEADS, probes)
-    return Inputs(newest, normal(HEADS, shape.length), normal(HEADS, shape.length), probing, positions)
-
-
-inputs = lru_cache(maxsize=1)(make_inputs)
-Call = Callable[[], Tensor]
-Make = Callable[[Inputs], Call]
 Segments = list[tuple[Any, Any]]
-
-
-def split(data: Inputs) -> tuple[int, int]:
-    """Where the 2-bit tokens begin, and where the window does."""
-    compressed = data.k.shape[2] - WINDOW
-    return round(SALIENT_RATIO * compressed), compressed
 
 
 def quantized(data: Inputs, backend: str | None) -> Segments:
@@ -138,50 +106,6 @@ def own_saliency(backend: str, data: Inputs) -> Call:
     from singlepass.kv import probe_saliency
 
     return lambda: probe_saliency(data.probes, data.k, data.positions, backend=backend)
-
-
-def low_rank_layer(backend: str, bits: tuple[int, int] | None, data: Inputs) -> Any:
-    """A layer that holds the tokens, projected on half of some bases. Queries are those of the newest token."""
-    from singlepass.kv import MatryoshkaLayer
-
-    generator = torch.Generator(data.k.device).manual_seed(1)
-    options: dict[str, Any] = {"generator": generator, "device": data.k.device}
-    bases = [torch.linalg.qr(torch.randn(HEADS, WIDTH, WIDTH, **options)).Q for _ in range(2)]
-    layer = MatryoshkaLayer(*bases, key_ranks=RANK, value_ranks=RANK, bits=bits, backend=backend)
-    compressed = split(data)[1]
-    q = None if bits is None else data.q.expand(-1, -1, compressed, -1)
-    layer.store(q, data.k[:, :, :compressed], data.v[:, :, :compressed])
-    layer.append(data.k[:, :, compressed:], data.v[:, :, compressed:])
-    return layer
-
-
-def own_low_rank(bits: tuple[int, int] | None, backend: str, data: Inputs) -> Call:
-    layer = low_rank_layer(backend, bits, data)
-    return lambda: layer.attend(data.q)
-
-
-def own_append(backend: str, data: Inputs) -> Call:
-    """What projecting is judged by: the tokens as they come back."""
-    layer = low_rank_layer(backend, None, data)
-    return lambda: torch.cat([x.flatten() for x in layer.dequantize()])
-
-
-def append_alone(backend: str, data: Inputs) -> Call:
-    """What is timed."""
-    layer = low_rank_layer(backend, None, data)
-    k, v = data.k[:, :, :1].contiguous(), data.v[:, :, :1].contiguous()
-
-    def call() -> Tensor:
-        layer.append(k, v)
-        layer.drop_newest(1)
-        return k
-
-    return call
-
-
-def low_rank_truth(bits: tuple[int, int] | None, data: Inputs) -> Tensor:
-    k, v = (x.double() for x in low_rank_layer("eager", bits, data).dequantize())
-    return F.scaled_dot_product_attention(data.q.double(), k, v, enable_gqa=True)
 
 
 def sdpa(dtype: torch.dtype, data: Inputs) -> Call:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -369,60 +368,3 @@ def test_long_prompts_with_padding_and_after_others(tokens: int, softcap: float)
     again = padded.prefill(*part((q, k, v), 0, tokens), mask)
     assert again.shape == out.shape
     assert padded.length == 2 * tokens
-
-
-@pytest.mark.parametrize("codec", [Codec.zipcache(), Codec.per_token_head(rotate=True)], ids=["zipcache", "rotated"])
-@pytest.mark.parametrize("ratio", [0.6, 1.0])
-def test_storing_a_prompt_is_prefill_without_its_attention(ratio: float, codec: Codec) -> None:
-    q, k, v = drawn(90)
-    mask = torch.ones(2, 90, dtype=torch.bool)
-    mask[0, :9] = False
-    layers = [ZipCacheLayer(ratio, codec=codec, window=16) for _ in range(2)]
-    for begin, end in ((0, 50), (50, 90)):
-        layers[0].prefill(*part((q, k, v), begin, end), mask[:, begin:end])
-        layers[1].store(*part((q, k, v), begin, end), mask[:, begin:end])
-        assert_same(*(layer.state_dict() for layer in layers))
-    with pytest.raises(ValueError, match="90 queries, one for each token; got 1"):
-        layers[1].store(q[:, :, :1], k, v)
-    assert layers[1].length == 90
-    layers[1].store(None, k, v)
-    assert bool((kinds(layers[1])[:, :, 90:] == SALIENT).all())
-
-
-def test_nan_in_padding_reaches_no_token() -> None:
-    q, k, v = drawn(40)
-    mask = torch.ones(2, 40, dtype=torch.bool)
-    mask[0, :9] = mask[1, 30:] = False
-    dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (k, v)]
-    layers = [ZipCacheLayer(0.6, window=16) for _ in range(2)]
-    for layer, its in zip(layers, ((k, v), dirty), strict=True):
-        outs = [layer.prefill(q[:, :, :25], *part(its, 0, 25), mask[:, :25])]
-        for i in range(25, 35):
-            layer.append(*part(its, i, i + 1), mask[:, i : i + 1])
-            outs.append(layer.attend(q[:, :, i : i + 1]))
-        outs.append(layer.prefill(q[:, :, 35:], *part(its, 35, 40), mask[:, 35:]))
-        outs += layer.dequantize()
-        layer.outs = outs
-    for clean, other in zip(layers[0].outs, layers[1].outs, strict=True):
-        assert_same_bits(other, clean)
-
-
-def test_a_query_right_after_its_prompt() -> None:
-    q, k, v = drawn(40)
-    layer, other = ZipCacheLayer(0.6, window=8), ZipCacheLayer(0.6, window=8)
-    layer.prefill(q, k, v)
-    layer.attend(q[:, :, 39:])
-    other.load_state_dict(layer.state_dict())
-    assert layer._held.window.probes.queries == []
-
-
-def test_copies_outlive_inference_mode() -> None:
-    q, k, v = drawn(40)
-    layer = ZipCacheLayer(0.6, window=8)
-    with torch.inference_mode():
-        layer.prefill(*part((q, k, v), 0, 30))
-        layer.append(*part((k, v), 30, 32))
-        other = copy.deepcopy(layer)
-        other.append(*part((k, v), 32, 33))
-    other.append(*part((k, v), 33, 34))
-    assert (layer.length, other.length) == (32, 34)

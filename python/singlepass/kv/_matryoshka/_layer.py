@@ -1,97 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The low-rank cache of one attention layer."""
+"""The low-rank cache of one attention layer. The file is long because it is one class, with its documentation."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..._errors import message, require
 from .._codec import Codec
 from .._dense import DenseLayer
-from .._functional import BITS, FLOATS, check_exact, check_needs_no_gradient, check_queries
+from .._functional import FLOATS, check_exact, check_needs_no_gradient, check_queries
 from .._layer import ZipCacheLayer
 from .._modes import Lasting, lasting
 from .._options import check_hides_newest, check_index, check_mask, check_new_tokens, without_padding
 from .._prompt import behind, causal_attention
 from .._store import held_nbytes
 from ._bases import check_bases, check_ranks
+from ._groups import Basis, Group, check_bits
 
 _OP = "MatryoshkaLayer"
 _FOREIGN = "Pass what state_dict() of a layer with the same bases, ranks and options gave."
 PREFILLS = ("full", "truncated")
-
-
-class Basis:
-    """The directions that some heads keep.
-
-    Args:
-        matrices: orthogonal (heads, channels, channels), a basis in the columns of each. If they are the identity,
-            vectors come in coordinates of a basis already.
-        rank: how many directions are kept, the first ones.
-    """
-
-    def __init__(self, matrices: Tensor, rank: int):
-        self.channels, self.rank = matrices.shape[1], rank
-        whole = torch.eye(self.channels, dtype=matrices.dtype, device=matrices.device)
-        self._kept = None if bool((matrices == whole).all()) else matrices[..., :rank]
-
-    def settle(self, like: Tensor) -> None:
-        """Chooses dtype and device for such vectors. On CPUs products are float32: bfloat16 ones are slow if small."""
-        if self._kept is not None:
-            dtype = torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
-            self._kept = self._kept.to(like.device, dtype)
-
-    def project(self, x: Tensor) -> Tensor:
-        """x (batch, heads, tokens, channels) in coordinates of the basis (batch, heads, tokens, rank)."""
-        return x[..., : self.rank] if self._kept is None else (x.to(self._kept.dtype) @ self._kept).to(x.dtype)
-
-    def back(self, y: Tensor) -> Tensor:
-        """What has these coordinates."""
-        if self._kept is None:
-            return F.pad(y, (0, self.channels - self.rank))
-        return (y.to(self._kept.dtype) @ self._kept.mT).to(y.dtype)
-
-
-@dataclass
-class Group:
-    """KV heads of equal ranks, and what is kept of them.
-
-    Attributes:
-        heads: their numbers.
-        keys: directions that are kept of their keys.
-        values: and of their values.
-        inner: their tokens, projected.
-    """
-
-    heads: list[int]
-    keys: Basis
-    values: Basis
-    inner: ZipCacheLayer | DenseLayer
-
-    def of(self, x: Tensor) -> Tensor:
-        """Its heads of x (batch, heads, ...)."""
-        return x if len(self.heads) == x.shape[1] else x[:, self.heads]
-
-    def project(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Its heads of k and v (batch, heads, tokens, channels) in coordinates of the bases."""
-        return self.keys.project(self.of(k)), self.values.project(self.of(v))
-
-    def project_queries(self, q: Tensor, heads: int) -> Tensor:
-        """Queries of its heads likewise, of all the query heads of ``heads`` KV heads."""
-        group, queries = q.shape[1] // heads, q.shape[2]
-        rows = self.keys.project(self.of(q.unflatten(1, (heads, group)).flatten(2, 3)))
-        return rows.unflatten(2, (group, queries)).flatten(1, 2)
-
-    def queries_of(self, x: Tensor, heads: int) -> Tensor:
-        """Of one number for each query head those of its heads."""
-        return x.unflatten(0, (heads, -1))[self.heads].flatten().contiguous()
 
 
 class MatryoshkaLayer(Lasting):
@@ -170,7 +104,7 @@ class MatryoshkaLayer(Lasting):
         keys = check_ranks(_OP, key_ranks, "keys", heads, key_bases.shape[1])
         values = check_ranks(_OP, value_ranks, "values", heads, value_bases.shape[1])
         require(prefill in PREFILLS, _OP, " or ".join(map(repr, PREFILLS)), repr(prefill), "Choose one of them.")
-        self.bits = check_bits(bits)
+        self.bits = check_bits(_OP, bits)
         self.salient_ratio, self.codec = salient_ratio, Codec() if codec is None else codec
         self.window, self.prefill_on, self.seed = window, prefill, seed
         self.scale, self.softcap, self.backend = scale, softcap, backend
@@ -562,11 +496,3 @@ class MatryoshkaLayer(Lasting):
         ranks = {name: its.tolist() for name, its in zip(("key_ranks", "value_ranks"), self._ranks, strict=True)}
         options = {name: getattr(self, name) for name in names}
         return options | ranks | {"prefill": self.prefill_on, "codec": asdict(self.codec), "bases": digest.hexdigest()}
-
-
-def check_bits(bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """A pair of them, for salient tokens and regular ones."""
-    pair = bits if bits is None or isinstance(bits, (tuple, list)) else (bits, bits)
-    fits = pair is None or (len(pair) == 2 and all(type(b) is int and b in BITS for b in pair) and pair[0] >= pair[1])
-    require(fits, _OP, "bits None, 8, 4, 2 or a pair such as (4, 2)", repr(bits), "None: those of the tokens.")
-    return None if pair is None else (pair[0], pair[1])
