@@ -30,6 +30,8 @@ class DenseLayer:
         softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
     """
 
+    mixed = False  # all tokens are kept alike, so that no queries are needed
+
     def __init__(self, scale: float, softcap: float = 0.0, backend: str | None = None):
         self.scale, self.softcap, self._backend = scale, softcap, backend
         self.length = 0
@@ -58,8 +60,6 @@ class DenseLayer:
             raise ValueError(message("DenseLayer", "cached tokens", "an empty cache", "Call append or store."))
         k, v = self._room
         return k[:, :, : self.length], v[:, :, : self.length]
-
-    mixed = False
 
     def store(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         self.append(k, v, mask)

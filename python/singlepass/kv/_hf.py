@@ -134,12 +134,12 @@ class MatryoshkaCache(CompressedCache):
         bases: what :func:`fit_matryoshka` gave for this model.
         budget: fraction of the ranks of keys and values to keep, together. If :func:`search_ranks` searched for it,
             those ranks are used, else the same ones in all layers and heads.
-        ranks: by number of the layer a pair (ranks of keys, ranks of values), each a multiple of 16 for all heads or
-            one for each head; they take the place of a budget.
+        ranks: a dictionary, layer number to (ranks of keys, ranks of values), each a multiple of 16 for all heads or
+            one for each head; overrides ``budget``.
         bits: None: projected vectors keep their dtype. 8, 4 or 2, or a pair such as (4, 2) for salient and regular
             tokens: they are quantised as by a :class:`ZipCache`.
-        window: with ``bits``, maximum number of tokens that are not quantised yet; and how many new tokens are attended
-            to as stored, where more are a prompt.
+        window: with ``bits``, maximum number of tokens that are not quantised yet. A call with more new tokens than
+            this is treated as a prompt.
         salient_ratio: fraction of salient tokens, if ``bits`` is a pair.
         prefill: what a prompt attends to, its "full" keys and values, or "truncated" ones as in training; always "full"
             with other attention implementations and with masks that are more than padding.

@@ -42,7 +42,7 @@ def fit_matryoshka(
     With ``steps=0`` they are principal components of what the model computes for some texts, for each layer and KV
     head, keys after rotary embedding. Second moments are summed in float64, batch by batch; nothing else is kept. No
     mean is subtracted: attention to keys without their mean would need it back under softcap and sinks, and a model
-    with an attention sink loses more with it than without.
+    with an attention sink loses more if it is subtracted.
 
     More steps train them from there: in each, every head keeps a random number of its directions, and the bases learn
     to lose little by that. The model's weights stay.
@@ -68,8 +68,8 @@ def fit_matryoshka(
 
     Raises:
         ValueError: no batches, fewer tokens than channels of a head, NaN in keys or values or in the loss, options out
-            of range, a checkpoint of another training, a model without attention that can be exchanged. The model is
-            unchanged.
+            of range, a checkpoint of another training, a model whose attention implementation can't be replaced. The
+            model is unchanged.
 
     Source: Lin et al., "MatryoshkaKV", arXiv 2410.14731. Bases belong to KV heads, not to query heads.
 

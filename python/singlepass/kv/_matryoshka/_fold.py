@@ -22,8 +22,8 @@ _OP = "fold_values"
 
 def fold_values(model: PreTrainedModel, bases: MatryoshkaBases) -> MatryoshkaBases:
     """Multiplies the bases of values into a model's weights, in place: the projection that makes values turns them into
-    coordinates of the basis, and the one after attention turns results back. The model computes what it did; a cache
-    has nothing left to do for values but to keep the first coordinates.
+    coordinates of the basis, and the one after attention turns results back. The model's output is
+    unchanged, and a cache has nothing left to do for values but to keep the first coordinates.
 
     The whole basis goes in, so that shapes stay, and every rank keeps a prefix. ``model.config`` gets a mark, by which
     caches tell folded models from others, and which is saved with the model. Models that share one config object share

@@ -33,7 +33,7 @@ class MatryoshkaLayer(Lasting):
     as its ranks say: a fraction of the memory, in as many bits as they came with, or in few.
 
     Heads of equal ranks are stored and attended to together, without padding. Attention is computed on projected
-    vectors, with queries projected likewise; only its result is turned back.
+    vectors, with queries projected likewise; only its result is projected back.
 
     Args:
         key_bases: orthogonal matrices, float32 (heads, channels, channels), a basis in the columns of each, the most

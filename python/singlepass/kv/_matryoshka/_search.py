@@ -40,7 +40,7 @@ def search_ranks(
     per_round: int = 1,
     progress: bool = True,
 ) -> MatryoshkaBases:
-    """Finds ranks for a budget, other ones for each layer and head, and for keys and values.
+    """Finds ranks for a budget, separate ones for each layer and head, and for keys and values.
 
     All start at full rank, or at the ranks of the next larger budget that the bases hold. Again and again 16 directions
     are taken from where that costs least: where the divergence from the uncompressed model, on some texts, grows least.
@@ -55,8 +55,8 @@ def search_ranks(
         bases: what :func:`fit_matryoshka` gave.
         batches: as for :func:`fit_matryoshka`; some hundred tokens are enough. Logits for all of them are kept.
         budget: fraction of the ranks of keys and values to keep, together.
-        per_round: how many times something is taken before what is known of a head counts as old; 1, as in the paper,
-            is slowest and most careful.
+        per_round: after how many removals the measured cost of a head is stale; 1, as in the paper, is slowest and most
+            careful.
         progress: whether to show costs, and a progress bar.
 
     Returns:
@@ -73,7 +73,7 @@ def search_ranks(
     require(fits, _OP, "per_round as a whole number, 1 or more", repr(per_round), "1 measures most.")
     check_head(_OP, model)
     bases.check_model(_OP, model)
-    larger = [other for other in bases.ranks if other >= key_of(budget)]
+    larger = [other for other in bases.ranks if other > key_of(budget)]
     with evaluating(model):
         search = _Search(model, bases, found, bases.ranks[min(larger)] if larger else None)
         least = STEP * search.entries / search.total
