@@ -108,6 +108,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Each test draws the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _automatic_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests choose backends by argument; what the shell has set must not choose for them."""
     monkeypatch.delenv("SINGLEPASS_BACKEND", raising=False)

@@ -332,6 +332,7 @@ def test_codecs_in_the_papers_order() -> None:
 
 
 @pytest.mark.serial
+@pytest.mark.slow("threads of the emulated kernels wait for each other where others run")
 @each_backend
 def test_threads_and_repetitions_give_the_same_bits(backend: str, each_thread_count: tuple[int, ...]) -> None:
     x = tokens((2, 3, 300, 64))
