@@ -68,6 +68,12 @@ def verdict(rows: list[Row]) -> str:
     return f"{asked}: {'holds' if holds else 'fails'}"
 
 
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table whose first column is text."""
+    rows = [head, [":--"] + ["--:"] * (len(head) - 1), *lines]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
 def save(result: dict[str, Any], path: Path) -> None:
     """As JSON, each row on a line of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)

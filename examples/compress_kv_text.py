@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from _digits import progress_bar
-from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, save, verdict
+from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, save, table, verdict
 from _text import ROOT, VALUE, Curves, Training, build, needles, read_corpus, train, windows
 from torch import Tensor, nn
 
@@ -234,10 +234,8 @@ def facts(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The text between the markers in docs/kv.md."""
     rows = rows_of(result)
-    lines = [HEAD, [":--"] + ["--:"] * (len(HEAD) - 1), *cells(rows)]
-    table = [f"| {' | '.join(line)} |" for line in lines]
     findings = [f"* {line}" for line in (*comparisons(rows), verdict(rows))]
-    return "\n".join([*table, "", *findings, "", f"{facts(result)}."]) + "\n"
+    return "\n".join([*table(HEAD, cells(rows)), "", *findings, "", f"{facts(result)}."]) + "\n"
 
 
 def tabulate(result: dict[str, Any]) -> Table:

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _kv_rows import PLAIN, Row, difference, mean_and_error, rows_of, save
+from _kv_rows import PLAIN, Row, difference, mean_and_error, rows_of, save, table
 from torch import Tensor, nn
 
 NAME = "examine_smollm2"
@@ -293,9 +293,10 @@ def facts(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The text between the markers in docs/kv.md."""
     rows = rows_of(result)
-    lines = [HEAD, [":--"] + ["--:"] * (len(HEAD) - 1), *cells(rows)]
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*table, "", *(f"* {line}" for line in verdicts(rows)), "", f"{facts(result)}."]) + "\n"
+    return (
+        "\n".join([*table(HEAD, cells(rows)), "", *(f"* {line}" for line in verdicts(rows)), "", f"{facts(result)}."])
+        + "\n"
+    )
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -65,6 +65,7 @@ class DenseLayer:
         self.append(k, v, mask)
 
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+        k, v = without_padding(k, v, mask)
         begin, end = self.length, self.length + k.shape[2]
         room = self._room or (k.new_zeros((*k.shape[:2], 0, k.shape[3])), v.new_zeros((*v.shape[:2], 0, v.shape[3])))
         keys, values = (grown(held, 2, begin, end) for held in room)

@@ -431,9 +431,8 @@ class ZipCacheLayer(Lasting):
             backend=self.backend,
         )
         place = end - q.shape[2]  # -1: right after a prompt, which is compressed already
-        if (
-            self.mixed and lowest == 0 and 0 <= place < end
-        ):  # a query that sees part of the window tells nothing of the rest
+        sees_all = lowest == 0  # else it tells nothing of the window's first tokens
+        if self.mixed and sees_all and 0 <= place < end:
             window.probes.add(q, lse, place)
         return out
 

@@ -276,7 +276,6 @@ class MatryoshkaLayer(Lasting):
             ValueError: as :meth:`prefill`. The cache is unchanged.
         """
         self._check_prompt(q, k, v, mask)
-        k, v = without_padding(k, v, mask)
         self._store(q, [group.project(k, v) for group in self._groups_for(k, v)], mask)
 
     def _check_prompt(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -307,7 +306,6 @@ class MatryoshkaLayer(Lasting):
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         self._check_new(k, v, mask)
-        k, v = without_padding(k, v, mask)
         for group in self._groups_for(k, v):
             group.inner.append(*group.project(k, v), mask)
         self.length += k.shape[2]
