@@ -37,7 +37,7 @@ def encode(text: str) -> list[int]:
 
 def small(example: ModuleType) -> Any:
     some = {"texts": ((150, 2),), "questions": ((250, 2),), "follow": 16}
-    return example.Exam(steps=2, batch=64, fitted=2, searched=1, per_round=20, **some)
+    return example.Exam(steps=2, batch=64, fitted=2, searched=32, per_round=20, **some)
 
 
 @pytest.mark.slow("fits, trains and searches, and examines every cache")
