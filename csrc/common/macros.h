@@ -10,8 +10,9 @@
 
 // SINGLEPASS_TARGET_CLONES: one loop compiled for SSE2, AVX2 and AVX-512, chosen when the library is loaded. A loop
 // whose vectors have a width of their own for AVX-512 is written twice, with SINGLEPASS_TARGET_AVX512 and with clones
-// up to AVX2; the caller chooses by has_avx512(). Sanitizers and other architectures take the plain build, and
-// SINGLEPASS_NO_AVX512 shows what a processor without AVX-512 would run.
+// up to AVX2; the caller chooses by has_avx512(). Where SINGLEPASS_HAS_TARGETS is defined, a loop can also be written
+// for one of them alone. Sanitizers and other architectures take the plain build, and SINGLEPASS_NO_AVX512 shows what a
+// processor without AVX-512 would run.
 #if !defined(__x86_64__) || defined(__CUDACC__) || defined(SINGLEPASS_NO_TARGET_CLONES)
 #define SINGLEPASS_TARGET_CLONES
 #define SINGLEPASS_TARGET_CLONES_TO_AVX2
@@ -19,6 +20,8 @@
 #undef SINGLEPASS_NO_AVX512
 #define SINGLEPASS_NO_AVX512
 #else
+#define SINGLEPASS_HAS_TARGETS
+#define SINGLEPASS_TARGET_AVX2 __attribute__((target("arch=x86-64-v3")))
 #define SINGLEPASS_TARGET_CLONES_TO_AVX2 __attribute__((target_clones("default", "arch=x86-64-v3")))
 #define SINGLEPASS_TARGET_AVX512 __attribute__((target("arch=x86-64-v4")))
 #if defined(SINGLEPASS_NO_AVX512)

@@ -60,20 +60,42 @@ SINGLEPASS_HD V load_part(const float* from, int64_t n) {
   return v;
 }
 
-// The lane sums of eight vectors.
-SINGLEPASS_HD Vector lane_sums(const Vector (&v)[8]) {
-  Vector pairs[4], quads[2];
+// What `op` makes of the lanes of each of eight vectors of eight.
+template <class V, class Op>
+SINGLEPASS_HD V across_lanes(const V (&v)[8], const Op& op) {
+  V pairs[4], quads[2];
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
-               __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    pairs[i] = op(__builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14),
+                  __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
   }
   for (int i = 0; i < 2; ++i) {
-    quads[i] = __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    quads[i] = op(__builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13),
+                  __builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15));
   }
-  return __builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15);
+  return op(__builtin_shufflevector(quads[0], quads[1], 0, 1, 2, 3, 8, 9, 10, 11),
+            __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15));
 }
+
+// The same for one.
+template <class V, class Op>
+SINGLEPASS_HD auto across_lanes(V v, const Op& op) {
+  v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  v = op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  return v[0];
+}
+
+struct Add {
+  template <class V>
+  SINGLEPASS_HD V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+// NaN if one is.
+struct Maximum {
+  SINGLEPASS_HD Vector operator()(Vector a, Vector b) const { return ((a > b) | (a != a)) ? a : b; }
+};
 
 template <class V>
 SINGLEPASS_HD V absolute(V v) {

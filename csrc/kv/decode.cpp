@@ -7,15 +7,21 @@
 #include "common/convert.h"
 #include "common/math.h"
 #include "common/vector.h"
+#include "kv/integer_tiles.h"
 #include "kv/problem.h"
 #include "kv/tiles.h"
 
 // Decode attention on the CPU. A task is one split of one head: an online softmax of all rows (queries of the query
 // heads that share the head of keys) over the split's slots. Then the splits of each head are merged in their order.
 //
-// Scales (steps s and minima m) are applied to rows of queries and of weights, not to elements. With keys k^ = n s + m,
-// scales per channel, q . k^ = (q s) . n + q . m. With values v^ = c (n s_t + m_t), sum_t p_t v^_t = c (sum_t (p_t s_t)
-// n_t + sum_t p_t m_t). Tokens in other layouts are restored to float32 first.
+// Scales (steps s and minima m) are applied to rows of queries and of weights, not to elements:
+//
+//   keys k^ = n s + m with scales per channel:   q . k^ = (q s) . n + q . m
+//   keys k^ = s_t n + m_t with scales per token: q . k^ = s_t (q . n) + m_t sum(q)
+//   values v^ = c (n s_t + m_t):                 sum_t p_t v^_t = c (sum_t (p_t s_t) n_t + sum_t p_t m_t)
+//
+// Where queries have 16 bits, q s and p s are rounded to integers of 16 bits for each block of tokens, and the codes n
+// multiplied as integers; where they are float32, as floats. Tokens with several groups of channels are restored first.
 namespace singlepass::kv {
 namespace {
 
@@ -63,8 +69,7 @@ SINGLEPASS_TARGET_CLONES float fold(const float* x, const float* steps, const fl
     sums += v * load_vector(minima + d);
     store_vector(v * load_vector(steps + d), to + d);
   }
-  float sum = 0.0f;
-  for (int k = 0; k < kLanes; ++k) sum += sums[k];
+  float sum = across_lanes(sums, Add{});
   for (; d < n; ++d) {
     sum += x[d] * minima[d];
     to[d] = x[d] * steps[d];
@@ -79,20 +84,62 @@ SINGLEPASS_TARGET_CLONES void add_piece(float* out, float factor, const float* c
   for (int64_t d = 0; d < n; ++d) out[d] = out[d] * factor + channels[d] * (sums[d] + shift);
 }
 
+// scores = scores * steps + minima * sum.
+SINGLEPASS_TARGET_CLONES void apply_steps(float* scores, const float* steps, const float* minima, float sum,
+                                          int64_t n) {
+#pragma GCC ivdep
+  for (int64_t t = 0; t < n; ++t) scores[t] = scores[t] * steps[t] + minima[t] * sum;
+}
+
+SINGLEPASS_TARGET_CLONES void separate(const float* pairs, int64_t n, float* first, float* second) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    first[i] = pairs[2 * i];
+    second[i] = pairs[2 * i + 1];
+  }
+}
+
+// What codes are multiplied by: rows x * steps as floats or, with a step of their own, as integers; and x . minima.
+struct Factors {
+  int64_t rows, stride;  // stride: between rows, of x as well
+  std::vector<float> floats;
+  std::vector<int16_t> integers;
+  std::vector<Folded> folded;
+
+  Factors(int64_t rows, int64_t stride, bool as_integers)
+      : rows(rows),
+        stride(stride),
+        floats(rows * stride),
+        integers(as_integers ? rows * stride + kIntegerPad : 0),
+        folded(rows) {}
+
+  void fold(const float* x, const float* steps, const float* minima, int64_t n, float largest) {
+    if (!integers.empty()) {
+      return fold_to_integers(x, steps, minima, n, rows, stride, largest, floats.data(), integers.data(),
+                              folded.data());
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      folded[r] = {1.0f, kv::fold(x + r * stride, steps, minima, n, &floats[r * stride])};
+    }
+  }
+};
+
 class Worker {
  public:
   explicit Worker(const Decode& p)
       : p_(p),
+        as_integers_(p.q.dtype != DType::kFloat32),
         q_(p.rows() * p.head_dim),
-        folded_(p.rows() * p.head_dim),
-        bias_(p.rows()),
         scores_(p.rows() * kPiece),
         shifts_(p.rows()),
         tokens_(kTile * std::max(p.head_dim, p.value_dim)),
-        steps_(std::max({p.head_dim, p.value_dim, kPiece})),
+        steps_(std::max(p.head_dim, kPiece)),
         minima_(std::max(p.head_dim, kPiece)),
         channels_(p.value_dim),
-        sums_(p.rows() * p.value_dim) {}
+        sums_(p.rows() * p.value_dim),
+        queries_(p.rows(), p.head_dim, as_integers_),
+        weights_(p.rows(), kPiece, as_integers_),
+        integer_sums_(as_integers_ ? p.rows() * std::max(kPiece, p.value_dim) : 0) {}
 
   void run(int64_t b, int64_t h, const Span& split, Partial to) {
     b_ = b;
@@ -116,6 +163,7 @@ class Worker {
     const Segment& s = p_.segments[static_cast<size_t>(split.segment)];
     const int32_t* starts = s.blocks.starts;
     const int64_t seen = p_.first == nullptr ? 0 : p_.first[(split.segment * p_.batch + b_) * p_.heads + h_];
+    if (per_token(s.keys)) fold_queries(s.keys, nullptr);
     int64_t block = std::upper_bound(starts, starts + s.blocks.num_blocks + 1, split.begin) - starts - 1;
     for (; block < s.blocks.num_blocks && starts[block] < split.end; ++block) {
       const int64_t end = std::min<int64_t>(split.end, starts[block] + s.blocks.count(b_, h_, block));
@@ -127,34 +175,69 @@ class Worker {
     }
   }
 
+  // Whether one step belongs to all channels of a token.
+  static bool per_token(const Packed& packed) { return packed.axis == Axis::kToken && packed.groups == 1; }
+
   // One step of the online softmax: n compressed tokens of one block. Scores are (rows, kPiece).
   void piece(const Segment& s, int64_t block, int64_t slot, int64_t n, Partial& to) {
-    const bool by_channels = s.keys.axis == Axis::kChannel;
-    if (by_channels) {
-      fold_queries(s.keys.scales_at(b_, h_, slot, block));
-      dot(folded_.data(), p_.rows(), {s.keys.codes_at(b_, h_, slot), s.keys.bits}, n, p_.head_dim, scores_.data(),
-          kPiece);
+    if (s.keys.axis == Axis::kChannel) {
+      fold_queries(s.keys, s.keys.scales_at(b_, h_, slot, block));
+      multiply_keys(s.keys, slot, n);
+    } else if (per_token(s.keys)) {
+      multiply_keys(s.keys, slot, n);
+      read_steps(s.keys, slot, n);
+      for (int64_t r = 0; r < p_.rows(); ++r) {
+        apply_steps(&scores_[r * kPiece], steps_.data(), minima_.data(), queries_.folded[r].bias, n);
+      }
     } else {
       for (int64_t t = 0; t < n; t += kTile) {
-        const Rows rows = restored(s.keys, slot + t, std::min(kTile, n - t), p_.head_dim);
-        dot(q_.data(), p_.rows(), rows, std::min(kTile, n - t), p_.head_dim, &scores_[t], kPiece);
+        const int64_t count = std::min(kTile, n - t);
+        dot(q_.data(), p_.rows(), restored(s.keys, slot + t, count, p_.head_dim), count, p_.head_dim, &scores_[t],
+            kPiece);
       }
-    }
-    for (int64_t r = 0; by_channels && r < p_.rows(); ++r) {
-      for (int64_t t = 0; t < n; ++t) scores_[r * kPiece + t] += bias_[r];
     }
     cap_scores(n);
     weigh(n, to);
     weighted_values(s.values, block, slot, n, to);
   }
 
-  // folded_ = q s and bias_ = q . m, with the scales of the block's channels.
-  void fold_queries(const uint16_t* scales) {
-    widen(scales, DType::kFloat16, steps_.data(), p_.head_dim);
-    widen(scales + p_.head_dim, DType::kFloat16, minima_.data(), p_.head_dim);
-    for (int64_t r = 0; r < p_.rows(); ++r) {
-      bias_[r] = fold(&q_[r * p_.head_dim], steps_.data(), minima_.data(), p_.head_dim, &folded_[r * p_.head_dim]);
+  // q s and q . m, with the scales of a block's channels; without them, s = m = 1.
+  void fold_queries(const Packed& keys, const uint16_t* scales) {
+    if (scales == nullptr) {
+      std::fill(steps_.begin(), steps_.end(), 1.0f);
+      std::fill(minima_.begin(), minima_.end(), 1.0f);
+    } else {
+      widen(scales, DType::kFloat16, steps_.data(), p_.head_dim);
+      widen(scales + p_.head_dim, DType::kFloat16, minima_.data(), p_.head_dim);
     }
+    const float largest = largest_integer(keys.bits, p_.head_dim);
+    queries_.fold(q_.data(), steps_.data(), minima_.data(), p_.head_dim, largest);
+  }
+
+  // scores_ = (q s) . n of n tokens, and q . m added where that is the same for all of them.
+  void multiply_keys(const Packed& keys, int64_t slot, int64_t n) {
+    const uint8_t* codes = keys.codes_at(b_, h_, slot);
+    if (as_integers_) {
+      dot(queries_.integers.data(), p_.rows(), Codes{codes, keys.bits}, n, p_.head_dim, integer_sums_.data(), kPiece);
+    } else {
+      dot(queries_.floats.data(), p_.rows(), Rows{codes, keys.bits}, n, p_.head_dim, scores_.data(), kPiece);
+    }
+    for (int64_t r = 0; r < p_.rows(); ++r) {
+      const float bias = keys.axis == Axis::kChannel ? queries_.folded[r].bias : 0.0f;
+      float* scores = &scores_[r * kPiece];
+      if (as_integers_) {
+        from_integers(&integer_sums_[r * kPiece], n, queries_.folded[r].step, bias, scores);
+      } else {
+        for (int64_t t = 0; t < n; ++t) scores[t] += bias;
+      }
+    }
+  }
+
+  // The steps and minima of n tokens.
+  void read_steps(const Packed& packed, int64_t slot, int64_t n) {
+    float pairs[2 * kPiece];
+    widen(packed.scales_at(b_, h_, slot, 0), DType::kFloat16, pairs, 2 * n);
+    separate(pairs, n, steps_.data(), minima_.data());
   }
 
   // Restores up to kTile tokens with scales per token to float32.
@@ -189,55 +272,58 @@ class Worker {
   // Adds the weighted values of n tokens to the result. Scales that belong to whole tokens go into the weights (p s)
   // and the bias (p . m).
   void weighted_values(const Packed& values, int64_t block, int64_t slot, int64_t n, Partial& to) {
-    const bool plain = values.groups == 1;
-    std::fill(bias_.begin(), bias_.end(), 0.0f);
-    if (plain) {
-      for (int64_t t = 0; t < n; ++t) {
-        const uint16_t* scales = values.scales_at(b_, h_, slot + t, 0);
-        steps_[t] = float16_to_float(scales[0]);
-        minima_[t] = float16_to_float(scales[1]);
-      }
-      for (int64_t r = 0; r < p_.rows(); ++r) {
-        float* weights = &scores_[r * kPiece];
-        bias_[r] = fold(weights, steps_.data(), minima_.data(), n, weights);
-      }
-    }
-    std::fill(sums_.begin(), sums_.end(), 0.0f);
-    if (plain) {
-      const Rows rows = {values.codes_at(b_, h_, slot), values.bits};
-      accumulate(scores_.data(), kPiece, p_.rows(), rows, n, p_.value_dim, sums_.data());
-    } else {
-      for (int64_t t = 0; t < n; t += kTile) {
-        const Rows rows = restored(values, slot + t, std::min(kTile, n - t), p_.value_dim);
-        accumulate(&scores_[t], kPiece, p_.rows(), rows, std::min(kTile, n - t), p_.value_dim, sums_.data());
-      }
-    }
     if (values.channels.data != nullptr) {
       widen(values.channels_at(b_, h_, block), DType::kFloat16, channels_.data(), p_.value_dim);
     } else {
       std::fill(channels_.begin(), channels_.end(), 1.0f);
     }
-    add_sums(to);
+    if (!per_token(values)) {
+      std::fill(sums_.begin(), sums_.end(), 0.0f);
+      for (int64_t t = 0; t < n; t += kTile) {
+        const int64_t count = std::min(kTile, n - t);
+        accumulate(&scores_[t], kPiece, p_.rows(), restored(values, slot + t, count, p_.value_dim), count, p_.value_dim,
+                   sums_.data());
+      }
+      return add_sums(to);
+    }
+    read_steps(values, slot, n);
+    const float largest = largest_integer(values.bits, kPiece);
+    weights_.fold(scores_.data(), steps_.data(), minima_.data(), n, largest);
+    const uint8_t* codes = values.codes_at(b_, h_, slot);
+    if (as_integers_) {
+      for (int64_t r = 0; n % 2 == 1 && r < p_.rows(); ++r) weights_.integers[r * kPiece + n] = 0;
+      accumulate(weights_.integers.data(), kPiece, p_.rows(), Codes{codes, values.bits}, n, p_.value_dim,
+                 integer_sums_.data());
+      for (int64_t r = 0; r < p_.rows(); ++r) {
+        const int64_t row = r * p_.value_dim;
+        add_integers(&integer_sums_[row], p_.value_dim, weights_.folded[r].step, weights_.folded[r].bias,
+                     channels_.data(), shifts_[r], to.out + row);
+      }
+    } else {
+      std::fill(sums_.begin(), sums_.end(), 0.0f);
+      accumulate(weights_.floats.data(), kPiece, p_.rows(), Rows{codes, values.bits}, n, p_.value_dim, sums_.data());
+      add_sums(to, weights_.folded.data());
+    }
   }
 
   // out = out * shift + c (sums + bias) for all rows.
-  void add_sums(Partial& to) {
+  void add_sums(Partial& to, const Folded* folded = nullptr) {
     for (int64_t r = 0; r < p_.rows(); ++r) {
       const int64_t row = r * p_.value_dim;
-      add_piece(to.out + row, shifts_[r], channels_.data(), &sums_[row], bias_[r], p_.value_dim);
+      add_piece(to.out + row, shifts_[r], channels_.data(), &sums_[row], folded == nullptr ? 0.0f : folded[r].bias,
+                p_.value_dim);
     }
   }
 
   // Attends to the window, whose tokens are not compressed.
   void run_window(Partial& to) {
     const int64_t begin = p_.window[b_ * p_.window_stride], end = p_.window[b_ * p_.window_stride + 1];
-    std::fill(bias_.begin(), bias_.end(), 0.0f);
     std::fill(channels_.begin(), channels_.end(), 1.0f);
     for (int64_t slot = begin; slot < end; slot += kPiece) {
       const int64_t n = std::min(kPiece, end - slot);
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);
-        const Rows tokens = read_rows(p_.window_k, slot + t, count, p_.head_dim);
+        const Rows tokens = read_tokens(p_.window_k, slot + t, count, p_.head_dim);
         dot(q_.data(), p_.rows(), tokens, count, p_.head_dim, &scores_[t], kPiece);
       }
       cap_scores(n);
@@ -249,21 +335,24 @@ class Worker {
       std::fill(sums_.begin(), sums_.end(), 0.0f);
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);
-        const Rows tokens = read_rows(p_.window_v, slot + t, count, p_.value_dim);
+        const Rows tokens = read_tokens(p_.window_v, slot + t, count, p_.value_dim);
         accumulate(&scores_[t], kPiece, p_.rows(), tokens, count, p_.value_dim, sums_.data());
       }
       add_sums(to);
     }
   }
 
-  Rows read_rows(const Tokens& from, int64_t slot, int64_t count, int64_t head_dim) {
+  Rows read_tokens(const Tokens& from, int64_t slot, int64_t count, int64_t head_dim) {
     for (int64_t t = 0; t < count; ++t) widen(from.at(b_, h_, slot + t), from.dtype, &tokens_[t * head_dim], head_dim);
     return {tokens_.data(), kFloats};
   }
 
   const Decode& p_;
+  const bool as_integers_;
   int64_t b_ = 0, h_ = 0;
-  std::vector<float> q_, folded_, bias_, scores_, shifts_, tokens_, steps_, minima_, channels_, sums_;
+  std::vector<float> q_, scores_, shifts_, tokens_, steps_, minima_, channels_, sums_;
+  Factors queries_, weights_;
+  std::vector<int32_t> integer_sums_;  // (rows, kPiece or value_dim)
 };
 
 // Merges the splits of one head, adds the sinks, and writes results and lse.

@@ -8,6 +8,7 @@
 #include "common/dtype.h"
 #include "common/math.h"
 #include "common/vector.h"
+#include "kv/by_rows.h"
 
 // Rows of codes are read plane by plane: byte w of a row ("place" w) holds one code for each of 8 / bits planes, and
 // that of plane p belongs to channel p * places + w. Floats count as rows with a single plane.
@@ -68,7 +69,7 @@ SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float
         }
       }
     }
-    Vector result = lane_sums(sums);
+    Vector result = across_lanes(sums, Add{});
     for (; w < places; ++w) {
       for (int p = 0; p < kPlanes; ++p) {
         for (int k = 0; k < 8; ++k) {
@@ -162,30 +163,20 @@ SINGLEPASS_TARGET_CLONES void unpack_rows(const uint8_t* codes, int64_t tokens, 
 }
 
 // Calls body.template operator()<kRows, kBits>(row) for 4, 2 or 1 rows at a time.
-template <int kBits, class Body>
-void by_rows(int64_t rows, const Body& body) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) body.template operator()<4, kBits>(r);
-  if (r + 2 <= rows) {
-    body.template operator()<2, kBits>(r);
-    r += 2;
-  }
-  if (r < rows) body.template operator()<1, kBits>(r);
-}
-
-// The same, with the bits of the rows as a constant.
 template <class Body>
 void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
-  switch (bits) {
-    case 2:
-      return by_rows<2>(rows, body);
-    case 4:
-      return by_rows<4>(rows, body);
-    case 8:
-      return by_rows<8>(rows, body);
-    default:
-      return by_rows<kFloats>(rows, body);
-  }
+  by_rows(rows, [&]<int kRows>(int64_t r) {
+    switch (bits) {
+      case 2:
+        return body.template operator()<kRows, 2>(r);
+      case 4:
+        return body.template operator()<kRows, 4>(r);
+      case 8:
+        return body.template operator()<kRows, 8>(r);
+      default:
+        return body.template operator()<kRows, kFloats>(r);
+    }
+  });
 }
 
 }  // namespace
@@ -232,16 +223,14 @@ SINGLEPASS_TARGET_CLONES float largest(const float* scores, int64_t n) {
   Vector most = Vector{} - std::numeric_limits<float>::infinity();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const Vector s = load_vector(scores + i);
-    most = ((s > most) | (s != s)) ? s : most;
+    most = Maximum{}(load_vector(scores + i), most);
   }
-  float result = -std::numeric_limits<float>::infinity();
-  for (int k = 0; k < kLanes; ++k) result = maximum(most[k], result);
+  float result = across_lanes(most, Maximum{});
   for (; i < n; ++i) result = maximum(scores[i], result);
   return result;
 }
 
-// Exponentials below exp(-87) count as 0. They are summed in a loop of their own, lane by lane, in a fixed order.
+// Exponentials below exp(-87) count as 0. They are summed in a loop of their own, in a fixed order.
 SINGLEPASS_TARGET_CLONES float exponentials(float* scores, int64_t n, float shift) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
@@ -251,8 +240,7 @@ SINGLEPASS_TARGET_CLONES float exponentials(float* scores, int64_t n, float shif
   Vector sum = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum += load_vector(scores + i);
-  float result = 0.0f;
-  for (int k = 0; k < kLanes; ++k) result += sum[k];
+  float result = across_lanes(sum, Add{});
   for (; i < n; ++i) result += scores[i];
   return result;
 }

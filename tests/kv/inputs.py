@@ -192,7 +192,9 @@ class Attention:
             self.q, self.segments, self.window_k, self.window_v, self.window, **options, backend=backend
         )
 
-    def truth(self) -> tuple[Bounded, Bounded]:
+    def truth(self, backend: str = "native") -> tuple[Bounded, Bounded]:
+        """With the bounds of a backend."""
+        integers = backend == "native" and self.q.dtype != torch.float32
         parts = []
         for i, (keys, values) in enumerate(self.segments):
             first = None if self.first is None else exact(self.first[i])
@@ -203,13 +205,13 @@ class Attention:
         scale = self.q.shape[3] ** -0.5 if self.scale is None else self.scale
         sinks = None if self.sinks is None else exact(self.sinks).astype(np.float64)
         q = exact(self.q).astype(np.float64)
-        return truth.attention(q, parts, exact(self.window), sinks, scale, self.softcap)
+        return truth.attention(q, parts, exact(self.window), sinks, scale, self.softcap, integers)
 
     def check(self, backend: str, label: str = "") -> tuple[Tensor, Tensor]:
         out, lse = self.call(backend)
         assert out.dtype == self.q.dtype
         assert lse.dtype == torch.float32
-        expected, sums = self.truth()
+        expected, sums = self.truth(backend)
         check_bounds(out, expected, f"{label} result")
         nothing = torch.from_numpy(np.isneginf(sums.value))
         assert torch.equal(nothing, lse.isneginf()), f"{label}: other rows see nothing"

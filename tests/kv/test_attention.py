@@ -268,7 +268,7 @@ def test_the_order_of_blocks_hardly_matters(backend: str) -> None:
         values = quantize(v[:, :, picked], 4, axis="token", block=32, channel_separable=True)
         case = attention((), batch=1, window=((0, 12),))
         case.segments = [(keys, values)]
-        results.append((case.check(backend), case.truth()))
+        results.append((case.check(backend), case.truth(backend)))
     (first, (bound, _)), (second, (other, _)) = results
     np.testing.assert_allclose(bound.value, other.value, rtol=1e-12, atol=1e-15)
     assert bool(((first[0] - second[0]).abs().numpy() <= bound.stored("float32").error * 2).all())

@@ -26,6 +26,11 @@ WEIGHT_ROUNDINGS = 32
 PIECE = 8  # weights are rescaled to a new maximum at most once in so many tokens, by five roundings
 UNDERFLOW = 2.0**-120  # smaller weights may come out as anything up to that
 
+# Where queries have 16 bits, the CPU multiplies codes by 16-bit integers: queries times steps, and weights times steps,
+# are off by half a step of such an integer, and a rounding. Weights have a step for at most so many tokens.
+INTEGER_ROUNDING = 0.51
+INTEGER_PIECE = 128
+
 
 def unpack(packed: Array, bits: int) -> Array:
     """Codes (..., D) of bytes (..., W): channel p * W + w stands in byte w, from bit p * bits on."""
@@ -123,15 +128,27 @@ def quantize(
 
 @dataclass
 class Tokens:
-    """x^ (B, H, T, D) with its bound, what it is a sum of in absolute values, and which slots hold tokens (B, H, T)."""
+    """x^ (B, H, T, D) with its bound, what it is a sum of in absolute values, and which slots hold tokens (B, H, T).
+    What can be multiplied as integers has codes times channel factors, steps, and bits beside it."""
 
     x: Bounded
     magnitude: Array
     held: Array
+    codes: Array
+    steps: Array
+    bits: int = 0
+
+    @property
+    def as_integers(self) -> bool:
+        return self.bits > 0
+
+    def half_step(self, terms: int) -> float:
+        """Of the integers of largest 1, of which ``terms`` products with codes add up in 32 bits."""
+        return INTEGER_ROUNDING / min(32767, (2**31 - 1) // (terms * (2**self.bits - 1)))
 
     @staticmethod
     def exact(x: Array, held: Array) -> Tokens:
-        return Tokens(Bounded(x), np.abs(x), held)
+        return Tokens(Bounded(x), np.abs(x), held, np.zeros_like(x), np.zeros_like(x))
 
 
 def dequantize(
@@ -155,14 +172,15 @@ def dequantize(
     x = Bounded(n * step) + Bounded(minimum)
     if channels is not None:
         x = x * Bounded(c)
-    return Tokens(x, c * (n * step + np.abs(minimum)), held)
+    as_integers = axis == 0 or scales.shape[4] == 1
+    return Tokens(x, c * (n * step + np.abs(minimum)), held, c * n, step, bits if as_integers else 0)
 
 
-def _logits(q: Array, k: Array, magnitude: Array, scale: float, softcap: float) -> Bounded:
-    """Of rows q (R, D) and tokens k (L, D)."""
+def _logits(q: Array, k: Array, magnitude: Array, scale: float, softcap: float, more: Array | float = 0.0) -> Bounded:
+    """Of rows q (R, D) and tokens k (L, D); ``more`` is an error beside those of float32."""
     roundings = q.shape[1] + LOGIT_ROUNDINGS
     x = scale * (q @ k.T)
-    error = roundings * HALF_ULP * abs(scale) * (np.abs(q) @ magnitude.T)
+    error = roundings * HALF_ULP * abs(scale) * (np.abs(q) @ magnitude.T) + more
     if softcap == 0.0:
         return Bounded(x, error)
     # The slope is at most 1; the quotient is rounded twice, the tangent is good to two ulp, the product rounded twice.
@@ -227,6 +245,22 @@ def saliency(
     return Bounded(value, error + HALF_ULP * group * probes * value + group * probes * UNDERFLOW)
 
 
+def _integer_queries(q: Array, keys: Tokens, b: int, h: int, some: Array, scale: float) -> Array:
+    """By how much logits (R, L) are off where the rows q (R, D) are integers."""
+    if not keys.as_integers:
+        return np.zeros((len(q), int(some.sum())))
+    largest = (np.abs(q)[:, None] * keys.steps[b, h][some]).max(2, initial=0.0)
+    return keys.half_step(q.shape[1]) * abs(scale) * largest * keys.codes[b, h][some].sum(1)
+
+
+def _integer_weights(p: Array, values: Tokens, b: int, h: int, some: Array) -> Array:
+    """By how much results (R, D) are off where the weights p (R, L) times steps are integers."""
+    if not values.as_integers or not some.any():
+        return np.zeros((len(p), values.codes.shape[3]))
+    largest = (p * values.steps[b, h][some][:, 0]).max(1)
+    return values.half_step(INTEGER_PIECE) * largest[:, None] * values.codes[b, h][some].sum(0)
+
+
 def attention(
     q: Array,
     parts: list[tuple[Tokens, Tokens, Array | None]],
@@ -234,16 +268,18 @@ def attention(
     sinks: Array | None,
     scale: float,
     softcap: float,
+    integers: bool = False,
 ) -> tuple[Bounded, Bounded]:
     """Results (B, Hq, Lq, Dv) and logarithms of sums. ``parts`` are keys, values and the first slots to see (B, H) of
-    each segment; the last one is the window, of which ``window`` (B, 2) says what it holds."""
+    each segment; the last one is the window, of which ``window`` (B, 2) says what it holds. ``integers``: codes are
+    multiplied by 16-bit integers."""
     batch, rows, queries, _ = q.shape
     heads, width = parts[0][0].x.value.shape[1], parts[0][1].x.value.shape[3]
     group = rows // heads
     out = np.zeros((2, batch, rows, queries, width))
     sums = np.zeros((2, batch, rows, queries))
     for b, h in np.ndindex(batch, heads):
-        seen, tokens = [], []
+        seen, tokens, present = [], [], []
         for i, (keys, values, first) in enumerate(parts):
             slots = np.arange(keys.held.shape[2])
             shown = np.broadcast_to(keys.held[b, h], (queries, len(slots)))
@@ -253,15 +289,26 @@ def attention(
                 ends = window[b, 1] - np.arange(queries - 1, -1, -1)
                 shown = (slots >= window[b, 0]) & (slots < ends[:, None])
             some = shown.any(0)
+            present.append(some)
             seen.append(shown[:, some])
             tokens.append([t[b, h][some] for t in (keys.x.value, keys.magnitude, values.x.value, values.magnitude)])
         k, k_magnitude, v, v_magnitude = (np.concatenate(t) for t in zip(*tokens, strict=True))
         shown = np.concatenate(seen, 1)
         for row in range(h * group, h * group + group):
-            logits = _logits(q[b, row], k, k_magnitude, scale, softcap)
+            more: Array | float = 0.0
+            if integers:
+                each = zip(parts, present, strict=True)
+                more = np.concatenate([_integer_queries(q[b, row], keys, b, h, some, scale) for (keys, *_), some in each], 1)
+            logits = _logits(q[b, row], k, k_magnitude, scale, softcap, more)
             w = _softmax(logits, shown, None if sinks is None else float(sinks[row]))
             out[0, b, row] = w.p @ v
             weights = w.p * (w.relative + 1.01 * (len(k) + LOGIT_ROUNDINGS) * HALF_ULP) + UNDERFLOW * shown
             out[1, b, row] = weights @ v_magnitude
+            begin = 0
+            for (_, values, _), some in zip(parts, present, strict=True):
+                end = begin + int(some.sum())
+                if integers:
+                    out[1, b, row] += _integer_weights(w.p[:, begin:end], values, b, h, some)
+                begin = end
             sums[:, b, row] = w.lse.value, w.lse.error
     return Bounded(*out), Bounded(*sums)

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kv/integer_tiles.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "common/integers.h"
+#include "common/math.h"
+#include "common/vector.h"
+#include "kv/by_rows.h"
+
+// Rows of codes are read plane by plane: byte w of a row ("place" w) holds one code for each of 8 / bits planes, and
+// that of plane p belongs to channel p * places + w. The number of places is a multiple of four.
+namespace singlepass::kv {
+namespace {
+
+using Sums8 = IntegerLanes<8>::Sums;
+
+template <class V, class T>
+SINGLEPASS_HD V load_lanes(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+// Bytes, each in a lane of its own. Compilers know this loop; a conversion of vectors they make byte by byte.
+template <class V, class Lane>
+SINGLEPASS_HD V widen_bytes(const uint8_t* from) {
+  constexpr int kLanes = sizeof(V) / sizeof(Lane);
+  Lane lanes[kLanes];
+  for (int k = 0; k < kLanes; ++k) lanes[k] = from[k];
+  return load_lanes<V>(lanes);
+}
+
+// Copies 4, 8 or 12 bytes; zeros follow. By words of 8, so that they pass through registers.
+SINGLEPASS_HD void load_part(const uint8_t* from, int64_t n, uint64_t (&to)[2]) {
+  to[0] = to[1] = 0;
+  if (n < 8) {
+    memcpy(&to[0], from, 4);
+  } else {
+    memcpy(&to[0], from, 8);
+    if (n > 8) memcpy(&to[1], from + 8, 4);
+  }
+}
+
+// The codes of plane p in lanes that hold a byte of codes each.
+template <int kBits, class V>
+SINGLEPASS_HD V plane_of(V bytes, int p) {
+  return (bytes >> static_cast<int16_t>(p * kBits)) & static_cast<int16_t>((1 << kBits) - 1);
+}
+
+SINGLEPASS_HD Sums8 half_sums(Sums8 v) {
+  return v;
+}
+
+SINGLEPASS_HD Sums8 half_sums(IntegerLanes<16>::Sums v) {
+  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+// Adds the products of kRows queries with kTokens tokens, for the places that lanes of `bytes` hold.
+template <class Integers, int kRows, int kBits, int kTokens>
+SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places,
+                              const typename Integers::Words (&bytes)[kTokens], typename Integers::Sums (&sums)[8]) {
+  using Words = typename Integers::Words;
+  for (int p = 0; p < 8 / kBits; ++p) {
+    Words tokens[kTokens];
+    for (int i = 0; i < kTokens; ++i) tokens[i] = plane_of<kBits>(bytes[i], p);
+    for (int r = 0; r < kRows; ++r) {
+      const Words row = load_lanes<Words>(q + r * head_dim + p * places);
+      for (int i = 0; i < kTokens; ++i) Integers::add_products(sums[r * kTokens + i], tokens[i], row);
+    }
+  }
+}
+
+// Dot products of kRows queries with all tokens, 8 / kRows tokens at a time, so that eight sums stay in registers. Each
+// sum is a vector, whose lanes are added at the end.
+template <class Integers, int kRows, int kBits>
+SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t count, int64_t head_dim, int32_t* to,
+                            int64_t stride) {
+  using Words = typename Integers::Words;
+  constexpr int kTokens = 8 / kRows;
+  constexpr int64_t kPlaces = 2 * Integers::kSums;
+  const int64_t places = head_dim * kBits / 8;
+  for (int64_t t = 0; t < count; t += kTokens) {
+    const uint8_t* rows[kTokens];  // the last token stands in for those after it
+    for (int i = 0; i < kTokens; ++i) rows[i] = codes + (t + i < count ? t + i : count - 1) * places;
+    typename Integers::Sums sums[8] = {};
+    Words bytes[kTokens];
+    int64_t w = 0;
+    for (; w + kPlaces <= places; w += kPlaces) {
+      for (int i = 0; i < kTokens; ++i) bytes[i] = widen_bytes<Words, int16_t>(rows[i] + w);
+      add_places<Integers, kRows, kBits, kTokens>(q + w, head_dim, places, bytes, sums);
+    }
+    for (; w < places; w += 16) {
+      for (int i = 0; i < kTokens; ++i) {
+        uint64_t part[kPlaces / 8] = {};
+        if (w + 16 <= places) {
+          memcpy(part, rows[i] + w, 16);
+        } else {
+          load_part(rows[i] + w, places - w, reinterpret_cast<uint64_t (&)[2]>(part));
+        }
+        bytes[i] = widen_bytes<Words, int16_t>(reinterpret_cast<const uint8_t*>(part));
+      }
+      add_places<Integers, kRows, kBits, kTokens>(q + w, head_dim, places, bytes, sums);
+    }
+    Sums8 halves[8];
+    for (int k = 0; k < 8; ++k) halves[k] = half_sums(sums[k]);
+    const Sums8 result = across_lanes(halves, Add{});
+    for (int r = 0; r < kRows; ++r) {
+      memcpy(to + r * stride + t, reinterpret_cast<const int32_t*>(&result) + r * kTokens, kTokens * sizeof(int32_t));
+    }
+  }
+}
+
+// Sums the weighted tokens for kPlanes planes from kFirst on and kBlocks * kSums places from w on, of which `part` are
+// there if that is not 0. These sums of all kRows rows stay in registers over all tokens, which are taken two at a
+// time.
+template <class Integers, int kRows, int kBits, int kFirst, int kPlanes, int kBlocks, bool kPart>
+SINGLEPASS_HD void accumulate_places(const int16_t* weights, int64_t stride, const uint8_t* codes, int64_t count,
+                                     int64_t head_dim, int64_t w, int64_t part, int32_t* to) {
+  using Sums = typename Integers::Sums;
+  using Words = typename Integers::Words;
+  constexpr int kSums = Integers::kSums;
+  const int64_t places = head_dim * kBits / 8;
+  Sums sums[kRows][kBlocks][kPlanes];
+  for (auto& row : sums) {
+    for (auto& block : row) {
+      for (Sums& plane : block) plane = Sums{};
+    }
+  }
+  for (int64_t t = 0; t < count; t += 2) {
+    const uint8_t* one = codes + t * places + w;
+    const uint8_t* other = t + 1 < count ? one + places : one;
+    Words bytes[kBlocks];  // those of the two tokens by turns
+    for (int k = 0; k < kBlocks; ++k) {
+      uint64_t parts[2][2];
+      if constexpr (kPart) load_part(one, part, parts[0]), load_part(other, part, parts[1]);
+      const uint8_t* from[2] = {kPart ? reinterpret_cast<const uint8_t*>(parts[0]) : one + k * kSums,
+                                kPart ? reinterpret_cast<const uint8_t*>(parts[1]) : other + k * kSums};
+      const Sums low = widen_bytes<Sums, int32_t>(from[0]), high = widen_bytes<Sums, int32_t>(from[1]);
+      bytes[k] = bit_cast<Words>(low | high << 16);
+    }
+    Words pair[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      int32_t two;
+      memcpy(&two, weights + r * stride + t, sizeof(two));
+      pair[r] = bit_cast<Words>(Sums{} + two);
+    }
+    for (int k = 0; k < kBlocks; ++k) {
+      for (int p = 0; p < kPlanes; ++p) {
+        const Words tokens = plane_of<kBits>(bytes[k], kFirst + p);
+        for (int r = 0; r < kRows; ++r) Integers::add_products(sums[r][k][p], tokens, pair[r]);
+      }
+    }
+  }
+  for (int k = 0; k < kBlocks; ++k) {
+    for (int p = 0; p < kPlanes; ++p) {
+      for (int r = 0; r < kRows; ++r) {
+        int32_t* at = to + r * head_dim + (kFirst + p) * places + w + k * kSums;
+        memcpy(at, &sums[r][k][p], kPart ? static_cast<size_t>(part) * sizeof(int32_t) : sizeof(Sums));
+      }
+    }
+  }
+}
+
+// Weighted sums of all tokens for kRows rows and the planes from kFirst on. Channels are taken in groups of kPlanes
+// planes and kBlocks * kSums places, so that eight vectors of sums stay in registers.
+template <class Integers, int kRows, int kBits, int kFirst = 0>
+SINGLEPASS_HD void accumulate_rows(const int16_t* weights, int64_t stride, const uint8_t* codes, int64_t count,
+                                   int64_t head_dim, int32_t* to) {
+  constexpr int kAll = 8 / kBits, kVectors = 8 / kRows, kSums = Integers::kSums;
+  constexpr int kPlanes = kAll < kVectors ? kAll : kVectors, kBlocks = kVectors / kPlanes;
+  const int64_t places = head_dim / kAll;
+  const auto add = [&]<int blocks, bool part>(int64_t w) __attribute__((always_inline)) {
+    accumulate_places<Integers, kRows, kBits, kFirst, kPlanes, blocks, part>(weights, stride, codes, count, head_dim, w,
+                                                                             places - w, to);
+  };
+  int64_t w = 0;
+  for (; w + kBlocks * kSums <= places; w += kBlocks * kSums) add.template operator()<kBlocks, false>(w);
+  for (; w + kSums <= places; w += kSums) add.template operator()<1, false>(w);
+  if (w < places) add.template operator()<1, true>(w);
+  if constexpr (kFirst + kPlanes < kAll) {
+    accumulate_rows<Integers, kRows, kBits, kFirst + kPlanes>(weights, stride, codes, count, head_dim, to);
+  }
+}
+
+// The two loops for a kind of processor.
+#define SINGLEPASS_KV_LOOPS(name, target, Integers)                                                            \
+  template <int kRows, int kBits>                                                                              \
+  target void dot_##name(const int16_t* q, const uint8_t* codes, int64_t count, int64_t head_dim, int32_t* to, \
+                         int64_t stride) {                                                                     \
+    dot_rows<Integers, kRows, kBits>(q, codes, count, head_dim, to, stride);                                   \
+  }                                                                                                            \
+  template <int kRows, int kBits>                                                                              \
+  target void accumulate_##name(const int16_t* weights, int64_t stride, const uint8_t* codes, int64_t count,   \
+                                int64_t head_dim, int32_t* to) {                                               \
+    accumulate_rows<Integers, kRows, kBits>(weights, stride, codes, count, head_dim, to);                      \
+  }
+
+SINGLEPASS_KV_LOOPS(plain, , PlainIntegers)
+#if defined(SINGLEPASS_HAS_TARGETS)
+SINGLEPASS_KV_LOOPS(avx2, SINGLEPASS_TARGET_AVX2, Avx2Integers)
+SINGLEPASS_KV_LOOPS(vnni, SINGLEPASS_TARGET_AVX512, VnniIntegers)
+
+template <class Loop>
+Loop* choose(Loop* plain, Loop* avx2, Loop* vnni) {
+  if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return vnni;
+  return __builtin_cpu_supports("x86-64-v3") ? avx2 : plain;
+}
+
+#define SINGLEPASS_KV_LOOP(name, ...) \
+  choose(name##_plain<__VA_ARGS__>, name##_avx2<__VA_ARGS__>, name##_vnni<__VA_ARGS__>)
+#else
+#define SINGLEPASS_KV_LOOP(name, ...) name##_plain<__VA_ARGS__>
+#endif
+
+// Calls body.template operator()<kRows, kBits>(row).
+template <class Body>
+void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
+  by_rows(rows, [&]<int kRows>(int64_t r) {
+    if (bits == 2) {
+      body.template operator()<kRows, 2>(r);
+    } else if (bits == 4) {
+      body.template operator()<kRows, 4>(r);
+    } else {
+      body.template operator()<kRows, 8>(r);
+    }
+  });
+}
+
+// Rows are taken four at a time, so that steps and minima are read once for them.
+template <int kRows>
+SINGLEPASS_TARGET_CLONES void fold_rows(const float* x, const float* steps, const float* minima, int64_t n,
+                                        int64_t stride, float largest, float* products, int16_t* to, Folded* results) {
+  using Bits = IntegerLanes<kLanes>::Sums;
+  const auto larger = [](Bits a, Bits b) __attribute__((always_inline)) { return a > b ? a : b; };
+  Vector sums[8] = {};
+  Bits tops[8] = {};  // magnitudes, which are in the order of their bits, NaN after infinity
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vector step = load_vector(steps + i), minimum = load_vector(minima + i);
+    for (int r = 0; r < kRows; ++r) {
+      const Vector v = load_vector(x + r * stride + i), product = v * step;
+      sums[r] = sums[r] + v * minimum;
+      tops[r] = larger(bit_cast<Bits>(absolute(product)), tops[r]);
+      store_vector(product, products + r * stride + i);
+    }
+  }
+  const Vector biases = across_lanes(sums, Add{}), magnitudes = bit_cast<Vector>(across_lanes(tops, larger));
+  for (int r = 0; r < kRows; ++r) {
+    float bias = biases[r], top = magnitudes[r];
+    float* row = products + r * stride;
+    for (int64_t k = i; k < n; ++k) {
+      bias += x[r * stride + k] * minima[k];
+      row[k] = x[r * stride + k] * steps[k];
+      top = maximum(std::abs(row[k]), top);
+    }
+    const bool usual = top >= 0x1p-100f && top < std::numeric_limits<float>::infinity();
+    const float up = usual ? largest / top : 0.0f;
+    results[r] = {usual ? top / largest : top < 1.0f ? 0.0f : std::numeric_limits<float>::quiet_NaN(), bias};
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the lower bits.
+#pragma GCC ivdep
+    for (int64_t k = 0; k < n; ++k) {
+      to[r * stride + k] = static_cast<int16_t>(bit_cast<int32_t>((usual ? row[k] * up : 0.0f) + 12582912.0f));
+    }
+  }
+}
+
+}  // namespace
+
+void fold_to_integers(const float* x, const float* steps, const float* minima, int64_t n, int64_t rows, int64_t stride,
+                      float largest, float* products, int16_t* to, Folded* results) {
+  by_rows(rows, [&]<int kRows>(int64_t r) {
+    fold_rows<kRows>(x + r * stride, steps, minima, n, stride, largest, products + r * stride, to + r * stride,
+                     results + r);
+  });
+}
+
+SINGLEPASS_TARGET_CLONES void from_integers(const int32_t* sums, int64_t n, float step, float bias, float* to) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(sums[i]) * step + bias;
+}
+
+SINGLEPASS_TARGET_CLONES void add_integers(const int32_t* sums, int64_t n, float step, float bias,
+                                           const float* channels, float factor, float* out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = out[i] * factor + channels[i] * (static_cast<float>(sums[i]) * step + bias);
+  }
+}
+
+void dot(const int16_t* q, int64_t rows, const Codes& tokens, int64_t count, int64_t head_dim, int32_t* sums,
+         int64_t stride) {
+  by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
+    SINGLEPASS_KV_LOOP(dot, n, bits)(q + r * head_dim, tokens.data, count, head_dim, sums + r * stride, stride);
+  });
+}
+
+void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Codes& tokens, int64_t count,
+                int64_t head_dim, int32_t* sums) {
+  by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
+    SINGLEPASS_KV_LOOP(accumulate, n, bits)(weights + r * stride, stride, tokens.data, count, head_dim,
+                                            sums + r * head_dim);
+  });
+}
+
+}  // namespace singlepass::kv
