@@ -5,44 +5,109 @@
 
 #include "common/macros.h"
 
-// Exact sums of products of 16-bit integers: to[i] += a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1], in 32 bits. Compilers do
-// not find the processor's instruction for it in vector code, so that it is written here, next to what it means.
+// Exact sums of products of 16-bit integers, and the bytes that they come from. Compilers do not find the processor's
+// instructions for these in vector code, so that they are written here, next to what they mean.
 namespace singlepass {
 
 template <int kCount>
 struct IntegerLanes {
-  typedef int16_t Words __attribute__((vector_size(4 * kCount)));
+  static constexpr int kSums = kCount, kWords = 2 * kCount;
   typedef int32_t Sums __attribute__((vector_size(4 * kCount)));
+  typedef int16_t Words __attribute__((vector_size(4 * kCount)));
+  typedef uint64_t Bytes __attribute__((vector_size(2 * kCount)));  // as many as there are words
 };
 
 // On any processor.
 struct PlainIntegers : IntegerLanes<8> {
-  static constexpr int kSums = 8;
-
-  SINGLEPASS_HD static void add_products(Sums& to, Words a, Words b) {
-    for (int i = 0; i < kSums; ++i) to[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  // sums[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1].
+  SINGLEPASS_HD static Sums add_products(Sums sums, Words a, const Words& b) {
+    for (int i = 0; i < kSums; ++i) sums[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+    return sums;
   }
+
+  // Bytes, each in a lane of its own.
+  SINGLEPASS_HD static Words words(const uint8_t* from) {
+    Words to;
+    for (int i = 0; i < kWords; ++i) to[i] = from[i];
+    return to;
+  }
+  SINGLEPASS_HD static Words words(Bytes bytes) { return words(reinterpret_cast<const uint8_t*>(&bytes)); }
+
+  // The first half of them, likewise.
+  SINGLEPASS_HD static Sums sums(const uint8_t* from) {
+    Sums to;
+    for (int i = 0; i < kSums; ++i) to[i] = from[i];
+    return to;
+  }
+  SINGLEPASS_HD static Sums sums(Bytes bytes) { return sums(reinterpret_cast<const uint8_t*>(&bytes)); }
 };
 
 #if defined(SINGLEPASS_HAS_TARGETS)
 
-// In functions with SINGLEPASS_TARGET_AVX2.
-struct Avx2Integers : IntegerLanes<8> {
-  static constexpr int kSums = 8;
+template <int kSize>
+struct AnyBytes {
+  uint8_t bytes[kSize];
+};
 
-  SINGLEPASS_HD static void add_products(Sums& to, Words a, Words b) {
+// In functions with SINGLEPASS_TARGET_AVX2. Product and sum are one statement: taken apart, compilers would add
+// products first, and run out of registers.
+struct Avx2Integers : IntegerLanes<8> {
+  SINGLEPASS_HD static Sums add_products(Sums sums, Words a, const Words& b) {
     Sums products;
-    asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "xm"(b));
-    to += products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "xm"(b));
+    return sums;
+  }
+
+  SINGLEPASS_HD static Words words(const uint8_t* from) {
+    Words to;
+    asm("vpmovzxbw %1, %0" : "=x"(to) : "m"(*reinterpret_cast<const AnyBytes<kWords>*>(from)));
+    return to;
+  }
+  SINGLEPASS_HD static Words words(Bytes bytes) {
+    Words to;
+    asm("vpmovzxbw %1, %0" : "=x"(to) : "x"(bytes));
+    return to;
+  }
+
+  SINGLEPASS_HD static Sums sums(const uint8_t* from) {
+    Sums to;
+    asm("vpmovzxbd %1, %0" : "=x"(to) : "m"(*reinterpret_cast<const AnyBytes<kSums>*>(from)));
+    return to;
+  }
+  SINGLEPASS_HD static Sums sums(Bytes bytes) {
+    Sums to;
+    asm("vpmovzxbd %1, %0" : "=x"(to) : "x"(bytes));
+    return to;
   }
 };
 
 // In functions with SINGLEPASS_TARGET_AVX512, where the processor has VNNI.
 struct VnniIntegers : IntegerLanes<16> {
-  static constexpr int kSums = 16;
+  SINGLEPASS_HD static Sums add_products(Sums sums, Words a, const Words& b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "vm"(b));
+    return sums;
+  }
 
-  SINGLEPASS_HD static void add_products(Sums& to, Words a, Words b) {
-    asm("vpdpwssd %2, %1, %0" : "+v"(to) : "v"(a), "vm"(b));
+  SINGLEPASS_HD static Words words(const uint8_t* from) {
+    Words to;
+    asm("vpmovzxbw %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const AnyBytes<kWords>*>(from)));
+    return to;
+  }
+  SINGLEPASS_HD static Words words(Bytes bytes) {
+    Words to;
+    asm("vpmovzxbw %1, %0" : "=v"(to) : "v"(bytes));
+    return to;
+  }
+
+  SINGLEPASS_HD static Sums sums(const uint8_t* from) {
+    Sums to;
+    asm("vpmovzxbd %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const AnyBytes<kSums>*>(from)));
+    return to;
+  }
+  SINGLEPASS_HD static Sums sums(Bytes bytes) {
+    Sums to;
+    asm("vpmovzxbd %x1, %0" : "=v"(to) : "v"(bytes));
+    return to;
   }
 };
 

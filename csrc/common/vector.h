@@ -60,13 +60,13 @@ SINGLEPASS_HD V load_part(const float* from, int64_t n) {
   return v;
 }
 
-// What `op` makes of the lanes of each of eight vectors of eight.
+// What `op` makes of the lanes of each of eight vectors of eight, by shuffles that are one instruction each.
 template <class V, class Op>
 SINGLEPASS_HD V across_lanes(const V (&v)[8], const Op& op) {
   V pairs[4], quads[2];
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = op(__builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14),
-                  __builtin_shufflevector(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15));
+    pairs[i] = op(__builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 8, 1, 9, 4, 12, 5, 13),
+                  __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 10, 3, 11, 6, 14, 7, 15));
   }
   for (int i = 0; i < 2; ++i) {
     quads[i] = op(__builtin_shufflevector(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13),

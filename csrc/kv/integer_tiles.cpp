@@ -23,24 +23,17 @@ SINGLEPASS_HD V load_lanes(const T* from) {
   return v;
 }
 
-// Bytes, each in a lane of its own. Compilers know this loop; a conversion of vectors they make byte by byte.
-template <class V, class Lane>
-SINGLEPASS_HD V widen_bytes(const uint8_t* from) {
-  constexpr int kLanes = sizeof(V) / sizeof(Lane);
-  Lane lanes[kLanes];
-  for (int k = 0; k < kLanes; ++k) lanes[k] = from[k];
-  return load_lanes<V>(lanes);
-}
-
-// Copies 4, 8 or 12 bytes; zeros follow. By words of 8, so that they pass through registers.
-SINGLEPASS_HD void load_part(const uint8_t* from, int64_t n, uint64_t (&to)[2]) {
-  to[0] = to[1] = 0;
+// n bytes, a multiple of four below 16, with zeros after them.
+template <class Bytes>
+SINGLEPASS_HD Bytes load_bytes(const uint8_t* from, int64_t n) {
+  uint64_t first = 0, second = 0;
   if (n < 8) {
-    memcpy(&to[0], from, 4);
+    memcpy(&first, from, 4);
   } else {
-    memcpy(&to[0], from, 8);
-    if (n > 8) memcpy(&to[1], from + 8, 4);
+    memcpy(&first, from, 8);
+    if (n > 8) memcpy(&second, from + 8, 4);
   }
+  return Bytes{first, second};
 }
 
 // The codes of plane p in lanes that hold a byte of codes each.
@@ -68,7 +61,9 @@ SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places
     for (int i = 0; i < kTokens; ++i) tokens[i] = plane_of<kBits>(bytes[i], p);
     for (int r = 0; r < kRows; ++r) {
       const Words row = load_lanes<Words>(q + r * head_dim + p * places);
-      for (int i = 0; i < kTokens; ++i) Integers::add_products(sums[r * kTokens + i], tokens[i], row);
+      for (int i = 0; i < kTokens; ++i) {
+        sums[r * kTokens + i] = Integers::add_products(sums[r * kTokens + i], tokens[i], row);
+      }
     }
   }
 }
@@ -78,29 +73,31 @@ SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places
 template <class Integers, int kRows, int kBits>
 SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t count, int64_t head_dim, int32_t* to,
                             int64_t stride) {
-  using Words = typename Integers::Words;
+  using Bytes = typename Integers::Bytes;
   constexpr int kTokens = 8 / kRows;
-  constexpr int64_t kPlaces = 2 * Integers::kSums;
+  constexpr int64_t kPlaces = Integers::kWords;
   const int64_t places = head_dim * kBits / 8;
   for (int64_t t = 0; t < count; t += kTokens) {
     const uint8_t* rows[kTokens];  // the last token stands in for those after it
     for (int i = 0; i < kTokens; ++i) rows[i] = codes + (t + i < count ? t + i : count - 1) * places;
     typename Integers::Sums sums[8] = {};
-    Words bytes[kTokens];
+    typename Integers::Words bytes[kTokens];
     int64_t w = 0;
     for (; w + kPlaces <= places; w += kPlaces) {
-      for (int i = 0; i < kTokens; ++i) bytes[i] = widen_bytes<Words, int16_t>(rows[i] + w);
+      for (int i = 0; i < kTokens; ++i) bytes[i] = Integers::words(rows[i] + w);
       add_places<Integers, kRows, kBits, kTokens>(q + w, head_dim, places, bytes, sums);
     }
     for (; w < places; w += 16) {
       for (int i = 0; i < kTokens; ++i) {
-        uint64_t part[kPlaces / 8] = {};
+        Bytes part;
         if (w + 16 <= places) {
-          memcpy(part, rows[i] + w, 16);
+          uint64_t both[2];
+          memcpy(both, rows[i] + w, 16);
+          part = Bytes{both[0], both[1]};
         } else {
-          load_part(rows[i] + w, places - w, reinterpret_cast<uint64_t (&)[2]>(part));
+          part = load_bytes<Bytes>(rows[i] + w, places - w);
         }
-        bytes[i] = widen_bytes<Words, int16_t>(reinterpret_cast<const uint8_t*>(part));
+        bytes[i] = Integers::words(part);
       }
       add_places<Integers, kRows, kBits, kTokens>(q + w, head_dim, places, bytes, sums);
     }
@@ -124,38 +121,54 @@ SINGLEPASS_HD void accumulate_places(const int16_t* weights, int64_t stride, con
   constexpr int kSums = Integers::kSums;
   const int64_t places = head_dim * kBits / 8;
   Sums sums[kRows][kBlocks][kPlanes];
-  for (auto& row : sums) {
-    for (auto& block : row) {
-      for (Sums& plane : block) plane = Sums{};
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kBlocks; ++k) {
+#pragma GCC unroll 8
+      for (int p = 0; p < kPlanes; ++p) sums[r][k][p] = Sums{};
     }
   }
   for (int64_t t = 0; t < count; t += 2) {
     const uint8_t* one = codes + t * places + w;
     const uint8_t* other = t + 1 < count ? one + places : one;
     Words bytes[kBlocks];  // those of the two tokens by turns
+#pragma GCC unroll 8
     for (int k = 0; k < kBlocks; ++k) {
-      uint64_t parts[2][2];
-      if constexpr (kPart) load_part(one, part, parts[0]), load_part(other, part, parts[1]);
-      const uint8_t* from[2] = {kPart ? reinterpret_cast<const uint8_t*>(parts[0]) : one + k * kSums,
-                                kPart ? reinterpret_cast<const uint8_t*>(parts[1]) : other + k * kSums};
-      const Sums low = widen_bytes<Sums, int32_t>(from[0]), high = widen_bytes<Sums, int32_t>(from[1]);
+      Sums low, high;
+      if constexpr (kPart) {
+        low = Integers::sums(load_bytes<typename Integers::Bytes>(one, part));
+        high = Integers::sums(load_bytes<typename Integers::Bytes>(other, part));
+      } else {
+        low = Integers::sums(one + k * kSums);
+        high = Integers::sums(other + k * kSums);
+      }
       bytes[k] = bit_cast<Words>(low | high << 16);
     }
     Words pair[kRows];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       int32_t two;
       memcpy(&two, weights + r * stride + t, sizeof(two));
       pair[r] = bit_cast<Words>(Sums{} + two);
     }
+#pragma GCC unroll 8
     for (int k = 0; k < kBlocks; ++k) {
+#pragma GCC unroll 8
       for (int p = 0; p < kPlanes; ++p) {
         const Words tokens = plane_of<kBits>(bytes[k], kFirst + p);
-        for (int r = 0; r < kRows; ++r) Integers::add_products(sums[r][k][p], tokens, pair[r]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          sums[r][k][p] = Integers::add_products(sums[r][k][p], tokens, pair[r]);
+        }
       }
     }
   }
+#pragma GCC unroll 8
   for (int k = 0; k < kBlocks; ++k) {
+#pragma GCC unroll 8
     for (int p = 0; p < kPlanes; ++p) {
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         int32_t* at = to + r * head_dim + (kFirst + p) * places + w + k * kSums;
         memcpy(at, &sums[r][k][p], kPart ? static_cast<size_t>(part) * sizeof(int32_t) : sizeof(Sums));
@@ -229,6 +242,11 @@ void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
   });
 }
 
+// The first n floats from there on, at most eight, with zeros after them.
+SINGLEPASS_HD Vector load_up_to(const float* from, int64_t n) {
+  return n >= kLanes ? load_vector(from) : load_part(from, n);
+}
+
 // Rows are taken four at a time, so that steps and minima are read once for them.
 template <int kRows>
 SINGLEPASS_TARGET_CLONES void fold_rows(const float* x, const float* steps, const float* minima, int64_t n,
@@ -237,32 +255,35 @@ SINGLEPASS_TARGET_CLONES void fold_rows(const float* x, const float* steps, cons
   const auto larger = [](Bits a, Bits b) __attribute__((always_inline)) { return a > b ? a : b; };
   Vector sums[8] = {};
   Bits tops[8] = {};  // magnitudes, which are in the order of their bits, NaN after infinity
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vector step = load_vector(steps + i), minimum = load_vector(minima + i);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t left = n - i;
+    const Vector step = load_up_to(steps + i, left), minimum = load_up_to(minima + i, left);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vector v = load_vector(x + r * stride + i), product = v * step;
+      const Vector v = load_up_to(x + r * stride + i, left), product = v * step;
       sums[r] = sums[r] + v * minimum;
       tops[r] = larger(bit_cast<Bits>(absolute(product)), tops[r]);
-      store_vector(product, products + r * stride + i);
+      if (left >= kLanes) {
+        store_vector(product, products + r * stride + i);
+      } else {
+        memcpy(products + r * stride + i, &product, static_cast<size_t>(left) * sizeof(float));
+      }
     }
   }
-  const Vector biases = across_lanes(sums, Add{}), magnitudes = bit_cast<Vector>(across_lanes(tops, larger));
+  const Vector biases = across_lanes(sums, Add{}), top = bit_cast<Vector>(across_lanes(tops, larger));
+  const Vector zero = {}, no_number = zero + std::numeric_limits<float>::quiet_NaN(), usual_steps = top / largest;
+  const Vector row_steps = top < 0x1p-100f                                ? zero
+                           : top < std::numeric_limits<float>::infinity() ? usual_steps
+                                                                          : no_number;
+  const Vector ups = row_steps > 0.0f ? largest / top : zero;
   for (int r = 0; r < kRows; ++r) {
-    float bias = biases[r], top = magnitudes[r];
-    float* row = products + r * stride;
-    for (int64_t k = i; k < n; ++k) {
-      bias += x[r * stride + k] * minima[k];
-      row[k] = x[r * stride + k] * steps[k];
-      top = maximum(std::abs(row[k]), top);
-    }
-    const bool usual = top >= 0x1p-100f && top < std::numeric_limits<float>::infinity();
-    const float up = usual ? largest / top : 0.0f;
-    results[r] = {usual ? top / largest : top < 1.0f ? 0.0f : std::numeric_limits<float>::quiet_NaN(), bias};
+    const float* row = products + r * stride;
+    const float up = ups[r];
+    results[r] = {row_steps[r], biases[r]};
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the lower bits.
 #pragma GCC ivdep
-    for (int64_t k = 0; k < n; ++k) {
-      to[r * stride + k] = static_cast<int16_t>(bit_cast<int32_t>((usual ? row[k] * up : 0.0f) + 12582912.0f));
+    for (int64_t i = 0; i < n; ++i) {
+      to[r * stride + i] = static_cast<int16_t>(bit_cast<int32_t>(row[i] * up + 12582912.0f));
     }
   }
 }
