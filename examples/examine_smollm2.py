@@ -68,8 +68,8 @@ class Exam:
     steps: int = 80  # of training, each on one batch
     batch: int = 2048
     fitted: int = 8  # batches that principal components are made of
-    searched: int = 512  # tokens of the next batch that ranks are searched on
-    per_round: int = 16
+    searched: int = 256  # tokens of the next batch that ranks are searched on
+    per_round: int = 24
     budgets: tuple[float, ...] = (0.75, 0.5)
     texts: tuple[tuple[int, int], ...] = ((1024, 10), (4096, 3))
     follow: int = 96  # tokens after a text's prompt
