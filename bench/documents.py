@@ -48,6 +48,8 @@ def block(
         return f"{NOT_MEASURED}\n"
     if name == "machine":
         return tables.machine_line(run) + "\n"
+    if name == "tokens":
+        return tables.token_grid(run).markdown()
     if name == "checks":
         return tables.check_grid(check(run, options["family"])).markdown()
     if name == "plot":
@@ -57,8 +59,8 @@ def block(
         picked = tables.memory_grids(run, **which) if "memory" in options else tables.grids(run, **which)
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
-        "bench table: expected a marker machine, summary, checks, traffic, caches, training-memory, proof, support, "
-        f"plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
+        "bench table: expected a marker machine, summary, tokens, checks, traffic, caches, training-memory, proof, "
+        f"support, plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
     )
 
 

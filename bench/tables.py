@@ -126,6 +126,21 @@ def family_grid(run: Run, family: str, dtype: str, **want: str) -> Grid:
     return grid
 
 
+def token_grid(run: Run) -> Grid:
+    """What a user of a whole model feels, with ZipCache and with an uncompressed cache."""
+    grid = Grid("SmolLM2-135M", ["tokens of the prompt", "cache", "first token after, s", "then tokens per second"])
+    for size in dict.fromkeys(row.size for row in run.find(family="kv", op=caches.NEXT_TOKEN)):
+        for column, title in (("yardstick", "uncompressed"), ("native", "**ZipCache**")):
+            first, following = (
+                fastest(run.find(family="kv", op=op, size=size, column=column))
+                for op in (caches.FIRST_TOKEN, caches.NEXT_TOKEN)
+            )
+            seconds = first.median / 1e3 if first and first.median else None
+            rate = 1e3 / following.median if following and following.median else None
+            grid.lines.append([f"{int(size.split('x')[1]):,}", title, number(seconds), number(rate)])
+    return grid
+
+
 def memory_grid(run: Run, family: str, dtype: str, **want: str) -> Grid:
     """Memory that a call takes beside its inputs (an optimizer's: parameters, gradients and states)."""
     words, rows = WORDS[family], run.find(family=family, dtype=dtype, **want)

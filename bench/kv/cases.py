@@ -18,9 +18,12 @@ from .caches import (
     BLOCK,
     DECODE,
     DEQUANTIZE,
+    FIRST_TOKEN,
     HEADS,
     LOW_RANK,
     LOW_RANK_CODES,
+    MODEL_LENGTHS,
+    NEXT_TOKEN,
     PROBES,
     PROJECT,
     QUANTIZE,
@@ -37,6 +40,7 @@ from .caches import (
 )
 from .inputs import Call, Inputs, Make, inputs, make_inputs, split
 from .low_rank import append_alone, low_rank_truth, own_append, own_low_rank
+from .model import SMALL, SMOLLM2, compressed, first_token, make_prompt, next_token, prompts, uncompressed
 
 GATE_SHAPE = CacheShape(2, 300)
 KIVI_GROUP, KIVI_WINDOW = 32, 128
@@ -287,15 +291,15 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
         yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
 
 
-def packed_bytes(shape: CacheShape, width: int = WIDTH) -> int:
+def packed_bytes(shape: CacheShape, width: int = WIDTH, heads: int = HEADS, window: int = WINDOW) -> int:
     """Of the compressed tokens, of so many channels: codes; steps and minima of keys for each block's channels, of
     values for each token; values' channel factors for each block."""
-    salient = round(SALIENT_RATIO * (shape.length - WINDOW))
+    salient = round(SALIENT_RATIO * (shape.length - window))
     total = 0
-    for bits, block, tokens in ((4, BLOCK, salient), (2, REGULAR_BLOCK, shape.length - WINDOW - salient)):
+    for bits, block, tokens in ((4, BLOCK, salient), (2, REGULAR_BLOCK, shape.length - window - salient)):
         blocks = -(-tokens // block)
         total += tokens * (2 * width * bits // 8 + 4) + blocks * 6 * width
-    return shape.batch * HEADS * total
+    return shape.batch * heads * total
 
 
 def passes(op: str, shape: CacheShape, dtype: torch.dtype) -> tuple[Pass, ...]:
@@ -334,8 +338,63 @@ def cases(device: torch.device) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES["cuda" if device.type == "cuda" else "cpu"]:
             for op in TITLES:
+                if op in MODEL_OPS:
+                    continue
                 if op == DECODE or (shape.batch == 1 and shape.length <= (32768 if op != SALIENCY else 8192)):
                     yield case(op, shape, dtype, device.type == "cuda")
+    for length in MODEL_LENGTHS:
+        for op in MODEL_OPS:
+            yield model_case(op, length, torch.float32)
+
+
+MODEL_OPS = {FIRST_TOKEN: first_token, NEXT_TOKEN: next_token}
+
+
+def model_gate(
+    op: str, kind: Callable[[], Any], truth: Callable[[], Any], dtype: torch.dtype, device: torch.device
+) -> Gate:
+    """A step of a small model, with the truth in float64 where tokens are not quantised."""
+    prompt = make_prompt(SMALL, GATE_SHAPE, dtype, device)
+    exact = torch.float64 if truth is uncompressed else dtype
+    got, want = (MODEL_OPS[op](make(), to, prompt)().double() for make, to in ((kind, dtype), (truth, exact)))
+    return Gate(((got - want).abs() / (GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))).max().item())
+
+
+def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
+    """A prompt attends to itself uncompressed, so that all caches must give the same first token."""
+    shape = CacheShape(1, length)
+    packed = SMOLLM2.layers * packed_bytes(shape, SMOLLM2.width, SMOLLM2.kv_heads, window=0)
+    weights = SMOLLM2.parameters * dtype.itemsize
+
+    def provider_of(name: str, column: str, tier: Tier, kind: Callable[[], Any], truth: Callable[[], Any]) -> Provider:
+        def why_not(device: torch.device) -> str | None:
+            own = None if kind is uncompressed else own_reason(DECODE, name, dtype, device)
+            return missing("transformers", device) or own
+
+        def prepare(data: Any) -> Step:
+            return Step(MODEL_OPS[op](kind(), None, data))
+
+        gate = partial(model_gate, op, kind, truth, dtype)
+        return Provider(name, column, tier, prepare=prepare, gate=gate, why_not=why_not, footprint=3 * weights)
+
+    truth = uncompressed if op == FIRST_TOKEN else partial(compressed, "eager")
+    return Case(
+        family="kv",
+        op=op,
+        size=shape.name,
+        dtype=dtype,
+        ops=(DECODE,) if op == NEXT_TOKEN else (QUANTIZE, SALIENCY),
+        passes=(Pass((weights + packed,), ()),),
+        flops=2 * SMOLLM2.parameters * (length if op == FIRST_TOKEN else 1),
+        elements=length,
+        input_bytes=weights + packed,
+        tensors=1,
+        inputs=partial(prompts, SMOLLM2, shape, dtype),
+        providers=(
+            provider_of("native", "native", Tier.FUSED, partial(compressed, "native"), truth),
+            provider_of("sdpa", "yardstick", Tier.FUSED, uncompressed, uncompressed),
+        ),
+    )
 
 
 QUICK_LENGTHS = (32768, 16384, 8192, 4096)

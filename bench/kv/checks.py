@@ -7,13 +7,15 @@ from collections.abc import Iterator
 
 from ..bars import Check, fastest, ours, ratio, time_over
 from ..results import Row, Run
-from .caches import DECODE, LOW_RANK, LOW_RANK_CODES, QUANTIZE, TITLES
+from .caches import DECODE, FIRST_TOKEN, LOW_RANK, LOW_RANK_CODES, NEXT_TOKEN, QUANTIZE, TITLES
 
 # CPU. Short caches are those that a processor holds.
 TIMES_DENSE = {True: 2.0, False: 1.0}
 TIMES_DENSE_LOW_RANK = {LOW_RANK: 1.7, LOW_RANK_CODES: 4.0}  # of long caches
 LONG = 32768
 TIMES_QUANTIZED_CACHE = 10.0
+# A whole model, over the same with an uncompressed cache, by the tokens of the prompt.
+TIME_OVER_DENSE = {(FIRST_TOKEN, 7000): 1.1, (NEXT_TOKEN, 1024): 1.0, (NEXT_TOKEN, 7000): 0.85}
 TIMES_COPY = 3.0
 # GPU
 SHARE_OF_COPY = 0.75
@@ -44,6 +46,10 @@ def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
     elif rows[0].op in TIMES_DENSE_LOW_RANK and length_of(rows[0]) >= LONG:
         limit = TIMES_DENSE_LOW_RANK[rows[0].op]
         yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
+    elif (rows[0].op, length_of(rows[0])) in TIME_OVER_DENSE:
+        limit = TIME_OVER_DENSE[rows[0].op, length_of(rows[0])]
+        dense = [row for row in rows if row.column == "yardstick"]
+        yield time_over("time over an uncompressed cache", case_of(rows[0]), ours(rows), dense, limit)
     elif rows[0].op == QUANTIZE:
         copies = [row for row in rows if row.column == "yardstick"]
         yield time_over("time over a copy of the tokens", case_of(rows[0]), ours(rows), copies, TIMES_COPY)

@@ -37,8 +37,10 @@ def test_cases() -> None:
     assert {case.op for case in family(CPU)} == set(caches.TITLES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=registry.dtype_name)
-@pytest.mark.parametrize("op", list(caches.TITLES))
+EACH = [(op, dtype) for op in caches.TITLES for dtype in DTYPES if op not in kv.MODEL_OPS or dtype == torch.float32]
+
+
+@pytest.mark.parametrize(("op", "dtype"), EACH, ids=lambda value: str(value).removeprefix("torch."))
 def test_providers_compute_what_they_claim(op: str, dtype: torch.dtype) -> None:
     case = next(case for case in family(CPU) if (case.op, case.dtype) == (op, dtype))
     ran = set()
@@ -46,7 +48,7 @@ def test_providers_compute_what_they_claim(op: str, dtype: torch.dtype) -> None:
         if provider.why_not(CPU) is None and provider.differs is None:
             assert provider.gate(CPU).agrees, provider.name
             ran.add(provider.name)
-    assert ran >= {"native", "eager"}
+    assert ran >= {"native", "sdpa" if op in kv.MODEL_OPS else "eager"}
 
 
 def wrong(change: Callable[[kv.Inputs], kv.Inputs], data: kv.Inputs) -> Callable[[], Tensor]:
@@ -126,6 +128,31 @@ def test_grid(rows: list[Row], make_run: MakeRun) -> None:
     assert line["torch, 16/32 bits"].startswith("11.0 (")
     assert grid.notes[0] == "[1] grouped-float32."
     assert line["best peer"].startswith("60.0 (")
+
+
+def test_whole_models_are_told_in_seconds_and_tokens(make_row: MakeRow, make_run: MakeRun) -> None:
+    """And judged against an uncompressed cache, where there is a target."""
+    facts = {"family": "kv", "dtype": "float32"}
+    rows = [
+        make_row(op, provider, ms, column=column, size=size, **facts)
+        for size, times in (("1x1024", (2000.0, 50.0)), ("1x7000", (25000.0, 100.0)))
+        for op, ms in zip(kv.MODEL_OPS, times, strict=True)
+        for provider, column, ms in (("native", "native", 0.9 * ms), ("sdpa", "yardstick", ms))
+    ]
+    grid = tables.token_grid(make_run(rows))
+    assert [line[:2] for line in grid.lines[:2]] == [["1,024", "uncompressed"], ["1,024", "**ZipCache**"]]
+    assert [[float(x) for x in line[2:]] for line in grid.lines] == [
+        [2.0, 20.0],
+        [1.8, 22.2],
+        [25.0, 10.0],
+        [22.5, 11.1],
+    ]
+    found = [(check.case, check.value, check.holds) for check in checks.check(make_run(rows))]
+    assert found == [
+        ("a model's next token, 1x1024 float32", pytest.approx(0.9), True),
+        ("a model's first token, 1x7000 float32", pytest.approx(0.9), True),
+        ("a model's next token, 1x7000 float32", pytest.approx(0.9), False),
+    ]
 
 
 def test_grid_of_bytes() -> None:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole language model that reads a prompt and writes on, with a compressed cache and without: what a user feels.
+
+The model has the shape of SmolLM2-135M, and random weights: times do not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .caches import CacheShape, ModelShape
+from .inputs import Call
+
+SMALL = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, inner=96, vocabulary=200)
+SMOLLM2 = ModelShape(layers=30, hidden=576, heads=9, kv_heads=3, inner=1536, vocabulary=49152)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model reads."""
+
+    shape: ModelShape
+    ids: Tensor
+    dtype: torch.dtype
+
+
+def make_prompt(model: ModelShape, shape: CacheShape, dtype: torch.dtype, device: torch.device) -> Prompt:
+    generator = torch.Generator(device).manual_seed(0)
+    size = (shape.batch, shape.length)
+    return Prompt(model, torch.randint(model.vocabulary, size, generator=generator, device=device), dtype)
+
+
+prompts = lru_cache(maxsize=1)(make_prompt)
+
+
+@lru_cache(maxsize=2)
+def language_model(shape: ModelShape, attention: str, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import singlepass.kv  # noqa: F401  registers the attention "singlepass"
+
+    config = LlamaConfig(
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.inner,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A cache by what makes it from a model's config, and the attention that it needs."""
+
+    attention: str
+    make: Callable[[Any], Any]
+
+
+def compressed(backend: str) -> Kind:
+    from singlepass.kv import ZipCache
+
+    return Kind("singlepass", lambda config: ZipCache(config, backend=backend))
+
+
+def uncompressed() -> Kind:
+    from transformers import DynamicCache
+
+    return Kind("sdpa", lambda config: DynamicCache(config=config))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Of the last token."""
+    found: Tensor = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
+    return found
+
+
+def first_token(kind: Kind, dtype: torch.dtype | None, prompt: Prompt) -> Call:
+    """A prompt is read into an empty cache."""
+    model = language_model(prompt.shape, kind.attention, dtype or prompt.dtype, prompt.ids.device)
+    return lambda: logits(model, prompt.ids, kind.make(model.config))
+
+
+def next_token(kind: Kind, dtype: torch.dtype | None, prompt: Prompt) -> Call:
+    """One token, after a prompt; then it is removed from the cache again."""
+    model = language_model(prompt.shape, kind.attention, dtype or prompt.dtype, prompt.ids.device)
+    cache = kind.make(model.config)
+    logits(model, prompt.ids, cache)
+
+    def call() -> Tensor:
+        found = logits(model, prompt.ids[:, :1], cache)
+        cache.crop(-1)
+        return found
+
+    return call
