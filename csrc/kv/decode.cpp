@@ -60,6 +60,11 @@ void clear(const Decode& p, Partial& to) {
   std::fill(to.row_sum, to.row_sum + p.rows() * (1 + p.value_dim), 0.0f);
 }
 
+// Asks for bytes that are read later.
+void prefetch(const uint8_t* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 // to = x * steps, where `to` may be x. Returns x . minima.
 SINGLEPASS_TARGET_CLONES float fold(const float* x, const float* steps, const float* minima, int64_t n, float* to) {
   Vector sums = {};
@@ -196,9 +201,12 @@ class Worker {
             kPiece);
       }
     }
+    const int64_t next = slot + n, coming = std::min(kPiece, s.slots - next);
+    prefetch(s.keys.codes_at(b_, h_, next), coming * s.keys.bytes());
     cap_scores(n);
     weigh(n, to);
     weighted_values(s.values, block, slot, n, to);
+    prefetch(s.values.codes_at(b_, h_, next), coming * s.values.bytes());
   }
 
   // q s and q . m, with the scales of a block's channels; without them, s = m = 1.
