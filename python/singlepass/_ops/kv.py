@@ -78,7 +78,10 @@ decode = Op(
     and window_v (B, H, W, Dv). The last of those is the last query's own token: query i does not see the Lq - 1 - i
     slots before window[b, 1]. `first` (segments, B, H), int32: slots before it are not seen. `sinks` (Hq,), float32: a
     logit more in each row's sum. Returns the result, (B, Hq, Lq, Dv) in q's dtype, and the logarithm of the sums of
-    exp, (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.""",
+    exp, (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.
+
+    On CPUs, where q has 16 bits and codes have one group of channels, q * step and weight * step count as multiples of
+    1 / 32767 of the largest in their row and block (fewer beyond 256 channels of 8 bits); smaller than 2^-100, as 0.""",
     used_by="`kv.decode_attention` and the caches",
     dtypes="fp32, bf16, fp16; 8, 4, 2 bits",
     typed=(0, 2),

@@ -273,6 +273,9 @@ def decode_attention(
     """Attention of the newest tokens' queries over compressed tokens, computed on their packed codes, and over a window
     of uncompressed tokens.
 
+    On CPUs, bfloat16 and float16 queries are multiplied by the codes as 16-bit integers, which is faster than float32
+    and rounds less than they do themselves.
+
     Args:
         q: (batch, query heads, queries, channels); float32, bfloat16 or float16 (eager: float64 too). At most as many
             queries as the window has slots, unless it has none.
