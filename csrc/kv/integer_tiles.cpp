@@ -68,8 +68,8 @@ SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places
   }
 }
 
-// Dot products of kRows queries with all tokens, 8 / kRows tokens at a time, so that eight sums stay in registers. Each
-// sum is a vector, whose lanes are added at the end.
+// Dot products of kRows queries with all tokens, 8 / kRows tokens at a time, so that up to eight sums stay in
+// registers. Each sum is a vector, whose lanes are added at the end.
 template <class Integers, int kRows, int kBits>
 SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t count, int64_t head_dim, int32_t* to,
                             int64_t stride) {

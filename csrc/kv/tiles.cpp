@@ -47,8 +47,8 @@ SINGLEPASS_HD float load_one(const uint8_t* row, int64_t w, int plane) {
   }
 }
 
-// Dot products of kRows queries with all tokens, 8 / kRows tokens at a time, so that eight sums stay in registers. Each
-// sum is a vector over places; its lanes are added at the end.
+// Dot products of kRows queries with all tokens, 8 / kRows tokens at a time, so that up to eight sums stay in
+// registers. Each sum is a vector over places; its lanes are added at the end.
 template <int kRows, int kBits>
 SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float* q, const void* data, int64_t count,
                                                                      int64_t head_dim, float* scores, int64_t stride) {
@@ -72,7 +72,7 @@ SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void dot_rows(const float
     Vector result = across_lanes(sums, Add{});
     for (; w < places; ++w) {
       for (int p = 0; p < kPlanes; ++p) {
-        for (int k = 0; k < 8; ++k) {
+        for (int k = 0; k < kRows * kTokens; ++k) {
           result[k] += q[k / kTokens * head_dim + p * places + w] * load_one<kBits>(rows[k % kTokens], w, p);
         }
       }
@@ -162,7 +162,7 @@ SINGLEPASS_TARGET_CLONES void unpack_rows(const uint8_t* codes, int64_t tokens, 
   }
 }
 
-// Calls body.template operator()<kRows, kBits>(row) for 4, 2 or 1 rows at a time.
+// Calls body.template operator()<kRows, kBits>(row).
 template <class Body>
 void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
   by_rows(rows, [&]<int kRows>(int64_t r) {
