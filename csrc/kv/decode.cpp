@@ -204,7 +204,7 @@ class Worker {
     const int64_t next = slot + n, coming = std::min(kPiece, s.slots - next);
     prefetch(s.keys.codes_at(b_, h_, next), coming * s.keys.bytes());
     cap_scores(n);
-    weigh(n, to);
+    weigh(scores_.data(), p_.rows(), n, kPiece, to.row_max, to.row_sum, shifts_.data());
     weighted_values(s.values, block, slot, n, to);
     prefetch(s.values.codes_at(b_, h_, next), coming * s.values.bytes());
   }
@@ -261,22 +261,6 @@ class Worker {
     for (int64_t r = 0; p_.softcap > 0.0f && r < p_.rows(); ++r) cap(&scores_[r * kPiece], n, p_.softcap);
   }
 
-  // Updates each row's max, turns the scores of n tokens into weights exp(score - row_max), and adds them to the row's
-  // sum. What was summed before must be multiplied by shifts_.
-  void weigh(int64_t n, Partial& to) {
-    for (int64_t r = 0; r < p_.rows(); ++r) {
-      float* scores = &scores_[r * kPiece];
-      const float row_max = maximum(to.row_max[r], largest(scores, n));
-      shifts_[r] = row_max == to.row_max[r] ? 1.0f : expf(to.row_max[r] - row_max);
-      if (row_max == -kInfinity) {
-        std::fill(scores, scores + n, 0.0f);
-      } else {
-        to.row_sum[r] = to.row_sum[r] * shifts_[r] + exponentials(scores, n, row_max);
-      }
-      to.row_max[r] = row_max;
-    }
-  }
-
   // Adds the weighted values of n tokens to the result. Scales that belong to whole tokens go into the weights (p s)
   // and the bias (p . m).
   void weighted_values(const Packed& values, int64_t block, int64_t slot, int64_t n, Partial& to) {
@@ -299,7 +283,6 @@ class Worker {
     weights_.fold(scores_.data(), steps_.data(), minima_.data(), n, largest);
     const uint8_t* codes = values.codes_at(b_, h_, slot);
     if (as_integers_) {
-      for (int64_t r = 0; n % 2 == 1 && r < p_.rows(); ++r) weights_.integers[r * kPiece + n] = 0;
       accumulate(weights_.integers.data(), kPiece, p_.rows(), Codes{codes, values.bits}, n, p_.value_dim,
                  integer_sums_.data());
       for (int64_t r = 0; r < p_.rows(); ++r) {
@@ -339,7 +322,7 @@ class Worker {
         const int64_t visible = std::max<int64_t>(end - (p_.queries - 1 - r % p_.queries) - slot, 0);
         for (int64_t t = visible; t < n; ++t) scores_[r * kPiece + t] = -kInfinity;
       }
-      weigh(n, to);
+      weigh(scores_.data(), p_.rows(), n, kPiece, to.row_max, to.row_sum, shifts_.data());
       std::fill(sums_.begin(), sums_.end(), 0.0f);
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);

@@ -242,48 +242,47 @@ void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
   });
 }
 
-// The first n floats from there on, at most eight, with zeros after them.
+// The first n floats from there on, up to eight, with zeros after them.
 SINGLEPASS_HD Vector load_up_to(const float* from, int64_t n) {
-  return n >= kLanes ? load_vector(from) : load_part(from, n);
+  return n >= kLanes ? load_vector(from) : load_part(from, n > 0 ? n : 0);
 }
 
 // Rows are taken four at a time, so that steps and minima are read once for them.
 template <int kRows>
-SINGLEPASS_TARGET_CLONES void fold_rows(const float* x, const float* steps, const float* minima, int64_t n,
-                                        int64_t stride, float largest, float* products, int16_t* to, Folded* results) {
+SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void fold_rows(const float* x, const float* steps,
+                                                                      const float* minima, int64_t n, int64_t stride,
+                                                                      float largest, float* products, int16_t* to,
+                                                                      Folded* results) {
   using Bits = IntegerLanes<kLanes>::Sums;
   const auto larger = [](Bits a, Bits b) __attribute__((always_inline)) { return a > b ? a : b; };
-  Vector sums[8] = {};
-  Bits tops[8] = {};  // magnitudes, which are in the order of their bits, NaN after infinity
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t left = n - i;
-    const Vector step = load_up_to(steps + i, left), minimum = load_up_to(minima + i, left);
+  Vector sums[8];
+  Bits tops[8];  // magnitudes, which are in the order of their bits, NaN after infinity
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) sums[r] = Vector{}, tops[r] = Bits{};
+  const int64_t end = (n + kFoldPad - 1) / kFoldPad * kFoldPad;
+  for (int64_t i = 0; i < end; i += kLanes) {
+    const Vector step = load_up_to(steps + i, n - i), minimum = load_up_to(minima + i, n - i);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vector v = load_up_to(x + r * stride + i, left), product = v * step;
+      const Vector v = load_up_to(x + r * stride + i, n - i), product = v * step;
       sums[r] = sums[r] + v * minimum;
       tops[r] = larger(bit_cast<Bits>(absolute(product)), tops[r]);
-      if (left >= kLanes) {
-        store_vector(product, products + r * stride + i);
-      } else {
-        memcpy(products + r * stride + i, &product, static_cast<size_t>(left) * sizeof(float));
-      }
+      store_vector(product, products + r * stride + i);
     }
   }
   const Vector biases = across_lanes(sums, Add{}), top = bit_cast<Vector>(across_lanes(tops, larger));
-  const Vector zero = {}, no_number = zero + std::numeric_limits<float>::quiet_NaN(), usual_steps = top / largest;
-  const Vector row_steps = top < 0x1p-100f                                ? zero
-                           : top < std::numeric_limits<float>::infinity() ? usual_steps
-                                                                          : no_number;
+  const Vector zero = {}, no_number = zero + std::numeric_limits<float>::quiet_NaN(), usual = top / largest;
+  const Vector row_steps = top < 0x1p-100f ? zero : top < std::numeric_limits<float>::infinity() ? usual : no_number;
   const Vector ups = row_steps > 0.0f ? largest / top : zero;
   for (int r = 0; r < kRows; ++r) {
     const float* row = products + r * stride;
     const float up = ups[r];
     results[r] = {row_steps[r], biases[r]};
     // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the lower bits.
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-      to[r * stride + i] = static_cast<int16_t>(bit_cast<int32_t>(row[i] * up + 12582912.0f));
+    for (int64_t i = 0; i < end; i += kFoldPad) {
+      for (int64_t k = i; k < i + kFoldPad; ++k) {
+        to[r * stride + k] = static_cast<int16_t>(bit_cast<int32_t>(row[k] * up + 12582912.0f));
+      }
     }
   }
 }

@@ -25,8 +25,9 @@ inline float largest_integer(int bits, int64_t terms) {
 }
 
 // What stands for x * steps of a row is `to` times the row's step, and its bias is x . minima. The step is NaN if a
-// product is not finite, and 0 if all are below 2^-100, which counts as nothing. Rows lie `stride` numbers apart;
-// `products` is memory for as many floats as x.
+// product is not finite, and 0 if all are below 2^-100, which counts as nothing. Rows lie `stride` numbers apart, which
+// is a multiple of kFoldPad: zeros are written up to the next one. `products` is memory for as many floats.
+inline constexpr int64_t kFoldPad = 16;
 struct Folded {
   float step, bias;
 };
@@ -44,7 +45,7 @@ void add_integers(const int32_t* sums, int64_t n, float step, float bias, const 
 void dot(const int16_t* q, int64_t rows, const Codes& tokens, int64_t count, int64_t head_dim, int32_t* sums,
          int64_t stride);
 
-// sums_r = sum over t of weights[r * stride + t] * token_t. If count is odd, the weight after the last must be 0.
+// sums_r = sum over t of weights[r * stride + t] * token_t. If count is odd, the weight after the last is 0.
 void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Codes& tokens, int64_t count,
                 int64_t head_dim, int32_t* sums);
 

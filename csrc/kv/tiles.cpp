@@ -219,7 +219,9 @@ void cap(float* scores, int64_t n, float softcap) {
   for (int64_t i = 0; i < n; ++i) scores[i] = softcap * tanhf(scores[i] / softcap);
 }
 
-SINGLEPASS_TARGET_CLONES float largest(const float* scores, int64_t n) {
+namespace {
+
+SINGLEPASS_HD float largest_of(const float* scores, int64_t n) {
   Vector most = Vector{} - std::numeric_limits<float>::infinity();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -231,7 +233,7 @@ SINGLEPASS_TARGET_CLONES float largest(const float* scores, int64_t n) {
 }
 
 // Exponentials below exp(-87) count as 0. They are summed in a loop of their own, in a fixed order.
-SINGLEPASS_TARGET_CLONES float exponentials(float* scores, int64_t n, float shift) {
+SINGLEPASS_HD float exponentials_of(float* scores, int64_t n, float shift) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const float below = shift - scores[i];
@@ -243,6 +245,32 @@ SINGLEPASS_TARGET_CLONES float exponentials(float* scores, int64_t n, float shif
   float result = across_lanes(sum, Add{});
   for (; i < n; ++i) result += scores[i];
   return result;
+}
+
+}  // namespace
+
+SINGLEPASS_TARGET_CLONES float largest(const float* scores, int64_t n) {
+  return largest_of(scores, n);
+}
+
+SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD float exponentials(float* scores, int64_t n, float shift) {
+  return exponentials_of(scores, n, shift);
+}
+
+SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void weigh(float* scores, int64_t rows, int64_t n,
+                                                                  int64_t stride, float* row_max, float* row_sum,
+                                                                  float* shifts) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = scores + r * stride;
+    const float most = maximum(row_max[r], largest_of(row, n));
+    shifts[r] = most == row_max[r] ? 1.0f : expf(row_max[r] - most);
+    if (most == -std::numeric_limits<float>::infinity()) {
+      std::fill(row, row + n, 0.0f);
+    } else {
+      row_sum[r] = row_sum[r] * shifts[r] + exponentials_of(row, n, most);
+    }
+    row_max[r] = most;
+  }
 }
 
 }  // namespace singlepass::kv

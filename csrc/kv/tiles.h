@@ -38,4 +38,8 @@ float largest(const float* scores, int64_t n);
 // scores = exp(scores - shift) in place, for scores <= shift. Returns their sum.
 float exponentials(float* scores, int64_t n, float shift);
 
+// A step of an online softmax over n more tokens. Scores become exp(score - row_max), with row_max the largest so far,
+// and are added to row_sum; what was summed before must be multiplied by shifts.
+void weigh(float* scores, int64_t rows, int64_t n, int64_t stride, float* row_max, float* row_sum, float* shifts);
+
 }  // namespace singlepass::kv

@@ -72,41 +72,42 @@ TEST(products_with_codes_are_exact) {
 }
 
 TEST(factors_are_rounded_to_the_nearest_integers) {
-  constexpr int64_t kLength = 83, kRows = 7;
+  constexpr int64_t kLength = 83, kStride = 96, kRows = 7;
   constexpr float kLargest = 32767.0f;
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
-  std::vector<float> x(kRows * kLength), steps(kLength), minima(kLength), products(x.size());
+  std::vector<float> x(kRows * kStride), steps(kLength), minima(kLength), products(x.size());
   for (float& value : x) value = normal(random);
   for (float& value : steps) value = std::abs(normal(random));
   for (float& value : minima) value = normal(random);
-  std::vector<int16_t> integers(x.size());
+  std::vector<int16_t> integers(x.size(), 7);
   std::vector<Folded> found(kRows);
   const auto run = [&] {
-    fold_to_integers(x.data(), steps.data(), minima.data(), kLength, kRows, kLength, kLargest, products.data(),
+    fold_to_integers(x.data(), steps.data(), minima.data(), kLength, kRows, kStride, kLargest, products.data(),
                      integers.data(), found.data());
   };
   run();
   for (int64_t r = 0; r < kRows; ++r) {
     double bias = 0.0, magnitude = 0.0, largest = 0.0;
     for (int64_t i = 0; i < kLength; ++i) {
-      const double value = x[r * kLength + i];
+      const double value = x[r * kStride + i];
       bias += value * minima[i];
       magnitude += std::abs(value * minima[i]);
       largest = std::max(largest, std::abs(value * steps[i]));
-      CHECK(std::abs(integers[r * kLength + i] * double{found[r].step} - value * steps[i]) <= 0.51 * found[r].step);
+      CHECK(std::abs(integers[r * kStride + i] * double{found[r].step} - value * steps[i]) <= 0.51 * found[r].step);
     }
+    for (int64_t i = kLength; i < kStride; ++i) CHECK_EQUAL(integers[r * kStride + i], 0);
     CHECK(std::abs(found[r].step * kLargest / largest - 1.0) < 1e-6);
     CHECK(std::abs(found[r].bias - bias) <= kLength * 0x1p-24 * magnitude);
   }
   const float infinity = std::numeric_limits<float>::infinity();
   for (const float special : {infinity, -infinity, std::numeric_limits<float>::quiet_NaN()}) {
     for (const int64_t place : {int64_t{0}, kLength - 1}) {
-      const float before = x[kLength + place];
-      x[kLength + place] = special;
+      const float before = x[kStride + place];
+      x[kStride + place] = special;
       run();
       CHECK(std::isnan(found[1].step) && !std::isnan(found[0].step) && !std::isnan(found[2].step));
-      x[kLength + place] = before;
+      x[kStride + place] = before;
     }
   }
   for (float& value : x) value *= 0x1p-120f;
