@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/convert.h"
 
+#include "common/vector.h"
+
 #if defined(SINGLEPASS_HAS_TARGETS)
 #include <immintrin.h>
 #endif
@@ -32,7 +34,7 @@ SINGLEPASS_TARGET_CLONES void widen(const void* from, DType dtype, float* to, in
   } else {
     int64_t done = 0;
 #if defined(SINGLEPASS_HAS_TARGETS)
-    if (__builtin_cpu_supports("x86-64-v3")) done = widen_vectors(half, n, to);
+    if (has_avx2()) done = widen_vectors(half, n, to);
 #endif
 #pragma GCC ivdep
     for (int64_t i = done; i < n; ++i) to[i] = float16_to_float(half[i]);

@@ -21,6 +21,14 @@ inline constexpr int kLanes = 8;
 typedef Lanes<kLanes>::Floats Vector;
 typedef int32_t VectorBits __attribute__((vector_size(4 * kLanes)));
 
+#if defined(SINGLEPASS_HAS_TARGETS)
+// Whether functions with SINGLEPASS_TARGET_AVX2 run here.
+inline bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c") &&
+         __builtin_cpu_supports("fma");
+}
+#endif
+
 // Whether functions with SINGLEPASS_TARGET_AVX512 run here.
 inline bool has_avx512() {
 #if defined(SINGLEPASS_NO_AVX512)

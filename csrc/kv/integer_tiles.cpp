@@ -219,7 +219,7 @@ SINGLEPASS_KV_LOOPS(vnni, SINGLEPASS_TARGET_AVX512, VnniIntegers)
 template <class Loop>
 Loop* choose(Loop* plain, Loop* avx2, Loop* vnni) {
   if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return vnni;
-  return __builtin_cpu_supports("x86-64-v3") ? avx2 : plain;
+  return has_avx2() ? avx2 : plain;
 }
 
 #define SINGLEPASS_KV_LOOP(name, ...) \
