@@ -110,8 +110,8 @@ SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t coun
   }
 }
 
-// Sums the weighted tokens for kPlanes planes from kFirst on and kBlocks * kSums places from w on, of which `part` are
-// there if that is not 0. These sums of all kRows rows stay in registers over all tokens, which are taken two at a
+// Sums the weighted tokens for kPlanes planes from kFirst on and kBlocks * kSums places from w on; with kPart for the
+// `part` places that are left. These sums of all kRows rows stay in registers over all tokens, which are taken two at a
 // time.
 template <class Integers, int kRows, int kBits, int kFirst, int kPlanes, int kBlocks, bool kPart>
 SINGLEPASS_HD void accumulate_places(const int16_t* weights, int64_t stride, const uint8_t* codes, int64_t count,
