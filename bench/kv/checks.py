@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 from ..bars import Check, fastest, ours, ratio, time_over
 from ..results import Row, Run
-from .caches import DECODE, FIRST_TOKEN, LOW_RANK, LOW_RANK_CODES, NEXT_TOKEN, QUANTIZE, TITLES
+from .caches import DECODE, FIRST_TOKEN, LOW_RANK, LOW_RANK_CODES, NEXT_TOKEN, PROJECT, QUANTIZE, TITLES
 
 # CPU. Short caches are those that a processor holds.
-TIMES_DENSE = {True: 2.0, False: 1.0}
-TIMES_DENSE_LOW_RANK = {LOW_RANK: 1.7, LOW_RANK_CODES: 4.0}  # of long caches
+TIMES_DENSE = {True: 3.33, False: 1.0}
+TIMES_DENSE_LOW_RANK = {LOW_RANK: 1.7, LOW_RANK_CODES: 5.0}  # of long caches
+TIMES_DENSE_INTEL = {LOW_RANK: 1.7, LOW_RANK_CODES: 4.0}  # whose bfloat16 is fast
+SHARE_OF_PROJECTION = 0.1  # projecting and appending a token, over attention to that many
+PROJECTION_LENGTH = 4096
 LONG = 32768
 TIMES_QUANTIZED_CACHE = 10.0
 # A whole model, over the same with an uncompressed cache, by the tokens of the prompt.
@@ -44,8 +47,14 @@ def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
         yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
         yield times_faster("times faster than QuantizedCache", rows, "peer", TIMES_QUANTIZED_CACHE)
     elif rows[0].op in TIMES_DENSE_LOW_RANK and length_of(rows[0]) >= LONG:
-        limit = TIMES_DENSE_LOW_RANK[rows[0].op]
+        limits = TIMES_DENSE_INTEL if "Intel" in run.device_line else TIMES_DENSE_LOW_RANK
+        limit = limits[rows[0].op]
         yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
+    elif rows[0].op == PROJECT and length_of(rows[0]) == PROJECTION_LENGTH:
+        attention = ours(run.find(family="kv", op=LOW_RANK, size=rows[0].size, dtype=rows[0].dtype))
+        native = ours(rows)
+        share = ratio(native.median if native else None, attention.median if attention else None)
+        yield Check("share of the attention", case_of(rows[0]), share, SHARE_OF_PROJECTION)
     elif (rows[0].op, length_of(rows[0])) in TIME_OVER_DENSE:
         limit = TIME_OVER_DENSE[rows[0].op, length_of(rows[0])]
         dense = [row for row in rows if row.column == "yardstick"]
