@@ -298,7 +298,9 @@ def attention(
             more: Array | float = 0.0
             if integers:
                 each = zip(parts, present, strict=True)
-                more = np.concatenate([_integer_queries(q[b, row], keys, b, h, some, scale) for (keys, *_), some in each], 1)
+                more = np.concatenate(
+                    [_integer_queries(q[b, row], keys, b, h, some, scale) for (keys, *_), some in each], 1
+                )
             logits = _logits(q[b, row], k, k_magnitude, scale, softcap, more)
             w = _softmax(logits, shown, None if sinks is None else float(sinks[row]))
             out[0, b, row] = w.p @ v

@@ -101,6 +101,23 @@ def test_errors_say_what_is_allowed(arguments: dict[str, Any], text: str) -> Non
         optim.AdamW(make_params(SHAPES), **arguments)
 
 
+@pytest.mark.parametrize("choice", [{"fused": True}, {"foreach": False}, {"fused": False, "foreach": True}], ids=str)
+def test_adamw_takes_torchs_choices_of_a_step(choice: dict[str, bool]) -> None:
+    """They change nothing, and are not kept; what can't be had is refused."""
+    results = []
+    for arguments in ({}, choice | {"differentiable": False}):
+        params = make_params(SHAPES)
+        optimizer = optim.AdamW(params, lr=0.1, **arguments)
+        train(optimizer, 3)
+        results.append((params, optimizer.state_dict()["param_groups"]))
+    (plain, groups), (chosen, other) = results
+    assert groups == other
+    for a, b in zip(plain, chosen, strict=True):
+        assert_same_bits(a, b)
+    with refused(match="differentiable=False"):
+        optim.AdamW(make_params(SHAPES), differentiable=True)
+
+
 @each_optimizer
 def test_misspelt_keys_of_groups(name: str) -> None:
     cls = getattr(optim, name)

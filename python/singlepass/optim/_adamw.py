@@ -29,6 +29,8 @@ class AdamW(FusedOptimizer):
         eps: added to the square root of the second moment.
         weight_decay: decoupled weight decay, times ``lr``.
         amsgrad: use the maximum of all second moments so far.
+        foreach, fused: accepted as ``torch.optim.AdamW`` does, and ignored: a step is fused in any case.
+        differentiable: must be False.
 {shared}
     Example:
         >>> import torch, singlepass
@@ -50,11 +52,16 @@ class AdamW(FusedOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
         capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
         backend: str | None = None,
     ) -> None:
+        remedy = "For gradients through a step, use torch.optim.AdamW."
+        self._require(not differentiable, "differentiable=False", differentiable, remedy)
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad},
