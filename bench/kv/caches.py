@@ -80,3 +80,14 @@ SHAPES = {
     "cpu": tuple(CacheShape(batch, length) for batch, length in ((1, 32768), (4, 32768), (1, 4096), (4, 4096))),
     "cuda": tuple(CacheShape(batch, length) for length in (32768, 8192, 131072) for batch in (8, 1)),
 }
+
+
+def packed_bytes(shape: CacheShape, width: int = WIDTH, heads: int = HEADS, window: int = WINDOW) -> int:
+    """Of the compressed tokens, of so many channels: codes; steps and minima of keys for each block's channels, of
+    values for each token; values' channel factors for each block."""
+    salient = round(SALIENT_RATIO * (shape.length - window))
+    total = 0
+    for bits, block, tokens in ((4, BLOCK, salient), (2, REGULAR_BLOCK, shape.length - window - salient)):
+        blocks = -(-tokens // block)
+        total += tokens * (2 * width * bits // 8 + 4) + blocks * 6 * width
+    return shape.batch * heads * total

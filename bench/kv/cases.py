@@ -13,17 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..probe import Probe
-from ..registry import Case, Gate, Pass, Provider, Step, Tier, dtype_name, fitting, missing
+from ..registry import Case, Pass, Provider, Step, Tier, dtype_name, fitting, missing
 from .caches import (
     BLOCK,
     DECODE,
     DEQUANTIZE,
-    FIRST_TOKEN,
     HEADS,
     LOW_RANK,
     LOW_RANK_CODES,
     MODEL_LENGTHS,
-    NEXT_TOKEN,
     PROBES,
     PROJECT,
     QUANTIZE,
@@ -31,21 +29,19 @@ from .caches import (
     RANK,
     REGULAR_BLOCK,
     SALIENCY,
-    SALIENT_RATIO,
     SHAPES,
     TITLES,
     WIDTH,
     WINDOW,
     CacheShape,
+    packed_bytes,
 )
-from .inputs import Call, Inputs, Make, inputs, make_inputs, split
+from .gates import gate, own_reason
+from .inputs import Call, Inputs, Make, inputs, split
 from .low_rank import append_alone, low_rank_truth, own_append, own_low_rank
-from .model import SMALL, SMOLLM2, compressed, first_token, make_prompt, next_token, prompts, uncompressed
+from .model import MODEL_OPS, model_case
 
-GATE_SHAPE = CacheShape(2, 300)
 KIVI_GROUP, KIVI_WINDOW = 32, 128
-# Allowed error of each element relative to the element plus the mean magnitude. Tests judge the last bits.
-GATE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 PROBE_FLOPS = 4  # of a multiplication and an addition, in both passes over the keys
 
 
@@ -186,24 +182,6 @@ def decode_truth(data: Inputs) -> Tensor:
     return F.scaled_dot_product_attention(data.q.double(), k, v, enable_gqa=True)
 
 
-def gate(
-    make: Make, truth: Callable[[Inputs], Tensor], dtype: torch.dtype, device: torch.device, roundings: int = 1
-) -> Gate:
-    """One call on a small cache, compared elementwise."""
-    data = make_inputs(GATE_SHAPE, dtype, device)
-    got, want = make(data)().double(), truth(data).double()
-    if got.shape != want.shape:
-        return Gate(float("inf"))
-    error = (got - want).abs() / (roundings * GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))
-    return Gate(error.nan_to_num(nan=float("inf")).max().item())
-
-
-def own_reason(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    from singlepass._ops import OPS
-
-    return OPS[op].rejection(backend, device.type, (dtype,))
-
-
 def kivi_reason(device: torch.device) -> str | None:
     return missing("quant", device) or missing("kivi_gemv", device)
 
@@ -291,17 +269,6 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
         yield provider("kivi", "peer", Tier.PEER, kivi, dense_truth, dtype, **options)
 
 
-def packed_bytes(shape: CacheShape, width: int = WIDTH, heads: int = HEADS, window: int = WINDOW) -> int:
-    """Of the compressed tokens, of so many channels: codes; steps and minima of keys for each block's channels, of
-    values for each token; values' channel factors for each block."""
-    salient = round(SALIENT_RATIO * (shape.length - window))
-    total = 0
-    for bits, block, tokens in ((4, BLOCK, salient), (2, REGULAR_BLOCK, shape.length - window - salient)):
-        blocks = -(-tokens // block)
-        total += tokens * (2 * width * bits // 8 + 4) + blocks * 6 * width
-    return shape.batch * heads * total
-
-
 def passes(op: str, shape: CacheShape, dtype: torch.dtype) -> tuple[Pass, ...]:
     """Decode reads packed tokens and the window; quantising reads tokens and writes packed ones; saliency reads the
     keys twice."""
@@ -345,56 +312,6 @@ def cases(device: torch.device) -> Iterator[Case]:
     for length in MODEL_LENGTHS:
         for op in MODEL_OPS:
             yield model_case(op, length, torch.float32)
-
-
-MODEL_OPS = {FIRST_TOKEN: first_token, NEXT_TOKEN: next_token}
-
-
-def model_gate(
-    op: str, kind: Callable[[], Any], truth: Callable[[], Any], dtype: torch.dtype, device: torch.device
-) -> Gate:
-    """A step of a small model, with the truth in float64 where tokens are not quantised."""
-    prompt = make_prompt(SMALL, GATE_SHAPE, dtype, device)
-    exact = torch.float64 if truth is uncompressed else dtype
-    got, want = (MODEL_OPS[op](make(), to, prompt)().double() for make, to in ((kind, dtype), (truth, exact)))
-    return Gate(((got - want).abs() / (GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))).max().item())
-
-
-def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
-    """A prompt attends to itself uncompressed, so that all caches must give the same first token."""
-    shape = CacheShape(1, length)
-    packed = SMOLLM2.layers * packed_bytes(shape, SMOLLM2.width, SMOLLM2.kv_heads, window=0)
-    weights = SMOLLM2.parameters * dtype.itemsize
-
-    def provider_of(name: str, column: str, tier: Tier, kind: Callable[[], Any], truth: Callable[[], Any]) -> Provider:
-        def why_not(device: torch.device) -> str | None:
-            own = None if kind is uncompressed else own_reason(DECODE, name, dtype, device)
-            return missing("transformers", device) or own
-
-        def prepare(data: Any) -> Step:
-            return Step(MODEL_OPS[op](kind(), None, data))
-
-        gate = partial(model_gate, op, kind, truth, dtype)
-        return Provider(name, column, tier, prepare=prepare, gate=gate, why_not=why_not, footprint=3 * weights)
-
-    truth = uncompressed if op == FIRST_TOKEN else partial(compressed, "eager")
-    return Case(
-        family="kv",
-        op=op,
-        size=shape.name,
-        dtype=dtype,
-        ops=(DECODE,) if op == NEXT_TOKEN else (QUANTIZE, SALIENCY),
-        passes=(Pass((weights + packed,), ()),),
-        flops=2 * SMOLLM2.parameters * (length if op == FIRST_TOKEN else 1),
-        elements=length,
-        input_bytes=weights + packed,
-        tensors=1,
-        inputs=partial(prompts, SMOLLM2, shape, dtype),
-        providers=(
-            provider_of("native", "native", Tier.FUSED, partial(compressed, "native"), truth),
-            provider_of("sdpa", "yardstick", Tier.FUSED, uncompressed, uncompressed),
-        ),
-    )
 
 
 QUICK_LENGTHS = (32768, 16384, 8192, 4096)

@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .caches import CacheShape, ModelShape
+from ..registry import Case, Gate, Pass, Provider, Step, Tier, missing
+from .caches import (
+    DECODE,
+    FIRST_TOKEN,
+    NEXT_TOKEN,
+    QUANTIZE,
+    SALIENCY,
+    CacheShape,
+    ModelShape,
+    packed_bytes,
+)
+from .gates import GATE_SHAPE, GATE_TOLERANCE, own_reason
 from .inputs import Call
 
 SMALL = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, inner=96, vocabulary=200)
@@ -106,3 +117,53 @@ def next_token(kind: Kind, dtype: torch.dtype | None, prompt: Prompt) -> Call:
         return found
 
     return call
+
+
+MODEL_OPS = {FIRST_TOKEN: first_token, NEXT_TOKEN: next_token}
+
+
+def model_gate(
+    op: str, kind: Callable[[], Any], truth: Callable[[], Any], dtype: torch.dtype, device: torch.device
+) -> Gate:
+    """A step of a small model, with the truth in float64 where tokens are not quantised."""
+    prompt = make_prompt(SMALL, GATE_SHAPE, dtype, device)
+    exact = torch.float64 if truth is uncompressed else dtype
+    got, want = (MODEL_OPS[op](make(), to, prompt)().double() for make, to in ((kind, dtype), (truth, exact)))
+    return Gate(((got - want).abs() / (GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))).max().item())
+
+
+def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
+    """A prompt attends to itself uncompressed, so that all caches must give the same first token."""
+    shape = CacheShape(1, length)
+    packed = SMOLLM2.layers * packed_bytes(shape, SMOLLM2.width, SMOLLM2.kv_heads, window=0)
+    weights = SMOLLM2.parameters * dtype.itemsize
+
+    def provider_of(name: str, column: str, tier: Tier, kind: Callable[[], Any], truth: Callable[[], Any]) -> Provider:
+        def why_not(device: torch.device) -> str | None:
+            own = None if kind is uncompressed else own_reason(DECODE, name, dtype, device)
+            return missing("transformers", device) or own
+
+        def prepare(data: Any) -> Step:
+            return Step(MODEL_OPS[op](kind(), None, data))
+
+        gate = partial(model_gate, op, kind, truth, dtype)
+        return Provider(name, column, tier, prepare=prepare, gate=gate, why_not=why_not, footprint=3 * weights)
+
+    truth = uncompressed if op == FIRST_TOKEN else partial(compressed, "eager")
+    return Case(
+        family="kv",
+        op=op,
+        size=shape.name,
+        dtype=dtype,
+        ops=(DECODE,) if op == NEXT_TOKEN else (QUANTIZE, SALIENCY),
+        passes=(Pass((weights + packed,), ()),),
+        flops=2 * SMOLLM2.parameters * (length if op == FIRST_TOKEN else 1),
+        elements=length,
+        input_bytes=weights + packed,
+        tensors=1,
+        inputs=partial(prompts, SMOLLM2, shape, dtype),
+        providers=(
+            provider_of("native", "native", Tier.FUSED, partial(compressed, "native"), truth),
+            provider_of("sdpa", "yardstick", Tier.FUSED, uncompressed, uncompressed),
+        ),
+    )

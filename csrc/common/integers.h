@@ -49,48 +49,17 @@ struct AnyBytes {
   uint8_t bytes[kSize];
 };
 
-// In functions with SINGLEPASS_TARGET_AVX2. Product and sum are one statement: taken apart, compilers would add
-// products first, and run out of registers.
-struct Avx2Integers : IntegerLanes<8> {
-  SINGLEPASS_HD static Sums add_products(Sums sums, Words a, const Words& b) {
-    Sums products;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "xm"(b));
-    return sums;
-  }
+// Of vectors; the meaning stands above.
+template <int kCount>
+struct VectorIntegers : IntegerLanes<kCount> {
+  using Lanes = IntegerLanes<kCount>;
+  using typename Lanes::Bytes;
+  using typename Lanes::Sums;
+  using typename Lanes::Words;
 
   SINGLEPASS_HD static Words words(const uint8_t* from) {
     Words to;
-    asm("vpmovzxbw %1, %0" : "=x"(to) : "m"(*reinterpret_cast<const AnyBytes<kWords>*>(from)));
-    return to;
-  }
-  SINGLEPASS_HD static Words words(Bytes bytes) {
-    Words to;
-    asm("vpmovzxbw %1, %0" : "=x"(to) : "x"(bytes));
-    return to;
-  }
-
-  SINGLEPASS_HD static Sums sums(const uint8_t* from) {
-    Sums to;
-    asm("vpmovzxbd %1, %0" : "=x"(to) : "m"(*reinterpret_cast<const AnyBytes<kSums>*>(from)));
-    return to;
-  }
-  SINGLEPASS_HD static Sums sums(Bytes bytes) {
-    Sums to;
-    asm("vpmovzxbd %1, %0" : "=x"(to) : "x"(bytes));
-    return to;
-  }
-};
-
-// In functions with SINGLEPASS_TARGET_AVX512, where the processor has VNNI.
-struct VnniIntegers : IntegerLanes<16> {
-  SINGLEPASS_HD static Sums add_products(Sums sums, Words a, const Words& b) {
-    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "vm"(b));
-    return sums;
-  }
-
-  SINGLEPASS_HD static Words words(const uint8_t* from) {
-    Words to;
-    asm("vpmovzxbw %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const AnyBytes<kWords>*>(from)));
+    asm("vpmovzxbw %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const AnyBytes<Lanes::kWords>*>(from)));
     return to;
   }
   SINGLEPASS_HD static Words words(Bytes bytes) {
@@ -101,13 +70,31 @@ struct VnniIntegers : IntegerLanes<16> {
 
   SINGLEPASS_HD static Sums sums(const uint8_t* from) {
     Sums to;
-    asm("vpmovzxbd %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const AnyBytes<kSums>*>(from)));
+    asm("vpmovzxbd %1, %0" : "=v"(to) : "m"(*reinterpret_cast<const AnyBytes<Lanes::kSums>*>(from)));
     return to;
   }
   SINGLEPASS_HD static Sums sums(Bytes bytes) {
     Sums to;
     asm("vpmovzxbd %x1, %0" : "=v"(to) : "v"(bytes));
     return to;
+  }
+};
+
+// In functions with SINGLEPASS_TARGET_AVX2. Product and sum are one statement: taken apart, compilers would add
+// products first, and run out of registers.
+struct Avx2Integers : VectorIntegers<8> {
+  SINGLEPASS_HD static Sums add_products(Sums sums, Words a, const Words& b) {
+    Sums products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "xm"(b));
+    return sums;
+  }
+};
+
+// In functions with SINGLEPASS_TARGET_AVX512, where the processor has VNNI.
+struct VnniIntegers : VectorIntegers<16> {
+  SINGLEPASS_HD static Sums add_products(Sums sums, Words a, const Words& b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "vm"(b));
+    return sums;
   }
 };
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from singlepass.bench import checks, counted, registry, tables
-from singlepass.bench.kv import caches
+from singlepass.bench.kv import caches, gates, inputs, model
 from singlepass.bench.kv import cases as kv
 from singlepass.bench.kv.caches import DECODE, QUANTIZE, CacheShape
 from singlepass.bench.results import Row, Run
@@ -37,7 +37,7 @@ def test_cases() -> None:
     assert {case.op for case in family(CPU)} == set(caches.TITLES)
 
 
-EACH = [(op, dtype) for op in caches.TITLES for dtype in DTYPES if op not in kv.MODEL_OPS or dtype == torch.float32]
+EACH = [(op, dtype) for op in caches.TITLES for dtype in DTYPES if op not in model.MODEL_OPS or dtype == torch.float32]
 
 
 @pytest.mark.parametrize(("op", "dtype"), EACH, ids=lambda value: str(value).removeprefix("torch."))
@@ -48,10 +48,10 @@ def test_providers_compute_what_they_claim(op: str, dtype: torch.dtype) -> None:
         if provider.why_not(CPU) is None and provider.differs is None:
             assert provider.gate(CPU).agrees, provider.name
             ran.add(provider.name)
-    assert ran >= {"native", "sdpa" if op in kv.MODEL_OPS else "eager"}
+    assert ran >= {"native", "sdpa" if op in model.MODEL_OPS else "eager"}
 
 
-def wrong(change: Callable[[kv.Inputs], kv.Inputs], data: kv.Inputs) -> Callable[[], Tensor]:
+def wrong(change: Callable[[inputs.Inputs], inputs.Inputs], data: inputs.Inputs) -> Callable[[], Tensor]:
     return kv.own_decode("eager", change(data))
 
 
@@ -64,9 +64,9 @@ def wrong(change: Callable[[kv.Inputs], kv.Inputs], data: kv.Inputs) -> Callable
     ],
     ids=["values in another order", "another scale", "a token less"],
 )
-def test_gate_stops_another_result(change: Callable[[kv.Inputs], kv.Inputs]) -> None:
-    assert kv.gate(partial(kv.own_decode, "eager"), kv.decode_truth, torch.float32, CPU).agrees
-    assert not kv.gate(partial(wrong, change), kv.decode_truth, torch.float32, CPU).agrees
+def test_gate_stops_another_result(change: Callable[[inputs.Inputs], inputs.Inputs]) -> None:
+    assert gates.gate(partial(kv.own_decode, "eager"), kv.decode_truth, torch.float32, CPU).agrees
+    assert not gates.gate(partial(wrong, change), kv.decode_truth, torch.float32, CPU).agrees
 
 
 def test_floor_counts_what_the_cache_takes() -> None:
@@ -76,9 +76,9 @@ def test_floor_counts_what_the_cache_takes() -> None:
     codec = Codec(block=caches.BLOCK, regular_block=caches.REGULAR_BLOCK)
     assert codec == Codec(), "the default is what is measured"
     counted = cache_nbytes(tokens, heads=caches.HEADS, head_dim=caches.WIDTH, codec=codec)
-    assert 0.99 * counted < kv.packed_bytes(shape) + caches.HEADS * tokens / 4 <= counted
+    assert 0.99 * counted < caches.packed_bytes(shape) + caches.HEADS * tokens / 4 <= counted
     case = kv.case(DECODE, shape, torch.float32, on_gpu=False)
-    assert case.bytes == kv.packed_bytes(shape) + caches.HEADS * caches.WINDOW * caches.WIDTH * 2 * 4
+    assert case.bytes == caches.packed_bytes(shape) + caches.HEADS * caches.WINDOW * caches.WIDTH * 2 * 4
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_whole_models_are_told_in_seconds_and_tokens(make_row: MakeRow, make_run
     rows = [
         make_row(op, provider, ms, column=column, size=size, **facts)
         for size, times in (("1x1024", (2000.0, 50.0)), ("1x7000", (25000.0, 100.0)))
-        for op, ms in zip(kv.MODEL_OPS, times, strict=True)
+        for op, ms in zip(model.MODEL_OPS, times, strict=True)
         for provider, column, ms in (("native", "native", 0.9 * ms), ("sdpa", "yardstick", ms))
     ]
     grid = tables.token_grid(make_run(rows))
@@ -203,7 +203,7 @@ def test_kivi_is_called_as_its_kernels_ask(monkeypatch: pytest.MonkeyPatch) -> N
         module = ModuleType(f"quant.{name}")
         module.__dict__.update(functions)
         monkeypatch.setitem(sys.modules, f"quant.{name}", module)
-    data = kv.make_inputs(kv.GATE_SHAPE, torch.float32, CPU)
+    data = inputs.make_inputs(gates.GATE_SHAPE, torch.float32, CPU)
     torch.testing.assert_close(kv.kivi(data)().float(), kv.dense_truth(data).float(), rtol=1e-2, atol=2e-3)
     peers = [
         {p.name: p.differs for case in family(d) for p in case.providers if p.column == "peer"} for d in (CPU, CUDA)

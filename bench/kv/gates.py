@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What providers are judged by before they are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..registry import Gate
+from .caches import CacheShape
+from .inputs import Inputs, Make, make_inputs
+
+GATE_SHAPE = CacheShape(2, 300)
+# Allowed error of each element relative to the element plus the mean magnitude. Tests judge the last bits.
+GATE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
+
+
+def gate(
+    make: Make, truth: Callable[[Inputs], Tensor], dtype: torch.dtype, device: torch.device, roundings: int = 1
+) -> Gate:
+    """One call on a small cache, compared elementwise."""
+    data = make_inputs(GATE_SHAPE, dtype, device)
+    got, want = make(data)().double(), truth(data).double()
+    if got.shape != want.shape:
+        return Gate(float("inf"))
+    error = (got - want).abs() / (roundings * GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))
+    return Gate(error.nan_to_num(nan=float("inf")).max().item())
+
+
+def own_reason(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    from singlepass._ops import OPS
+
+    return OPS[op].rejection(backend, device.type, (dtype,))
