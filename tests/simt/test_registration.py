@@ -32,10 +32,11 @@ def copied(value: Any) -> Any:
 @pytest.mark.parametrize("name", OPS)
 def test_every_op(name: str) -> None:
     op = OPS[name]
+    other = "eager" if name == "kv_decode" else "native"  # which rounds 16-bit queries to integers on CPUs
     for sample in (sample for sample in FAMILIES[op.family].samples("cpu") if sample.op is op):
         ours, native = copied(sample.arguments), copied(sample.arguments)
         got = overload(op)(*ours, **sample.options)
-        want = op.on("native")(*native, **sample.options)
+        want = op.on(other)(*native, **sample.options)
         for a, b in zip(tree_leaves((got, ours)), tree_leaves((want, native)), strict=True):
             if isinstance(a, Tensor):
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
