@@ -219,11 +219,12 @@ def _softmax(logits: Bounded, seen: Array, sink: float | None, lse: Array | None
     largest = np.maximum(np.abs(np.where(seen, s, 0.0)).max(1, initial=0.0), np.abs(finite))
     if sink is not None:
         largest = np.maximum(largest, abs(sink))
-    in_sum = 0.0 if given else (p * e).sum(1)
+    in_sum = np.zeros(len(p)) if given else (p * np.expm1(e)).sum(1)
+    assert in_sum.max(initial=0.0) < 0.1, "inputs for which this tells nothing"
     roundings = WEIGHT_ROUNDINGS + length + 5 * -(-length // PIECE)
-    common = in_sum + HALF_ULP * (24.0 * largest + roundings)
-    relative = 1.01 * (e + common[:, None])  # the second order is less than a hundredth of the first
-    assert relative.max(initial=0.0) < 0.01, "inputs for which this tells nothing"
+    common = HALF_ULP * (24.0 * largest + roundings) - np.log1p(-in_sum)
+    relative = np.expm1(1.01 * (e + common[:, None]))  # roundings of roundings are less than a hundredth of them
+    assert relative.max(initial=0.0) < 0.2, "inputs for which this tells nothing"
     return Weights(p, relative, Bounded(lse, 1.01 * common + 2.0 * HALF_ULP * np.abs(finite)))
 
 
@@ -304,7 +305,8 @@ def attention(
             logits = _logits(q[b, row], k, k_magnitude, scale, softcap, more)
             w = _softmax(logits, shown, None if sinks is None else float(sinks[row]))
             out[0, b, row] = w.p @ v
-            weights = w.p * (w.relative + 1.01 * (len(k) + LOGIT_ROUNDINGS) * HALF_ULP) + UNDERFLOW * shown
+            of_sums = 1.01 * (len(k) + LOGIT_ROUNDINGS) * HALF_ULP
+            weights = w.p * (w.relative + (1.0 + w.relative) * of_sums) + UNDERFLOW * shown
             out[1, b, row] = weights @ v_magnitude
             begin = 0
             for (_, values, _), some in zip(parts, present, strict=True):
