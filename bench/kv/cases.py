@@ -305,9 +305,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES["cuda" if device.type == "cuda" else "cpu"]:
             for op in TITLES:
-                if op in MODEL_OPS:
-                    continue
-                if op == DECODE or (shape.batch == 1 and shape.length <= (32768 if op != SALIENCY else 8192)):
+                alone = shape.batch == 1 and shape.length <= (32768 if op != SALIENCY else 8192)
+                if op in OWN and (op == DECODE or alone):
                     yield case(op, shape, dtype, device.type == "cuda")
     for length in MODEL_LENGTHS:
         for op in MODEL_OPS:

@@ -12,7 +12,7 @@ from .caches import DECODE, FIRST_TOKEN, LOW_RANK, LOW_RANK_CODES, NEXT_TOKEN, P
 # CPU. Short caches are those that a processor holds.
 TIMES_DENSE = {True: 3.33, False: 1.0}
 TIMES_DENSE_LOW_RANK = {LOW_RANK: 1.7, LOW_RANK_CODES: 5.0}  # of long caches
-TIMES_DENSE_INTEL = {LOW_RANK: 1.7, LOW_RANK_CODES: 4.0}  # whose bfloat16 is fast
+TIMES_DENSE_INTEL = TIMES_DENSE_LOW_RANK | {LOW_RANK_CODES: 4.0}  # whose bfloat16 is fast
 SHARE_OF_PROJECTION = 0.1  # projecting and appending a token, over attention to that many
 PROJECTION_LENGTH = 4096
 LONG = 32768

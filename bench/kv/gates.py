@@ -17,16 +17,21 @@ GATE_SHAPE = CacheShape(2, 300)
 GATE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
 
 
-def gate(
-    make: Make, truth: Callable[[Inputs], Tensor], dtype: torch.dtype, device: torch.device, roundings: int = 1
-) -> Gate:
-    """One call on a small cache, compared elementwise."""
-    data = make_inputs(GATE_SHAPE, dtype, device)
-    got, want = make(data)().double(), truth(data).double()
+def compare(got: Tensor, want: Tensor, dtype: torch.dtype, roundings: int = 1) -> Gate:
+    """Elementwise."""
+    got, want = got.double(), want.double()
     if got.shape != want.shape:
         return Gate(float("inf"))
     error = (got - want).abs() / (roundings * GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))
     return Gate(error.nan_to_num(nan=float("inf")).max().item())
+
+
+def gate(
+    make: Make, truth: Callable[[Inputs], Tensor], dtype: torch.dtype, device: torch.device, roundings: int = 1
+) -> Gate:
+    """One call on a small cache."""
+    data = make_inputs(GATE_SHAPE, dtype, device)
+    return compare(make(data)(), truth(data), dtype, roundings)
 
 
 def own_reason(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -7,7 +7,7 @@ The model has the shape of SmolLM2-135M, and random weights: times do not depend
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from .caches import (
     ModelShape,
     packed_bytes,
 )
-from .gates import GATE_SHAPE, GATE_TOLERANCE, own_reason
+from .gates import GATE_SHAPE, compare, own_reason
 from .inputs import Call
 
 SMALL = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, inner=96, vocabulary=200)
@@ -34,7 +34,7 @@ SMOLLM2 = ModelShape(layers=30, hidden=576, heads=9, kv_heads=3, inner=1536, voc
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model reads."""
+    """What a model reads, and the model's shape and dtype."""
 
     shape: ModelShape
     ids: Tensor
@@ -99,15 +99,15 @@ def logits(model: Any, ids: Tensor, cache: Any) -> Tensor:
     return found
 
 
-def first_token(kind: Kind, dtype: torch.dtype | None, prompt: Prompt) -> Call:
+def first_token(kind: Kind, prompt: Prompt) -> Call:
     """A prompt is read into an empty cache."""
-    model = language_model(prompt.shape, kind.attention, dtype or prompt.dtype, prompt.ids.device)
+    model = language_model(prompt.shape, kind.attention, prompt.dtype, prompt.ids.device)
     return lambda: logits(model, prompt.ids, kind.make(model.config))
 
 
-def next_token(kind: Kind, dtype: torch.dtype | None, prompt: Prompt) -> Call:
+def next_token(kind: Kind, prompt: Prompt) -> Call:
     """One token, after a prompt; then it is removed from the cache again."""
-    model = language_model(prompt.shape, kind.attention, dtype or prompt.dtype, prompt.ids.device)
+    model = language_model(prompt.shape, kind.attention, prompt.dtype, prompt.ids.device)
     cache = kind.make(model.config)
     logits(model, prompt.ids, cache)
 
@@ -127,9 +127,8 @@ def model_gate(
 ) -> Gate:
     """A step of a small model, with the truth in float64 where tokens are not quantised."""
     prompt = make_prompt(SMALL, GATE_SHAPE, dtype, device)
-    exact = torch.float64 if truth is uncompressed else dtype
-    got, want = (MODEL_OPS[op](make(), to, prompt)().double() for make, to in ((kind, dtype), (truth, exact)))
-    return Gate(((got - want).abs() / (GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))).max().item())
+    exact = replace(prompt, dtype=torch.float64) if truth is uncompressed else prompt
+    return compare(MODEL_OPS[op](kind(), prompt)(), MODEL_OPS[op](truth(), exact)(), dtype)
 
 
 def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
@@ -144,7 +143,7 @@ def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
             return missing("transformers", device) or own
 
         def prepare(data: Any) -> Step:
-            return Step(MODEL_OPS[op](kind(), None, data))
+            return Step(MODEL_OPS[op](kind(), data))
 
         gate = partial(model_gate, op, kind, truth, dtype)
         return Provider(name, column, tier, prepare=prepare, gate=gate, why_not=why_not, footprint=3 * weights)

@@ -9,10 +9,11 @@
 
 // Copies are left out where there is nothing to copy: then there may be no memory either, which memcpy is not to see.
 namespace singlepass {
+
+#if defined(SINGLEPASS_HAS_TARGETS)
 namespace {
 
 // The float16 that fill vectors, by an instruction that compilers do not choose by themselves. Returns how many.
-#if defined(SINGLEPASS_HAS_TARGETS)
 SINGLEPASS_TARGET_AVX2 int64_t widen_vectors(const uint16_t* from, int64_t n, float* to) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -20,9 +21,9 @@ SINGLEPASS_TARGET_AVX2 int64_t widen_vectors(const uint16_t* from, int64_t n, fl
   }
   return i;
 }
-#endif
 
 }  // namespace
+#endif
 
 SINGLEPASS_TARGET_CLONES void widen(const void* from, DType dtype, float* to, int64_t n) {
   const uint16_t* half = static_cast<const uint16_t*>(from);

@@ -65,7 +65,7 @@ void prefetch(const uint8_t* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-// to = x * steps, where `to` may be x. Returns x . minima.
+// to = x * steps. Returns x . minima.
 SINGLEPASS_TARGET_CLONES float fold(const float* x, const float* steps, const float* minima, int64_t n, float* to) {
   Vector sums = {};
   int64_t d = 0;
@@ -224,11 +224,11 @@ class Worker {
 
   // scores_ = (q s) . n of n tokens, and q . m added where that is the same for all of them.
   void multiply_keys(const Packed& keys, int64_t slot, int64_t n) {
-    const uint8_t* codes = keys.codes_at(b_, h_, slot);
+    const Rows codes = {keys.codes_at(b_, h_, slot), keys.bits};
     if (as_integers_) {
-      dot(queries_.integers.data(), p_.rows(), Codes{codes, keys.bits}, n, p_.head_dim, integer_sums_.data(), kPiece);
+      dot(queries_.integers.data(), p_.rows(), codes, n, p_.head_dim, integer_sums_.data(), kPiece);
     } else {
-      dot(queries_.floats.data(), p_.rows(), Rows{codes, keys.bits}, n, p_.head_dim, scores_.data(), kPiece);
+      dot(queries_.floats.data(), p_.rows(), codes, n, p_.head_dim, scores_.data(), kPiece);
     }
     for (int64_t r = 0; r < p_.rows(); ++r) {
       const float bias = keys.axis == Axis::kChannel ? queries_.folded[r].bias : 0.0f;
@@ -281,10 +281,9 @@ class Worker {
     read_steps(values, slot, n);
     const float largest = largest_integer(values.bits, kPiece);
     weights_.fold(scores_.data(), steps_.data(), minima_.data(), n, largest);
-    const uint8_t* codes = values.codes_at(b_, h_, slot);
+    const Rows codes = {values.codes_at(b_, h_, slot), values.bits};
     if (as_integers_) {
-      accumulate(weights_.integers.data(), kPiece, p_.rows(), Codes{codes, values.bits}, n, p_.value_dim,
-                 integer_sums_.data());
+      accumulate(weights_.integers.data(), kPiece, p_.rows(), codes, n, p_.value_dim, integer_sums_.data());
       for (int64_t r = 0; r < p_.rows(); ++r) {
         const int64_t row = r * p_.value_dim;
         add_integers(&integer_sums_[row], p_.value_dim, weights_.folded[r].step, weights_.folded[r].bias,
@@ -292,7 +291,7 @@ class Worker {
       }
     } else {
       std::fill(sums_.begin(), sums_.end(), 0.0f);
-      accumulate(weights_.floats.data(), kPiece, p_.rows(), Rows{codes, values.bits}, n, p_.value_dim, sums_.data());
+      accumulate(weights_.floats.data(), kPiece, p_.rows(), codes, n, p_.value_dim, sums_.data());
       add_sums(to, weights_.folded.data());
     }
   }

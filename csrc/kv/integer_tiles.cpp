@@ -228,20 +228,6 @@ Loop* choose(Loop* plain, Loop* avx2, Loop* vnni) {
 #define SINGLEPASS_KV_LOOP(name, ...) name##_plain<__VA_ARGS__>
 #endif
 
-// Calls body.template operator()<kRows, kBits>(row).
-template <class Body>
-void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
-  by_rows(rows, [&]<int kRows>(int64_t r) {
-    if (bits == 2) {
-      body.template operator()<kRows, 2>(r);
-    } else if (bits == 4) {
-      body.template operator()<kRows, 4>(r);
-    } else {
-      body.template operator()<kRows, 8>(r);
-    }
-  });
-}
-
 // The first n floats from there on, up to eight, with zeros after them.
 SINGLEPASS_HD Vector load_up_to(const float* from, int64_t n) {
   return n >= kLanes ? load_vector(from) : load_part(from, n > 0 ? n : 0);
@@ -310,18 +296,19 @@ SINGLEPASS_TARGET_CLONES void add_integers(const int32_t* sums, int64_t n, float
   }
 }
 
-void dot(const int16_t* q, int64_t rows, const Codes& tokens, int64_t count, int64_t head_dim, int32_t* sums,
+void dot(const int16_t* q, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim, int32_t* sums,
          int64_t stride) {
+  const uint8_t* codes = static_cast<const uint8_t*>(tokens.data);
   by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
-    SINGLEPASS_KV_LOOP(dot, n, bits)(q + r * head_dim, tokens.data, count, head_dim, sums + r * stride, stride);
+    SINGLEPASS_KV_LOOP(dot, n, bits)(q + r * head_dim, codes, count, head_dim, sums + r * stride, stride);
   });
 }
 
-void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Codes& tokens, int64_t count,
+void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count,
                 int64_t head_dim, int32_t* sums) {
+  const uint8_t* codes = static_cast<const uint8_t*>(tokens.data);
   by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
-    SINGLEPASS_KV_LOOP(accumulate, n, bits)(weights + r * stride, stride, tokens.data, count, head_dim,
-                                            sums + r * head_dim);
+    SINGLEPASS_KV_LOOP(accumulate, n, bits)(weights + r * stride, stride, codes, count, head_dim, sums + r * head_dim);
   });
 }
 

@@ -5,16 +5,12 @@
 #include <cstdint>
 #include <limits>
 
-// Loops on the CPU over the codes of a few tokens, as integers. What codes are multiplied by, queries or weights, is
-// rounded to 16-bit integers with a step of its own for each row, and that is all that is lost: the sums of products
-// are exact, and so the same on every processor.
-namespace singlepass::kv {
+#include "kv/tiles.h"
 
-// Packed codes of tokens that follow one another.
-struct Codes {
-  const uint8_t* data;
-  int bits;
-};
+// Loops on the CPU over the codes of a few tokens, as integers: Rows that are no floats. What codes are multiplied by,
+// queries or weights, is rounded to 16-bit integers with a step of its own for each row, and that is all that is lost:
+// the sums of products are exact, and so the same on every processor.
+namespace singlepass::kv {
 
 inline constexpr int64_t kIntegerPad = 32;  // integers that may be read beyond the last row of queries
 
@@ -42,11 +38,11 @@ void add_integers(const int32_t* sums, int64_t n, float step, float bias, const 
                   float* out);
 
 // sums[r * stride + t] = q_r . token_t. May write sums up to the next multiple of 8 tokens.
-void dot(const int16_t* q, int64_t rows, const Codes& tokens, int64_t count, int64_t head_dim, int32_t* sums,
+void dot(const int16_t* q, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim, int32_t* sums,
          int64_t stride);
 
 // sums_r = sum over t of weights[r * stride + t] * token_t. If count is odd, the weight after the last is 0.
-void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Codes& tokens, int64_t count,
+void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count,
                 int64_t head_dim, int32_t* sums);
 
 }  // namespace singlepass::kv

@@ -162,21 +162,11 @@ SINGLEPASS_TARGET_CLONES void unpack_rows(const uint8_t* codes, int64_t tokens, 
   }
 }
 
-// Calls body.template operator()<kRows, kBits>(row).
+// by_rows_and_bits, for floats as well.
 template <class Body>
-void by_rows_and_bits(int64_t rows, int bits, const Body& body) {
-  by_rows(rows, [&]<int kRows>(int64_t r) {
-    switch (bits) {
-      case 2:
-        return body.template operator()<kRows, 2>(r);
-      case 4:
-        return body.template operator()<kRows, 4>(r);
-      case 8:
-        return body.template operator()<kRows, 8>(r);
-      default:
-        return body.template operator()<kRows, kFloats>(r);
-    }
-  });
+void by_rows_of_any_kind(int64_t rows, int bits, const Body& body) {
+  if (bits == kFloats) return by_rows(rows, [&]<int kRows>(int64_t r) { body.template operator()<kRows, kFloats>(r); });
+  by_rows_and_bits(rows, bits, body);
 }
 
 }  // namespace
@@ -203,14 +193,14 @@ SINGLEPASS_TARGET_CLONES void restore(const uint16_t* steps, int64_t groups, int
 
 void dot(const float* q, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim, float* scores,
          int64_t stride) {
-  by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
+  by_rows_of_any_kind(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
     dot_rows<n, bits>(q + r * head_dim, tokens.data, count, head_dim, scores + r * stride, stride);
   });
 }
 
 void accumulate(const float* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim,
                 float* sums) {
-  by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
+  by_rows_of_any_kind(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
     accumulate_rows<n, bits>(weights + r * stride, stride, tokens.data, count, head_dim, sums + r * head_dim);
   });
 }

@@ -42,8 +42,8 @@ void check_products(const Drawn& codes, int64_t rows, std::mt19937& random) {
   draw(weights, kStride);
   for (int64_t r = 0; r < rows && count % 2 == 1; ++r) weights[r * kStride + count] = 0;
   std::vector<int32_t> scores(rows * kStride), sums(rows * head_dim);
-  dot(q.data(), rows, Codes{codes.data.data(), codes.bits}, count, head_dim, scores.data(), kStride);
-  accumulate(weights.data(), kStride, rows, Codes{codes.data.data(), codes.bits}, count, head_dim, sums.data());
+  dot(q.data(), rows, Rows{codes.data.data(), codes.bits}, count, head_dim, scores.data(), kStride);
+  accumulate(weights.data(), kStride, rows, Rows{codes.data.data(), codes.bits}, count, head_dim, sums.data());
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t t = 0; t < count; ++t) {
       int64_t expected = 0;
