@@ -224,7 +224,7 @@ TRUTHS: dict[str, Callable[[Inputs], Tensor]] = {
     LOW_RANK: partial(low_rank_truth, None),
     LOW_RANK_CODES: partial(low_rank_truth, (4, 2)),
 }
-OPS_OF = {LOW_RANK: DECODE, LOW_RANK_CODES: DECODE, PROJECT: DECODE}  # which op a layer runs
+OPS_OF = {LOW_RANK: DECODE, LOW_RANK_CODES: DECODE, PROJECT: "kv_project_"}  # which op a layer runs
 
 
 def eager_truth(op: str, data: Inputs) -> Tensor:

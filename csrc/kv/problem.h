@@ -111,6 +111,28 @@ struct Decode : DecodeArguments {
   std::vector<Segment> segments;
 };
 
+// A head of one of the tensors of tokens, and its basis: (channels, rank), a row for each channel.
+struct Projected {
+  size_t source;  // of Projection::sources
+  int64_t head, rank;
+  const float* basis;
+  Tokens out;
+  int64_t place;  // among the heads of out
+};
+
+struct Source {
+  Tokens x;
+  int64_t head_dim;
+};
+
+struct Projection {
+  int64_t batch, group_size, tokens;  // group_size: heads of x and of out for each of those numbered
+  std::vector<Source> sources;
+  std::vector<Projected> heads;
+  Tokens cos, sin;  // for all heads of the first source; data is null: nothing is rotated
+  int64_t rotated;  // channels
+};
+
 // Segments that decode takes on GPUs.
 inline constexpr size_t kMaxSegments = 4;
 
@@ -125,6 +147,7 @@ void quantize(const CodecCall& p, const ParallelFor& parallel_for);
 void dequantize(const CodecCall& p, const ParallelFor& parallel_for);
 void saliency(const Saliency& p, const ParallelFor& parallel_for);
 void decode(const Decode& p, const ParallelFor& parallel_for);
+void project(const Projection& p, const ParallelFor& parallel_for);
 
 // Each in one launch.
 void quantize(const CodecCall& p, const Gpu& gpu);

@@ -264,6 +264,87 @@ inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tens
   return p;
 }
 
+// cos or sin of every token, for all heads.
+inline kv::Tokens turns_of(const char* op, const char* role, const Tensor& t, const Tensor& x) {
+  check_device(op, role, t, x);
+  const bool fits = t.dim() == 3 && (t.size(0) == x.size(0) || t.size(0) == 1) && t.size(1) == x.size(2);
+  if (!fits || t.size(2) < 2 || t.size(2) > x.size(3) || t.size(2) % 2 != 0 || (t.numel() > 0 && t.stride(2) != 1)) {
+    fail(op, role, " (batch or 1, tokens, an even number of channels) for x ", shape_of(x), ", dense in the last; got ",
+         shape_of(t), ". Pass what rotary embeddings give.");
+  }
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, role, t), t.size(0) == 1 ? 0 : t.stride(0), 0,
+          t.stride(1)};
+}
+
+// The heads of a group, of which `out` holds the vectors.
+inline void add_projected(kv::Projection* p, size_t source, const Tensor& basis, const Tensor& out,
+                          const std::vector<int64_t>& heads, size_t first) {
+  const char* op = "kv_project_";
+  const kv::Source& from = p->sources[source];
+  check_layout(op, "bases", basis, ScalarType::Float, {-1, from.head_dim, -1}, 0);
+  const int64_t own = basis.size(0), rank = basis.size(2);
+  const kv::Tokens to = tokens_of(op, "out", out);
+  if (to.dtype != from.x.dtype || out.size(0) != p->batch || out.size(1) != own * p->group_size ||
+      out.size(2) != p->tokens || out.size(3) != rank || first + static_cast<size_t>(own) > heads.size()) {
+    fail(op, "out of x's dtype, batch and tokens, with the heads and the rank of its basis ", shape_of(basis), "; got ",
+         shape_of(out), ". Allocate it so.");
+  }
+  for (int64_t i = 0; i < own; ++i) {
+    const float* own_basis = static_cast<const float*>(basis.const_data_ptr()) + i * from.head_dim * rank;
+    p->heads.push_back({source, heads[first + static_cast<size_t>(i)], rank, own_basis, to, i});
+  }
+}
+
+inline kv::Projection projection_of(const Tensors& x, const Tensors& bases, const std::optional<Tensor>& cos,
+                                    const std::optional<Tensor>& sin, const Tensors& out,
+                                    const std::vector<int64_t>& heads) {
+  const char* op = "kv_project_";
+  const int64_t number = static_cast<int64_t>(heads.size());
+  std::vector<int64_t> sorted = heads;
+  std::sort(sorted.begin(), sorted.end());
+  for (int64_t i = 0; i < number; ++i) {
+    if (sorted[static_cast<size_t>(i)] != i)
+      fail(op, "heads 0 to ", number - 1, ", each once; got others. Check them.");
+  }
+  if (x.empty() || bases.size() % x.size() != 0 || bases.size() != out.size()) {
+    fail(op, "as many bases as outputs, a multiple of ", x.size(), "; got ", bases.size(), " and ", out.size(), ".");
+  }
+  kv::Projection p = {};
+  for (const Tensor& t : x) {
+    p.sources.push_back({tokens_of(op, "x", t), t.size(3)});
+    check_device(op, "x", t, x[0]);
+    const bool alike = t.size(0) == x[0].size(0) && t.size(1) == x[0].size(1) && t.size(2) == x[0].size(2);
+    if (!alike || t.scalar_type() != x[0].scalar_type() || number == 0 || t.size(1) % number != 0) {
+      fail(op, "x of one dtype, one batch, as many tokens and a multiple of ", number, " heads; got ", shape_of(t),
+           ". Pass keys and values of the same tokens.");
+    }
+  }
+  p.batch = x[0].size(0);
+  p.group_size = x[0].size(1) / number;
+  p.tokens = x[0].size(2);
+  if (cos.has_value() != sin.has_value()) fail(op, "both cos and sin, or neither; got one. Pass both.");
+  if (cos.has_value()) {
+    p.cos = turns_of(op, "cos", *cos, x[0]);
+    p.sin = turns_of(op, "sin", *sin, x[0]);
+    p.rotated = cos->size(2);
+    if (sin->size(2) != p.rotated || p.sin.dtype != p.cos.dtype) {
+      fail(op, "sin of as many channels as cos, and of its dtype; got ", shape_of(*sin), ". Pass both alike.");
+    }
+  }
+  const size_t groups = bases.size() / x.size();
+  for (size_t i = 0; i < x.size(); ++i) {
+    size_t first = 0;
+    for (size_t k = i * groups; k < (i + 1) * groups; ++k) {
+      check_device(op, "bases", bases[k], x[0]);
+      check_device(op, "out", out[k], x[0]);
+      add_projected(&p, i, bases[k], out[k], heads, first);
+      first += static_cast<size_t>(bases[k].size(0));
+    }
+    if (first != heads.size()) fail(op, "bases of ", number, " heads; got those of ", first, ". Pass one for each.");
+  }
+  return p;
+}
+
 template <class Backend>
 void kv_quantize_(Tensor x, std::optional<Tensor> index, Tensor starts, Tensor counts, Tensor codes, Tensor scales,
                   std::optional<Tensor> channels, int64_t bits, int64_t axis) {
@@ -303,6 +384,14 @@ std::tuple<Tensor, Tensor> kv_decode(Tensor q, Tensors segments, Tensor window_k
   p.lse = static_cast<float*>(lse.data_ptr());
   kv::decode(p, on.where());
   return {out, lse};
+}
+
+template <class Backend>
+void kv_project_(Tensors x, Tensors bases, std::optional<Tensor> cos, std::optional<Tensor> sin, Tensors out,
+                 std::vector<int64_t> heads) {
+  if (x.empty()) fail("kv_project_", "tokens; got none. Pass some.");
+  const Backend on("kv_project_", x[0]);
+  kv::project(projection_of(x, bases, cos, sin, out, heads), on.where());
 }
 
 template <class Backend, class Library>

@@ -13,7 +13,7 @@ from singlepass._ops import kv as ops
 from singlepass.kv import quantize
 
 from ..samples import Sample
-from . import test_attention, test_functional, test_saliency
+from . import test_attention, test_functional, test_projection, test_saliency
 from .inputs import Attention, attention, tokens
 from .test_attention import CODECS, RAGGED
 
@@ -21,6 +21,7 @@ FLOAT64 = {
     ops.decode: test_attention.test_against_float64,
     ops.dequantize_: test_functional.test_against_float64,
     ops.quantize_: test_functional.test_against_float64,
+    ops.project_: test_projection.test_against_float64,
     ops.saliency: test_saliency.test_against_float64,
 }
 
@@ -47,6 +48,14 @@ def saliencies() -> Iterator[Sample]:
         yield Sample(ops.saliency, (q, k, positions, mask, lse), {"scale": 0.2, "softcap": 5.0})
 
 
+def projections() -> Iterator[Sample]:
+    for layout, channels in (("contiguous", 0), ("transposed", 32)):
+        x, bases = tokens((2, 4, 9, 32), layout=layout), test_projection.bases(32)
+        out = [torch.zeros(2, n, 9, rank) for n, rank in test_projection.RAGGED]
+        cos, sin = test_projection.turns(x, channels) if channels else (None, None)
+        yield Sample(ops.project_, ([x], bases, cos, sin, out), {"heads": test_projection.HEADS})
+
+
 def decode(case: Attention) -> Sample:
     """The op's arguments in a call of the public function."""
     parts = []
@@ -60,7 +69,7 @@ def decode(case: Attention) -> Sample:
 
 
 def samples(device: str) -> Iterator[Sample]:
-    made = [*codecs(), *saliencies()]
+    made = [*codecs(), *saliencies(), *projections()]
     for codec in (*CODECS, None):
         more = codec in ("kivi", "groups", None)
         dtype = torch.bfloat16 if more else torch.float32

@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from singlepass._check import recorded
 from singlepass.kv import Codec, MatryoshkaLayer
+from singlepass.reference.kv import rotated
 
 from ..tolerances import assert_same_bits
 from .inputs import generator
 from .layers import assert_same, dense, drawn, part
+from .test_projection import turns
 
 
 def bases(heads: int, width: int, seed: int = 0) -> Tensor:
@@ -80,6 +83,44 @@ def test_head_dims(width: int, value_width: int) -> None:
     layer.append(k, v)
     kept = truncated(k, bases(2, width), ranks[0]), truncated(v, bases(2, value_width, 1), ranks[1])
     check(layer.attend(q), dense(q, *kept), q, k, v)
+
+
+@pytest.mark.parametrize("bits", [None, (4, 2)])
+@pytest.mark.parametrize("ranks", ["uniform", "ragged"])
+def test_rotary_embeddings_within(ranks: str, bits: Any) -> None:
+    """Keys and queries rotated on the way are what those rotated before are, but for the rounding of one."""
+    q, k, v = drawn(40, heads=4, dtype=torch.float32)
+    rotary = turns(k, 24)
+    first, last = ([t[:, part] for t in rotary] for part in (slice(0, 30), slice(30, 40)))
+    within, before = (made(4, ranks=RANKS[ranks], bits=bits, window=16) for _ in range(2))
+    turned = [rotated(x, *rotary) for x in (q, k)]
+    within.store(turned[0][:, :, :30], *part((k, v), 0, 30), rotary=first)
+    within.append(*part((k, v), 30, 40), rotary=last)
+    before.store(*part((*turned, v), 0, 30))
+    before.append(*part((turned[1], v), 30, 40))
+    outs = within.attend(q[:, :, 30:], rotary=last), before.attend(turned[0][:, :, 30:])
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-4, atol=1e-4 if bits is None else 2e-2)
+    assert_same(within.dequantize()[1], before.dequantize()[1])
+    with pytest.raises(ValueError, match=r"rotary \(1 or 2, 1, up to 32 channels\)"):
+        within.append(*part((k, v), 0, 1), rotary=rotary)
+    assert within.length == 40
+
+
+@pytest.mark.parametrize("bits", [None, (4, 2)])
+def test_new_tokens_are_written_where_they_stay(bits: Any) -> None:
+    """One op projects and stores them, as long as the window has room."""
+    _, k, v = drawn(20)
+    layer = made(bits=bits, window=16)
+    layer.append(*part((k, v), 0, 10))
+    layer.append(*part((k, v), 10, 11))  # which makes room for more
+    room = [t.data_ptr() for t in layer.tensors()]
+    with recorded() as ran, torch.profiler.profile() as profile:
+        layer.append(*part((k, v), 11, 12))
+    assert ran == {("kv_project_", "native")}
+    assert [t.data_ptr() for t in layer.tensors()] == room
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["singlepass::kv_project_"] == 1
+    assert not {"aten::copy_", "aten::matmul", "aten::empty"} & set(counts)
 
 
 def test_more_ranks_keep_more() -> None:

@@ -317,3 +317,20 @@ def attention(
                 begin = end
             sums[:, b, row] = w.lse.value, w.lse.error
     return Bounded(*out), Bounded(*sums)
+
+
+def project(x: Array, basis: Array, cos: Array | None, sin: Array | None) -> Bounded:
+    """x (B, H, L, D) @ basis (H, D, R), after cos and sin (B or 1, L, C) have rotated the first C channels of x:
+    RoFormer's equation 34 (arXiv 2104.09864), with channel i paired with channel i + C / 2. A sum of D products has D
+    roundings, a rotated channel three more; parts in tensor cores' formats carry 21 bits at least."""
+    value, magnitude, roundings = x.copy(), np.abs(x), x.shape[3] + 8.0
+    if cos is not None and sin is not None:
+        half = cos.shape[2] // 2
+        c, s = cos[:, None], sin[:, None]
+        first, second = x[..., :half], x[..., half : 2 * half]
+        value[..., :half] = first * c[..., :half] - second * s[..., :half]
+        value[..., half : 2 * half] = second * c[..., half:] + first * s[..., half:]
+        magnitude[..., :half] = np.abs(first * c[..., :half]) + np.abs(second * s[..., :half])
+        magnitude[..., half : 2 * half] = np.abs(second * c[..., half:]) + np.abs(first * s[..., half:])
+        roundings += 3.0
+    return Bounded(value @ basis, 1.01 * HALF_ULP * roundings * (magnitude @ np.abs(basis)))

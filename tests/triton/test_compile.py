@@ -24,6 +24,7 @@ from ..simt.truth import CASES, Case
 from .test_launches import (
     call_exchange,
     call_lorentz,
+    call_projection,
     call_rational,
     call_scale,
     call_spectral_step,
@@ -183,6 +184,17 @@ def test_kv_saliency(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     k = torch.zeros(1, 2, 100, width, dtype=dtype)
     probe_saliency(k, k, torch.zeros(100, dtype=torch.int64), backend="triton")
     for launch in [*recorded["log_sums_kernel"], *recorded["column_sums_kernel"]]:
+        ptx = check(launch, arch, tmp_path, rounded_otherwise=None)
+        assert re.search(r"mma\S*tf32|wgmma|tcgen05", ptx), "tensor cores multiply"
+
+
+@each_arch
+def test_kv_projection(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorded = record_kv(monkeypatch)
+    turn = ARCHS.index(arch)
+    x = torch.zeros(1, 4, 100, (128, 256, 80, 512)[turn], dtype=DTYPES[turn % 3])
+    call_projection(x, (64, 16), rotated=(0, 64)[turn % 2])
+    for launch in recorded["project_kernel"]:
         ptx = check(launch, arch, tmp_path, rounded_otherwise=None)
         assert re.search(r"mma\S*tf32|wgmma|tcgen05", ptx), "tensor cores multiply"
 

@@ -114,6 +114,12 @@ def test_one_misaligned_tensor_keeps_its_record_from_vectors(shifted: str, recor
     assert records[:, IS_ALIGNED.value].tolist() == [1, 0, 1]
 
 
+KV_KERNELS = (
+    *("codec_kernel", "decode_kernel", "merge_kernel", "log_sums_kernel", "column_sums_kernel"),
+    "project_kernel",
+)
+
+
 def record_kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What the launchers of the KV cache would launch."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -121,7 +127,14 @@ def record_kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     for op in OPS.values():
         monkeypatch.setattr(op, "_obstacles", {})
     recorders = {}
-    for name in ("codec_kernel", "decode_kernel", "merge_kernel", "log_sums_kernel", "column_sums_kernel"):
+    for name in (
+        "codec_kernel",
+        "decode_kernel",
+        "merge_kernel",
+        "log_sums_kernel",
+        "column_sums_kernel",
+        "project_kernel",
+    ):
         recorders[name] = Recorder(getattr(kv, name))
         monkeypatch.setattr(kv, name, recorders[name])
     return {name: recorder.launches for name, recorder in recorders.items()}
@@ -241,6 +254,24 @@ def test_kv_codec_and_saliency_are_not_compiled_again(monkeypatch: pytest.Monkey
             probe_saliency(x[:, :, :1].expand(-1, -1, probes, -1), x, torch.zeros(probes).long(), backend="triton")
     for name, variants in (("codec_kernel", 2), ("log_sums_kernel", 1), ("column_sums_kernel", 1)):
         assert len({launch.specialization(TARGET)[2] for launch in recorded[name]}) == variants, name
+
+
+def call_projection(x: torch.Tensor, ranks: tuple[int, ...] = (32, 16), rotated: int = 0) -> None:
+    """``kv_project_`` of as many groups of heads as there are ranks."""
+    heads = x.shape[1] // len(ranks)
+    bases = [torch.zeros(heads, x.shape[3], rank) for rank in ranks]
+    out = [torch.zeros(len(x), heads, x.shape[2], rank, dtype=x.dtype) for rank in ranks]
+    turns = torch.zeros(2, 1, x.shape[2], rotated, dtype=x.dtype) if rotated else (None, None)
+    OPS["kv_project_"].on("triton")([x], bases, *turns, out, heads=list(range(x.shape[1])))
+
+
+def test_kv_projection_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For other lengths, batches and heads; each rank is a kernel of its own."""
+    recorded = record_kv(monkeypatch)
+    for batch, length in ((1, 1), (2, 16), (3, 1000)):
+        call_projection(torch.zeros(batch, 4, length, 32))
+        call_projection(torch.zeros(batch, 4, length, 32), rotated=32)
+    assert len({launch.specialization(TARGET)[2] for launch in recorded["project_kernel"]}) == 4
 
 
 SPECTRAL_KERNELS = (

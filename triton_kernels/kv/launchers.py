@@ -14,8 +14,9 @@ from torch import Tensor
 from ..._errors import require
 from ..._ops import kv as ops
 from .._common import FUSED_OPTIONS, LAUNCH_OPTIONS, STORAGE
-from .._launch import device_guard
+from .._launch import device_guard, require_dtypes
 from .arguments import (
+    ANY,
     Packed,
     check_blocks,
     check_device,
@@ -32,6 +33,7 @@ from .arguments import (
 from .codec import codec_kernel
 from .decode import decode_kernel, merge_kernel
 from .functions import ROWS
+from .project import project_kernel
 from .saliency import column_sums_kernel, log_sums_kernel
 
 TILE_SIZE, CODEC_TILE_SIZE = 4096, 2048  # elements of a tile, limited by registers
@@ -40,6 +42,7 @@ LEAST_TILE = 16  # slots or rows, the fewest that tensor cores take
 # with one sequence. This depends on the blocks of a segment alone: a sequence gets the same bits in any batch.
 BLOCKS, SPLITS = 8, 64
 MERGED_SPLITS, MERGED_CHANNELS = 32, 64
+PROJECTED_ROWS, PROJECTED_CHANNELS = 64, 32
 SALIENCY_TILES = 4096, 8192  # elements of a tile of rows, and of a tile of tokens
 
 
@@ -250,3 +253,87 @@ def kv_saliency(
         programs = batch * heads * -(-length // block_t)
         column_sums_kernel[(programs,)](*arguments, sums, *constants, **FUSED_OPTIONS)
     return sums
+
+
+def _turns(op: str, role: str, t: Tensor | None, x: Tensor) -> tuple[int, int, int]:
+    """The address and the strides of cosines or sines; zeros if there are none."""
+    if t is None:
+        return 0, 0, 0
+    fits = t.dim() == 3 and t.shape[0] in (1, x.shape[0]) and t.shape[1] == x.shape[2] and t.stride(2) == 1
+    fits = fits and 2 <= t.shape[2] <= x.shape[3] and t.shape[2] % 2 == 0
+    contract = f"{role} (batch or 1, tokens, an even number of channels) for x {tuple(x.shape)}, dense in the last"
+    require(fits, op, contract, tuple(t.shape), "Pass what rotary embeddings give.")
+    return t.data_ptr(), 0 if t.shape[0] == 1 else t.stride(0), t.stride(1)
+
+
+@ops.project_.triton
+def kv_project_(
+    x: list[Tensor],
+    bases: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    out: list[Tensor],
+    *,
+    heads: list[int],
+) -> None:
+    """``kv_project_`` in Triton, in a launch for each group of each tensor."""
+    require(len(x) > 0, "kv_project_", "tokens", "none", "Pass some.")
+    op, number, groups = "kv_project_", len(heads), len(bases) // max(len(x), 1)
+    device = check_device(op, *x, *bases, cos, sin, *out)
+    require(sorted(heads) == list(range(number)), op, f"heads 0 to {number - 1}, each once", heads, "Check them.")
+    fits = len(bases) == len(out) == groups * len(x)
+    contract, got = f"as many bases as outputs, a multiple of {len(x)}", (len(bases), len(out))
+    require(fits, op, contract, got, "Pass one of each for each group of heads.")
+    require((cos is None) == (sin is None), op, "both cos and sin, or neither", "one", "Pass both.")
+    batch, rows, length = x[0].shape[0], x[0].shape[1], x[0].shape[2]
+    turns = *_turns(op, "cos", cos, x[0]), *_turns(op, "sin", sin, x[0])
+    rotated = 0 if cos is None else cos.shape[2]
+    if cos is not None and sin is not None:
+        require_dtypes(op, [cos, sin])
+        alike = cos.shape[2] == sin.shape[2] and cos.dtype == sin.dtype
+        require(alike, op, "sin as cos", f"{tuple(sin.shape)} of {sin.dtype}", "Pass both alike.")
+    launches = []
+    for i, tokens in enumerate(x):
+        check_tokens(op, "x", tokens)
+        alike = tokens.shape[:3] == x[0].shape[:3] and tokens.dtype == x[0].dtype
+        contract = f"x {tuple(x[0].shape[:3])} of {x[0].dtype} and a multiple of {number} heads"
+        fits = alike and number > 0 and rows % number == 0
+        require(fits, op, contract, f"{tuple(tokens.shape)} of {tokens.dtype}", "Pass the same tokens.")
+        own = [len(basis) for basis in bases[i * groups : (i + 1) * groups]]
+        require(sum(own) == number, op, f"bases of {number} heads", sum(own), "Pass one for each.")
+        for g in range(groups):
+            named = heads[sum(own[:g]) : sum(own[: g + 1])]
+            basis, to = bases[i * groups + g], out[i * groups + g]
+            check_layout(op, "bases", basis, torch.float32, (ANY, tokens.shape[3], ANY), 0)
+            check_tokens(op, "out", to)
+            shape = (batch, rows // number * len(named), length, basis.shape[2])
+            fits = to.shape == shape and to.dtype == tokens.dtype
+            contract = f"out {shape} of {tokens.dtype}"
+            require(fits, op, contract, f"{tuple(to.shape)} of {to.dtype}", "Allocate it so.")
+            launches.append((tokens, basis, to, turns, rotated if i == 0 else 0, cos, named))
+    with device_guard(device):
+        for launch in launches:
+            _project(*launch)
+
+
+def _project(
+    x: Tensor,
+    basis: Tensor,
+    out: Tensor,
+    turns: tuple[int, ...],
+    rotated: int,
+    cos: Tensor | None,
+    named: list[int],
+) -> None:
+    """The launch of one group of heads, of which there may be none."""
+    head_dim, rank, length = x.shape[3], basis.shape[2], x.shape[2]
+    group = out.shape[1] // max(len(named), 1)
+    programs = x.shape[0] * len(named) * -(-group * length // PROJECTED_ROWS)
+    if programs > 0:
+        project_kernel[(programs,)](
+            *(x.data_ptr(), *x.stride()[:3], basis.data_ptr(), out.data_ptr(), *out.stride()[:3], *turns),
+            *(tuple(map(unspecialized, named)), len(named), group, length),
+            *(STORAGE[x.dtype], "fp32" if cos is None else STORAGE[cos.dtype], rotated, head_dim, rank),
+            *(vector_of(x), PROJECTED_CHANNELS, min(triton.next_power_of_2(rank), 64), PROJECTED_ROWS),
+            **FUSED_OPTIONS,
+        )

@@ -86,3 +86,16 @@ decode = Op(
     dtypes="fp32, bf16, fp16; 8, 4, 2 bits",
     typed=(0, 2),
 )
+
+project_ = Op(
+    "kv",
+    "kv_project_(Tensor[] x, Tensor[] bases, Tensor? cos, Tensor? sin, Tensor(a!)[] out, *, int[] heads) -> ()",
+    None,
+    """Tokens in coordinates of bases, where heads of equal rank form a group. Each x[i] (B, Hx, L, D) has n = Hx / H
+    heads for each of H KV heads, one after another, and G groups: bases[i * G + g] (Hg, D, R), float32, has the basis
+    of a head in its columns; ``heads`` are the numbers of the heads, group after group, all H of them once.
+    out[i * G + g] (B, Hg * n, L, R), x's dtype, becomes x[i] @ basis for the heads of the group. cos and sin (B or 1,
+    L, C), x's dtype or float32: before, the first C channels of x[0] become x * cos + (-x2, x1) * sin, of their halves
+    (x1, x2).""",
+    used_by="`kv.MatryoshkaLayer`",
+)

@@ -22,7 +22,8 @@ _FOREIGN = "Pass what state_dict() gave."
 
 class DenseLayer:
     """Keys and values, and which of them are padding. Its methods do what those of the same name do in a
-    :class:`ZipCacheLayer`, but it trusts that its caller has checked the arguments; and all tokens can be removed.
+    :class:`ZipCacheLayer`, but it trusts that its caller has checked the arguments, and that padding is zero; and all
+    tokens can be removed.
 
     Attributes:
         length: number of tokens.
@@ -64,18 +65,32 @@ class DenseLayer:
     def store(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
         self.append(k, v, mask)
 
+    def begin(self, k: Tensor, v: Tensor) -> None:
+        """Makes it a cache of tokens like these, if it knows of none yet."""
+        if self._room is None:
+            self._room = k[:, :, :0].clone(), v[:, :, :0].clone()
+
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
-        k, v = without_padding(k, v, mask)
-        begin, end = self.length, self.length + k.shape[2]
-        room = self._room or (k.new_zeros((*k.shape[:2], 0, k.shape[3])), v.new_zeros((*v.shape[:2], 0, v.shape[3])))
-        keys, values = (grown(held, 2, begin, end) for held in room)
-        keys[:, :, begin:end], values[:, :, begin:end] = k, v
+        self.begin(k, v)
+        keys, values = self.reserve(k.shape[2])
+        keys.copy_(k)
+        values.copy_(v)
+        self.take(k.shape[2], mask)
+
+    def reserve(self, tokens: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert self._room is not None
+        begin, end = self.length, self.length + tokens
+        keys, values = (grown(held, 2, begin, end) for held in self._room)
+        self._room = keys, values
+        return keys[:, :, begin:end], values[:, :, begin:end]
+
+    def take(self, tokens: int, mask: Tensor | None = None) -> None:
         if mask is not None and self._mask is None:
-            self._mask = mask.new_ones((len(mask), begin))
+            self._mask = mask.new_ones((len(mask), self.length))
         if self._mask is not None:
-            more = (0, end - begin)
+            more = (0, tokens)
             self._mask = F.pad(self._mask, more, value=True) if mask is None else torch.cat((self._mask, mask), 1)
-        self._room, self.length = (keys, values), end
+        self.length += tokens
 
     def make_room(self, tokens: int) -> None:
         """There always is."""

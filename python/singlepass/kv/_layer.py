@@ -313,6 +313,20 @@ class ZipCacheLayer(Lasting):
             done += n
         self.length += tokens
 
+    def reserve(self, tokens: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Where new tokens go, keys and values, for those who compute them there and then call :meth:`take`. None: they
+        can't go there as they are, and :meth:`append` takes them."""
+        if self._held is None or mask is not None or self.codec.rotate:
+            return None
+        window = self._held.window
+        fits = window.length + tokens <= self.window and window.takes(None)
+        return window.reserve(tokens) if fits else None
+
+    def take(self, tokens: int, mask: Tensor | None = None) -> None:
+        """Counts the tokens in what :meth:`reserve` gave for them."""
+        self._tokens().window.take(tokens)
+        self.length += tokens
+
     @lasting
     def make_room(self, tokens: int) -> None:
         """Compresses the window unless it has room for so many tokens, or is empty: new ones are to stay in one

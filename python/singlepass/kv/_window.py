@@ -177,16 +177,28 @@ class Window:
     def append(self, k: Tensor, v: Tensor, shown: Tensor | None = None) -> None:
         """Adds tokens, of which there must be no more than fit; or one, which is padding in sequences that are not
         ``shown``, bool (batch,)."""
-        begin, end = self.length, self.length + k.shape[2]
+        keys, values = self.reserve(k.shape[2])
+        keys.copy_(k)
+        values.copy_(v)
+        self.take(k.shape[2], shown)
+
+    def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where the next tokens go, keys and values. Whoever fills that calls :meth:`take`."""
+        begin, end = self.length, self.length + tokens
         keys, values = (grown(held, 2, begin, end, self.size) for held in self.room)
-        keys[:, :, begin:end], values[:, :, begin:end] = k, v
+        self.room = keys, values
+        return keys[:, :, begin:end], values[:, :, begin:end]
+
+    def take(self, tokens: int, shown: Tensor | None = None) -> None:
+        """Counts the tokens in the room reserved, as :meth:`append` does."""
+        begin = self.length
         if self.counts is None and shown is not None and not bool(shown.all()):
-            self.counts = torch.full((k.shape[0],), begin, device=k.device)
+            self.counts = torch.full((len(shown),), begin, device=shown.device)
         if self.counts is not None:
             if shown is not None and bool(((self.counts == begin) & ~shown).any()):
                 self.probes.keep_newest_of(begin)  # sequences end here, and these are their last queries
-            self.counts = self.counts + (end - begin if shown is None else shown)
-        self.room, self.length = (keys, values), end
+            self.counts = self.counts + (tokens if shown is None else shown)
+        self.length += tokens
 
     def saliency(self, normalization: str, **options: Any) -> tuple[Tensor | None, int | Tensor]:
         """As :meth:`WindowProbes.saliency`, of its tokens."""

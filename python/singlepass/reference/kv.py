@@ -238,3 +238,36 @@ def decode(
     v = torch.where(seen[0].any(2)[..., None], values[0], 0.0)
     out = p @ torch.cat((v, *values[1:]), 2)[:, :, None]
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)[..., 0].float()
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, H, L, D) with its first channels turned by rotary embeddings, halves against each other."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, -1)
+    swapped = torch.cat((-second, first), -1)
+    return torch.cat((turned * cos[:, None].to(x.dtype) + swapped * sin[:, None].to(x.dtype), rest), -1)
+
+
+@ops.project_.eager
+def project_(
+    x: list[Tensor],
+    bases: list[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    out: list[Tensor],
+    *,
+    heads: list[int],
+) -> None:
+    """A product for each group of heads."""
+    groups = len(bases) // len(x)
+    for i, tokens in enumerate(x):
+        wide = tokens.double() if tokens.dtype == torch.float64 else tokens.float()
+        if i == 0 and cos is not None and sin is not None:
+            wide = rotated(wide, cos, sin)
+        rows = wide.unflatten(1, (len(heads), -1))  # (B, H, n, L, D)
+        begin = 0
+        for g in range(i * groups, (i + 1) * groups):
+            end = begin + len(bases[g])
+            own = rows[:, heads[begin:end]] @ bases[g][:, None].to(wide.dtype)
+            out[g].copy_(own.flatten(1, 2))
+            begin = end

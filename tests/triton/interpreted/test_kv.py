@@ -2,7 +2,7 @@
 """The KV cache's kernels against the truth of ``tests/kv``: codes bit for bit, sums within float32's bounds.
 
 These are a few of the cases there. All of them run in the interpreter too, in half an hour:
-``TRITON_INTERPRET=1 python -m pytest tests/kv/test_{functional,attention,saliency}.py``.
+``TRITON_INTERPRET=1 python -m pytest tests/kv/test_{functional,attention,saliency,projection}.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from singlepass.kv import dequantize
 from singlepass.triton_kernels.kv import launchers as kv
 
+from ...kv import test_projection as projection
 from ...kv import test_saliency as saliency
 from ...kv.inputs import NAN, Part, attention, check_bounds, check_codes, generator, quantized, restored, tokens
 from ...kv.test_attention import CODECS, RAGGED, alone
@@ -140,3 +141,10 @@ def test_saliency(shape: dict[str, Any], options: dict[str, Any]) -> None:
     if options.pop("lse", False):
         options["lse"] = torch.full(q.shape[:3], 9.0)
     saliency.check("triton", q, k, positions, **options)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [(FLOAT32, "transposed"), (BFLOAT16, "contiguous"), (FLOAT16, "offset")])
+def test_projection(dtype: torch.dtype, layout: str) -> None:
+    k, v = tokens((2, 8, 37, 64), dtype, layout), tokens((2, 8, 37, 48), dtype, layout, seed=5)
+    its = [projection.bases(64), projection.bases(48, seed=7)]
+    projection.check("triton", [k, v], its, projection.turns(k, 48, batch=2))

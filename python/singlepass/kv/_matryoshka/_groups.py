@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,40 +11,107 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._errors import require
+from ..._ops import kv as ops
 from .._dense import DenseLayer
-from .._functional import BITS
+from .._functional import BITS, FLOATS, last_dense
 from .._layer import ZipCacheLayer
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines
 
-class Basis:
-    """The directions that some heads keep.
+
+class Projection:
+    """Projects the keys or the values of all heads, those of a group on as many directions as the group keeps.
 
     Args:
         matrices: orthogonal (heads, channels, channels), a basis in the columns of each. If they are the identity,
             vectors come in coordinates of a basis already.
-        rank: how many directions are kept, the first ones.
+        heads: the numbers of the heads of each group.
+        ranks: how many directions each group keeps, the first ones.
+
+    Attributes:
+        order: the numbers of all heads, group after group.
+        bases: of each group (its heads, channels, rank).
+        is_identity: whether vectors come in coordinates of a basis already.
     """
 
-    def __init__(self, matrices: Tensor, rank: int):
-        self.channels, self.rank = matrices.shape[1], rank
+    def __init__(self, matrices: Tensor, heads: list[list[int]], ranks: list[int]):
+        self.channels, self.ranks = matrices.shape[1], ranks
+        self._heads, self.order = heads, [head for its in heads for head in its]
+        self.bases = [matrices[its, :, :rank].contiguous() for its, rank in zip(heads, ranks, strict=True)]
+        self._back = self.bases
         whole = torch.eye(self.channels, dtype=matrices.dtype, device=matrices.device)
-        self._kept = None if bool((matrices == whole).all()) else matrices[..., :rank]
+        self.is_identity = bool((matrices == whole).all())
 
     def settle(self, like: Tensor) -> None:
-        """Chooses dtype and device for such vectors. On CPUs products are float32: bfloat16 ones are slow if small."""
-        if self._kept is not None:
-            dtype = torch.promote_types(like.dtype, torch.float32) if like.device.type == "cpu" else like.dtype
-            self._kept = self._kept.to(like.device, dtype)
+        """Chooses dtypes and the device for such vectors. On CPUs products are float32: bfloat16 ones are slow if
+        small."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.bases = [basis.to(like.device, wide) for basis in self.bases]
+        narrow = wide if like.device.type == "cpu" else like.dtype
+        self._back = [basis.to(narrow) for basis in self.bases]
 
-    def project(self, x: Tensor) -> Tensor:
-        """x (batch, heads, tokens, channels) in coordinates of the basis (batch, heads, tokens, rank)."""
-        return x[..., : self.rank] if self._kept is None else (x.to(self._kept.dtype) @ self._kept).to(x.dtype)
+    def empty(self, x: Tensor) -> list[Tensor]:
+        """Room for what each group keeps of x (batch, n * heads, tokens, channels): (batch, n * its heads, tokens,
+        rank)."""
+        n = x.shape[1] // len(self.order)
+        sizes = zip(self._heads, self.ranks, strict=True)
+        return [x.new_empty((len(x), n * len(its), x.shape[2], rank)) for its, rank in sizes]
 
-    def back(self, y: Tensor) -> Tensor:
-        """What has these coordinates."""
-        if self._kept is None:
-            return F.pad(y, (0, self.channels - self.rank))
-        return (y.to(self._kept.dtype) @ self._kept.mT).to(y.dtype)
+    def copy(self, x: Tensor, to: list[Tensor]) -> None:
+        """Writes there what each group keeps of x, which comes in coordinates of the bases."""
+        rows = x.unflatten(1, (len(self.order), -1))
+        for heads, rank, place in zip(self._heads, self.ranks, to, strict=True):
+            place.copy_(rows[:, heads, ..., :rank].flatten(1, 2))
+
+    def back(self, parts: list[Tensor]) -> Tensor:
+        """Vectors of all heads (batch, n * heads, tokens, channels), from what each group keeps of them."""
+        restored = [self._restore(part, i) for i, part in enumerate(parts)]
+        if len(restored) == 1:
+            return restored[0].flatten(1, 2)
+        batch, _, n, tokens, channels = restored[0].shape
+        whole = restored[0].new_empty((batch, len(self.order), n, tokens, channels))
+        for heads, part in zip(self._heads, restored, strict=True):
+            whole[:, heads] = part
+        return whole.flatten(1, 2)
+
+    def _restore(self, part: Tensor, group: int) -> Tensor:
+        """A group's vectors (batch, its heads, n, tokens, channels)."""
+        rows = part.unflatten(1, (len(self._heads[group]), -1))
+        if self.is_identity:
+            return F.pad(rows, (0, self.channels - self.ranks[group]))
+        basis = self._back[group]
+        return (rows.flatten(2, 3).to(basis.dtype) @ basis.mT).to(part.dtype).unflatten(2, rows.shape[2:4])
+
+
+def project(
+    projections: Sequence[Projection],
+    x: Sequence[Tensor],
+    rotary: Rotary | None,
+    to: Sequence[list[Tensor]] | None,
+    backend: str | None,
+) -> list[list[Tensor]]:
+    """What each group keeps of each of x (batch, n * heads, tokens, channels), in one pass.
+
+    Args:
+        projections: of each of x; their groups have the same heads.
+        x: of the same tokens, such as keys and values.
+        rotary: what the first of x is rotated by before.
+        to: where that goes, as :meth:`Projection.empty` makes room.
+        backend: "native", "triton" or "eager"; None selects one.
+    """
+    places = [projection.empty(its) for projection, its in zip(projections, x, strict=True)] if to is None else list(to)
+    tokens, bases, out = list[Tensor](), list[Tensor](), list[Tensor]()
+    for i, (projection, its, place) in enumerate(zip(projections, x, places, strict=True)):
+        if projection.is_identity and (i > 0 or rotary is None):
+            projection.copy(its, place)
+        else:
+            tokens.append(last_dense(its))
+            bases += projection.bases
+            out += place
+    if tokens:
+        cos, sin = (None, None) if rotary is None else map(last_dense, rotary)
+        ops.project_(tokens, bases, cos, sin, out, heads=projections[0].order, backend=backend)
+    return places
 
 
 @dataclass
@@ -52,33 +120,33 @@ class Group:
 
     Attributes:
         heads: their numbers.
-        keys: directions that are kept of their keys.
-        values: and of their values.
         inner: their tokens, projected.
     """
 
     heads: list[int]
-    keys: Basis
-    values: Basis
     inner: ZipCacheLayer | DenseLayer
 
-    def of(self, x: Tensor) -> Tensor:
-        """Its heads of x (batch, heads, ...)."""
-        return x if len(self.heads) == x.shape[1] else x[:, self.heads]
-
-    def project(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Its heads of k and v (batch, heads, tokens, channels) in coordinates of the bases."""
-        return self.keys.project(self.of(k)), self.values.project(self.of(v))
-
-    def project_queries(self, q: Tensor, heads: int) -> Tensor:
-        """Queries of its heads likewise, of all the query heads of ``heads`` KV heads."""
-        group, queries = q.shape[1] // heads, q.shape[2]
-        rows = self.keys.project(self.of(q.unflatten(1, (heads, group)).flatten(2, 3)))
-        return rows.unflatten(2, (group, queries)).flatten(1, 2)
-
     def queries_of(self, x: Tensor, heads: int) -> Tensor:
-        """Of one number for each query head those of its heads."""
+        """Of one number for each query head of ``heads`` KV heads, those of its heads."""
         return x.unflatten(0, (heads, -1))[self.heads].flatten().contiguous()
+
+
+def check_rotary(where: str, rotary: Rotary | None, x: Tensor) -> Rotary | None:
+    """Cosines and sines for the tokens of x (batch, heads, tokens, channels), as kernels take them."""
+    if rotary is None:
+        return None
+    remedy = "Pass what the model's rotary embedding gives."
+    fits = isinstance(rotary, (tuple, list)) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary)
+    require(fits, where, "rotary as a pair of tensors, cosines and sines", type(rotary).__name__, remedy)
+    for t in rotary:
+        fits = t.dim() == 3 and t.shape[0] in (1, x.shape[0]) and t.shape[1] == x.shape[2] and t.dtype in FLOATS
+        fits = fits and t.shape == rotary[0].shape and t.device == x.device and 2 <= t.shape[2] <= x.shape[3]
+        contract = f"rotary (1 or {x.shape[0]}, {x.shape[2]}, up to {x.shape[3]} channels) on {x.device}"
+        require(fits and t.shape[2] % 2 == 0, where, contract, f"{tuple(t.shape)} of {t.dtype} on {t.device}", remedy)
+    if all(t.dtype == x.dtype for t in rotary):
+        return rotary
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return rotary[0].to(wide), rotary[1].to(wide)
 
 
 def check_bits(where: str, bits: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -21,11 +21,14 @@ from .._options import check_hides_newest, check_index, check_mask, check_new_to
 from .._prompt import behind, causal_attention
 from .._store import held_nbytes
 from ._bases import check_bases, check_ranks
-from ._groups import Basis, Group, check_bits
+from ._groups import Group, Projection, Rotary, check_bits, check_rotary, project
 
 _OP = "MatryoshkaLayer"
 _FOREIGN = "Pass what state_dict() of a layer with the same bases, ranks and options gave."
+_ANY_WIDTH = Codec()  # projected vectors are what is quantised, whose ranks the constructor has checked
 PREFILLS = ("full", "truncated")
+
+Places = list[tuple[Tensor, Tensor]]  # of each group's keys and values
 
 
 class MatryoshkaLayer(Lasting):
@@ -117,19 +120,27 @@ class MatryoshkaLayer(Lasting):
 
     def _new_groups(self) -> list[Group]:
         """Empty ones."""
-        members: dict[tuple[int, ...], list[int]] = {}
-        for head, ranks in enumerate(zip(*(ranks.tolist() for ranks in self._ranks), strict=True)):
+        return [Group(heads, self._new_inner()) for heads in self._members().values()]
+
+    def _new_inner(self) -> ZipCacheLayer | DenseLayer:
+        if self.bits is None:
+            return DenseLayer(self._scale, self.softcap, self.backend)
+        return ZipCacheLayer(**self._options())
+
+    def _members(self) -> dict[tuple[int, int], list[int]]:
+        """The heads of each pair of ranks, of keys and values."""
+        members: dict[tuple[int, int], list[int]] = {}
+        of_keys, of_values = (ranks.tolist() for ranks in self._ranks)
+        for head, ranks in enumerate(zip(of_keys, of_values, strict=True)):
             members.setdefault(ranks, []).append(head)
-        groups = []
-        for (of_keys, of_values), heads in members.items():
-            inner = (
-                DenseLayer(self._scale, self.softcap, self.backend)
-                if self.bits is None
-                else ZipCacheLayer(**self._options())
-            )
-            keys, values = (matrices[heads] for matrices in self._bases)
-            groups.append(Group(heads, Basis(keys, of_keys), Basis(values, of_values), inner))
-        return groups
+        return members
+
+    def _new_projections(self) -> tuple[Projection, Projection]:
+        """Of keys and of values."""
+        members = self._members()
+        keys, values = self._bases
+        heads, ranks = list(members.values()), list(zip(*members, strict=True))
+        return Projection(keys, heads, list(ranks[0])), Projection(values, heads, list(ranks[1]))
 
     def _options(self) -> dict[str, Any]:
         """Those of what holds quantised tokens."""
@@ -155,22 +166,25 @@ class MatryoshkaLayer(Lasting):
         """Removes all tokens."""
         self.length = 0
         self._groups = self._new_groups()
+        self._projections = self._new_projections()
         self._like: tuple[Tensor, Tensor] | None = None  # tokens' shape, dtype and device, once known
 
     def _groups_for(self, k: Tensor, v: Tensor) -> list[Group]:
-        """The groups, with bases of these tokens' dtype and device."""
+        """The groups, ready for such tokens."""
         if self._like is None:
             self._like = k[:, :, :0].clone(), v[:, :, :0].clone()
-            self._settle(self._groups, self._like[0])
+            self._settle(self._groups, self._like)
         for group in self._groups:
             group.inner.scale, group.inner.softcap = self._scale, self.softcap
         return self._groups
 
-    @staticmethod
-    def _settle(groups: list[Group], like: Tensor) -> None:
-        for group in groups:
-            group.keys.settle(like)
-            group.values.settle(like)
+    def _settle(self, groups: list[Group], like: tuple[Tensor, Tensor]) -> None:
+        """Makes projections and empty groups fit tokens like these."""
+        for projection, x in zip(self._projections, like, strict=True):
+            projection.settle(x)
+        for i, group in enumerate(groups):
+            if isinstance(group.inner, DenseLayer):
+                group.inner.begin(*(p.empty(x)[i] for p, x in zip(self._projections, like, strict=True)))
 
     def _check_held(self) -> tuple[Tensor, Tensor]:
         if self._like is None:
@@ -224,7 +238,7 @@ class MatryoshkaLayer(Lasting):
     # Adding tokens
 
     def _check_new(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        check_new_tokens(_OP, k, v, self._like, Codec(), self.backend)
+        check_new_tokens(_OP, k, v, self._like, _ANY_WIDTH, self.backend)
         for name, x, bases in zip("kv", (k, v), self._bases, strict=True):
             fits = x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
             contract = f"{name} (batch, {bases.shape[0]}, tokens, {bases.shape[1]}), as the bases"
@@ -254,7 +268,7 @@ class MatryoshkaLayer(Lasting):
         self._check_prompt(q, k, v, mask)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         k, v = without_padding(k, v, mask)
-        projected = [group.project(k, v) for group in self._groups_for(k, v)]
+        projected = self._project(k, v, self._places(k, v, prompt=True))
         keys, values = (k, v) if self.prefill_on == "full" else self._back(projected)
         seen = mask
         if self.length:
@@ -265,18 +279,23 @@ class MatryoshkaLayer(Lasting):
         return out
 
     @lasting
-    def store(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    def store(
+        self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None = None, *, rotary: Rotary | None = None
+    ) -> None:
         """Projects and adds a prompt as :meth:`prefill` does, for those who compute its attention by themselves.
 
         Args:
-            q: as for :meth:`prefill`; None: all tokens count as salient.
+            q: as for :meth:`prefill`, rotated already; None: all tokens count as salient.
             k, v, mask: as for :meth:`prefill`.
+            rotary: as for :meth:`append`.
 
         Raises:
             ValueError: as :meth:`prefill`. The cache is unchanged.
         """
         self._check_prompt(q, k, v, mask)
-        self._store(q, [group.project(k, v) for group in self._groups_for(k, v)], mask)
+        rotary = check_rotary(_OP, rotary, k)
+        k, v = without_padding(k, v, mask)
+        self._store(q, self._project(k, v, self._places(k, v, prompt=True), rotary), mask)
 
     def _check_prompt(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         self._check_new(k, v, mask)
@@ -286,28 +305,56 @@ class MatryoshkaLayer(Lasting):
             require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
             require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
 
-    def _store(self, q: Tensor | None, projected: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> None:
-        heads = len(self._bases[0])
-        for group, (k, v) in zip(self._groups, projected, strict=True):
-            its = group.project_queries(q, heads) if q is not None and group.inner.mixed else None
-            group.inner.store(its, k, v, mask)
+    def _places(self, k: Tensor, v: Tensor, mask: Tensor | None = None, prompt: bool = False) -> Places | None:
+        """Where the groups store such new tokens as they are; None if they are to be quantised first."""
+        groups = self._groups_for(k, v)
+        if prompt and self.bits is not None:
+            return None
+        places = [place for group in groups if (place := group.inner.reserve(k.shape[2], mask)) is not None]
+        return places if len(places) == len(groups) else None
+
+    def _project(self, k: Tensor, v: Tensor, places: Places | None = None, rotary: Rotary | None = None) -> Places:
+        """What the groups keep of all heads' keys and values, in ``places`` if there are such."""
+        to = None if places is None else list(map(list, zip(*places, strict=True)))
+        return list(zip(*project(self._projections, (k, v), rotary, to, self.backend), strict=True))
+
+    def _project_queries(self, q: Tensor, rotary: Rotary | None = None) -> list[Tensor]:
+        return project(self._projections[:1], (q,), rotary, None, self.backend)[0]
+
+    def _store(self, q: Tensor | None, projected: Places, mask: Tensor | None) -> None:
+        """Adds a prompt."""
+        mixed = q is not None and self._groups[0].inner.mixed
+        queries = self._project_queries(q) if q is not None and mixed else [None] * len(self._groups)
+        for group, its, (k, v) in zip(self._groups, queries, projected, strict=True):
+            if self.bits is None:
+                group.inner.take(k.shape[2], mask)
+            else:
+                group.inner.store(its, k, v, mask)
         self.length += projected[0][0].shape[2]
 
     @lasting
-    def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
+    def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None, *, rotary: Rotary | None = None) -> None:
         """Projects and adds new tokens.
 
         Args:
             k: (batch, heads, tokens, channels).
             v: (batch, heads, tokens, value channels).
             mask: bool (batch, tokens), false for padding, such as what follows sequences that have ended; or None.
+            rotary: cosines and sines (batch or 1, tokens, an even number of channels), as rotary embeddings of
+                Transformers give them: keys are rotated before they are projected. None: they are rotated already.
 
         Raises:
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         self._check_new(k, v, mask)
-        for group in self._groups_for(k, v):
-            group.inner.append(*group.project(k, v), mask)
+        rotary = check_rotary(_OP, rotary, k)
+        k, v = without_padding(k, v, mask)
+        places = self._places(k, v, mask)
+        for group, (keys, values) in zip(self._groups, self._project(k, v, places, rotary), strict=True):
+            if places is None:
+                group.inner.append(keys, values, mask)
+            else:
+                group.inner.take(k.shape[2], mask)
         self.length += k.shape[2]
 
     @lasting
@@ -319,13 +366,14 @@ class MatryoshkaLayer(Lasting):
     # Using them
 
     @lasting
-    def attend(self, q: Tensor, *, sinks: Tensor | None = None) -> Tensor:
+    def attend(self, q: Tensor, *, sinks: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
         """Attention of the newest tokens' queries over all cached tokens, computed on projected vectors.
 
         Args:
             q: (batch, query heads, queries, channels). The last query belongs to the last token; with ``bits``, the
                 tokens of all queries must not be quantised yet.
             sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
+            rotary: as for :meth:`append`, of the queries' tokens.
 
         Returns:
             Tensor: (batch, query heads, queries, value channels), q's dtype.
@@ -340,13 +388,12 @@ class MatryoshkaLayer(Lasting):
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         most, remedy = max(self.window_length, 1), "Pass longer pieces to prefill, which adds and attends by itself."
         require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
-        heads = k.shape[1]
+        rotary = check_rotary(_OP, rotary, q)
         outs = []
-        for group in self._groups_for(k, v):
-            its_sinks = None if sinks is None else group.queries_of(sinks, heads)
-            its = group.inner.attend(group.project_queries(q, heads), sinks=its_sinks)
-            outs.append(group.values.back(its.unflatten(1, (len(group.heads), -1)).flatten(2, 3)))
-        return self._joined(outs, heads).unflatten(2, (q.shape[1] // heads, q.shape[2])).flatten(1, 2)
+        for group, its in zip(self._groups_for(k, v), self._project_queries(q, rotary), strict=True):
+            its_sinks = None if sinks is None else group.queries_of(sinks, k.shape[1])
+            outs.append(group.inner.attend(its, sinks=its_sinks))
+        return self._projections[1].back(outs)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
@@ -358,22 +405,10 @@ class MatryoshkaLayer(Lasting):
         self._check_held()
         return self._back([group.inner.dequantize() for group in self._groups])
 
-    def _back(self, projected: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Projected keys and values of each group, turned back."""
-        heads = len(self._bases[0])
-        keys = [group.keys.back(k) for group, (k, _) in zip(self._groups, projected, strict=True)]
-        values = [group.values.back(v) for group, (_, v) in zip(self._groups, projected, strict=True)]
-        return self._joined(keys, heads), self._joined(values, heads)
-
-    def _joined(self, parts: list[Tensor], heads: int) -> Tensor:
-        """Vectors (batch, heads, tokens, channels) of all heads, from those of each group."""
-        if len(parts) == 1:
-            return parts[0]
-        batch, _, tokens, channels = parts[0].shape
-        whole = parts[0].new_empty((batch, heads, tokens, channels))
-        for group, its in zip(self._groups, parts, strict=True):
-            whole[:, group.heads] = its
-        return whole
+    def _back(self, projected: Places) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads, from what the groups keep of them."""
+        keys, values = map(list, zip(*projected, strict=True))
+        return self._projections[0].back(keys), self._projections[1].back(values)
 
     def token_mask(self) -> Tensor:
         """bool (batch, length), false for padding.
@@ -469,7 +504,7 @@ class MatryoshkaLayer(Lasting):
         like = saved["like"]
         if like is not None:
             self._check_like(where, like, groups)
-            self._settle(groups, like[0])
+            self._settle(groups, like)
         require(like is not None or length == 0, where, "tokens and their shapes", "tokens alone", _FOREIGN)
         self._groups, self._like, self.length = groups, None if like is None else tuple(x.clone() for x in like), length
 
@@ -479,9 +514,10 @@ class MatryoshkaLayer(Lasting):
         for x, bases in zip(like if fits else (), self._bases, strict=True):
             fits = fits and isinstance(x, Tensor) and x.dtype in FLOATS and x.dim() == 4 and x.shape[2] == 0
             fits = fits and x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
-        for group in groups if fits and groups[0].inner.length else ():
+        ranks = zip(*(projection.ranks for projection in self._projections), strict=True)
+        for group, (of_keys, of_values) in zip(groups, ranks, strict=True) if fits and groups[0].inner.length else ():
             k, v = (x[:, :, :0] for x in group.inner.dequantize())
-            for x, rank, its in ((k, group.keys.rank, like[0]), (v, group.values.rank, like[1])):
+            for x, rank, its in ((k, of_keys, like[0]), (v, of_values, like[1])):
                 fits = fits and x.shape == (len(its), len(group.heads), 0, rank) and x.dtype == its.dtype
         require(fits, where, "shapes of the tokens", type(like).__name__, _FOREIGN)
 
