@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from transformers import DynamicCache, MistralConfig, Phi3Config
 
-from singlepass.kv import Codec, ZipCache
+from singlepass.kv import Codec, MatryoshkaCache, ZipCache, fit_matryoshka, search_ranks
 
 from .layers import assert_same
 from .models import BYTES, MODELS, build, error, greedy, prompt, run, steps
@@ -31,10 +33,25 @@ def cache_of(model: Any, **options: Any) -> ZipCache:
     return ZipCache(model.config, compress_sliding=True, **({"window": 8, **BYTES} | options))
 
 
+def low_rank(model: Any, **options: Any) -> MatryoshkaCache:
+    """Of full rank, so that it changes nothing but the last bits."""
+    bases = fit_matryoshka(model, [prompt(2, 60)], progress=False)
+    return MatryoshkaCache(model.config, bases, 1.0, compress_sliding=True, **({"window": 8} | options))
+
+
+CACHES: dict[str, Callable[..., Any]] = {
+    "zipcache": cache_of,
+    "low rank": low_rank,
+    "low rank in bytes": partial(low_rank, bits=8),
+}
+each_cache = pytest.mark.parametrize("kind", CACHES)
+
+
 @pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
 @pytest.mark.parametrize("cuts", [[50, *steps(51, 90)], [10, 35, *steps(36, 60), 85], [70, 73]], ids=len)
 @pytest.mark.parametrize("name", SLIDING)
-def test_bytes_change_next_to_nothing(name: str, cuts: list[int], implementation: str) -> None:
+@each_cache
+def test_bytes_change_next_to_nothing(kind: str, name: str, cuts: list[int], implementation: str) -> None:
     """Prompts, chunks, tokens one by one and a few at a time, longer than the sliding window."""
     if implementation == "sdpa" and name in ("gemma2", "gpt-oss"):
         implementation = "eager"  # sdpa knows neither soft-capping nor sinks
@@ -42,20 +59,21 @@ def test_bytes_change_next_to_nothing(name: str, cuts: list[int], implementation
     model.set_attn_implementation("eager")
     want = run(model, ids, cuts, DynamicCache(config=model.config))
     model.set_attn_implementation(implementation)
-    cache = cache_of(model)
-    assert error(run(model, ids, cuts, cache), want) < 0.02
+    cache = CACHES[kind](model)
+    assert error(run(model, ids, cuts, cache), want) < (1e-4 if kind == "low rank" else 0.02)
     assert cache.get_seq_length() == 90
     assert all(hasattr(layer, "inner") for layer in cache.layers)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
-def test_padded_batches_that_end_and_go_on(name: str) -> None:
+@each_cache
+def test_padded_batches_that_end_and_go_on(kind: str, name: str) -> None:
     model, ids = build(**SLIDING[name]), prompt(3, 80)
     places = torch.arange(80)
     mask = places >= torch.tensor([[0], [7], [30]])
     mask &= ~((places >= 50) & (places < 60)) | torch.tensor([[True], [False], [True]])  # the second ends, and goes on
     outs = []
-    for implementation, cache in (("eager", DynamicCache(config=model.config)), ("singlepass", cache_of(model))):
+    for implementation, cache in (("eager", DynamicCache(config=model.config)), ("singlepass", CACHES[kind](model))):
         model.set_attn_implementation(implementation)
         outs.append(run(model, ids, [40, *steps(41, 60), 70, *steps(71, 80)], cache, mask.long()))
     assert error(outs[1][mask], outs[0][mask]) < 0.03
@@ -76,10 +94,11 @@ def test_one_mask_for_layers_of_both_kinds() -> None:
     assert error(*outs) < 1e-4
 
 
-def test_memory_does_not_grow() -> None:
+@each_cache
+def test_memory_does_not_grow(kind: str) -> None:
     model = build(**SLIDING["mistral"])
     model.set_attn_implementation("singlepass")
-    cache = cache_of(model, codec=Codec(block=8, regular_block=8))
+    cache = CACHES[kind](model, codec=Codec(block=8, regular_block=8))
     sizes = []
     for _ in range(4):
         run(model, prompt(1, 100), [60, *steps(61, 100)], cache)
@@ -88,23 +107,25 @@ def test_memory_does_not_grow() -> None:
     assert max(sizes) < 1.5 * min(sizes)
 
 
-def test_generate_beams_crop_and_save() -> None:
+@each_cache
+def test_generate_beams_crop_and_save(kind: str) -> None:
     model, ids = build(**SLIDING["mistral"]), prompt(2, 50)
     model.set_attn_implementation("singlepass")
-    want = greedy(model, ids, 30, cache=cache_of(model))
-    cache = cache_of(model)
+    make = partial(CACHES[kind], model)
+    want = greedy(model, ids, 30, cache=make())
+    cache = make()
     assert torch.equal(greedy(model, ids, 30, cache=cache), want)
-    other = cache_of(model)
+    other = make()
     other.load_state_dict(cache.state_dict())
     assert_same(other.state_dict(), cache.state_dict())
     assert torch.equal(greedy(model, want, 10, cache=other), greedy(model, want, 10, cache=cache))
     cache.crop(-2)
     cache.reorder_cache(torch.tensor([1, 0]))
     assert cache.get_seq_length() == 87
-    assert greedy(model, ids[:1], 10, num_beams=3, cache=cache_of(model)).shape == (1, 60)
+    assert greedy(model, ids[:1], 10, num_beams=3, cache=make()).shape == (1, 60)
     repeated = ids[:1, :10].repeat(1, 5)
     options = {"prompt_lookup_num_tokens": 5}
-    assert greedy(model, repeated, 20, cache=cache_of(model), **options).shape[1] > 50
+    assert greedy(model, repeated, 20, cache=make(), **options).shape[1] > 50
 
 
 def test_ended_tokens_beyond_the_window() -> None:
@@ -123,3 +144,21 @@ def test_ended_tokens_beyond_the_window() -> None:
             options = {"attention_mask": mask[:, :end], "position_ids": positions, "cache": cache}
             got = model(ids[:, begin:end], **options).logits
         assert error(got, want[:, begin:end]) < 0.02
+
+
+def test_ranks_that_were_searched_for_sliding_layers_too() -> None:
+    model = build(**(SLIDING["qwen2-sliding"] | {"head_dim": 32}))
+    texts = [prompt(1, 60)]
+    bases = fit_matryoshka(model, texts, progress=False)
+    options = {"per_round": 8, "progress": False}
+    full = search_ranks(model, bases, texts, 0.75, **options)
+    with pytest.raises(ValueError, match=r"ranks of layer .* Pass compress_sliding=True to search_ranks, too"):
+        MatryoshkaCache(model.config, full, 0.75, compress_sliding=True)
+    both = search_ranks(model, full, texts, 0.5, compress_sliding=True, **options)
+    assert set(both.ranks_of(0.5)) == set(bases.keys) > set(full.ranks_of(0.75))
+    layers = MatryoshkaCache(model.config, both, 0.5, compress_sliding=True).layers
+    kept, every = (sum(getattr(x.inner, name) for x in layers) for name in ("kept_channels", "all_channels"))
+    assert every / 2 - 16 < kept <= every / 2
+    mistral = build(**SLIDING["mistral"])
+    with pytest.raises(ValueError, match=r"a layer of full_attention; got only .* Pass compress_sliding=True"):
+        search_ranks(mistral, fit_matryoshka(mistral, texts, progress=False), texts, 0.5)

@@ -13,7 +13,7 @@ from typing import Any
 
 from .._errors import require
 from ._codec import Codec
-from ._hf_cache import CompressedCache, CompressedLayer, PreTrainedConfig
+from ._hf_cache import CompressedCache, CompressedLayer, PreTrainedConfig, compressed_kinds
 from ._layer import ZipCacheLayer
 from ._matryoshka._bases import MatryoshkaBases, Ranks
 from ._matryoshka._layer import MatryoshkaLayer
@@ -108,8 +108,7 @@ class ZipCache(CompressedCache):
         def make(index: int, sliding_window: int | None) -> ZipCacheLayer:
             return ZipCacheLayer(**options, sliding_window=sliding_window)
 
-        kinds = {"full_attention", "sliding_attention"} if compress_sliding else {"full_attention"}
-        super().__init__(config, kinds, make)
+        super().__init__(config, compressed_kinds(compress_sliding), make)
 
     def __repr__(self) -> str:
         compressed: list[Any] = [layer.inner for layer in self.layers if isinstance(layer, CompressedLayer)]
@@ -123,11 +122,11 @@ class MatryoshkaCache(CompressedCache):
     """Low-rank KV cache of a Transformers model: keys and values projected on trained orthogonal bases, of which each
     layer and head keeps as many directions as its ranks say, in 16 or in few bits.
 
-    Full-attention layers are compressed, each by a :class:`MatryoshkaLayer`; sliding ones, which hold little, keep
-    Transformers' own cache. Call ``model.set_attn_implementation("singlepass")``: then attention is computed on
-    projected vectors. With other implementations every step restores all keys and values. Batches, padding, masks,
-    conversations, beams, and saving work as with a :class:`ZipCache`. Without ``bits`` any number of tokens can be
-    removed again.
+    Full-attention layers are compressed, each by a :class:`MatryoshkaLayer`, and sliding-window layers if asked for;
+    others keep Transformers' own cache. Call ``model.set_attn_implementation("singlepass")``: then attention is
+    computed on projected vectors. With other implementations every step restores all keys and values. Batches, padding,
+    masks, conversations, beams, and saving work as with a :class:`ZipCache`. Without ``bits`` any number of tokens can
+    be removed again, unless sliding layers have forgotten others.
 
     Args:
         config: ``model.config`` itself: through it the cache sees which attention runs.
@@ -145,6 +144,7 @@ class MatryoshkaCache(CompressedCache):
             with other attention implementations and with masks that are more than padding.
         codec: how tokens are quantised; None: ``Codec.zipcache()``.
         seed: for drawing the random probes.
+        compress_sliding: whether layers with sliding windows are compressed too. Ranks must then have been searched so.
         backend: "native", "triton" or "eager"; None selects one.
 
     Raises:
@@ -183,6 +183,7 @@ class MatryoshkaCache(CompressedCache):
         prefill: str = "full",
         codec: Codec | None = None,
         seed: int = 0,
+        compress_sliding: bool = False,
         backend: str | None = None,
     ):
         where = "MatryoshkaCache"
@@ -192,9 +193,11 @@ class MatryoshkaCache(CompressedCache):
         its = bases.ranks_of(budget) if ranks is None else ranks
 
         def make(index: int, sliding_window: int | None) -> MatryoshkaLayer:
-            contract = f"bases and ranks of layer {index}"
+            contract, remedy = f"bases and ranks of layer {index}", "Fit bases for this model."
+            if sliding_window is not None:
+                remedy = "Pass compress_sliding=True to search_ranks, too."
             known = index in bases.keys and isinstance(its, Mapping) and index in its
-            require(known, where, contract, its, "Fit bases for this model.")
+            require(known, where, contract, its, remedy)
             pair = its[index]
             fits = isinstance(pair, tuple) and len(pair) == 2
             require(fits, where, f"a pair of ranks for layer {index}", pair, "Pass (ranks of keys, ranks of values).")
@@ -210,11 +213,12 @@ class MatryoshkaCache(CompressedCache):
                 window=window,
                 prefill=prefill,
                 seed=seed,
+                sliding_window=sliding_window,
                 backend=backend,
             )
 
         self._bases = bases
-        super().__init__(config, {"full_attention"}, make)
+        super().__init__(config, compressed_kinds(compress_sliding), make)
 
     def _check_config(self, config: PreTrainedConfig, kinds: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
         found = super()._check_config(config, kinds)

@@ -43,6 +43,11 @@ _FOREIGN = "Pass what state_dict() of a cache for the same model gave."
 _SLIDING = ("keys", "values", "cumulative_length")  # what is saved of sliding layers
 
 
+def compressed_kinds(sliding: bool) -> set[str]:
+    """The kinds of the layers that a cache compresses, with sliding ones or without."""
+    return {"full_attention", "sliding_attention"} if sliding else {"full_attention"}
+
+
 class CompressedCache(Cache):
     """A cache whose full-attention layers are compressed, and its sliding ones if asked for; the others are those of
     transformers.

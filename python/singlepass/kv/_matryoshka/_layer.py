@@ -54,6 +54,8 @@ class MatryoshkaLayer(Lasting):
         seed: for drawing the random probes.
         scale: of q @ k^T; None: channels^-0.5.
         softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
+        sliding_window: number of the newest tokens that a query sees, including its own; older ones are forgotten.
+            None: all tokens.
         backend: "native", "triton" or "eager"; None selects one.
 
     Attributes:
@@ -81,8 +83,6 @@ class MatryoshkaLayer(Lasting):
         (144, 256, 201)
     """
 
-    sliding_window = None
-
     def __init__(
         self,
         key_bases: Tensor,
@@ -98,6 +98,7 @@ class MatryoshkaLayer(Lasting):
         seed: int = 0,
         scale: float | None = None,
         softcap: float = 0.0,
+        sliding_window: int | None = None,
         backend: str | None = None,
     ):
         for name, bases in (("key_bases", key_bases), ("value_bases", value_bases)):
@@ -110,7 +111,7 @@ class MatryoshkaLayer(Lasting):
         self.bits = check_bits(_OP, bits)
         self.salient_ratio, self.codec = salient_ratio, Codec() if codec is None else codec
         self.window, self.prefill_on, self.seed = window, prefill, seed
-        self.scale, self.softcap, self.backend = scale, softcap, backend
+        self.scale, self.softcap, self.sliding_window, self.backend = scale, softcap, sliding_window, backend
         self._bases = key_bases, value_bases
         self._ranks = keys, values
         ZipCacheLayer(**self._options())  # raises unless options are in range
@@ -124,7 +125,8 @@ class MatryoshkaLayer(Lasting):
 
     def _new_inner(self) -> ZipCacheLayer | DenseLayer:
         if self.bits is None:
-            return DenseLayer(self._scale, self.softcap, self.backend)
+            slack = max(self.window, (self.sliding_window or 0) // 4)
+            return DenseLayer(self._scale, self.softcap, self.sliding_window, slack, self.backend)
         return ZipCacheLayer(**self._options())
 
     def _members(self) -> dict[tuple[int, int], list[int]]:
@@ -154,6 +156,7 @@ class MatryoshkaLayer(Lasting):
             "seed": self.seed,
             "scale": self._scale,
             "softcap": self.softcap,
+            "sliding_window": self.sliding_window,
             "backend": self.backend,
         }
 
@@ -193,7 +196,8 @@ class MatryoshkaLayer(Lasting):
 
     @property
     def window_length(self) -> int:
-        """How many of the cached tokens can be removed: those not quantised yet."""
+        """How many of the cached tokens can be removed: those not quantised yet, as long as no tokens were forgotten
+        that would be seen again."""
         return self._groups[0].inner.window_length
 
     @property
@@ -268,14 +272,15 @@ class MatryoshkaLayer(Lasting):
         self._check_prompt(q, k, v, mask)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         k, v = without_padding(k, v, mask)
-        projected = self._project(k, v, self._places(k, v, prompt=True))
+        places = self._places(k, v, prompt=True)
+        projected = self._project(k, v, places)
         keys, values = (k, v) if self.prefill_on == "full" else self._back(projected)
         seen = mask
         if self.length:
             held = self.token_mask() if mask is not None or self.holds_padding else None
             keys, values, seen = behind(self.dequantize(), held, keys, values, mask)
-        out = causal_attention(q, keys, values, seen, self._scale, self.softcap, sinks)
-        self._store(q, projected, mask)
+        out = causal_attention(q, keys, values, seen, self._scale, self.softcap, sinks, self.sliding_window)
+        self._store(q, projected, mask, places is not None)
         return out
 
     @lasting
@@ -295,7 +300,8 @@ class MatryoshkaLayer(Lasting):
         self._check_prompt(q, k, v, mask)
         rotary = check_rotary(_OP, rotary, k)
         k, v = without_padding(k, v, mask)
-        self._store(q, self._project(k, v, self._places(k, v, prompt=True), rotary), mask)
+        places = self._places(k, v, prompt=True)
+        self._store(q, self._project(k, v, places, rotary), mask, places is not None)
 
     def _check_prompt(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         self._check_new(k, v, mask)
@@ -306,9 +312,10 @@ class MatryoshkaLayer(Lasting):
             require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
 
     def _places(self, k: Tensor, v: Tensor, mask: Tensor | None = None, prompt: bool = False) -> Places | None:
-        """Where the groups store such new tokens as they are; None if they are to be quantised first."""
+        """Where the groups store such new tokens as they are; None if they are to be quantised first, or no later query
+        sees some of them."""
         groups = self._groups_for(k, v)
-        if prompt and self.bits is not None:
+        if prompt and (self.bits is not None or k.shape[2] > (self.sliding_window or k.shape[2])):
             return None
         places = [place for group in groups if (place := group.inner.reserve(k.shape[2], mask)) is not None]
         return places if len(places) == len(groups) else None
@@ -321,12 +328,12 @@ class MatryoshkaLayer(Lasting):
     def _project_queries(self, q: Tensor, rotary: Rotary | None = None) -> list[Tensor]:
         return project(self._projections[:1], (q,), rotary, None, self.backend)[0]
 
-    def _store(self, q: Tensor | None, projected: Places, mask: Tensor | None) -> None:
-        """Adds a prompt."""
+    def _store(self, q: Tensor | None, projected: Places, mask: Tensor | None, placed: bool) -> None:
+        """Adds a prompt, which may stand in its place already."""
         mixed = q is not None and self._groups[0].inner.mixed
         queries = self._project_queries(q) if q is not None and mixed else [None] * len(self._groups)
         for group, its, (k, v) in zip(self._groups, queries, projected, strict=True):
-            if self.bits is None:
+            if placed:
                 group.inner.take(k.shape[2], mask)
             else:
                 group.inner.store(its, k, v, mask)
@@ -462,14 +469,14 @@ class MatryoshkaLayer(Lasting):
 
     @lasting
     def drop_newest(self, tokens: int) -> None:
-        """Removes the newest tokens, which must not be quantised yet.
+        """Removes the newest tokens, up to ``window_length`` of them.
 
         Raises:
             ValueError: more tokens than that. The cache is unchanged.
         """
         fits = 0 <= tokens <= self.window_length
-        contract = f"0 to {self.window_length} tokens, those that are not quantised yet"
-        require(fits, _OP, contract, tokens, "Quantised tokens can't be removed; build the cache anew.")
+        contract = f"0 to {self.window_length} tokens, those that can still be removed"
+        require(fits, _OP, contract, tokens, "Build the cache anew, of fewer tokens.")
         for group in self._groups:
             group.inner.drop_newest(tokens)
         self.length -= tokens
@@ -526,7 +533,7 @@ class MatryoshkaLayer(Lasting):
         digest = hashlib.sha256()
         for basis in self._bases:
             digest.update(basis.detach().float().cpu().contiguous().numpy().tobytes())
-        names = ("bits", "salient_ratio", "window", "scale", "softcap")
+        names = ("bits", "salient_ratio", "window", "scale", "softcap", "sliding_window")
         ranks = {name: its.tolist() for name, its in zip(("key_ranks", "value_ranks"), self._ranks, strict=True)}
         options = {name: getattr(self, name) for name in names}
         return options | ranks | {"prefill": self.prefill_on, "codec": asdict(self.codec), "bases": digest.hexdigest()}

@@ -16,6 +16,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_utils import PreTrainedModel
 
 from ..._errors import require
+from .._hf_cache import compressed_kinds
 from ._bases import STEP, MatryoshkaBases, Ranks, check_budget, key_of, text_config
 from ._hooks import Batch, check_head, checked_batches, evaluating, transformed
 from ._train import divergence, truncate
@@ -38,6 +39,7 @@ def search_ranks(
     budget: float,
     *,
     per_round: int = 1,
+    compress_sliding: bool = False,
     progress: bool = True,
 ) -> MatryoshkaBases:
     """Finds ranks for a budget, separate ones for each layer and head, and for keys and values.
@@ -57,6 +59,8 @@ def search_ranks(
         budget: fraction of the ranks of keys and values to keep, together.
         per_round: after how many removals the measured cost of a head is stale; 1, as in the paper, is slowest and most
             careful.
+        compress_sliding: whether layers with sliding windows get ranks too, as a :class:`MatryoshkaCache` with this
+            option needs. Otherwise the budget is that of the full-attention layers.
         progress: whether to show costs, and a progress bar.
 
     Returns:
@@ -75,7 +79,8 @@ def search_ranks(
     bases.check_model(_OP, model)
     larger = [other for other in bases.ranks if other > key_of(budget)]
     with evaluating(model):
-        search = _Search(model, bases, found, bases.ranks[min(larger)] if larger else None)
+        kinds = compressed_kinds(compress_sliding)
+        search = _Search(model, bases, found, kinds, bases.ranks[min(larger)] if larger else None)
         least = STEP * search.entries / search.total
         contract = f"a budget of {least} or more, which leaves each head 16 directions"
         require(budget >= least, _OP, contract, budget, "Pass a larger one.")
@@ -91,19 +96,21 @@ class _Search:
         model: PreTrainedModel,
         bases: MatryoshkaBases,
         batches: list[Batch],
+        compressed: set[str],
         start: Mapping[int, Ranks] | None = None,
     ):
         device = next(model.parameters()).device
         self._model, self._batches = model, batches
         kinds, _ = get_layer_types_and_kwargs(text_config(model))
-        full = [layer for layer in bases.keys if kinds[layer] == "full_attention"]  # those that a cache compresses
-        require(bool(full), _OP, "a layer of full attention", f"only {sorted(set(kinds))}", "Choose another model.")
-        pairs = {layer: (bases.keys[layer], bases.values[layer]) for layer in full}
+        layers = [layer for layer in bases.keys if kinds[layer] in compressed]
+        contract, got = f"a layer of {' or '.join(sorted(compressed))}", f"only {sorted(set(kinds))}"
+        require(bool(layers), _OP, contract, got, "Pass compress_sliding=True, or choose another model.")
+        pairs = {layer: (bases.keys[layer], bases.values[layer]) for layer in layers}
         self._bases = {layer: [u.to(device) for u in pair] for layer, pair in pairs.items()}
         self.ranks = {layer: [torch.full((len(u),), u.shape[1]) for u in pair] for layer, pair in pairs.items()}
         self.entries = sum(len(u) for pair in pairs.values() for u in pair)
         self.total = self.kept
-        if start is not None:
+        if start is not None and set(pairs) <= set(start):
             self.ranks = {layer: [its.clone() for its in start[layer]] for layer in pairs}
         with torch.no_grad():
             self._want = [self._logits(batch) for batch in batches]
