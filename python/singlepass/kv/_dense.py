@@ -223,7 +223,9 @@ def _ends(k: Tensor, mask: Tensor | None, queries: int) -> Tensor | None:
     after them though there are several queries."""
     length = k.shape[2]
     if mask is None:
-        return torch.tensor([[0, length]], dtype=torch.int32, device=k.device).expand(len(k), 2).contiguous()
+        ends = torch.full((len(k), 2), length, dtype=torch.int32, device=k.device)
+        ends[:, 0] = 0
+        return ends
     places = torch.arange(length, device=k.device)
     begin = torch.where(mask, places, length).amin(1)
     end = torch.where(mask, places + 1, 0).amax(1)

@@ -309,7 +309,8 @@ class ZipCacheLayer(Lasting):
             if window.length == self.window or not window.takes(shown):
                 self._flush()
             n = min(tokens - done, self.window - window.length) if mask is None else 1
-            window.append(k[:, :, done : done + n], v[:, :, done : done + n], shown)
+            part = (k, v) if n == tokens else (k[:, :, done : done + n], v[:, :, done : done + n])
+            window.append(*part, shown)
             done += n
         self.length += tokens
 
@@ -396,7 +397,7 @@ class ZipCacheLayer(Lasting):
             ValueError: invalid shapes or options, or a tensor that requires gradients.
         """
         window = self._tokens().window
-        check_queries(_OP, q, window.keys)
+        check_queries(_OP, q, window.room[0])
         check_needs_no_gradient(_OP, q=q)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         if self.codec.rotate:
@@ -431,13 +432,11 @@ class ZipCacheLayer(Lasting):
             oldest = begin + end - sliding_window
             lowest = max(oldest - begin, 0)
             first = compressed.first_slots(oldest)
-        ends = torch.full((q.shape[0], 2), lowest, dtype=torch.int32, device=q.device)
-        ends[:, 1] = end if window.counts is None else window.counts - newer
         out, lse = attend(
             q,
             compressed.pairs,
             *window.room,
-            ends,
+            window.bounds(lowest, newer),
             first=first,
             sinks=sinks,
             scale=self.scale,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,16 @@ from torch import Tensor
 from ._saliency import attention_sums, mean_attention
 from ._selection import ProbeDraw
 from ._store import grown
+
+_MOST_BOUNDS = 1024
+
+
+@functools.cache
+def _bounds(device: torch.device) -> Tensor:
+    """(0, n) for each n, int32 (1025, 2): made once for all windows, so that steps compute and copy nothing for it."""
+    with torch.inference_mode(False):
+        ends = torch.arange(_MOST_BOUNDS + 1, dtype=torch.int32, device=device)
+        return torch.stack((torch.zeros_like(ends), ends), 1)
 
 
 @dataclass
@@ -58,14 +69,15 @@ class WindowProbes:
         self._settled = 0  # so many of the first stay, for they are at random places: they are not looked at again
 
     def add(self, q: Tensor, lse: Tensor, begin: int) -> None:
-        """Lays aside queries of neighbouring tokens, the first one's at place ``begin``; q and lse as in Queries."""
+        """Lays aside a copy of the queries of neighbouring tokens, the first one's at place ``begin``, and their lse
+        itself; both as in Queries."""
         # The newest before this call's stay, for transformers may remove all of this call's tokens.
         recent = begin - self.newest
         self._keep(lambda place: place < begin and (place in self.due or place >= recent), self._settled)
         while self._settled < len(self.queries) and self.queries[self._settled].places[-1] < recent:
             self._settled += 1
         places = list(range(begin, begin + q.shape[2]))
-        self.queries.append(Queries(places, _copy(q), _copy(lse)))
+        self.queries.append(Queries(places, q.clone(memory_format=torch.contiguous_format), lse))
 
     def saliency(
         self, k: Tensor, mask: Tensor | None, newest: int, normalization: str, **options: Any
@@ -166,6 +178,17 @@ class Window:
             return None
         return torch.arange(self.length, device=self.counts.device) < self.counts[:, None]
 
+    def bounds(self, first: int, newer: int) -> Tensor:
+        """From which place to which the query sees the window after whose token there are ``newer`` ones, int32 (batch,
+        2), if it sees nothing before place ``first``."""
+        keys, end = self.room[0], self.length - newer
+        is_real = type(keys) is Tensor and not torch.compiler.is_compiling()
+        if is_real and first == 0 and self.counts is None and end <= _MOST_BOUNDS:
+            return _bounds(keys.device)[end].expand(len(keys), 2)
+        bounds = torch.full((len(keys), 2), first, dtype=torch.int32, device=keys.device)
+        bounds[:, 1] = end if self.counts is None else self.counts - newer
+        return bounds
+
     def takes(self, shown: Tensor | None) -> bool:
         """Whether a token of the sequences that are ``shown``, bool (batch,) or None for all, can come next: padding
         can only stand behind a sequence's tokens, not among them."""
@@ -240,7 +263,3 @@ class Window:
         self.counts = None if state["window_counts"] is None else state["window_counts"].clone()
         self.probes = WindowProbes(state["due"], self.probes.newest)
         self.probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in state["queries"]]
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)

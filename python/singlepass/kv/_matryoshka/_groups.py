@@ -20,7 +20,7 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines
 
 
 class Projection:
-    """Projects the keys or the values of all heads, those of a group on as many directions as the group keeps.
+    """How the keys or the values of all heads are projected, those of a group on as many directions as the group keeps.
 
     Args:
         matrices: orthogonal (heads, channels, channels), a basis in the columns of each. If they are the identity,
@@ -36,19 +36,19 @@ class Projection:
 
     def __init__(self, matrices: Tensor, heads: list[list[int]], ranks: list[int]):
         self.channels, self.ranks = matrices.shape[1], ranks
-        self._heads, self.order = heads, [head for its in heads for head in its]
+        self.order = [head for its in heads for head in its]
         self.bases = [matrices[its, :, :rank].contiguous() for its, rank in zip(heads, ranks, strict=True)]
-        self._back = self.bases
+        self._transposed: list[Tensor] = []  # once they are asked for
+        self._heads = [torch.tensor(its) for its in heads]
         whole = torch.eye(self.channels, dtype=matrices.dtype, device=matrices.device)
         self.is_identity = bool((matrices == whole).all())
 
     def settle(self, like: Tensor) -> None:
-        """Chooses dtypes and the device for such vectors. On CPUs products are float32: bfloat16 ones are slow if
-        small."""
+        """Chooses the dtype and the device for such vectors."""
         wide = torch.promote_types(like.dtype, torch.float32)
         self.bases = [basis.to(like.device, wide) for basis in self.bases]
-        narrow = wide if like.device.type == "cpu" else like.dtype
-        self._back = [basis.to(narrow) for basis in self.bases]
+        self._transposed = []
+        self._heads = [heads.to(like.device) for heads in self._heads]
 
     def empty(self, x: Tensor) -> list[Tensor]:
         """Room for what each group keeps of x (batch, n * heads, tokens, channels): (batch, n * its heads, tokens,
@@ -61,26 +61,31 @@ class Projection:
         """Writes there what each group keeps of x, which comes in coordinates of the bases."""
         rows = x.unflatten(1, (len(self.order), -1))
         for heads, rank, place in zip(self._heads, self.ranks, to, strict=True):
-            place.copy_(rows[:, heads, ..., :rank].flatten(1, 2))
+            its = rows if len(heads) == len(self.order) else rows.index_select(1, heads)
+            place.copy_(its[..., :rank].flatten(1, 2))
 
-    def back(self, parts: list[Tensor]) -> Tensor:
+    def back(self, parts: list[Tensor], backend: str | None) -> Tensor:
         """Vectors of all heads (batch, n * heads, tokens, channels), from what each group keeps of them."""
-        restored = [self._restore(part, i) for i, part in enumerate(parts)]
+        restored = [self._restore(part, i, backend) for i, part in enumerate(parts)]
         if len(restored) == 1:
-            return restored[0].flatten(1, 2)
-        batch, _, n, tokens, channels = restored[0].shape
+            return restored[0]
+        n = restored[0].shape[1] // len(self._heads[0])
+        batch, _, tokens, channels = restored[0].shape
         whole = restored[0].new_empty((batch, len(self.order), n, tokens, channels))
         for heads, part in zip(self._heads, restored, strict=True):
-            whole[:, heads] = part
+            whole.index_copy_(1, heads, part.unflatten(1, (len(heads), n)))
         return whole.flatten(1, 2)
 
-    def _restore(self, part: Tensor, group: int) -> Tensor:
-        """A group's vectors (batch, its heads, n, tokens, channels)."""
-        rows = part.unflatten(1, (len(self._heads[group]), -1))
+    def _restore(self, part: Tensor, group: int, backend: str | None) -> Tensor:
+        """A group's vectors (batch, n * its heads, tokens, channels)."""
         if self.is_identity:
-            return F.pad(rows, (0, self.channels - self.ranks[group]))
-        basis = self._back[group]
-        return (rows.flatten(2, 3).to(basis.dtype) @ basis.mT).to(part.dtype).unflatten(2, rows.shape[2:4])
+            return F.pad(part, (0, self.channels - self.ranks[group]))
+        if not self._transposed:
+            self._transposed = [basis.mT.contiguous() for basis in self.bases]
+        whole = part.new_empty((*part.shape[:3], self.channels))
+        heads = list(range(len(self._heads[group])))
+        ops.project_([last_dense(part)], [self._transposed[group]], None, None, [whole], heads=heads, backend=backend)
+        return whole
 
 
 def project(
@@ -128,7 +133,9 @@ class Group:
 
     def queries_of(self, x: Tensor, heads: int) -> Tensor:
         """Of one number for each query head of ``heads`` KV heads, those of its heads."""
-        return x.unflatten(0, (heads, -1))[self.heads].flatten().contiguous()
+        if len(self.heads) == heads:
+            return x
+        return torch.stack([x.unflatten(0, (heads, -1))[head] for head in self.heads]).flatten()
 
 
 def check_rotary(where: str, rotary: Rotary | None, x: Tensor) -> Rotary | None:

@@ -400,7 +400,7 @@ class MatryoshkaLayer(Lasting):
         for group, its in zip(self._groups_for(k, v), self._project_queries(q, rotary), strict=True):
             its_sinks = None if sinks is None else group.queries_of(sinks, k.shape[1])
             outs.append(group.inner.attend(its, sinks=its_sinks))
-        return self._projections[1].back(outs)
+        return self._projections[1].back(outs, self.backend)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
@@ -415,7 +415,7 @@ class MatryoshkaLayer(Lasting):
     def _back(self, projected: Places) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads, from what the groups keep of them."""
         keys, values = map(list, zip(*projected, strict=True))
-        return self._projections[0].back(keys), self._projections[1].back(values)
+        return self._projections[0].back(keys, self.backend), self._projections[1].back(values, self.backend)
 
     def token_mask(self) -> Tensor:
         """bool (batch, length), false for padding.
