@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time of a kernel from counts: the largest of what memory, issue, each pipe and waiting ask for.
+
+What is predicted here has not been measured, and may be off by a quarter. What binds a kernel, and which of two kernels
+is faster, is firmer than the times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .gpus import REGISTERS, Gpu
+
+SCHEDULERS = 4  # of an SM: each issues one warp's instruction in a clock
+ISSUE_SHARE = 0.80  # of the clocks in which a busy scheduler issues
+PIPE_SHARE = 0.90  # the same of a pipe
+COPY_SHARE = 0.94  # of a copy's bandwidth that a kernel with enough loads in flight reaches
+SHORT_LATENCY = 30  # clocks until the result of shared memory, a shuffle, a conversion or a tensor core
+LAUNCH_US = 4.0  # until all SMs are busy and after the first is idle, for each launch
+# Two limits near each other do not overlap perfectly: the second adds this share, by a power of how near it is.
+OVERLAP_SHARE, OVERLAP_POWER = 0.15, 4
+
+
+@dataclass(frozen=True)
+class Warp:
+    """What one warp executes from its start to its end.
+
+    pipes: instructions by the pipe of `Gpu.lanes` that they need.
+    stalls: clocks between dependent instructions, as the compiler has written them down.
+    waits, l2_waits, short_waits: how often it waits for memory, for the L2 cache and for results of a few clocks;
+        loads that are in flight together are waited for once.
+    """
+
+    instructions: float
+    pipes: Mapping[str, float] = field(default_factory=dict)
+    stalls: float = 0.0
+    waits: float = 0.0
+    l2_waits: float = 0.0
+    short_waits: float = 0.0
+
+    def lifetime(self, gpu: Gpu) -> float:
+        """Clocks of a warp that has an SM to itself."""
+        waits = self.waits * gpu.latency + self.l2_waits * gpu.l2_latency + self.short_waits * SHORT_LATENCY
+        return self.stalls + waits
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel on one grid.
+
+    bytes: what must cross memory. warps, shared: of a block, the latter in bytes. registers: of a thread.
+    """
+
+    kernel: str
+    bytes: float
+    blocks: int
+    warps: int
+    registers: int
+    shared: int
+    warp: Warp
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Microseconds of a launch, and what they are spent on."""
+
+    us: float
+    floor_us: float
+    binds: str
+
+    @property
+    def share(self) -> float:
+        """Of the floor: 1 is as fast as a copy of the same bytes."""
+        return self.floor_us / self.us
+
+
+def resident(gpu: Gpu, warps: int, registers: int, shared: int) -> int:
+    """Blocks that an SM holds at a time. A thread's registers are given out in eights; each block takes 1 KB more of
+    shared memory, which the driver uses."""
+    by_threads = gpu.threads // (32 * warps)
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    return min(by_threads, by_registers, gpu.shared // (shared + 1024), gpu.blocks)
+
+
+def limits(gpu: Gpu, launch: Launch, blocks: float, on_sm: int) -> dict[str, float]:
+    """Clocks that each limit asks for, for so many blocks, of which the busiest SM holds `on_sm` at the same time."""
+    warp, warps = launch.warp, launch.warps * on_sm
+    found = {
+        "memory": gpu.clocks(launch.bytes * blocks / launch.blocks) / COPY_SHARE,
+        "issue": warps * warp.instructions / SCHEDULERS / ISSUE_SHARE,
+        "latency": warp.lifetime(gpu),
+    }
+    for pipe, count in warp.pipes.items():
+        found[pipe] = warps * count * 32 / gpu.lanes[pipe] / PIPE_SHARE
+    return found
+
+
+def together(found: Mapping[str, float]) -> float:
+    """Clocks of limits that overlap, though not perfectly."""
+    second, first = sorted(found.values())[-2:]
+    return first * (1 + OVERLAP_SHARE * (second / first) ** OVERLAP_POWER)
+
+
+def predict(gpu: Gpu, launch: Launch) -> Prediction:
+    """Full waves of blocks, one after the other, then what is left on a part of the SMs' places."""
+    on_sm = resident(gpu, launch.warps, launch.registers, launch.shared)
+    slots = on_sm * gpu.sms
+    waves, rest = divmod(launch.blocks, slots)
+    spent: dict[str, float] = {}
+    clocks = 0.0
+    for count, blocks, held in ((waves, slots, on_sm), (1, rest, -(-rest // gpu.sms))):
+        if count and blocks:
+            found = limits(gpu, launch, blocks, held)
+            taken = count * together(found)
+            clocks += taken
+            binding = max(found, key=lambda name: found[name])
+            spent[binding] = spent.get(binding, 0.0) + taken
+    us = gpu.microseconds(clocks)
+    binds = "launch" if us < LAUNCH_US else max(spent, key=lambda name: spent[name])
+    return Prediction(us + LAUNCH_US, gpu.microseconds(gpu.clocks(launch.bytes)), binds)
