@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,11 @@ class Gpu:
 
     arch: the cubins that it runs. sms: streaming multiprocessors. clock: GHz under load.
     peak, copy: bandwidth of its memory in TB/s, as the vendor gives it and as a large copy reaches it.
-    latency, l2_latency: clocks from a load to its data, from memory while that is busy and from the L2 cache.
+    latency, idle_latency, l2_latency: clocks from a load to its data, from memory while that is busy and while it is
+        not, and from the L2 cache.
     lanes: results of a clock in each SM, by the pipe that makes them; for `tensor`, 32 over the clocks that one
         16 x 8 x 16 product of 16-bit floats (or 16 x 8 x 32 of 8-bit integers) takes.
+    units: pipes that are one and the same, by the pipe that they are a part of.
     threads, blocks, shared: what an SM holds of each, the last in bytes; of registers, all hold `REGISTERS`.
     sources: where the numbers are from.
     """
@@ -27,12 +29,14 @@ class Gpu:
     peak: float
     copy: float
     latency: float
+    idle_latency: float
     l2_latency: float
     lanes: Mapping[str, float]
     threads: int
     blocks: int
     shared: int
     sources: str
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def clocks(self, bytes_moved: float) -> float:
         """In which a copy moves so many bytes."""
@@ -61,6 +65,7 @@ GPUS = (
         peak=3.35,
         copy=3.0,
         latency=1000,
+        idle_latency=479,
         l2_latency=270,
         lanes=_HOPPER,
         threads=2048,
@@ -76,6 +81,7 @@ GPUS = (
         peak=4.8,
         copy=4.3,
         latency=1000,
+        idle_latency=479,
         l2_latency=270,
         lanes=_HOPPER,
         threads=2048,
@@ -91,6 +97,7 @@ GPUS = (
         peak=2.039,
         copy=1.8,
         latency=850,
+        idle_latency=466,
         l2_latency=200,
         lanes=_COMMON | {"fma": 64, "fp64": 32, "convert64": 16, "tensor": 16},
         threads=2048,
@@ -106,12 +113,14 @@ GPUS = (
         peak=1.008,
         copy=0.93,
         latency=1300,
+        idle_latency=542,
         l2_latency=280,
         lanes=_COMMON | {"fma": 128, "fp64": 2, "convert64": 2, "tensor": 4},
         threads=1536,
         blocks=24,
         shared=100 * 1024,
-        sources=f"NVIDIA's Ada whitepaper, Ada tuning guide; {_ASSUMED}",
+        sources=f"NVIDIA's Ada whitepaper, Ada tuning guide; {_ASSUMED}; conversions to float64 in the float64 lanes",
+        units={"convert64": "fp64"},
     ),
     Gpu(
         "B200",
@@ -121,6 +130,7 @@ GPUS = (
         peak=7.67,
         copy=6.9,
         latency=1000,
+        idle_latency=479,
         l2_latency=270,
         lanes=_HOPPER,
         threads=2048,

@@ -20,37 +20,29 @@ SHORT_LATENCY = 30  # clocks until the result of shared memory, a shuffle, a con
 LAUNCH_US = 4.0  # until all SMs are busy and after the first is idle, for each launch
 # Two limits near each other do not overlap perfectly: the second adds this share, by a power of how near it is.
 OVERLAP_SHARE, OVERLAP_POWER = 0.15, 4
+ROUNDS = 8  # until latency and time fit each other
 
 
 @dataclass(frozen=True)
 class Warp:
     """What one warp executes from its start to its end.
 
+    clocks, idle_clocks: until its end if it had an SM to itself, in the first while the memory is busy with others.
     pipes: instructions by the pipe of `Gpu.lanes` that they need.
-    stalls: clocks between dependent instructions, as the compiler has written them down.
-    waits, l2_waits, short_waits: how often it waits for memory, for the L2 cache and for results of a few clocks;
-        loads that are in flight together are waited for once.
     """
 
     instructions: float
+    clocks: float
+    idle_clocks: float
     pipes: Mapping[str, float] = field(default_factory=dict)
-    stalls: float = 0.0
-    waits: float = 0.0
-    l2_waits: float = 0.0
-    short_waits: float = 0.0
-
-    def lifetime(self, gpu: Gpu) -> float:
-        """Clocks of a warp that has an SM to itself."""
-        waits = self.waits * gpu.latency + self.l2_waits * gpu.l2_latency + self.short_waits * SHORT_LATENCY
-        return self.stalls + waits
 
 
 @dataclass(frozen=True)
 class Launch:
     """One kernel on one grid.
 
-    bytes: what must cross memory. warps, shared: of a block, the latter in bytes. registers: of a thread.
-    """
+    bytes: what must cross memory. warps, shared: of a block, the latter in bytes. registers: of a thread. warp: the
+    average."""
 
     kernel: str
     bytes: float
@@ -89,10 +81,15 @@ def limits(gpu: Gpu, launch: Launch, blocks: float, on_sm: int) -> dict[str, flo
     found = {
         "memory": gpu.clocks(launch.bytes * blocks / launch.blocks) / COPY_SHARE,
         "issue": warps * warp.instructions / SCHEDULERS / ISSUE_SHARE,
-        "latency": warp.lifetime(gpu),
+        "latency": warp.idle_clocks,
     }
     for pipe, count in warp.pipes.items():
-        found[pipe] = warps * count * 32 / gpu.lanes[pipe] / PIPE_SHARE
+        unit = gpu.units.get(pipe, pipe)
+        found[unit] = found.get(unit, 0.0) + warps * count * 32 / gpu.lanes[pipe] / PIPE_SHARE
+    # The busier the memory is, the longer loads take; the longer all takes, the less busy the memory is.
+    for _ in range(ROUNDS):
+        busy = min(1.0, found["memory"] / together(found))
+        found["latency"] = warp.idle_clocks + busy * (warp.clocks - warp.idle_clocks)
     return found
 
 
