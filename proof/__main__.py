@@ -12,7 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import bundle, kernels, place, stages
+from counting import cubins
+
+from . import bundle, place, stages
 from .stage import NOT_MEASURED, PROVED, REFUTED, run
 
 SCHEMA = 1
@@ -77,7 +79,7 @@ def _prove(here: place.Place, wanted: list[stages.Stage]) -> int:
     for stage, outcome in run(wanted, here, log, REHEARSAL if here.device == "cpu" else 1.0):
         print(f"{stage.name:10} {SIGNS[outcome.status]:13} {outcome.seconds:7.1f}  {outcome.said}", flush=True)
         entries.append({"name": stage.name, "title": stage.title} | vars(outcome))
-    found = kernels.resources([*here.tree.glob(place.LIBRARIES), *here.triton_cache.rglob("*.cubin")])
+    found = cubins.resources([*here.tree.glob(place.LIBRARIES), *here.triton_cache.rglob("*.cubin")])
     proof = {"schema": SCHEMA, "date": now.isoformat(timespec="seconds"), "commit": commit, "machine": machine}
     proof |= {"versions": results.versions(), "stages": entries, "resources": found}
     path = stem.with_name(stem.name + ".json")
@@ -92,7 +94,7 @@ def print_kernels(found: dict[str, dict[str, dict[str, int]]]) -> None:
         print("registers and spills: not measured, no library for GPUs or no cuobjdump")
     for arch, by_name in found.items():
         most = max(numbers["registers"] for numbers in by_name.values())
-        spilling = kernels.spilling({arch: by_name})
+        spilling = cubins.spilling({arch: by_name})
         print(f"{arch}: {len(by_name)} kernels, at most {most} registers, {len(spilling)} with local memory")
 
 

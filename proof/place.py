@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # What building, testing and measuring take; folders and files of the tree.
-TREE = ("bench", "csrc", "proof", "python", "tests", "triton_kernels")
+TREE = ("bench", "counting", "csrc", "proof", "python", "tests", "triton_kernels")
 FILES = ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
 # Packages without compiled code that a bare machine may lack: they travel as wheels.
 TOOLS = (

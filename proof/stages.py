@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import kernels
+from counting.cubins import tool
+
 from .place import LIBRARIES, Place
 from .stage import NOT_MEASURED, PROVED, REFUTED, Outcome, Stage, first_object, last_line
 
@@ -32,7 +33,7 @@ PROFILED = 6  # calls below their bars, the furthest first
 
 
 def build_command(place: Place) -> list[str] | str:
-    if kernels.tool("nvcc") is None:
+    if tool("nvcc") is None:
         return "no CUDA library came along, and there is no nvcc to build one with: Triton's kernels alone are tried"
     return [sys.executable, "setup.py", "build_ext", "--inplace"]
 
@@ -127,17 +128,17 @@ def failed_tests(path: Path) -> list[str]:
     return [f"{case.get('classname')}.{case.get('name')}" for case in cases if outcome_of(case) == "failed"]
 
 
-def sanitizer_command(tool: str, place: Place) -> list[str] | str:
+def sanitizer_command(check: str, place: Place) -> list[str] | str:
     program = [sys.executable, "-m", "proof.small", place.device]
     if place.device == "cpu":
-        if tool != SANITIZERS[0]:
+        if check != SANITIZERS[0]:
             return "a rehearsal on the CPU runs the program once, without a sanitizer"
         return ["env", "TRITON_INTERPRET=1", *program]
-    found = kernels.tool("compute-sanitizer")
+    found = tool("compute-sanitizer")
     if found is None:
         return "no compute-sanitizer here"
     # Tensors cut out of cached memory would have neighbours where an access out of bounds must fault.
-    return ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", found, "--tool", tool, "--print-limit", "200", *program]
+    return ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", found, "--tool", check, "--print-limit", "200", *program]
 
 
 def sanitizer_read(tool: str, place: Place, status: int | None, text: str) -> Outcome:

@@ -179,38 +179,6 @@ def test_small_runs_cover_every_op() -> None:
     assert covered | {"stream_"} == set(OPS)
 
 
-USAGE = """
-Fatbin elf code:
-================
-arch = sm_90
-code version = [1,8]
-
-Resource usage:
- Common:
-  GLOBAL:0
- Function _ZN10singlepass4copyEPf:
-  REG:32 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:924 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function spills:
-  REG:255 STACK:48 SHARED:0 LOCAL:16 CONSTANT[0]:552 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
-
-
-def test_resources_are_read() -> None:
-    found = kernels.parse_resources(USAGE)
-    assert found["sm_90"]["_ZN10singlepass4copyEPf"] == {"registers": 32, "stack": 0, "shared": 1024, "local": 0}
-    assert kernels.spilling(found) == ["spills (sm_90)"]
-
-
-@pytest.mark.skipif(kernels.tool("nvcc") is None or kernels.tool("cuobjdump") is None, reason="no nvcc or no cuobjdump")
-def test_resources_of_a_cubin(tmp_path: Path) -> None:
-    source, cubin = tmp_path / "twice.cu", tmp_path / "twice.cubin"
-    source.write_text('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2; }')
-    subprocess.run([str(kernels.tool("nvcc")), "-cubin", "-arch=sm_90", "-o", cubin, source], check=True)
-    numbers = kernels.resources([cubin])[kernels.OF_CUBINS]["twice"]
-    assert 0 < numbers["registers"] < 64
-    assert not kernels.spilling({"sm_90": {"twice": numbers}})
-
-
 PROFILE = """==PROF== Connected to process 7
 "ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name","Rule Description"
 "0","7","step_kernel","GPU Speed Of Light Throughput","Duration","us","12.5","",""
@@ -231,7 +199,7 @@ def test_profiles_are_read() -> None:
 
 def test_calls_below_a_bar_are_profiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The furthest first, of a result in the tree."""
-    path = max((ROOT / "bench" / "results").glob("*/*.json"))
+    path = max(results.files(ROOT / "bench" / "results"))
     below = profile.checks.below(results.load(path))
     limits = {case: max(check.missed_by for check in missed) for case, missed in below.items()}
     monkeypatch.setattr(profile, "profile", lambda case: {"kernels": []})
@@ -243,7 +211,7 @@ def test_calls_below_a_bar_are_profiled(monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.fixture
 def measured(here: place.Place) -> Callable[[str], Outcome]:
     """The bench's outcome with the newest result in the tree."""
-    path = max((ROOT / "bench" / "results").glob("*/*.json"))
+    path = max(results.files(ROOT / "bench" / "results"))
     folder = here.scratch / "bench" / "device"
     folder.mkdir(parents=True)
     data = json.loads(path.read_text()) | {"matrix_tflops": 1.0}
@@ -258,7 +226,7 @@ def measured(here: place.Place) -> Callable[[str], Outcome]:
 
 def test_a_bench_that_broke_is_not_judged_by_an_older_file(here: place.Place) -> None:
     """An exception's exit status is that of bars that fail."""
-    older = max((ROOT / "bench" / "results").glob("*/*.json"))
+    older = max(results.files(ROOT / "bench" / "results"))
     (here.results / "device").mkdir()
     (here.results / "device" / older.name).write_text(older.read_text())
     outcome = stages.bench_read(here, 1, "Traceback\nRuntimeError: CUDA error")
