@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make test` and `make bench` set up what they need in .venv and do again only what has changed since.
 .DELETE_ON_ERROR:
-.PHONY: bench clean core format gpu-bundle gpu-proof help lint locks setup test test-deep test-newest test-release wheel
+.PHONY: bench clean core format gpu-bundle gpu-model gpu-proof help lint locks setup test test-deep test-newest test-release wheel
 
 PYTHON ?= python3
 # The one pin of torch. What else is installed stands in locks/, and fits this torch.
@@ -36,6 +36,7 @@ help:
 	@echo 'make test-newest  which newer releases of other packages break a test'
 	@echo 'make bench        measure against torch and other packages on this machine, in five minutes (FULL=1 for everything)'
 	@echo 'make gpu-proof    prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (ON=cpu rehearses)'
+	@echo 'make gpu-model    predict times on GPUs from the compiled kernels, without a GPU; needs nvcc'
 	@echo 'make gpu-bundle   pack what has to travel to a machine with a GPU'
 	@echo 'make core         the part without torch, and its C++ tests'
 	@echo 'make lint         ruff, mypy and clang-format, without changing a file; make format mends what they can mend'
@@ -91,6 +92,12 @@ bench: $(NATIVE)
 # No environment of its own: the machine's torch and Triton are what is put to the proof, and there may be no network.
 gpu-proof:
 	@$(PYTHON) -m proof run --device $(ON) --results $(RESULTS)
+
+# The cubins are those that the tests read.
+gpu-model: $(PACKAGES)
+	@cmake -S . -B build/cmake --log-level=WARNING
+	@MAKEFLAGS= cmake --build build/cmake --target cubin_check -j$(JOBS)
+	@python -m counting --results $(RESULTS)
 
 # Needs nvcc and a torch with CUDA, such as: make gpu-bundle VENV=.venv-cuda TORCH=torch==2.14.1
 gpu-bundle: $(PACKAGES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from . import counted, tables
 from .checks import check
 from .registry import FAMILIES
-from .results import Run, newest_proof
+from .results import Run, newest, newest_model, newest_proof
 
 NOT_MEASURED = "not measured"
 
@@ -39,6 +39,11 @@ def block(
 
         grid = proofs.proof_grid if name == "proof" else proofs.support_grid
         return grid(newest_proof()).markdown()
+    if name == "model":
+        from . import predictions
+
+        cuda = [run for run in (newest("cuda", family=options["family"]),) if run is not None]
+        return predictions.model_grid(newest_model(), cuda, options["family"], options.get("size")).markdown()
     if name == "summary":
         summary = tables.summary_grid(find)
         found = {family: run for family in FAMILIES if (run := find(family))}
@@ -59,8 +64,8 @@ def block(
         picked = tables.memory_grids(run, **which) if "memory" in options else tables.grids(run, **which)
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
-        "bench table: expected a marker machine, summary, tokens, checks, traffic, caches, training-memory, proof, "
-        f"support, plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
+        "bench table: expected a marker machine, summary, tokens, checks, traffic, caches, training-memory, model, "
+        f"proof, support, plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
     )
 
 

@@ -23,6 +23,7 @@ SCHEMA = 1
 CPUINFO = Path("/proc/cpuinfo")
 VECTOR_FLAGS = ("avx", "fma", "f16c", "amx", "asimd", "sve")
 RESULTS = Path("bench/results")  # published: what documents quote
+MODEL = "model"  # of these, the folder of predictions, which `make gpu-model` writes
 LOCAL = Path("bench-results")  # what a run leaves here
 PACKAGES = (
     "singlepass",
@@ -144,9 +145,14 @@ def first_measured(out: Run, family: str, **want: str) -> Row | None:
     return next((row for row in out.find(family=family, **want) if row.median is not None), None)
 
 
+def files(folder: Path) -> list[Path]:
+    """The result files in a folder. Proofs and predictions have schemas of their own."""
+    return [path for path in folder.glob("*/*.json") if path.parent.name != MODEL]
+
+
 def newest(kind: str, folder: Path = RESULTS, family: str | None = None) -> Run | None:
     """The latest run on a kind of device ("cpu" or "cuda") that has rows of a family, or None."""
-    runs = [run for run in map(load, folder.glob("*/*.json")) if run.machine["kind"] == kind]
+    runs = [run for run in map(load, files(folder)) if run.machine["kind"] == kind]
     if family is not None:
         runs = [run for run in runs if run.find(family=family)]
     return max(runs, key=lambda run: run.date, default=None)
@@ -154,13 +160,19 @@ def newest(kind: str, folder: Path = RESULTS, family: str | None = None) -> Run 
 
 def newest_path(folder: Path) -> Path | None:
     """The latest result file in a folder, or None."""
-    return max(folder.glob("*/*.json"), key=lambda path: load(path).date, default=None)
+    return max(files(folder), key=lambda path: load(path).date, default=None)
 
 
 def newest_proof(folder: Path = RESULTS) -> dict[str, Any] | None:
     """The latest proof on a GPU, as `python -m proof run` has written it, or None."""
     proofs = [json.loads(path.read_text()) for path in folder.glob("*/proof/*.json")]
     return max((p for p in proofs if p["machine"]["kind"] == "cuda"), key=lambda p: p["date"], default=None)
+
+
+def newest_model(folder: Path = RESULTS) -> dict[str, Any] | None:
+    """The latest prediction of times on GPUs, as `python -m counting` has written it, or None."""
+    models = (json.loads(path.read_text()) for path in folder.glob(f"{MODEL}/*.json"))
+    return max(models, key=lambda model: model["date"], default=None)
 
 
 def start(device: torch.device, probe: Probe, budget_s: float | None) -> Run:

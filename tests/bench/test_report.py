@@ -235,7 +235,7 @@ def test_a_summary_takes_each_family_from_its_own_run(good_run: Run, make_row: M
 
 def test_files_of_older_runs_can_be_read() -> None:
     """Those that documents quote: written before a run knew its compiler's speed and what it left out."""
-    for path in results.RESULTS.glob("*/*.json"):
+    for path in results.files(results.RESULTS):
         run = results.load(path)
         assert run.rows
         assert tables.grids(run)

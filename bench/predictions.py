@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the newest prediction of times on GPUs, and how far it was off where a GPU has measured the same."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from .grid import Grid, number
+from .results import Run
+
+ASSUMPTIONS = (
+    "Predicted from counts, not measured: instructions of the compiled kernels, bytes that must cross memory, and what "
+    "the GPUs' data sheets say. Times may be off by a quarter; what binds a kernel is firmer.",
+    "In brackets: the floor, which is the time of a plain copy of the same bytes, as a share of the predicted time, "
+    "and what binds the longest kernel.",
+)
+
+
+def model_grid(model: dict[str, Any] | None, runs: Iterable[Run], family: str, size: str | None = None) -> Grid:
+    """A line for each case of a family, or of one of its sizes, and a column for each GPU."""
+    gpus = list(model["gpus"]) if model else []
+    grid = Grid(f"{family}, predicted: µs (share of the floor, limit)", ["case", *gpus])
+    if model is None:
+        return grid
+    for row in model["rows"]:
+        if row["family"] == family and size in (None, row["size"]):
+            cells = (row["gpus"][gpu] for gpu in gpus)
+            shown = (f"{number(cell['us'])} ({cell['share']:.2f}, {cell['binds']})" for cell in cells)
+            grid.lines.append([f"{row['op']}, {row['size']}, {row['dtype']}", *shown])
+    grid.notes = [
+        *ASSUMPTIONS,
+        f"Counted at commit {model['commit']} with nvcc {model['nvcc']}.",
+        *calibration(model, runs),
+    ]
+    return grid
+
+
+def errors(model: dict[str, Any], run: Run) -> dict[str, list[float]]:
+    """By GPU, the predicted over the measured time of each case of ours that this run has on it, less 1."""
+    found: dict[str, list[float]] = {}
+    predicted: dict[tuple[str, ...], dict[str, Any]]
+    predicted = {(r["family"], r["op"], r["size"], r["dtype"], "native"): r["gpus"] for r in model["rows"]}
+    for row in run.rows:
+        for gpu, cell in predicted.get(row.key, {}).items():
+            if row.median is not None and gpu in run.machine["device"]:
+                found.setdefault(gpu, []).append(cell["us"] / (1e3 * row.median) - 1.0)
+    return found
+
+
+def calibration(model: dict[str, Any], runs: Iterable[Run]) -> list[str]:
+    """What measuring has said of the prediction."""
+    notes = [
+        f"{gpu}, measured on {run.date[:10]}: the predicted times of {len(off)} cases are off by "
+        f"{statistics.median(off):+.0%} in the median, from {min(off):+.0%} to {max(off):+.0%}."
+        for run in runs
+        for gpu, off in errors(model, run).items()
+    ]
+    return notes or ["No GPU has calibrated it yet."]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicts the benchmark's cases on every GPU of `gpus`, and keeps what it counted beside what it predicted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from singlepass.bench import results
+from singlepass.bench.registry import Case, cases, dtype_name
+
+from . import kv, optim, rational, roofline
+from .gpus import GPUS, Gpu
+from .plan import Compiled, Plan
+from .roofline import predict, resident
+
+SCHEMA = 1
+PLANS = {"optim": optim.plans, "rational": rational.plans, "kv": kv.plans}
+
+
+def planned() -> Iterator[tuple[Case, list[Plan]]]:
+    """The benchmark's cases on GPUs whose launches are known here."""
+    for case in cases(torch.device("cuda")):
+        found = PLANS[case.family](case) if case.family in PLANS else []
+        if found:
+            yield case, found
+
+
+def counts(compiled: Compiled) -> dict[str, Any]:
+    """What a kernel has, and what a pass of its hot loop does."""
+    kernel, hot = compiled.kernel, compiled.hot.path
+    return {
+        "source": compiled.plan.source,
+        "kernel": kernel.plain_name,
+        "arch": kernel.arch,
+        "registers": kernel.registers,
+        "shared": compiled.shared,
+        "local": kernel.local,
+        "hot": {
+            "elements": compiled.plan.elements * compiled.hot.unrolled,
+            "instructions": len(hot.code),
+            "stalls": hot.stalls,
+            "kinds": dict(sorted(Counter(i.kind for i in hot.code).items())),
+        },
+    }
+
+
+def row(case: Case, compiled: dict[str, list[Compiled]]) -> dict[str, Any]:
+    """A case on every GPU: the launches, one after the other."""
+    of_case = {"family": case.family, "op": case.op, "size": case.size, "dtype": dtype_name(case.dtype)}
+    return of_case | {"gpus": {gpu.name: cell(gpu, case.bytes, compiled[gpu.arch]) for gpu in GPUS}}
+
+
+def cell(gpu: Gpu, floor_bytes: int, launches: list[Compiled]) -> dict[str, Any]:
+    made = [c.launch(gpu) for c in launches]
+    found = [predict(gpu, launch) for launch in made]
+    us, floor = sum(p.us for p in found), gpu.microseconds(gpu.clocks(floor_bytes))
+    parts = [
+        {
+            "kernel": launch.kernel,
+            "us": round(p.us, 2),
+            "binds": p.binds,
+            "blocks": launch.blocks,
+            "blocks_per_sm": resident(gpu, launch.warps, launch.registers, launch.shared),
+            "instructions_per_warp": round(launch.warp.instructions, 1),
+        }
+        for launch, p in zip(made, found, strict=True)
+    ]
+    longest = max(found, key=lambda p: p.us)
+    return {"us": round(us, 2), "share": round(floor / us, 4), "binds": longest.binds, "launches": parts}
+
+
+def make(nvcc: str) -> dict[str, Any]:
+    """A prediction from the cubins as they are."""
+    commit, dirty = results.git_state()
+    constants = {
+        key: value for key, value in vars(roofline).items() if key.isupper() and isinstance(value, int | float | tuple)
+    }
+    out: dict[str, Any] = {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": f"{commit}{'+' * dirty}",
+        "nvcc": nvcc,
+        "gpus": {gpu.name: asdict(gpu) for gpu in GPUS},
+        "constants": constants,
+        "kernels": [],
+        "rows": [],
+    }
+    kernels: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for case, plans in planned():
+        compiled = {arch: [plan.compiled(arch) for plan in plans] for arch in dict.fromkeys(gpu.arch for gpu in GPUS)}
+        out["rows"].append(row(case, compiled))
+        for launches in compiled.values():
+            kernels |= {(c.plan.source, c.kernel.plain_name, c.kernel.arch): counts(c) for c in launches}
+    out["kernels"] = list(kernels.values())
+    return out
+
+
+def save(model: dict[str, Any], folder: Path) -> Path:
+    path = (
+        folder
+        / results.MODEL
+        / f"{model['date'][:16].replace(':', '')}-{model['commit'].replace('+', '-changed')}.json"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(model, indent=1) + "\n")
+    return path
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], least: float = 0.005) -> list[str]:
+    """Cases whose predicted time has changed by at least so much, and those that came or went."""
+
+    def times(model: dict[str, Any]) -> dict[str, float]:
+        return {
+            "/".join((row["family"], row["op"], row["size"], row["dtype"], gpu)): cell["us"]
+            for row in model["rows"]
+            for gpu, cell in row["gpus"].items()
+        }
+
+    old, new = times(before), times(after)
+    lines = [f"{key}: no longer predicted" for key in old if key not in new]
+    for key, us in new.items():
+        if key not in old:
+            lines.append(f"{key}: {us:.1f} µs, not predicted before")
+        elif abs(us / old[key] - 1.0) >= least:
+            lines.append(f"{key}: {old[key]:.1f} -> {us:.1f} µs ({us / old[key] - 1.0:+.1%})")
+    return lines

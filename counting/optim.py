@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches of optimizer steps."""
+
+from __future__ import annotations
+
+import torch
+
+from singlepass.bench.optim import models
+from singlepass.bench.optim.cases import RULES, Rule
+from singlepass.bench.registry import Case
+
+from .paths import Step
+from .plan import Plan, Work
+
+THREADS, CHUNK, VECTOR = 256, 16384, 8  # csrc/optim/device_table.h, csrc/common/raw.h
+MODELS = {model.name: model for model in (models.GPT2_SMALL, models.MANY_SMALL, models.VIT_B16, models.TENSORS_300)}
+RULE = {rule.name: rule for rule in RULES}
+NAMES = {"AdamW": "AdamW<false>", "AdaBelief": "AdaBelief<false>", "SGDSaI": "SgdSaI", "LAMB": "Lamb", "LARS": "Lars"}
+# Branches of the vectors' loop that bfloat16 rounded to the nearest does not take: float16, and Philox.
+OTHERS = ("HADD2.F32", "0x37fff001", "-0x2daee0ad")
+
+
+def vectors(reads: str, updates: str, dtype: torch.dtype) -> Step:
+    """The loop over vectors of eight elements. Those of a 16-bit dtype are one access, others two; bfloat16 is decoded
+    by masks, four to a vector, and encoded by adding 0x7fff."""
+    small = "pgh" if dtype == torch.bfloat16 else ""
+    loads, stores = (sum(1 if letter in small else 2 for letter in part) for part in (reads + updates, updates))
+    does = [("LDG.128", loads), ("STG.128", stores)]
+    if small:
+        encoded = sum(letter in small for letter in updates)
+        decoded = sum(letter in small for letter in reads + updates)
+        does += [("0x7fff", VECTOR * encoded), ("0xffff0000+", VECTOR // 2 * (encoded + decoded))]
+    return Step("vectors", tuple(does), OTHERS if small else ())
+
+
+def kernels(rule: Rule, dtype: torch.dtype) -> list[tuple[str, str]]:
+    """The source and the kernel of each pass of a rule."""
+    name, only_float32 = NAMES.get(rule.name, rule.name), str(dtype == torch.float32).lower()
+    update, norm = (("optim/optim", f"step_kernel<{name}, (Pass){n}, {only_float32}>") for n in (1, 0))
+    return [[update], [norm, update], [("optim/grad_norm", "grad_norm_kernel"), norm, update]][len(rule.passes) - 1]
+
+
+def plans(case: Case) -> list[Plan]:
+    """One launch for each pass over memory, on a block for each chunk of a tensor."""
+    rule, model = RULE[case.op], MODELS[case.size]
+    blocks = sum(-(-torch.Size(shape).numel() // CHUNK) for shape in model.shapes)
+    times = {"vectors": model.elements / (blocks * THREADS * VECTOR)}
+    found = []
+    for (source, kernel), (reads, updates), moved in zip(
+        kernels(rule, case.dtype), rule.passes, case.passes, strict=True
+    ):
+        work = (Work((vectors(reads, updates, case.dtype),), times),)
+        found.append(Plan(source, kernel, work, moved.bytes, blocks, THREADS, "vectors", 32 * VECTOR))
+    return found

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A launch as the launchers make it, and what its kernel's machine code then executes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from pathlib import Path as FilePath
+
+from . import cubins
+from .cubins import Kernel
+from .gpus import Gpu
+from .paths import Inner, Path, Paths, Step
+from .roofline import SHORT_LATENCY, Launch, Warp
+
+CUBINS = FilePath(__file__).parents[1] / "build" / "cmake" / "cubin"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a share of the warps of a launch does: the loops that they run through, and how often.
+
+    cached: of some loops, the share of passes whose loads another pass or warp has brought to the L2 cache before. All
+        loads outside of these loops come from there.
+    """
+
+    steps: tuple[Step, ...]
+    times: Mapping[str, float]
+    share: float = 1.0
+    cached: Mapping[str, float] = field(default_factory=dict)
+
+    def latency(self, l2: float, memory: float, loop: str) -> float:
+        """Clocks of a load in a loop, or outside of all for "", given those of the L2 cache and of memory."""
+        cached = self.cached.get(loop, 0.0) if loop else 1.0
+        return cached * l2 + (1.0 - cached) * memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch.
+
+    source: the .cu file, as "family/stem". kernel: how its name begins, without namespaces. bytes: what must cross
+    memory. threads: of a block. shared: bytes of dynamic shared memory of a block. hot: the loop whose passes the
+    budgets are about; elements: how many elements such a pass of a warp works on."""
+
+    source: str
+    kernel: str
+    work: tuple[Work, ...]
+    bytes: float
+    blocks: int
+    threads: int
+    hot: str
+    elements: float
+    shared: int = 0
+
+    def compiled(self, arch: str) -> Compiled:
+        return Compiled(self, kernel(self.source, arch, self.kernel))
+
+
+@cache
+def _kernels(source: str, arch: str) -> dict[str, Kernel]:
+    return cubins.read(CUBINS / f"{source.replace('/', '_')}.{arch}.cubin")
+
+
+@cache
+def kernel(source: str, arch: str, name: str) -> Kernel:
+    """The only kernel of a source whose name begins so.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    found = [k for k in _kernels(source, arch).values() if k.plain_name.startswith(name)]
+    if len(found) != 1:
+        raise ValueError(
+            f"counting: expected one kernel {name} in csrc/{source}.cu for {arch}; got {len(found)}. "
+            "Name it as it is now"
+        )
+    return found[0]
+
+
+@cache
+def _way(found: Kernel, steps: tuple[Step, ...]) -> Path:
+    return Paths(found).through(*steps)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan with the machine code of one architecture."""
+
+    plan: Plan
+    kernel: Kernel
+
+    @cached_property
+    def hot(self) -> Inner:
+        """The hot loop."""
+        return _way(self.kernel, self.plan.work[0].steps).loop(self.plan.hot)
+
+    def warp(self, gpu: Gpu) -> Warp:
+        """What a warp executes, on average over the launch."""
+        pipes: dict[str, float] = {}
+        instructions = 0.0
+        clocks = [0.0, 0.0]
+        for work in self.plan.work:
+            way = _way(self.kernel, work.steps)
+            for n, memory in enumerate((gpu.latency, gpu.idle_latency)):
+                far = partial(work.latency, gpu.l2_latency, memory)
+                clocks[n] += work.share * way.clocks(work.times, far, SHORT_LATENCY)
+            for _, count, path in way.passes(work.times):
+                instructions += work.share * count * len(path.code)
+                for pipe, number in path.pipes.items():
+                    pipes[pipe] = pipes.get(pipe, 0.0) + work.share * count * number
+        return Warp(instructions, clocks[0], clocks[1], pipes)
+
+    @property
+    def shared(self) -> int:
+        return self.kernel.shared + self.plan.shared
+
+    def launch(self, gpu: Gpu) -> Launch:
+        plan, k = self.plan, self.kernel
+        return Launch(
+            plan.kernel, plan.bytes, plan.blocks, plan.threads // 32, k.registers, self.shared, self.warp(gpu)
+        )
