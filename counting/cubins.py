@@ -27,6 +27,7 @@ _INSTRUCTION = re.compile(
     re.M,
 )
 _WIDTH = re.compile(r"\.(?:(128|64|32)|[US](16|8))\b")
+DRIVER_SHARED = 1024  # bytes of shared memory of each block, on sm_80 and later
 STEP = 16  # bytes of an instruction
 NO_BARRIER = 7
 
@@ -167,8 +168,10 @@ def read(cubin: Path) -> dict[str, Kernel]:
     kernels = {}
     for name, (mangled, code) in zip(names, functions.items(), strict=True):
         numbers = resources[mangled]
+        # From sm_90 on, what the driver keeps of shared memory is counted, too.
+        shared = numbers["shared"] - (DRIVER_SHARED if arch not in ("sm_80", "sm_86", "sm_89") else 0)
         local = numbers["local"] + numbers["stack"]
-        kernels[name] = Kernel(name, arch, code, numbers["registers"], numbers["shared"], local)
+        kernels[name] = Kernel(name, arch, code, numbers["registers"], max(0, shared), local)
     return kernels
 
 

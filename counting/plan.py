@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path as FilePath
@@ -95,6 +95,11 @@ class Compiled:
     def hot(self) -> Inner:
         """The hot loop."""
         return _way(self.kernel, self.plan.work[0].steps).loop(self.plan.hot)
+
+    def hot_count(self, count: Callable[[Path], float]) -> float:
+        """A count of one pass of the hot loop and the loops inside it, for each element."""
+        passes = self.hot.path.passes(self.plan.work[0].times)
+        return sum(times * count(path) for _, times, path in passes) * 32 / (self.plan.elements * self.hot.unrolled)
 
     def warp(self, gpu: Gpu) -> Warp:
         """What a warp executes, on average over the launch."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from .cubins import DRIVER_SHARED
 from .gpus import REGISTERS, Gpu
 
 SCHEDULERS = 4  # of an SM: each issues one warp's instruction in a clock
@@ -72,7 +73,7 @@ def resident(gpu: Gpu, warps: int, registers: int, shared: int) -> int:
     shared memory, which the driver uses."""
     by_threads = gpu.threads // (32 * warps)
     by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
-    return min(by_threads, by_registers, gpu.shared // (shared + 1024), gpu.blocks)
+    return min(by_threads, by_registers, gpu.shared // (shared + DRIVER_SHARED), gpu.blocks)
 
 
 def limits(gpu: Gpu, launch: Launch, blocks: float, on_sm: int) -> dict[str, float]:

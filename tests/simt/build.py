@@ -50,6 +50,22 @@ def build(sanitize: bool) -> Path:
     return folder
 
 
+@functools.cache
+def cubin_folder() -> Path:
+    """The cubins of all kernels for all architectures, up to date. Skips the test where there is no CMake."""
+    cmake = _tool("cmake")
+    if cmake is None:
+        pytest.skip("no CMake on PATH")
+    folder = ROOT / "build" / "cmake"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run(cmake, "-S", ROOT, "-B", folder)
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
+        _run(cmake, "--build", folder, "--target", "cubin_check", "--parallel", jobs)
+    return folder / "cubin"
+
+
 def ctest(folder: Path) -> None:
     """Runs the C++ tests of a build folder."""
     command = _tool("ctest")
