@@ -10,18 +10,11 @@ from typing import Any
 from .grid import Grid, number
 from .results import Run
 
-ASSUMPTIONS = (
-    "Predicted from counts, not measured: instructions of the compiled kernels, bytes that must cross memory, and what "
-    "the GPUs' data sheets say. Times may be off by a quarter; what binds a kernel is firmer.",
-    "In brackets: the floor, which is the time of a plain copy of the same bytes, as a share of the predicted time, "
-    "and what binds the longest kernel.",
-)
-
 
 def model_grid(model: dict[str, Any] | None, runs: Iterable[Run], family: str, size: str | None = None) -> Grid:
     """A line for each case of a family, or of one of its sizes, and a column for each GPU."""
     gpus = list(model["gpus"]) if model else []
-    grid = Grid(f"{family}, predicted: µs (share of the floor, limit)", ["case", *gpus])
+    grid = Grid(f"{family}, predicted from counts, not measured: µs (share of the floor, limit)", ["case", *gpus])
     if model is None:
         return grid
     for row in model["rows"]:
@@ -29,11 +22,7 @@ def model_grid(model: dict[str, Any] | None, runs: Iterable[Run], family: str, s
             cells = (row["gpus"][gpu] for gpu in gpus)
             shown = (f"{number(cell['us'])} ({cell['share']:.2f}, {cell['binds']})" for cell in cells)
             grid.lines.append([f"{row['op']}, {row['size']}, {row['dtype']}", *shown])
-    grid.notes = [
-        *ASSUMPTIONS,
-        f"Counted at commit {model['commit']} with nvcc {model['nvcc']}.",
-        *calibration(model, runs),
-    ]
+    grid.notes = [f"Counted at commit {model['commit']} with nvcc {model['nvcc']}.", *calibration(model, runs)]
     return grid
 
 
