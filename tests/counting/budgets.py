@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 NVCC = "13.0"
@@ -86,6 +89,60 @@ BUDGETS = (
 )
 
 
+ATEN, ALLOCATED, COPIED = "aten ops", "allocations", "copies"
+
+
+@dataclass(frozen=True)
+class HostBudget:
+    """Of one call of a public entry, which may read no value of the device.
+
+    ours: our ops, inside which nothing is seen. aten: PyTorch's; allocations, copies: which of them are such.
+    """
+
+    entry: str
+    ours: int
+    aten: int
+    allocations: int
+    copies: int
+    reason: str
+
+
+_STEP = "one op over all parameters, and the learning rate as a tensor"
+_SCALES = "the same; whether a parameter's scale is known is found without reading it"
+_TRAINED = "with the forward and the backward pass of what is around"
+_PRODUCTS = "the same, with matrix products"
+_ALONE = "one op, which makes its result"
+_STORED = "once for each prompt or compression: blocks, and what is stored"
+_CACHE = "a step that compresses nothing: the token into the window, and one op"
+_EAGER = "where tokens keep their dtype: products by PyTorch"
+
+HOST_BUDGETS = (
+    HostBudget("optim.AdaBelief.step", 1, 1, 0, 1, _STEP),
+    HostBudget("optim.AdamW.step", 1, 1, 0, 1, _STEP),
+    HostBudget("optim.Adan.step", 1, 1, 0, 1, _STEP),
+    HostBudget("optim.DiffGrad.step", 1, 1, 0, 1, _STEP),
+    HostBudget("optim.LAMB.step", 2, 2, 0, 1, _STEP),
+    HostBudget("optim.LARS.step", 1, 1, 0, 1, _STEP),
+    HostBudget("optim.Lion.step", 1, 1, 0, 1, _STEP),
+    HostBudget("optim.SGDSaI.step", 1, 11, 1, 1, _SCALES),
+    HostBudget("optim.SST.step", 3, 3, 0, 3, _STEP),
+    HostBudget("nn.GroupRational", 2, 6, 1, 0, _TRAINED),
+    HostBudget("nn.GRKAN", 2, 18, 1, 0, _TRAINED),
+    HostBudget("nn.KATMLP", 4, 30, 1, 0, _TRAINED),
+    HostBudget("nn.SSTLinear", 2, 37, 2, 0, _PRODUCTS),
+    HostBudget("nn.LorentzLinear", 4, 39, 3, 1, _PRODUCTS),
+    HostBudget("functional.lorentz", 1, 0, 0, 0, _ALONE),
+    HostBudget("functional.sst_linear", 0, 12, 0, 0, _PRODUCTS),
+    HostBudget("functional.rational", 1, 0, 0, 0, _ALONE),
+    HostBudget("functional.quantize", 1, 11, 5, 2, _STORED),
+    HostBudget("functional.dequantize", 1, 1, 1, 0, _ALONE),
+    HostBudget("functional.decode_attention", 1, 0, 0, 0, _ALONE),
+    HostBudget("functional.probe_saliency", 1, 14, 2, 0, _STORED),
+    HostBudget("kv.ZipCacheLayer", 1, 8, 1, 0, _CACHE),
+    HostBudget("kv.MatryoshkaLayer", 0, 44, 0, 2, _EAGER),
+)
+
+
 class Excess(NamedTuple):
     """A count that exceeds its budget today."""
 
@@ -98,6 +155,7 @@ class Excess(NamedTuple):
 _NOT_FUSED = "a square is multiplied and then added (-fmad=false): two operations where one gives the same bits"
 _CONVERTED = "each code is converted to a float before it is multiplied, and each weight split in two"
 _WORDS = "words of codes are as wide as four codes of each plane, and scales are two halves"
+_VIEWS = "each step makes the views of what is stored anew, and tensors of its lengths and masks"
 _CHANNELS = "a thread adds the results of splits for one channel"
 _PARTIAL_SUMS = "one partial sum at a time, found by a division"
 
@@ -112,4 +170,23 @@ EXCEPTIONS = (
     Excess("kv/kv_decode/8x32768/bfloat16 0 *", TENSOR, 8.0, _CONVERTED),
     Excess("kv/kv_decode/8x32768/bfloat16 0 *", NARROW, 16.0, _WORDS),
     Excess("kv/kv_decode/8x32768/bfloat16 1 *", NARROW, 12.0, _CHANNELS),
+    Excess("kv.ZipCacheLayer", ATEN, 21.0, _VIEWS),
+    Excess("kv.ZipCacheLayer", ALLOCATED, 5.0, _VIEWS),
+    Excess("kv.ZipCacheLayer", COPIED, 7.0, _VIEWS),
 )
+
+TOLERANCE = 0.01  # up to which a count is what stands here
+
+
+def faults(subject: str, counts: Mapping[str, tuple[float, float]]) -> list[str]:
+    """What is wrong with counts, which are given with their budgets, by measure: a sentence for each."""
+    found = []
+    for measure, (count, allowed) in counts.items():
+        listed = [e for e in EXCEPTIONS if e.measure == measure and fnmatchcase(subject, e.subject)]
+        if not listed and count > allowed:
+            found.append(f"{subject}: expected at most {allowed:.4g} {measure}; got {count:.4g}. Mend the kernel.")
+        elif listed and count <= allowed:
+            found.append(f"{subject}: {measure} are down to {count:.4g}. Remove the exception.")
+        elif listed and not math.isclose(count, listed[0].count, rel_tol=TOLERANCE):
+            found.append(f"{subject}: expected {listed[0].count} {measure}, as excepted; got {count:.4g}.")
+    return found
