@@ -9,8 +9,10 @@ from singlepass.bench.kv.caches import (
     BLOCK,
     DECODE,
     HEADS,
+    PROBES,
     QUERY_HEADS,
     REGULAR_BLOCK,
+    SALIENCY,
     SALIENT_RATIO,
     SHAPES,
     WIDTH,
@@ -23,12 +25,15 @@ from .plan import Plan, Work
 
 THREADS, WARPS, ROWS, CHUNK, KEY_TILE = 128, 4, 8, 32, 64  # csrc/kv/decode.h, decode_codes.h
 SPLITS, MIN_SLOTS, MIN_WINDOW_SLOTS = 64, 128, 32  # DecodeCut
+TILE, CHANNELS, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
 SHAPE = {shape.name: shape for shape in SHAPES["cuda"]}
 KEY_TILES = WIDTH // KEY_TILE
 GROUP = QUERY_HEADS // HEADS
 
 
 def plans(case: Case) -> list[Plan]:
+    if case.op == SALIENCY:
+        return saliency(case)
     if case.op != DECODE:
         return []
     shape = SHAPE[case.size]
@@ -106,3 +111,36 @@ class Segment:
 
 def window_work(case: Case, share: float) -> Work:
     return Work((), {}, share)
+
+
+def saliency(case: Case) -> list[Plan]:
+    """Sums of rows over spans of the keys, then of columns over all rows, on tiles of 64 rows and 64 tokens. Rows are
+    probes at sorted random places: tiles of them see a good half of the tokens."""
+    shape = SHAPE[case.size]
+    probes = min(PROBES, shape.length // 10)
+    heads, tiles, row_tiles = shape.batch * HEADS, -(-shape.length // TILE), -(-GROUP * probes // TILE)
+    of_span = max(LEAST_SPAN // TILE, -(-tiles // MAX_SPANS))
+    spans = -(-tiles // of_span)
+    seen = (1 + TILE / probes) / 2
+    parts = 1 if case.dtype.itemsize == 2 else 3
+    times = {"channels": WIDTH / CHANNELS, "maxima": spans, "totals": spans}
+    # Six products of three parts each; a 16-bit number is decoded, and packed again.
+    does = (("HMMA", 16), ("LDG.128", 4), ("0xffff0000+", 16)) if parts == 1 else (("HMMA", 6 * 16), ("LDG.128", 8))
+    channels = Step("channels", does, avoids=("HADD2.F32",))
+    merged = (
+        Step("maxima", (("LDG.32", 1), ("MUFU", 0), ("HMMA", 0), ("BAR", 0))),
+        Step("totals", (("LDG.64", 1), ("MUFU", 1), ("HMMA", 0), ("BAR", 0))),
+    )
+    sums = Work((Step("tiles", (("SHFL", 4),), inside=(channels,)),), times | {"tiles": of_span * seen})
+    # The first two warps of a block merge the spans' sums, a row in each lane.
+    cached = {"maxima": 1.0, "totals": 1.0}
+    columns = tuple(
+        Work((Step("tiles", (("MUFU+", 32),), inside=inside),), times | {"tiles": row_tiles * seen}, 0.5, cached)
+        for inside in ((*merged, channels), (channels,))
+    )
+
+    def plan(kernel: str, work: tuple[Work, ...], number: int, blocks: int) -> Plan:
+        name = f"{kernel}_kernel<{parts}, (DType)1>"
+        return Plan("kv/saliency", name, work, case.passes[number].bytes, blocks, THREADS, "tiles", TILE * TILE / WARPS)
+
+    return [plan("sums", (sums,), 0, heads * row_tiles * spans), plan("columns", columns, 1, heads * tiles)]

@@ -14,7 +14,7 @@ import networkx
 from .cubins import Instruction, Kernel
 from .flow import Flow, Loop
 
-UNROLLED = (1, 2, 4, 8)
+UNROLLED = (1, 2, 4, 8, 16)
 GLOBAL_LOADS = ("LDG", "LD", "LDGSTS", "ATOMG", "ATOM")
 
 

@@ -55,6 +55,8 @@ _FORWARD = "at most 4 x 6.9 instructions for each element of 4 bytes on an H200;
 _BACKWARD = "arithmetic alone is 37 instructions for each element; the H200 has 41"
 _REDUCE = "few: reads partial sums"
 _DECODE = "0.54 bytes for each code in 4 bits, for which an H100 has 5 instructions"
+_SALIENCY = "half the rate of tensor cores: 20 instructions for each logit of 128 channels, on an H100"
+_PARTS = "three bfloat16 parts of each float32, of whose products six are made"
 
 BUDGETS = (
     Budget("optim/AdamW/gpt2-small/float32", 0, 85, 2, 37, 40, _ROOTS),
@@ -86,6 +88,10 @@ BUDGETS = (
     Budget("rational/rational_backward/128x197x3072/bfloat16", 2, 32, 8, 64, None, _REDUCE, doubles=1),
     Budget("kv/kv_decode/8x32768/bfloat16", 0, 168, 3, 2.2, 2.8, _DECODE, tensor=2),
     Budget("kv/kv_decode/8x32768/bfloat16", 1, 32, 16, 20, None, _REDUCE),
+    Budget("kv/kv_saliency/1x8192/bfloat16", 0, 154, 3, 20, None, _SALIENCY, tensor=64),
+    Budget("kv/kv_saliency/1x8192/bfloat16", 1, 148, 3, 20, None, _SALIENCY, tensor=64),
+    Budget("kv/kv_saliency/1x8192/float32", 0, 144, 3, 84, None, _PARTS, tensor=384),
+    Budget("kv/kv_saliency/1x8192/float32", 1, 150, 3, 90, None, _PARTS, tensor=384),
 )
 
 
@@ -156,6 +162,8 @@ _NOT_FUSED = "a square is multiplied and then added (-fmad=false): two operation
 _CONVERTED = "each code is converted to a float before it is multiplied, and each weight split in two"
 _WORDS = "words of codes are as wide as four codes of each plane, and scales are two halves"
 _VIEWS = "each step makes the views of what is stored anew, and tensors of its lengths and masks"
+_TILES = "a tile of keys is loaded, decoded and packed anew for each tile of probes"
+_PROBES = "a row's probe and query head are found by a division, for each tile"
 _CHANNELS = "a thread adds the results of splits for one channel"
 _PARTIAL_SUMS = "one partial sum at a time, found by a division"
 
@@ -170,6 +178,9 @@ EXCEPTIONS = (
     Excess("kv/kv_decode/8x32768/bfloat16 0 *", TENSOR, 8.0, _CONVERTED),
     Excess("kv/kv_decode/8x32768/bfloat16 0 *", NARROW, 16.0, _WORDS),
     Excess("kv/kv_decode/8x32768/bfloat16 1 *", NARROW, 12.0, _CHANNELS),
+    Excess("kv/kv_saliency/1x8192/bfloat16 0 *", INSTRUCTIONS, 43.5, _TILES),
+    Excess("kv/kv_saliency/1x8192/bfloat16 1 *", INSTRUCTIONS, 50.4, _TILES),
+    Excess("kv/kv_saliency/1x8192/*", DIVISIONS, 1.0, _PROBES),
     Excess("kv.ZipCacheLayer", ATEN, 21.0, _VIEWS),
     Excess("kv.ZipCacheLayer", ALLOCATED, 5.0, _VIEWS),
     Excess("kv.ZipCacheLayer", COPIED, 7.0, _VIEWS),
