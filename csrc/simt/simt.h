@@ -97,6 +97,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t
   } call{kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
   const auto body = [](void* pointer) {
     auto& [kernel, arguments] = *static_cast<Call*>(pointer);
+    [[maybe_unused]] const Recorder::InKernel recording;
     std::apply(kernel, arguments);
   };
   return run_grid(reinterpret_cast<const void*>(kernel), grid, block, dynamic_bytes, body, &call);

@@ -18,6 +18,7 @@
 
 #include "simt/simt_fiber.h"
 #include "simt/simt_memory.h"
+#include "simt/simt_traffic.h"
 #include "simt/simt_types.h"
 
 inline uint3 threadIdx{};
@@ -77,8 +78,14 @@ struct Thread {
 class Block {
  public:
   Block(uint3 index, void (*body)(void*), void* arguments, std::size_t dynamic_bytes, Random& random)
-      : index_(index), body_(body), arguments_(arguments), dynamic_(dynamic_bytes), random_(random) {
+      : index_(index),
+        body_(body),
+        arguments_(arguments),
+        dynamic_(dynamic_bytes),
+        random_(random),
+        recorder_(blockDim.x * blockDim.y * blockDim.z) {
     const unsigned count = blockDim.x * blockDim.y * blockDim.z;
+    recorder_.add_shared(dynamic_.data(), dynamic_.bytes());
     threads_.resize(count);
     for (unsigned i = 0; i < count; ++i) {
       threads_[i].linear = i;
@@ -109,10 +116,12 @@ class Block {
 
   // __syncthreads: all threads of the block, at one place of the source.
   void barrier(std::source_location site) {
+    [[maybe_unused]] const Recorder::InRuntime pause;
     wait_at(State::kAtBarrier, site);
     if (++at_barrier_ == threads_.size()) {
       for (const Thread& thread : threads_)
         if (!same(thread.site, site)) fail("divergent __syncthreads");
+      recorder_.meet(0, static_cast<unsigned>(threads_.size()));
       at_barrier_ = 0;
       yields_ = 0;
       draw_schedule();
@@ -124,6 +133,7 @@ class Block {
   // The *_sync collectives: all lanes that `mask` names, with the same mask and operation.
   std::uint64_t warp_collective(WarpOp op, unsigned mask, std::uint64_t value, unsigned argument, unsigned width,
                                 std::source_location site) {
+    [[maybe_unused]] const Recorder::InRuntime pause;
     Thread& self = *running_;
     self.request = {op, mask, value, argument, width, 0};
     wait_at(State::kInWarpCollective, site);
@@ -143,6 +153,7 @@ class Block {
       complete &= meets;
     }
     if (complete) {
+      if (mask == ~0u) recorder_.meet(first, kWarpSize);
       for (unsigned lane = 0; lane < kWarpSize; ++lane)
         if (mask >> lane & 1u) threads_[first + lane].request.result = collective_result(&threads_[first], lane);
       for (unsigned lane = 0; lane < kWarpSize; ++lane)
@@ -154,6 +165,7 @@ class Block {
 
   // Atomics call it before and after: other threads run on, or other blocks, for which atomics are what they meet at.
   void yield_sometimes() {
+    [[maybe_unused]] const Recorder::InRuntime pause;
     const std::uint64_t draw = random_() % 8;
     if (draw >= 3) return;
     if (++yields_ > kMaxYields) fail("spins without end");
@@ -164,6 +176,7 @@ class Block {
 
   // The variable that belongs to `site` in this block, made at its first use.
   void* shared(const void* site, std::size_t bytes) {
+    [[maybe_unused]] const Recorder::InRuntime pause;
     auto found = static_.find(site);
     if (found == static_.end()) {
       static_bytes_ += bytes;
@@ -171,11 +184,15 @@ class Block {
         fail("uses too much shared memory: " + std::to_string(static_bytes_) + " bytes besides " +
              std::to_string(dynamic_.bytes()) + " dynamic ones");
       found = static_.try_emplace(site, bytes).first;
+      recorder_.add_shared(found->second.data(), bytes);
     }
     return found->second.data();
   }
 
-  void* dynamic_shared() const { return dynamic_.data(); }
+  void* dynamic_shared() const {
+    [[maybe_unused]] const Recorder::InRuntime pause;
+    return dynamic_.data();
+  }
 
   inline static Block* current = nullptr;
 
@@ -224,6 +241,7 @@ class Block {
 
   void enter(Thread& thread) {
     running_ = &thread;
+    recorder_.enter(thread.linear);
     threadIdx = thread.index;
     thread.state = State::kReady;
   }
@@ -346,6 +364,7 @@ class Block {
   std::vector<Thread> threads_;
   std::map<const void*, GuardedMemory> static_;
   std::size_t static_bytes_ = 0;
+  Recorder recorder_;
 
   using Ready = std::pair<std::uint64_t, unsigned>;
   std::priority_queue<Ready, std::vector<Ready>, std::greater<>> ready_;

@@ -71,6 +71,12 @@ class Fiber {
     munmap(map_, map_bytes_);
   }
 
+  // Whether an address stands on the stack of the fiber that runs.
+  static bool on_stack(const void* address) {
+    const char* place = static_cast<const char*>(address);
+    return current_ != nullptr && place >= current_->stack_ && place < current_->stack_ + kStackBytes;
+  }
+
   // Runs the fiber until it suspends. Called from the scheduler's stack.
   void resume() {
     current_ = this;

@@ -6,7 +6,7 @@
 #include "torch/on_stream.h"
 #include "torch/stream.h"
 
-// What GPUs run, on CPU tensors: for tests, as ops of the namespace singlepass_simt, whose schemas a test defines.
+// What GPUs run, on CPU tensors: for tests, as ops of a namespace whose schemas a test defines.
 namespace singlepass::registration {
 namespace {
 
@@ -17,7 +17,7 @@ class Simt : public OnStream {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(singlepass_simt, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINGLEPASS_SIMT_NAMESPACE, CPU, m) {
   register_kv<Simt>(m);
   register_optim<Simt>(m);
   register_rational<Simt>(m);
