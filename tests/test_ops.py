@@ -14,6 +14,7 @@ from torch._library.simple_registry import singleton
 from singlepass._ops import OPS
 from singlepass._ops.op import NAMESPACE
 
+from .counting.traffic_table import ROWS
 from .kv import samples as kv
 from .optim import samples as optim
 from .rational import samples as rational
@@ -112,6 +113,12 @@ def test_benchmark_case(name: str) -> None:
     cases = registry.cases(torch.device("cpu"))
     measured = {f"{case.op.lower()}_step_" if case.family == "optim" else case.op for case in cases}
     assert MEASURED_WITHIN.get(name, name) in measured
+
+
+@each_op
+def test_counted_traffic(name: str) -> None:
+    family = OPS[name].family
+    assert any(row.op is OPS[name] for row in ROWS), f"tests/{family}/traffic.py has no row for {name}"
 
 
 @each_op

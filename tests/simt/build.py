@@ -22,9 +22,10 @@ MODULE_FOLDER = "SINGLEPASS_TEST_CORE_FOLDER"
 EVERY = "SINGLEPASS_TEST_EVERY"  # and runs one case in so many of each test
 
 
-def _run(*command: str | Path) -> None:
+def _run(*command: str | Path) -> str:
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(str(part) for part in command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def _tool(name: str) -> str | None:
@@ -32,7 +33,7 @@ def _tool(name: str) -> str | None:
 
 
 @functools.cache
-def build(sanitize: bool) -> Path:
+def build(sanitize: bool, target: str = "all") -> Path:
     """The build folder, up to date. Skips the test where there is nothing to build with; a failed build fails it."""
     cmake = _tool("cmake")
     if cmake is None:
@@ -46,7 +47,8 @@ def build(sanitize: bool) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         options += ("-DSINGLEPASS_BUILD_PYBIND=ON", f"-DPython3_EXECUTABLE={sys.executable}")
         _run(cmake, *options, f"-DSINGLEPASS_TORCH={Path(torch.__file__).parent}")
-        _run(cmake, "--build", folder, "--parallel", os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2"))
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
+        _run(cmake, "--build", folder, "--target", target, "--parallel", jobs)
     return folder
 
 
@@ -64,6 +66,14 @@ def cubin_folder() -> Path:
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", "2")
         _run(cmake, "--build", folder, "--target", "cubin_check", "--parallel", jobs)
     return folder / "cubin"
+
+
+def build_counting() -> Path:
+    """The build folder, with the ops that count what kernels do to memory."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or "Free Software Foundation" not in _run(compiler, "--version"):
+        pytest.skip("the C++ compiler is not GCC, as which accesses are counted")
+    return build(sanitize=False, target="singlepass_traffic_ops")
 
 
 def ctest(folder: Path) -> None:

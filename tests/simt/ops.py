@@ -15,27 +15,33 @@ import torch
 
 from singlepass._ops import OPS, Op
 
-from .build import MODULE_FOLDER, build
+from .build import MODULE_FOLDER, build, build_counting
 
-NAMESPACE = "singlepass_simt"
+COUNTING = "traffic"  # the library whose ops count what kernels do to memory
+
+
+def library(name: str = "simt") -> Path:
+    if name == COUNTING:
+        return build_counting() / "_C_traffic.so"
+    folder = Path(os.environ[MODULE_FOLDER]) if MODULE_FOLDER in os.environ else build(sanitize=False)
+    return folder / "_C_simt.so"
 
 
 @functools.cache
-def _library() -> torch.library.Library:
+def _define(name: str) -> torch.library.Library:
     """Defines the ops once more, in a namespace of their own, and loads what runs them."""
-    library = torch.library.Library(NAMESPACE, "DEF")
+    defined = torch.library.Library(f"singlepass_{name}", "DEF")
     for op in OPS.values():
-        library.define(str(op.overload._schema).partition("::")[2], tags=tuple(op.overload.tags))
-        library.impl(op.name, op.on("eager"), "CompositeExplicitAutograd")  # as in the package
-    folder = Path(os.environ[MODULE_FOLDER]) if MODULE_FOLDER in os.environ else build(sanitize=False)
-    torch.ops.load_library(folder / "_C_simt.so")
-    return library
+        defined.define(str(op.overload._schema).partition("::")[2], tags=tuple(op.overload.tags))
+        defined.impl(op.name, op.on("eager"), "CompositeExplicitAutograd")  # as in the package
+    torch.ops.load_library(library(name))
+    return defined
 
 
-def overload(op: Op) -> Callable[..., Any]:
-    """The function of an op."""
-    _library()
-    return getattr(getattr(torch.ops, NAMESPACE), op.name).default
+def overload(op: Op, name: str = "simt") -> Callable[..., Any]:
+    """The function of an op, in a library."""
+    _define(name)
+    return getattr(getattr(torch.ops, f"singlepass_{name}"), op.name).default
 
 
 @contextmanager
