@@ -51,6 +51,19 @@ class Traffic:
     wavefronts: int
     ideal_wavefronts: int
 
+    def __str__(self) -> str:
+        lines = [
+            f"{self.launches} launches",
+            f"shared memory: {self.shared_requests} requests, {self.wavefronts} wavefronts of {self.ideal_wavefronts}",
+        ]
+        for kind, counts in (("loads", self.loads), ("stores", self.stores)):
+            lines += (
+                f"{kind} of {name}: {c.requests} requests for {c.requested} bytes, {c.sectors} sectors of {c.ideal}; "
+                f"{c.unique} bytes once"
+                for name, c in counts.items()
+            )
+        return "\n".join(lines)
+
 
 class _Counted(ctypes.Structure):
     _fields_ = (

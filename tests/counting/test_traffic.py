@@ -11,8 +11,8 @@ from counting import traffic
 from singlepass._ops import optim as optim_ops
 
 from ..simt.ops import COUNTING, library, overload
-from .exceptions import EXCEPTIONS, faults
-from .traffic_row import BYTES, MEASURES, Row
+from .exceptions import faults
+from .traffic_row import BYTES, Row
 from .traffic_table import ROWS
 
 pytestmark = pytest.mark.slow("the first one waits until the kernels are compiled to be counted")
@@ -31,15 +31,14 @@ def counted(row: Row, calls: int = 1) -> tuple[traffic.Traffic, traffic.Tensors]
 
 
 def marked(row: Row) -> object:
-    return pytest.param(
-        row, id=str(row), marks=[pytest.mark.deep("more shapes of the same kernels")] if row.deep else []
-    )
+    deep = pytest.mark.deep("takes longer, and counts kernels that other rows count, too")
+    return pytest.param(row, id=str(row), marks=[deep] if row.deep else [])
 
 
 @pytest.mark.parametrize("row", [marked(row) for row in ROWS])
 def test_traffic(row: Row) -> None:
     counts, tensors = counted(row)
-    assert faults(str(row), row.judged(counts, tensors)) == []
+    assert faults(str(row), row.judged(counts, tensors)) == [], str(counts)
     assert counts.launches == row.launches
 
 
@@ -59,8 +58,3 @@ def test_what_reads_more_than_it_must_is_a_fault() -> None:
     row = replace(stream(), read={"reads": 0.0})
     (fault,) = faults("stream_", row.judged(*counted(row)))
     assert fault == f"stream_: expected at most 1.013 {BYTES}; got 1.25. Mend the kernel."
-
-
-@pytest.mark.parametrize("exception", [e for e in EXCEPTIONS if e.measure in MEASURES], ids=lambda e: e.subject)
-def test_exceptions_are_of_rows(exception: object) -> None:
-    assert any(exception.concerns(str(row), exception.measure) for row in ROWS)
