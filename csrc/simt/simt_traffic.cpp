@@ -176,7 +176,11 @@ void Recorder::count_warp(unsigned first, unsigned last) {
       return a.instruction != begin->instruction || a.turn != begin->turn;
     });
     Lanes lanes(begin, end);
-    is_shared(begin->address) ? count_shared(lanes) : count_global(lanes);
+    if (is_shared(begin->address)) {
+      count_shared(lanes);
+    } else {
+      count_global(lanes);
+    }
     begin = end;
   }
 }
