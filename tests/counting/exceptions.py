@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from .budgets import COPIED, DIVISIONS, DOUBLES, EXECUTED, INSTRUCTIONS, NARROW, TENSOR
 from .traffic_row import BYTES, REPEATS, SECTORS, WAVEFRONTS
 
 TOLERANCE = 0.01  # up to which a count is what stands here
@@ -16,7 +17,8 @@ TOLERANCE = 0.01  # up to which a count is what stands here
 
 @dataclass(frozen=True)
 class Excess:
-    """``subject``: what is counted, "<op>: <layout>", as a pattern; each that it matches has this ``count``."""
+    """``subject``: what is counted, as a pattern; each that it matches has this ``count``: "<op>: <layout>" of traffic,
+    "<case> <launch> <architecture>" of instructions, "<entry>" of the host."""
 
     subject: str
     measure: str
@@ -47,6 +49,16 @@ _FIRST = "every lane asks for the first element of its row, too"
 _PROJECTS = "a row's gradient and parameter are read for their product, then for the step"
 _KEYS = "values are read for their sum, then for the key of each"
 _COLUMNS = "lanes read a tile of sums at a stride of 256 bytes"
+
+_NOT_FUSED = "a square is multiplied and then added (-fmad=false): two operations where one gives the same bits"
+_CONVERTED = "each code is converted to a float before it is multiplied, and each weight split in two"
+_WORDS = "words of codes are as wide as four codes of each plane, and scales are two halves"
+_TILE_LOADS = "a tile of keys is loaded, decoded and packed anew for each tile of probes"
+_PROBES = "a row's probe and query head are found by a division, for each tile"
+_CHANNELS = "a thread adds the results of splits for one channel"
+_PARTIAL_SUMS = "one partial sum at a time, found by a division"
+_LAID_ASIDE = "the token's key and value go into the window, and its query is laid aside as a probe"
+_PROBE = "the token's query is laid aside as a probe"
 
 EXCEPTIONS = (
     # Optimizer steps: vectors of float32.
@@ -137,6 +149,23 @@ EXCEPTIONS = (
     Excess("lorentz*: float32", SECTORS, 1.98, _HALVES),
     Excess("spectral_swap_: float32", SECTORS, 2.0, _HALVES),
     Excess("spectral_swap_: int8", SECTORS, 1.8, _HALVES),
+    # Instructions of compiled kernels.
+    Excess("optim/LAMB/gpt2-small/* 0 *", DOUBLES, 2.0, _NOT_FUSED),
+    Excess("optim/LAMB/gpt2-small/* 1 *", DOUBLES, 4.0, _NOT_FUSED),
+    Excess("optim/LARS/gpt2-small/* 0 *", DOUBLES, 4.0, _NOT_FUSED),
+    Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", NARROW, 1.0, _PARTIAL_SUMS),
+    Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", DIVISIONS, 1.0, _PARTIAL_SUMS),
+    Excess("kv/kv_decode/8x32768/bfloat16 0 *", INSTRUCTIONS, 4.01, _CONVERTED),
+    Excess("kv/kv_decode/8x32768/bfloat16 0 *", EXECUTED, 9.15, _CONVERTED),
+    Excess("kv/kv_decode/8x32768/bfloat16 0 *", TENSOR, 8.0, _CONVERTED),
+    Excess("kv/kv_decode/8x32768/bfloat16 0 *", NARROW, 16.0, _WORDS),
+    Excess("kv/kv_decode/8x32768/bfloat16 1 *", NARROW, 12.0, _CHANNELS),
+    Excess("kv/kv_saliency/1x8192/bfloat16 0 *", INSTRUCTIONS, 43.5, _TILE_LOADS),
+    Excess("kv/kv_saliency/1x8192/bfloat16 1 *", INSTRUCTIONS, 50.4, _TILE_LOADS),
+    Excess("kv/kv_saliency/1x8192/*", DIVISIONS, 1.0, _PROBES),
+    # The host.
+    Excess("kv.ZipCacheLayer", COPIED, 3.0, _LAID_ASIDE),
+    Excess("kv.MatryoshkaLayer, 4 and 2 bits", COPIED, 1.0, _PROBE),
 )
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from functools import cache
 
 import pytest
@@ -20,7 +19,8 @@ from singlepass.bench.registry import Case
 
 from ..simt.build import cubin_folder
 from . import budgets
-from .budgets import ARCHS, BUDGETS, EXCEPTIONS, HOST_BUDGETS, Budget, faults
+from .budgets import ARCHS, BUDGETS, Budget
+from .exceptions import faults
 
 pytestmark = [
     pytest.mark.deep("reads cubins of all kernels, which that tier compiles"),
@@ -94,8 +94,3 @@ def test_no_kernel_has_local_memory() -> None:
     every = {path: cubins.resources([path])[cubins.OF_CUBINS] for path in cubin_folder().glob("*.cubin")}
     assert sum(map(len, every.values())) > 400
     assert {path.name: found for path, kernels in every.items() if (found := cubins.spilling({"": kernels}))} == {}
-
-
-def test_exceptions_are_of_budgets() -> None:
-    subjects = {f"{budget.subject} {arch}" for budget in BUDGETS for arch in ARCHS} | {b.entry for b in HOST_BUDGETS}
-    assert [e for e in EXCEPTIONS if not any(fnmatchcase(subject, e.subject) for subject in subjects)] == []

@@ -13,7 +13,8 @@ from counting.host import ALLOCATIONS, COPIES, HostReadError, host_ops
 from singlepass import functional, kv, nn, optim
 
 from . import budgets
-from .budgets import HOST_BUDGETS, HostBudget, faults
+from .budgets import HOST_BUDGETS, HostBudget
+from .exceptions import faults
 
 Call = Callable[[], object]
 HEADS, WIDTH, TOKENS = 2, 32, 64
@@ -78,9 +79,12 @@ def saliency() -> Call:
 
 
 def decoding(layer: kv.ZipCacheLayer | kv.MatryoshkaLayer) -> Call:
-    """A step of generation after a prompt."""
+    """A step of generation after a prompt and a few steps, which leave room for the next."""
     prompt, new = tokens(300), tokens(1)
     layer.prefill(prompt, prompt, prompt)
+    for _ in range(8):
+        layer.append(new, new)
+        layer.attend(new)
 
     def call() -> None:
         layer.append(new, new)
@@ -89,9 +93,9 @@ def decoding(layer: kv.ZipCacheLayer | kv.MatryoshkaLayer) -> Call:
     return call
 
 
-def low_rank() -> kv.MatryoshkaLayer:
+def low_rank(ranks: int | list[int] = 16, bits: tuple[int, int] | None = None) -> kv.MatryoshkaLayer:
     bases = torch.linalg.qr(torch.randn(HEADS, WIDTH, WIDTH)).Q
-    return kv.MatryoshkaLayer(bases, bases, key_ranks=16, value_ranks=16)
+    return kv.MatryoshkaLayer(bases, bases, key_ranks=16, value_ranks=ranks, bits=bits)
 
 
 def rational_arguments() -> dict[str, Tensor]:
@@ -115,6 +119,8 @@ ENTRIES: dict[str, Callable[[], Call]] = {
     "functional.probe_saliency": saliency,
     "kv.ZipCacheLayer": lambda: decoding(kv.ZipCacheLayer()),
     "kv.MatryoshkaLayer": lambda: decoding(low_rank()),
+    "kv.MatryoshkaLayer, ragged ranks": lambda: decoding(low_rank([16, 32])),
+    "kv.MatryoshkaLayer, 4 and 2 bits": lambda: decoding(low_rank(bits=(4, 2))),
 }
 
 
@@ -138,7 +144,7 @@ def test_every_entry_has_a_budget() -> None:
     called = {f"functional.{name}" for name in functional.__all__} | {f"optim.{name}.step" for name in dir(optim)}
     called |= {f"nn.{name}" for name in nn.__all__ if hasattr(getattr(nn, name), "forward")}
     called |= {f"kv.{name}" for name in kv.__all__ if hasattr(getattr(kv, name), "attend")}
-    assert called == set(ENTRIES)
+    assert called == {entry.partition(",")[0] for entry in ENTRIES}
 
 
 def test_a_read_of_a_value_is_an_error() -> None:

@@ -224,7 +224,7 @@ def _ends(k: Tensor, mask: Tensor | None, queries: int) -> Tensor | None:
     length = k.shape[2]
     if mask is None:
         ends = torch.full((len(k), 2), length, dtype=torch.int32, device=k.device)
-        ends[:, 0] = 0
+        ends.select(1, 0).zero_()
         return ends
     places = torch.arange(length, device=k.device)
     begin = torch.where(mask, places, length).amin(1)
