@@ -39,7 +39,7 @@ _GROUP_SCALES = "a lane writes the scales of its group alone"
 _SCALES = "a lane reads the scales or factors of its 16 channels one by one"
 _QUERIES = "queries are read channel by channel (query)"
 _HALF_ROWS = "a lane reads its row of 32 bytes of key codes by halves, in two requests; and queries as below"
-_MERGE = "folded scales and merged results are written to shared memory one by one (fold, merge)"
+_FOLD = "lanes fold fragments 512 bytes apart, and read results across the sums of tiles (fold, write)"
 _OPERANDS = "a lane writes the 16 channels of its row one by one (bring)"
 _ENCODES = "a thread block reads its tokens for their extremes or factors, then to encode them"
 _SPLITS = "each split reads queries, and scales for each few of its tokens"
@@ -124,13 +124,13 @@ EXCEPTIONS = (
     Excess("kv_decode: 4 bits, blocks of 32", SECTORS, 1.028, _QUERIES),
     Excess("kv_decode: 2 bits, blocks of 128, groups of 32", SECTORS, 1.029, _QUERIES),
     Excess("kv_decode: window", SECTORS, 1.174, _QUERIES),
-    Excess("kv_decode: 8 bits, blocks of 128", WAVEFRONTS, 1.41, _MERGE),
-    Excess("kv_decode: 8 bits, blocks of 32", WAVEFRONTS, 1.549, _MERGE),
-    Excess("kv_decode: 4 bits, blocks of 128", WAVEFRONTS, 1.23, _MERGE),
-    Excess("kv_decode: 4 bits, blocks of 32", WAVEFRONTS, 1.422, _MERGE),
-    Excess("kv_decode: 2 bits, blocks of 32", WAVEFRONTS, 1.38, _MERGE),
-    Excess("kv_decode: 4 and 2 bits, blocks of 128", WAVEFRONTS, 1.205, _MERGE),
-    Excess("kv_decode: 4 and 2 bits, blocks of 32", WAVEFRONTS, 1.41, _MERGE),
+    Excess("kv_decode: 8 bits, blocks of 128", WAVEFRONTS, 1.41, _FOLD),
+    Excess("kv_decode: 8 bits, blocks of 32", WAVEFRONTS, 1.549, _FOLD),
+    Excess("kv_decode: 4 bits, blocks of 128", WAVEFRONTS, 1.23, _FOLD),
+    Excess("kv_decode: 4 bits, blocks of 32", WAVEFRONTS, 1.422, _FOLD),
+    Excess("kv_decode: 2 bits, blocks of 32", WAVEFRONTS, 1.38, _FOLD),
+    Excess("kv_decode: 4 and 2 bits, blocks of 128", WAVEFRONTS, 1.205, _FOLD),
+    Excess("kv_decode: 4 and 2 bits, blocks of 32", WAVEFRONTS, 1.41, _FOLD),
     Excess("kv_saliency: *", BYTES, 1.99, _SOFTMAX),
     Excess("kv_saliency: *", REPEATS, 2.667, _TILES),
     Excess("kv_saliency: *", SECTORS, 2.0, _HALVES),
