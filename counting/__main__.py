@@ -14,6 +14,9 @@ from . import model
 from .cubins import tool
 
 
+WIDTH = 160  # of a case and its time on five GPUs
+
+
 def nvcc_version() -> str:
     """Major and minor.
 
@@ -36,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         raise SystemExit(str(error)) from None
     runs = [run for run in (results.newest("cuda"),) if run is not None]
-    screen.show([predictions.model_grid(after, runs, family) for family in model.PLANS], screen.console())
+    to = screen.console()
+    to.width = WIDTH
+    screen.show([predictions.model_grid(after, runs, family) for family in model.PLANS], to)
     if before is not None:
         changed = model.changes(before, after)
         print(f"against the prediction at {before['commit']}: {len(changed)} times changed", *changed, sep="\n")

@@ -84,15 +84,15 @@ class Path:
         """Of one pass of a warp that is alone, after another one: what the compiler makes it wait between instructions,
         and what its barriers make it wait for results. These come after `near` clocks, what is loaded from global
         memory in a loop after far(its name); the second half of a sector is then in the L1 cache."""
-        inside = {loop.at: loop for loop in self.loops}
         ready: dict[int, float] = {}
         clock = began = 0.0
         for _ in range(2):
             began = clock
             sectors: set[tuple[str, int]] = set()
             for n in range(len(self.code) + 1):
-                if n in inside:
-                    clock += inside[n].times(times) * inside[n].path.clocks(times, far, near, inside[n].name)
+                for loop in self.loops:
+                    if loop.at == n:
+                        clock += loop.times(times) * loop.path.clocks(times, far, near, loop.name)
                 if n == len(self.code):
                     break
                 i = self.code[n]
@@ -125,7 +125,8 @@ class Inner:
         return times[self.name] / self.unrolled if self.name in times else 1.0
 
 
-Done = tuple[int, ...]
+Done = tuple[int, ...]  # how much of what a step says
+Way = tuple[tuple[int, int], tuple[int, ...]]  # its cost, and the nodes on it
 
 
 @dataclass(frozen=True)
@@ -202,40 +203,14 @@ class Paths:
     ) -> Path | None:
         """The cheapest way through some blocks that does what a step says, or None. It ends where a loop begins
         again."""
-        chosen = {loop: way for inner in step.inside for loop, way in self._find(inner, loops).items()}
-        nodes = self._nodes(blocks, start, loops, step.inside, chosen, is_loop)
-        wanted = (*(count for _, count in step.does), *(1 for _ in step.inside))
-        open_ended = (*(mark.endswith("+") for mark, _ in step.does), *(False for _ in step.inside))
-        # Ways by node: what they have done so far, and the cheapest of those that have done the same.
-        ways: dict[int, dict[Done, tuple[tuple[int, int], tuple[int, ...]]]] = {
-            start: {(0,) * len(wanted): ((0, 0), ())}
-        }
-        ended = []
-        for n in networkx.topological_sort(networkx.DiGraph({n: node.next for n, node in nodes.items()})):
-            node, here = nodes[n], ways.pop(n, {})
-            for done, (cost, way) in here.items():
-                for counts in node.counts(step):
-                    now = tuple(
-                        min(a + b, most) if is_open else a + b
-                        for a, b, most, is_open in zip(done, counts, wanted, open_ended, strict=True)
-                    )
-                    if any(a > b for a, b in zip(now, wanted, strict=True)):
-                        continue
-                    reached = (cost[0] + node.cost[0], cost[1] + node.cost[1]), (*way, n)
-                    if node.ends and now == wanted:
-                        ended.append(reached)
-                    for ahead in node.next:
-                        known = ways.setdefault(ahead, {})
-                        known[now] = min(reached, known.get(now, reached))
-        if not ended:
-            return None
-        taken = [nodes[n].path for n in min(ended)[1]]
-        code: tuple[Instruction, ...] = ()
-        inside: list[Inner] = []
-        for path in taken:
-            inside += [replace(loop, at=len(code)) for loop in path.loops]
-            code += path.code
-        return Path(code, tuple(inside), sum(path.calls for path in taken))
+        chosen: dict[Loop, Inner] = {}
+        for inner in step.inside:
+            for loop, found in self._find(inner, loops).items():
+                if loop in chosen:
+                    raise self._missing(f"a loop that is {inner.name!r} and not {chosen[loop].name!r}")
+                chosen[loop] = found
+        taken = _cheapest(self._nodes(blocks, start, loops, step.inside, chosen, is_loop), start, step)
+        return None if taken is None else _joined(taken)
 
     def _nodes(
         self,
@@ -272,3 +247,40 @@ class Paths:
             if path is not None:
                 return Path((), (Inner("", path),))
         raise self._missing(f"a pass of the loop at block {loop.head}")
+
+
+def _cheapest(nodes: Mapping[int, _Node], start: int, step: Step) -> list[Path] | None:
+    """The nodes' paths on the cheapest way from one to an end that does what a step says, or None."""
+    wanted = (*(count for _, count in step.does), *(1 for _ in step.inside))
+    open_ended = (*(mark.endswith("+") for mark, _ in step.does), *(False for _ in step.inside))
+    # Ways by node: what they have done so far, and the cheapest of those that have done the same.
+    ways: dict[int, dict[Done, Way]] = {start: {(0,) * len(wanted): ((0, 0), ())}}
+    ended: list[Way] = []
+    for n in networkx.topological_sort(networkx.DiGraph({n: node.next for n, node in nodes.items()})):
+        node = nodes[n]
+        for (done, (cost, way)), counts in product(ways.pop(n, {}).items(), node.counts(step)):
+            now = tuple(
+                min(a + b, most) if is_open else a + b
+                for a, b, most, is_open in zip(done, counts, wanted, open_ended, strict=True)
+            )
+            if any(a > b for a, b in zip(now, wanted, strict=True)):
+                continue
+            reached = (cost[0] + node.cost[0], cost[1] + node.cost[1]), (*way, n)
+            if node.ends and now == wanted:
+                ended.append(reached)
+            for ahead in node.next:
+                known = ways.setdefault(ahead, {})
+                known[now] = min(reached, known.get(now, reached))
+    return [nodes[n].path for n in min(ended)[1]] if ended else None
+
+
+def _joined(taken: Iterable[Path]) -> Path:
+    """One path of several, one after the other."""
+    code: tuple[Instruction, ...] = ()
+    inside: list[Inner] = []
+    calls = 0
+    for path in taken:
+        inside += [replace(loop, at=len(code)) for loop in path.loops]
+        code += path.code
+        calls += path.calls
+    return Path(code, tuple(inside), calls)
