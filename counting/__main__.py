@@ -13,7 +13,6 @@ from singlepass.bench import predictions, results, screen
 from . import model
 from .cubins import tool
 
-
 WIDTH = 160  # of a case and its time on five GPUs
 
 

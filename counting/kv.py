@@ -32,26 +32,31 @@ GROUP = QUERY_HEADS // HEADS
 
 
 def plans(case: Case) -> list[Plan]:
-    if case.op == SALIENCY:
-        return saliency(case)
-    if case.op != DECODE:
-        return []
+    return {DECODE: decode, SALIENCY: saliency}[case.op](case) if case.op in (DECODE, SALIENCY) else []
+
+
+def decode(case: Case) -> list[Plan]:
+    """A block for each split of each head, then one for each row of queries, which merges the splits' results. These
+    come from the L2 cache, and are no part of the floor."""
     shape = SHAPE[case.size]
     heads, slots = shape.batch * HEADS, shape.length - WINDOW
     salient = round(SALIENT_RATIO * slots)
     split = -(-slots // (SPLITS * MIN_SLOTS)) * MIN_SLOTS
     segments = (Segment(4, BLOCK, salient, split), Segment(2, REGULAR_BLOCK, slots - salient, split))
-    window = WINDOW // MIN_WINDOW_SLOTS
-    splits = sum(segment.splits for segment in segments) + window
-    work = [segment.work(splits, case.dtype.itemsize) for segment in segments] + [window_work(case, window / splits)]
-    shared = max(Segment.shared(WARPS), 16 << 10)
-    passed = Plan(
-        "kv/decode", "decode_kernel", tuple(work), case.bytes, heads * splits, THREADS, "chunks", CHUNK * WIDTH * 2,
-        shared,
-    )  # fmt: skip
-    merged = Work((Step("spans", (("LDG.32", 12), ("MUFU", 4))),), {"spans": splits / 4}, cached={"spans": 1.0})
-    rows = heads * GROUP
-    return [passed, Plan("kv/decode", "merge_kernel", (merged,), 0, rows, THREADS, "spans", THREADS)]
+    splits = sum(segment.splits for segment in segments) + WINDOW // MIN_WINDOW_SLOTS
+    work = tuple(segment.work(splits, case.dtype.itemsize) for segment in segments)
+    spans = Step("spans", (("LDG.32", 12), ("MUFU", 4)))
+    merged = Work((spans,), {"spans": splits / 4}, cached={"spans": 1.0})
+    codes, shared = CHUNK * WIDTH * 2, shared_bytes(WARPS)
+    return [
+        Plan("kv/decode", "decode_kernel", work, case.bytes, heads * splits, THREADS, "chunks", codes, shared),
+        Plan("kv/decode", "merge_kernel", (merged,), 0, heads * GROUP, THREADS, "spans", THREADS),
+    ]
+
+
+def shared_bytes(teams: int) -> int:
+    """CodesShared::bytes, about: queries, and fragments and factors of each team."""
+    return 512 + 4 * ROWS * WIDTH + teams * (16 * KEY_TILES * KEY_TILE // 16 * 32 + 4 * WIDTH)
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,6 @@ class Segment:
     @property
     def splits(self) -> int:
         return -(-self.slots // self.split)
-
-    @staticmethod
-    def shared(teams: int) -> int:
-        """CodesShared::bytes, about: queries, and fragments and factors of each team."""
-        return 512 + 4 * ROWS * WIDTH + teams * (16 * KEY_TILES * KEY_TILE // 16 * 32 + 4 * WIDTH)
 
     def work(self, splits: int, itemsize: int) -> Work:
         """A warp's way through a split: queries, then blocks of tokens, each folded into the queries and read in
@@ -107,10 +107,6 @@ class Segment:
         # Queries and the blocks' places are read by many; steps and minima of keys, by each row that is folded.
         cached = {"queries": 1.0, "blocks": 1.0, "products": 1.0 - 1.0 / times["fold"]}
         return Work(steps, times, self.splits / splits, cached)
-
-
-def window_work(case: Case, share: float) -> Work:
-    return Work((), {}, share)
 
 
 def saliency(case: Case) -> list[Plan]:

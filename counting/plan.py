@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path as FilePath
 
 from . import cubins
@@ -40,9 +40,11 @@ class Work:
 class Plan:
     """One launch.
 
-    source: the .cu file, as "family/stem". kernel: how its name begins, without namespaces. bytes: what must cross
-    memory. threads: of a block. shared: bytes of dynamic shared memory of a block. hot: the loop whose passes the
-    budgets are about; elements: how many elements such a pass of a warp works on."""
+    source: the .cu file, as "family/stem". kernel: how its name begins, without namespaces.
+    work: by kinds of warps; the hot loop is in the first. bytes: what must cross memory.
+    threads, shared: of a block, the latter in bytes of dynamic shared memory.
+    hot: the loop whose passes the budgets are about. elements: how many a pass of a warp works on.
+    """
 
     source: str
     kernel: str
@@ -60,7 +62,10 @@ class Plan:
 
 @cache
 def _kernels(source: str, arch: str) -> dict[str, Kernel]:
-    return cubins.read(CUBINS / f"{source.replace('/', '_')}.{arch}.cubin")
+    path = CUBINS / f"{source.replace('/', '_')}.{arch}.cubin"
+    if not path.exists():
+        raise ValueError(f"counting: expected {path}; got no such file. Build it: make gpu-model")
+    return cubins.read(path)
 
 
 @cache
@@ -80,8 +85,8 @@ def kernel(source: str, arch: str, name: str) -> Kernel:
 
 
 @cache
-def _way(found: Kernel, steps: tuple[Step, ...]) -> Path:
-    return Paths(found).through(*steps)
+def _way(source: str, arch: str, name: str, steps: tuple[Step, ...]) -> Path:
+    return Paths(kernel(source, arch, name)).through(*steps)
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,14 @@ class Compiled:
     plan: Plan
     kernel: Kernel
 
-    @cached_property
+    def way(self, work: Work) -> Path:
+        """Of a warp that does this."""
+        return _way(self.plan.source, self.kernel.arch, self.plan.kernel, work.steps)
+
+    @property
     def hot(self) -> Inner:
         """The hot loop."""
-        return _way(self.kernel, self.plan.work[0].steps).loop(self.plan.hot)
+        return self.way(self.plan.work[0]).loop(self.plan.hot)
 
     def hot_count(self, count: Callable[[Path], float]) -> float:
         """A count of one pass of the hot loop and the loops inside it, for each element."""
@@ -107,7 +116,7 @@ class Compiled:
         instructions = 0.0
         clocks = [0.0, 0.0]
         for work in self.plan.work:
-            way = _way(self.kernel, work.steps)
+            way = self.way(work)
             for n, memory in enumerate((gpu.latency, gpu.idle_latency)):
                 far = partial(work.latency, gpu.l2_latency, memory)
                 clocks[n] += work.share * way.clocks(work.times, far, SHORT_LATENCY)
