@@ -104,11 +104,8 @@ def make(nvcc: str) -> dict[str, Any]:
 
 
 def save(model: dict[str, Any], folder: Path) -> Path:
-    path = (
-        folder
-        / results.MODEL
-        / f"{model['date'][:16].replace(':', '')}-{model['commit'].replace('+', '-changed')}.json"
-    )
+    date, commit = model["date"][:16].replace(":", ""), model["commit"].replace("+", "-changed")
+    path = folder / results.MODEL / f"{date}-{commit}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(model, indent=1) + "\n")
     return path
