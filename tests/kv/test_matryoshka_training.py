@@ -196,7 +196,7 @@ def test_wrong_options_of_training() -> None:
 
 def brute_force(its: PreTrainedModel, bases: MatryoshkaBases, target: int) -> list[list[list[int]]]:
     """The paper's search, in which everything is measured every time."""
-    search = _Search(its, bases, checked_batches("test", texts()[:1]))
+    search = _Search(its, bases, checked_batches("test", texts()[:1]), {"full_attention"})
     entries = list(itertools.product(range(3), range(2), range(2)))
     while search.kept > target:
         costs = []
