@@ -159,4 +159,7 @@ void saliency(const Saliency& p, const Gpu& gpu);
 // In two launches: a softmax over each split, then their merging in the order of splits.
 void decode(const Decode& p, const Gpu& gpu, const DecodeCut& cut = {});
 
+// In one launch for every 32 heads of keys and values.
+void project(const Projection& p, const Gpu& gpu);
+
 }  // namespace singlepass::kv

@@ -400,6 +400,7 @@ void register_kv(Library& m) {
   m.impl("kv_dequantize_", TORCH_BOX(&kv_dequantize_<Backend>));
   m.impl("kv_saliency", TORCH_BOX(&kv_saliency<Backend>));
   m.impl("kv_decode", TORCH_BOX(&kv_decode<Backend>));
+  m.impl("kv_project_", TORCH_BOX(&kv_project_<Backend>));
 }
 
 }  // namespace singlepass::registration

@@ -224,6 +224,57 @@ std::tuple<py::array, py::array> kv_decode(const Placement& place, const TokenAr
   return {results.front().to_numpy(), lse.to_numpy()};
 }
 
+using Turns = std::optional<std::pair<py::array, py::array>>;
+
+// Cosines or sines (batch or 1, tokens, channels).
+kv::Tokens turns_of(const py::array& array, int misalignment, Memory& memory) {
+  const DeviceArray& copy = memory.add(array, misalignment);
+  const int64_t batch = array.shape(0), tokens = array.shape(1), channels = array.shape(2);
+  return {copy.data(), copy.dtype(), batch == 1 ? 0 : tokens * channels, 0, channels};
+}
+
+std::vector<py::array> kv_project(const Placement& place, const std::vector<TokenArray>& x,
+                                  const std::vector<py::array>& bases, const Turns& turns,
+                                  const std::vector<TokenArray>& out, const std::vector<int64_t>& heads,
+                                  int misalignment) {
+  place.check();
+  Memory memory;
+  std::deque<Memory> results;
+  kv::Projection p = {};
+  p.batch = x[0].array.shape(0);
+  p.group_size = x[0].heads / static_cast<int64_t>(heads.size());
+  p.tokens = x[0].tokens;
+  for (const TokenArray& t : x) p.sources.push_back({memory.tokens(t), t.head_dim});
+  size_t head = 0;
+  for (size_t i = 0; i < bases.size(); ++i) {
+    const kv::Tokens to = results.emplace_back().tokens(out[i]);
+    const float* basis = static_cast<const float*>(memory.add(bases[i], misalignment).data());
+    const int64_t own = bases[i].shape(0), rank = bases[i].shape(2);
+    const size_t source = i / (bases.size() / x.size());
+    for (int64_t k = 0; k < own; ++k, ++head) {
+      const float* own_basis = basis + k * p.sources[source].head_dim * rank;
+      p.heads.push_back({source, heads[head % heads.size()], rank, own_basis, to, k});
+    }
+  }
+  if (turns) {
+    p.cos = turns_of(turns->first, misalignment, memory);
+    p.sin = turns_of(turns->second, misalignment, memory);
+    p.rotated = turns->first.shape(2);
+  }
+  if (place.device == "simt") {
+    kv::project(p, SimtGpu().where("kv_project_"));
+  } else {
+    kv::project(p, parallel_for(place.workers));
+  }
+  memory.check_guards();
+  std::vector<py::array> found;
+  for (const Memory& result : results) {
+    result.check_guards();
+    found.push_back(result.front().to_numpy());
+  }
+  return found;
+}
+
 void define_decode(py::module_& m) {
   using Segments = std::vector<std::pair<PackedArrays, PackedArrays>>;
   py::class_<Attention>(m, "KvAttention", "Segments of keys and values, the window, and what else there may be.")
@@ -257,6 +308,9 @@ void define_kv(py::module_& m) {
         "Tokens, written over a copy of those of `out`.");
   m.def("kv_saliency", &kv_saliency, py::arg("placement"), py::arg("q"), py::arg("k"), py::arg("positions"),
         py::arg("mask"), py::arg("lse"), py::kw_only(), py::arg("scale"), py::arg("softcap"), "Column sums.");
+  m.def("kv_project", &kv_project, py::arg("placement"), py::arg("x"), py::arg("bases"), py::arg("turns"),
+        py::arg("out"), py::arg("heads"), py::kw_only(), py::arg("misalignment"),
+        "Projections, written over copies of `out`.");
   define_decode(m);
 }
 

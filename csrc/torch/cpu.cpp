@@ -32,7 +32,6 @@ class Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(singlepass, CPU, m) {
   register_kv<Cpu>(m);
-  m.impl("kv_project_", TORCH_BOX(&kv_project_<Cpu>));  // GPUs run Triton
   register_optim<Cpu>(m);
   register_rational<Cpu>(m);
   register_spectral<Cpu>(m);
