@@ -45,6 +45,9 @@ _ENCODES = "a thread block reads its tokens for their extremes or factors, then 
 _SPLITS = "each split reads queries, and scales for each few of its tokens"
 _RESTORES = "where scales do not factor out, codes and scales are read channel by channel (decode_restored.h)"
 _TILES = "each tile of probes reads the keys, each tile of keys the probes"
+_PARTNERS = (
+    "a rotated channel asks for its partner, too, each tile of rows for the basis, each head for cosines and sines"
+)
 _FIRST = "every lane asks for the first element of its row, too"
 _PROJECTS = "a row's gradient and parameter are read for their product, then for the step"
 _KEYS = "values are read for their sum, then for the key of each"
@@ -136,6 +139,11 @@ EXCEPTIONS = (
     Excess("kv_saliency: *", SECTORS, 2.0, _HALVES),
     Excess("kv_saliency: float32", WAVEFRONTS, 1.516, _OPERANDS),
     Excess("kv_saliency: bfloat16", WAVEFRONTS, 1.674, _OPERANDS),
+    Excess("kv_project_: float32, 1 token", REPEATS, 1.169, _PARTNERS),
+    Excess("kv_project_: float32, 256 tokens", REPEATS, 2.0, _PARTNERS),
+    Excess("kv_project_: bfloat16, 256 tokens", REPEATS, 2.222, _PARTNERS),
+    Excess("kv_project_: float32, 1 token", SECTORS, 1.158, _HALVES),
+    Excess("kv_project_: float32, 256 tokens", SECTORS, 1.625, _HALVES),
     # Sparse spectral training.
     Excess("spectral_step_: float32, project", REPEATS, 1.285, _PROJECTS),
     Excess("spectral_step_: bfloat16, project", REPEATS, 1.182, _PROJECTS),

@@ -69,6 +69,14 @@ def probes(dtype: torch.dtype) -> Sample:
     return Sample(ops.saliency, (q, k, positions, None, None), {"scale": 128**-0.5})
 
 
+def projects(dtype: torch.dtype, length: int) -> Sample:
+    """Keys, which are rotated, and values of some tokens, on half of the channels."""
+    x = [tokens((1, 4, length, 128), dtype), tokens((1, 4, length, 128), dtype, seed=5)]
+    bases = [torch.randn(4, 128, 64) for _ in x]
+    turns, out = tokens((1, 2, length, 128), dtype)[0], [torch.zeros(1, 4, length, 64, dtype=dtype) for _ in x]
+    return Sample(ops.project_, (x, bases, turns[:1], turns[1:], out), {"heads": [0, 1, 2, 3]})
+
+
 def rows() -> Iterator[Row]:
     for codec in CODECS:
         new = dict.fromkeys(("codes", "scales", "channels"), 0.0)
@@ -83,3 +91,6 @@ def rows() -> Iterator[Row]:
     yield Row(ops.decode, "window", partial(attends, (), 128, 128), 2, partials(4))
     for dtype in (FP32, BF16):
         yield Row(ops.saliency, NAMES[dtype], partial(probes, dtype), 2, deep=dtype is FP32)
+    for dtype, length in product((FP32, BF16), (1, 256)):
+        layout = f"{NAMES[dtype]}, {length} token{'s' * (length > 1)}"
+        yield Row(ops.project_, layout, partial(projects, dtype, length), read={"out": 0.0})
