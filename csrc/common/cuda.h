@@ -7,10 +7,13 @@
 #include <string>
 
 // What a kernel and its launcher need from CUDA. With SINGLEPASS_SIMT the same source runs on the CPU.
+//
+// SINGLEPASS_APART(number) keeps compilers from merging branches that have different numbers, which costs registers.
 #if defined(SINGLEPASS_SIMT)
 
 #include "simt/simt.h"
 
+#define SINGLEPASS_APART(number)
 #define SINGLEPASS_SHARED(Type, name) \
   static const char name##_site = 0;  \
   Type& name = ::simt::shared<Type>(&name##_site)
@@ -33,6 +36,7 @@ T* global_memory(T* pointer) {
 
 #include <cuda_runtime.h>
 
+#define SINGLEPASS_APART(number) asm volatile("// %0" ::"n"(number) : "memory")
 #define SINGLEPASS_SHARED(Type, name) __shared__ Type name
 
 namespace singlepass {

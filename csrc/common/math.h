@@ -57,8 +57,15 @@ SINGLEPASS_HD float sign(float x) {
   return static_cast<float>((x > 0.0f) - (x < 0.0f));
 }
 
+// The larger one, or NaN if either is.
 SINGLEPASS_HD float maximum(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
   return a > b || a != a ? a : b;
+#endif
 }
 
 // exp(-a) for a >= 0, without a library call: it vectorises, and gives host and device the same bits. exp(-a) = 2^n *
@@ -86,6 +93,17 @@ SINGLEPASS_HD float exp_of_negative(float x) {
   return e;
 #else
   return x < -87.0f ? 0.0f : exp_negative(-x);
+#endif
+}
+
+// exp(x - top) for x <= top + 4, where `top` is the same for many x; as good as exp_of_negative.
+SINGLEPASS_HD float exp_of_difference(float x, float top) {
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(multiply_add(x, 1.44269504f, top * -1.44269504f)));
+  return e;
+#else
+  return x - top < -87.0f ? 0.0f : exp_negative(top - x);
 #endif
 }
 

@@ -6,8 +6,8 @@
 #include "common/raw.h"
 #include "common/reduce.h"
 
-// What kernels use of tensor cores and of arithmetic on pairs of float16, with a twin for kernels that run on the CPU.
-// Lane l of a warp is called (g, t) = (l / 4, l % 4). A register of pairs holds the first in its low half.
+// What kernels use of tensor cores, with a twin for kernels that run on the CPU. Lane l of a warp is called (g, t) =
+// (l / 4, l % 4). A register of pairs holds the first in its low half.
 namespace singlepass {
 
 __device__ __forceinline__ float element_of(uint32_t pair, int i, DType dtype) {
@@ -70,6 +70,48 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
 #endif
 }
 
+// The sum of products of four unsigned bytes with four signed ones.
+__device__ __forceinline__ int dot_of_bytes(uint32_t a, uint32_t b) {
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < 32; i += 8) sum += static_cast<int>(a >> i & 0xffu) * static_cast<int8_t>(b >> i);
+  return sum;
+}
+
+// d += a b for a (16, 32) of unsigned bytes, b (32, 8) of signed bytes and d (16, 8) of 32-bit integers. A register has
+// four neighbours of a row of a, or of a column of b, the first in its lowest byte.
+//   a[0], a[1]: rows g and g + 8, columns from 4 t on;   a[2], a[3]: the same rows, 16 columns further
+//   b0, b1:     column g, rows from 4 t on, and the rows 16 below
+//   d:          row g, columns 2 t and 2 t + 1; row g + 8, the same columns
+__device__ __forceinline__ void multiply_accumulate(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif defined(__CUDA_ARCH__)
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+r"(d[i % 2 * 2]), "+r"(d[i % 2 * 2 + 1])
+        : "r"(a[i]), "r"(i < 2 ? b0 : b1));
+  }
+#else
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const auto two = [](uint32_t low, uint32_t high) { return low | static_cast<unsigned long long>(high) << 32; };
+  for (int k = 0; k < 4; ++k) {
+    for (int half = 0; half < 2; ++half) {
+      const auto rows = __shfl_sync(kAllLanes, two(a[2 * half], a[2 * half + 1]), g * 4 + k);
+      for (int column = 0; column < 2; ++column) {
+        const uint32_t b = __shfl_sync(kAllLanes, half == 0 ? b0 : b1, (2 * t + column) * 4 + k);
+        d[column] += dot_of_bytes(static_cast<uint32_t>(rows), b);
+        d[2 + column] += dot_of_bytes(static_cast<uint32_t>(rows >> 32), b);
+      }
+    }
+  }
+#endif
+}
+
 // The transpose of an (8, 8) matrix of 16-bit elements, of which a lane has row g, columns 2 t and 2 t + 1.
 __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
 #if defined(__CUDA_ARCH__)
@@ -82,58 +124,6 @@ __device__ __forceinline__ uint32_t transpose(uint32_t pair) {
   const uint32_t second = __shfl_sync(kAllLanes, pair, (2 * t + 1) * 4 + g / 2);
   return ((first >> (16 * (g % 2))) & 0xffffu) | second >> (16 * (g % 2)) << 16;
 #endif
-}
-
-// Codes of kBits bits that stand in byte 0 and in byte 2 of x, or with kByte 1 in bytes 1 and 3, from bit kShift of
-// theirs on, as a pair of float16. Or'ed into 1024, whose spacing is 1, they are 1024 + 2^kShift n.
-template <int kBits, int kShift, int kByte>
-__device__ __forceinline__ uint32_t codes_to_halves(uint32_t x) {
-#if defined(__CUDA_ARCH__)
-  constexpr uint32_t kMask = ((1u << kBits) - 1) << kShift, kMagic = 0x64006400u;
-  constexpr uint32_t kFactor = 0x3c00u - (kShift << 10),
-                     kMinus = 0xe400u - (kShift << 10);  // 2^-kShift, -2^(10-kShift)
-  uint32_t raised, result;
-  if constexpr (kBits == 8) {
-    raised = __byte_perm(x, kMagic | kMagic >> 8, kByte == 0 ? 0x4240 : 0x4341);
-  } else {
-    // One instruction for `and` and `or`, of which compilers make two where both have constants.
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(raised) : "r"(x >> (8 * kByte)), "n"(kMask | kMask << 16), "r"(kMagic));
-  }
-  asm("fma.rn.f16x2 %0, %1, %2, %3;"
-      : "=r"(result)
-      : "r"(raised), "r"(kFactor | kFactor << 16), "r"(kMinus | kMinus << 16));
-  return result;
-#else
-  const uint32_t first = (x >> (8 * kByte + kShift)) & ((1u << kBits) - 1);
-  const uint32_t second = (x >> (16 + 8 * kByte + kShift)) & ((1u << kBits) - 1);
-  return float_to_float16(static_cast<float>(first)) |
-         static_cast<uint32_t>(float_to_float16(static_cast<float>(second))) << 16;
-#endif
-}
-
-// Numbers in two float16 each, their sum being within 2^-23 of the number, or 2^-25 where that is more.
-struct HalfPairs {
-  uint32_t high, low;
-};
-
-__device__ __forceinline__ HalfPairs split(float first, float second) {
-  HalfPairs pairs;
-  pairs.high = pack_pair(first, second, DType::kFloat16);
-  pairs.low = pack_pair(first - float16_to_float(static_cast<uint16_t>(pairs.high)),
-                        second - float16_to_float(static_cast<uint16_t>(pairs.high >> 16)), DType::kFloat16);
-  return pairs;
-}
-
-// Powers of two that bring numbers of magnitudes up to `most` just below 2^15, and back.
-struct Scaling {
-  float up, down;
-};
-
-__device__ __forceinline__ Scaling scaling(float most) {
-  constexpr uint32_t kMinExponent = 15, kMaxExponent = 254;
-  uint32_t exponent = bit_cast<uint32_t>(most) >> 23;
-  exponent = exponent < kMinExponent ? kMinExponent : (exponent > kMaxExponent ? kMaxExponent : exponent);
-  return {bit_cast<float>((268 - exponent) << 23), bit_cast<float>((exponent - 14) << 23)};
 }
 
 }  // namespace singlepass

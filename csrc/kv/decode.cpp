@@ -20,8 +20,9 @@
 //   keys k^ = s_t n + m_t with scales per token: q . k^ = s_t (q . n) + m_t sum(q)
 //   values v^ = c (n s_t + m_t):                 sum_t p_t v^_t = c (sum_t (p_t s_t) n_t + sum_t p_t m_t)
 //
-// Where queries have 16 bits, q s and p s are rounded to integers of 16 bits for each block of tokens, and the codes n
-// multiplied as integers; where they are float32, as floats. Tokens with several groups of channels are restored first.
+// Where queries have 16 bits, q s and p s are rounded to integers for each block of tokens (kv/integers.h), and the
+// codes n multiplied as integers; where they are float32, as floats. Tokens with several groups of channels are
+// restored first.
 namespace singlepass::kv {
 namespace {
 

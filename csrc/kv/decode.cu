@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kv/decode_codes.h"
+#include "kv/decode_merge.h"
 #include "kv/decode_restored.h"
 
 namespace singlepass::kv {
 namespace {
 
 constexpr size_t kMostShared = 48 << 10;  // that a launch has without asking
-constexpr int kDecodeBlocks = 3;          // of a multiprocessor, as many as registers are limited for
+constexpr int kUsualWidth = 128;          // of heads, for which kernels have a variant of their own
+
+// Thread blocks of a multiprocessor, as many as registers are limited for.
+constexpr int decode_blocks(int tiles) {
+  return tiles == 1 ? 4 : 3;
+}
 
 // Whether what belongs to a head begins at a multiple of `alignment` bytes.
 template <class T>
@@ -16,38 +22,31 @@ bool is_aligned(const PerHead<T>& x, int64_t alignment) {
          x.batch_stride * size % alignment == 0 && x.head_stride * size % alignment == 0;
 }
 
-// Whether a lane's words can be loaded as vectors: all of them are there, and aligned.
-bool is_vector(const Packed& packed, int64_t channels) {
-  return packed.head_dim % channels == 0 && is_aligned(packed.codes, 2 * packed.bits);
-}
-
-// Whether scales factor out of the products (they belong to key channels, or to whole tokens), and codes are aligned so
-// that tensor cores can take them.
+// Whether tensor cores take the codes: scales factor out of the products (they belong to key channels, or to whole
+// tokens), there are as many slots as are read at once, and all is aligned: 16 channels of values, words of keys.
 bool runs_on_codes(const Segment& s) {
   const bool rows = s.values.groups == 1 && (s.keys.axis == Axis::kChannel || s.keys.groups == 1);
-  return rows && is_aligned(s.keys.codes, 4) && is_aligned(s.keys.scales, s.keys.axis == Axis::kChannel ? 8 : 4) &&
-         is_aligned(s.values.codes, 4) && is_aligned(s.values.scales, 4);
+  return rows && s.slots >= kChunk && is_aligned(s.keys.codes, 4) &&
+         is_aligned(s.keys.scales, s.keys.axis == Axis::kChannel ? 8 : 4) &&
+         is_aligned(s.values.codes, 2 * s.values.bits) && is_aligned(s.values.scales, 4) &&
+         is_aligned(s.values.channels, 8);
 }
 
-// Whether blocks are so small that a warp had better take one by itself, and shared memory holds what each warp needs.
-bool is_per_warp(const Decode& p, const Segment& s) {
-  return s.slots <= kChunk * s.blocks.num_blocks && CodesShared::bytes(p, kDecodeWarps) <= kMostShared;
-}
-
-DeviceDecode on_device(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
+DeviceDecode on_device(const Decode& p, int row_tile, const Gpu& gpu, const DecodeCut& cut) {
   DeviceDecode d = {};
   static_cast<DecodeArguments&>(d) = p;
   d.num_segments = static_cast<int>(p.segments.size());
-  d.tiles = (p.rows() + kRowTile - 1) / kRowTile;
+  d.row_tile = row_tile;
+  d.vector_queries = are_vectors(p.q);
+  d.inverse_softcap = 1.0f / p.softcap;
+  d.tiles = (p.rows() + row_tile - 1) / row_tile;
   d.value_tiles = (p.value_dim + kValueTile - 1) / kValueTile;
-  d.vectors = true;
   int64_t slots = 0;
   for (int i = 0; i < d.num_segments; ++i) {
-    d.segments[i] = p.segments[static_cast<size_t>(i)];
-    d.vectors = d.vectors && is_vector(d.segments[i].keys, kKeyTile) && is_vector(d.segments[i].values, kValueTile);
-    d.on_codes[i] = runs_on_codes(d.segments[i]);
-    d.per_warp[i] = d.on_codes[i] && is_per_warp(p, d.segments[i]);
-    slots += d.segments[i].slots;
+    const Segment& s = d.segments[i] = p.segments[static_cast<size_t>(i)];
+    d.on_codes[i] = runs_on_codes(s);
+    d.largest[i] = largest_integer(s.keys.bits, p.head_dim);
+    slots += s.slots;
   }
   const int64_t splits = std::max<int64_t>(1, cut.splits / std::max<int64_t>(1, d.tiles));
   d.split = (std::max<int64_t>(1, slots) + splits * cut.min_slots - 1) / (splits * cut.min_slots) * cut.min_slots;
@@ -62,53 +61,56 @@ DeviceDecode on_device(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
   return d;
 }
 
+template <int kBits, int kWidth, int kGroups, int kHalves>
+__device__ __forceinline__ void attend_to_codes(const DeviceDecode& p, const Work& work) {
+  SINGLEPASS_APART(kBits);
+  CodesAttention<kBits, kWidth, kGroups, kHalves>(p, work, *dynamic_shared<CodesShared<kGroups, kHalves>>()).run();
+  SINGLEPASS_APART(kBits);
+}
+
 // Reads the codes of a split once and writes its partial result. Keys are read again for each tile of value channels.
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks) decode_kernel(const __grid_constant__ DeviceDecode p) {
+template <int kWidth, int kGroups, int kHalves>
+__global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kGroups* kHalves))
+    decode_kernel(const __grid_constant__ DeviceDecode p) {
   SINGLEPASS_SHARED(Work, work);
   if (threadIdx.x == 0) work.find(p);
   __syncthreads();
-  if (work.segment < 0 || !p.on_codes[work.segment]) {
-    RestoredAttention(p, work, *dynamic_shared<RestoredShared>()).run();
+  const int bits = work.segment < 0 || !p.on_codes[work.segment] ? 0 : p.segments[work.segment].keys.bits;
+  if (bits == 2) {
+    attend_to_codes<2, kWidth, kGroups, kHalves>(p, work);
+  } else if (bits == 4) {
+    attend_to_codes<4, kWidth, kGroups, kHalves>(p, work);
+  } else if (bits == 8) {
+    attend_to_codes<8, kWidth, kGroups, kHalves>(p, work);
   } else {
-    CodesAttention(p, work, *dynamic_shared<CodesShared>()).run();
+    RestoredAttention<4 * kGroups>(p, work, *dynamic_shared<RestoredShared<4 * kGroups>>()).run();
   }
 }
 
-// A thread block merges the splits of one row, in their order, so that the sums are the same bits every time.
 __global__ void __launch_bounds__(kDecodeThreads) merge_kernel(const __grid_constant__ DeviceDecode p) {
-  const int64_t r = blockIdx.x % p.rows(), head = blockIdx.x / p.rows();
-  const int64_t b = head / p.heads, query_head = head % p.heads * p.group_size + r / p.queries, query = r % p.queries;
-  const int64_t tile = r / kRowTile, row = r % kRowTile;
-  const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[query_head];
-  float row_max = sink;
-  for (int64_t split = threadIdx.x % kWarp; split < p.splits; split += kWarp) {
-    row_max = fmaxf(row_max, Partial(p, head, tile, split).row_max[row]);
-  }
-  for (int offset = 1; offset < kWarp; offset *= 2) {
-    row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, offset));
-  }
-  const float relative = safe_max(row_max);
-  const float sink_weight = exp_of_negative(sink - relative);
+  SINGLEPASS_SHARED(MergeShared, shared);
+  Merge(p, shared).run();
+}
 
-  for (int64_t first = 0; first < p.value_dim; first += kDecodeThreads) {
-    const int64_t channel = first + threadIdx.x;
-    const bool active = channel < p.value_dim;
-    float sum = sink_weight, out = 0.0f;
-    for (int64_t split = 0; split < p.splits; ++split) {
-      const Partial part(p, head, tile, split);
-      const float factor = exp_of_negative(part.row_max[row] - relative);
-      sum = multiply_add(part.row_sum[row], factor, sum);
-      if (active) out = multiply_add(part.out[row * p.value_dim + channel], factor, out);
-    }
-    if (active) {
-      const float result = out * (sum == 0.0f ? 0.0f : 1.0f / sum);
-      const Raw<1> raw = encode_any_nan<1>(&result, p.out.dtype);
-      store(raw, p.out.dtype, p.out.at(b, query_head, query), channel);
-    }
-    if (channel == 0) {
-      p.lse[(b * p.heads * p.group_size + query_head) * p.queries + query] =
-          sum == 0.0f ? -INFINITY : row_max + logf(sum);
-    }
+template <int kWidth, int kGroups, int kHalves>
+void run(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
+  const DeviceDecode d = on_device(p, 4 * kGroups, gpu, cut);
+  const size_t bytes = std::max(CodesShared<kGroups, kHalves>::bytes(p), RestoredShared<4 * kGroups>::bytes(p));
+  const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.splits * d.value_tiles));
+  launch(&decode_kernel<kWidth, kGroups, kHalves>, blocks, dim3(kDecodeThreads), bytes, gpu, d);
+  const dim3 rows(static_cast<unsigned>(d.batch * d.heads * d.rows()));
+  launch(&merge_kernel, rows, dim3(kDecodeThreads), 0, gpu, d);
+}
+
+// Integers of float32 take both tiles of columns. Eight rows of long queries would not fit in shared memory.
+template <int kWidth>
+void run(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
+  if (p.q.dtype == DType::kFloat32) {
+    run<kWidth, 1, 2>(p, gpu, cut);
+  } else if (p.rows() > 4 && CodesShared<2, 1>::bytes(p) <= kMostShared) {
+    run<kWidth, 2, 1>(p, gpu, cut);
+  } else {
+    run<kWidth, 1, 1>(p, gpu, cut);
   }
 }
 
@@ -121,13 +123,13 @@ void decode(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
                              ". Use backend=\"eager\" for more.");
   }
   if (p.batch * p.heads * p.rows() == 0) return;
-  const DeviceDecode d = on_device(p, gpu, cut);
-  const bool per_warp = std::any_of(d.per_warp, d.per_warp + d.num_segments, [](bool is) { return is; });
-  const size_t bytes = std::max(CodesShared::bytes(p, per_warp ? kDecodeWarps : 1), RestoredShared::bytes(p));
-  const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.splits * d.value_tiles));
-  launch(&decode_kernel, blocks, dim3(kDecodeThreads), bytes, gpu, d);
-  const dim3 rows(static_cast<unsigned>(d.batch * d.heads * d.rows()));
-  launch(&merge_kernel, rows, dim3(kDecodeThreads), 0, gpu, d);
+  const auto is_usual = [&](const Segment& s) { return is_aligned(s.keys.codes, 8); };
+  if (p.head_dim == kUsualWidth && p.value_dim == kUsualWidth &&
+      std::all_of(p.segments.begin(), p.segments.end(), is_usual)) {
+    run<kUsualWidth>(p, gpu, cut);
+  } else {
+    run<0>(p, gpu, cut);
+  }
 }
 
 }  // namespace singlepass::kv

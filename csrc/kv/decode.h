@@ -17,28 +17,39 @@ namespace singlepass::kv {
 
 inline constexpr int kDecodeThreads = 128;
 inline constexpr int kDecodeWarps = kDecodeThreads / kWarp;
-inline constexpr int kRowTile = 8;
 inline constexpr int kValueTile = 128;  // value channels, whose sums fit in registers
 
 struct DeviceDecode : DecodeArguments {
   Segment segments[kMaxSegments];
   int num_segments;
-  bool
-      on_codes[kMaxSegments];  // scales factor out of the products and codes are 4-byte aligned: tensor cores take them
-  bool per_warp[kMaxSegments];           // of those: each warp takes blocks of its own
-  bool vectors;                          // all codes of those can be loaded as vectors
+  bool on_codes[kMaxSegments];  // tensor cores multiply the codes themselves
+  float largest[kMaxSegments];  // integer that a query becomes
+  bool vector_queries;          // they can be loaded as vectors
+  float inverse_softcap;
+  int row_tile;
   int64_t split, window_split;           // slots in a split
   int64_t segment_splits[kMaxSegments];  // splits of each segment
   int64_t splits, tiles, value_tiles;    // of a head
   float* partials;                       // (batch, heads, tiles, splits) of partial_size
 };
 
+__device__ __forceinline__ int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
 // What a thread block works on. It stands in shared memory, because registers are needed for what is in the loops.
 // `head` counts the heads of all sequences.
 struct Work {
   int value_tile, tile, split, head, b, h;
   int begin, end;
-  int segment;  // -1: the window
+  int segment;            // -1: the window
+  const int32_t* counts;  // of the head, as what follows: what is read once for each block
+  const uint16_t *key_scales, *channel_factors;
+  float largest, inverse;  // the largest integer that a query becomes, and 1 / largest
 
   __device__ void find(const DeviceDecode& p) {
     unsigned index = blockIdx.x;
@@ -59,55 +70,57 @@ struct Work {
     if (segment == p.num_segments) {
       const int64_t first = p.window[b * p.window_stride], last = p.window[b * p.window_stride + 1];
       segment = -1;
-      begin = static_cast<int>(max_of(first, at * p.window_split));
-      end = static_cast<int>(min_of(last, (at + 1) * p.window_split));
+      begin = static_cast<int>(larger(first, at * p.window_split));
+      end = static_cast<int>(smaller(last, (at + 1) * p.window_split));
     } else {
       const int64_t first = p.first == nullptr ? 0 : p.first[(segment * p.batch + b) * p.heads + h];
-      begin = static_cast<int>(max_of(first, at * p.split));
-      end = static_cast<int>(min_of(p.segments[segment].slots, (at + 1) * p.split));
+      begin = static_cast<int>(larger(first, at * p.split));
+      const Segment& s = p.segments[segment];
+      end = static_cast<int>(smaller(s.slots, (at + 1) * p.split));
+      largest = p.largest[segment];
+      inverse = 1.0f / largest;
+      counts = s.blocks.counts.at(b, h);
+      key_scales = s.keys.scales.at(b, h);
+      channel_factors = s.values.channels.data == nullptr ? nullptr : s.values.channels.at(b, h);
     }
   }
 
-  __device__ static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-  __device__ static int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
   __device__ int first_channel() const { return value_tile * kValueTile; }
-  __device__ int64_t channels(const DeviceDecode& p) const { return min_of(kValueTile, p.value_dim - first_channel()); }
-  __device__ int64_t rows(const DeviceDecode& p) const { return min_of(kRowTile, p.rows() - tile * kRowTile); }
+  __device__ int64_t channels(const DeviceDecode& p) const {
+    return smaller(kValueTile, p.value_dim - first_channel());
+  }
+  __device__ int rows(const DeviceDecode& p) const {
+    return static_cast<int>(smaller(p.row_tile, p.rows() - tile * p.row_tile));
+  }
 };
 
-// The unfinished softmax of a tile: maximum, sum and weighted values of each row.
-SINGLEPASS_HD int64_t partial_size(const DecodeArguments& p) {
-  return kRowTile * (2 + p.value_dim);
+// The unfinished softmax of a tile: for each row what its weights are relative to, their sum, and the weighted values.
+SINGLEPASS_HD int64_t partial_size(const DeviceDecode& p) {
+  return p.row_tile * (2 + p.value_dim);
 }
 
 struct Partial {
-  float* row_max;  // (kRowTile,)
-  float* row_sum;  // (kRowTile,)
-  float* out;      // (kRowTile, value_dim)
+  float* row_max;  // (row_tile,)
+  float* row_sum;  // (row_tile,)
+  float* out;      // (row_tile, value_dim)
 
   __device__ Partial(const DeviceDecode& p, int64_t head, int64_t tile, int64_t split) {
     row_max = p.partials + ((head * p.tiles + tile) * p.splits + split) * partial_size(p);
-    row_sum = row_max + kRowTile;
-    out = row_sum + kRowTile;
+    row_sum = row_max + p.row_tile;
+    out = row_sum + p.row_tile;
   }
   __device__ Partial(const DeviceDecode& p, const Work& work) : Partial(p, work.head, work.tile, work.split) {}
 };
 
-// Element d of a row of queries, scaled. Rows beyond the last are zeros.
-__device__ __forceinline__ float query(const DeviceDecode& p, const Work& work, int row, int64_t d) {
-  const int64_t r = work.tile * kRowTile + row;
-  if (r >= p.rows()) return 0.0f;
-  const char* from = p.q.at(work.b, work.h * p.group_size + r / p.queries, r % p.queries);
-  Raw<1> raw;
-  float x;
-  load(from, p.q.dtype, d, raw);
-  decode(raw, p.q.dtype, &x);
-  return x * p.scale;
+// Where row r of a head's queries or results stands.
+__device__ __forceinline__ char* row_of(const DeviceDecode& p, const Tokens& tokens, int64_t b, int64_t h, int64_t r) {
+  const unsigned row = static_cast<unsigned>(r), queries = static_cast<unsigned>(p.queries);
+  const unsigned member = queries == 1 ? row : row / queries;
+  return tokens.at(b, h * p.group_size + member, row - member * queries);
 }
 
-__device__ __forceinline__ float capped(float logit, float softcap, float inverse) {
-  return softcap * tanhf(logit * inverse);
+__device__ __forceinline__ float capped(const DeviceDecode& p, float logit) {
+  return p.softcap * tanhf(logit * p.inverse_softcap);
 }
 
 // The row maximum to subtract, or 0 for a row that has seen no token, which avoids -inf - -inf.
@@ -115,28 +128,34 @@ __device__ __forceinline__ float safe_max(float row_max) {
   return row_max == -INFINITY ? 0.0f : row_max;
 }
 
-// The block of tokens in which a split begins. All threads search together; `shared` is one int.
-__device__ __forceinline__ int first_block(const Blocks& blocks, int begin, int& shared) {
-  for (int i = threadIdx.x; i < blocks.num_blocks; i += kDecodeThreads) {
-    if (blocks.starts[i] <= begin && begin < blocks.starts[i + 1]) shared = i;
+// The block of tokens that a slot lies in. The lanes of a warp search together, each at one of 32 places at a time.
+__device__ __forceinline__ int block_of(const Blocks& blocks, int slot) {
+  int first = 0;
+  for (int size = static_cast<int>(blocks.num_blocks) + 1; size > 1;) {
+    const int step = (size + kWarp - 1) / kWarp, at = static_cast<int>(threadIdx.x % kWarp) * step;
+    const bool before = at < size && global_memory(blocks.starts)[first + at] <= slot;
+    const int last = (__popc(__ballot_sync(kAllLanes, before)) - 1) * step;
+    first += last;
+    size = size - last < step ? size - last : step;
   }
-  if (threadIdx.x == 0 && begin >= blocks.starts[blocks.num_blocks]) shared = static_cast<int>(blocks.num_blocks);
-  __syncthreads();
-  return shared;
+  return first;
 }
 
-// Calls body(block, begin, end) for the tokens of each block within the split: for every block, or for every `step`-th
-// from the `at`-th on.
+// Calls body(block, begin, end) for the tokens of each block within [begin, end), for all lanes of a warp. What is
+// known of the next block is loaded before.
 template <class Body>
-__device__ __forceinline__ void for_each_block(const Segment& s, const Work& work, int& shared, const Body& body,
-                                               int at = 0, int step = 1) {
-  if (work.begin >= work.end) return;
-  for (int i = first_block(s.blocks, work.begin, shared) + at; i < s.blocks.num_blocks; i += step) {
-    const int start = s.blocks.starts[i];
-    if (start >= work.end) break;
-    const int begin = start > work.begin ? start : work.begin;
-    const int end = static_cast<int>(Work::min_of(work.end, start + s.blocks.count(work.b, work.h, i)));
-    if (begin < end) body(i, begin, end);
+__device__ __forceinline__ void for_each_block(const Segment& s, const Work& work, int begin, int end,
+                                               const Body& body) {
+  if (begin >= end) return;
+  const int num_blocks = static_cast<int>(s.blocks.num_blocks);
+  const auto start_of = [&](int block) { return global_memory(s.blocks.starts)[block]; };
+  const auto count_of = [&](int block) { return block < num_blocks ? global_memory(work.counts)[block] : 0; };
+  int block = block_of(s.blocks, begin), start = start_of(block), count = count_of(block);
+  while (block < num_blocks && start < end) {
+    const int next = block + 1, next_start = start_of(next), next_count = count_of(next);
+    const int first = start > begin ? start : begin, last = start + count < end ? start + count : end;
+    if (first < last) body(block, first, last);
+    block = next, start = next_start, count = next_count;
   }
 }
 

@@ -1,440 +1,355 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "common/mma.h"
 #include "kv/code_words.h"
 #include "kv/decode.h"
+#include "kv/decode_queries.h"
+#include "kv/decode_softmax.h"
+#include "kv/integers.h"
+#include "kv/limbs.h"
 
-// Attention on tensor cores that multiply the codes themselves: small integers n, exact in float16. Scales (steps s and
-// minima m) are applied to rows of queries and of weights, not to elements:
+// Attention on tensor cores that multiply the codes themselves, bytes n, by integers. Scales (steps s and minima m) are
+// applied to rows of queries and of weights, not to elements:
 //
 //   keys k^ = n s + m with scales per channel:   q . k^ = (q s) . n + q . m
 //   keys k^ = s_t n + m_t with scales per token: q . k^ = s_t (q . n) + m_t sum(q)
 //   values v^ = c (n s_t + m_t):                 sum_t p_t v^_t = c (sum_t (p_t s_t) n_t + sum_t p_t m_t)
 //
-// The other operand (q s, or p s) is scaled by a power of two for each row and split into two float16, so that results
-// are as exact as in float32.
+// The other operand (q s for a block of tokens, p s for a chunk of them) is rounded to integers, of which tensor cores
+// take the limbs as columns; their sums are exact. Each warp goes through a stretch of tokens by itself.
 //
-// Channel scales of keys and channel factors of values are applied once for each block of tokens. In a large block the
-// warps share the tokens, chunk by chunk; small blocks are given to one warp each ("per warp").
-//
-// The file is long because its stages are one kernel, and share registers and the layout of lanes.
-//
-// In each MMA the codes are the 16-row matrix and the queries the 8-column one: logits are (tokens, rows), results
-// (channels, rows). Lane (g, t) = (lane / 4, lane % 4) of a warp holds rows 2 t and 2 t + 1 of both.
+// In each MMA the codes are the 16-row matrix: logits are (tokens, limbs of rows), results (channels, limbs of rows).
+// Lane (g, t) = (lane / 4, lane % 4) of a warp holds row t of each group of four rows, for eight tokens or channels.
 namespace singlepass::kv {
 
-inline constexpr int kChunk = 32;    // tokens that a warp processes at a time
-inline constexpr int kKeyTile = 64;  // channels of keys whose codes four lanes load together
-inline constexpr int kMmaTiles = 8;  // tiles of 16 channels in a value tile
+inline constexpr int kChunk = 32;  // tokens that a warp processes at a time
 
-// Shared memory. After this struct come the queries (kRowTile, head_dim) in float32; then, once for the thread block or
-// once for each warp, the MMA fragments that codes are multiplied by and the channel factors of the values. At the end
-// the same memory takes the sums of the warps.
-struct CodesShared {
-  const uint8_t *key_codes, *value_codes;  // of the head
-  const uint16_t* value_scales;
-  int block;
-  float down[kDecodeWarps][kRowTile], bias[kDecodeWarps][kRowTile];
-  alignas(16) float row_max[kDecodeWarps][kRowTile], row_sum[kDecodeWarps][kRowTile];
+// Shared memory. After this struct come the queries (rows, head_dim) in float32; then, for each warp, what codes of
+// keys are multiplied by, and the channel factors of the values.
+template <int kGroups, int kHalves>
+struct CodesShared : SoftmaxShared<kGroups> {
+  static constexpr int kRows = 4 * kGroups;
 
   __device__ __forceinline__ float* queries() { return reinterpret_cast<float*>(this + 1); }
-  // The fragments of a team, then its channel factors.
-  __device__ __forceinline__ uint4* fragments(const DeviceDecode& p, int team) {
-    return reinterpret_cast<uint4*>(queries() + kRowTile * p.head_dim) + team * (team_bytes(p) / 16);
+  __device__ __forceinline__ uint32_t* fragments(const DeviceDecode& p, int warp) {
+    return reinterpret_cast<uint32_t*>(queries() + kRows * p.head_dim) + warp * (fragment_words(p) + kValueTile);
   }
-  __device__ __forceinline__ float* channel_factors(const DeviceDecode& p, int team) {
-    return reinterpret_cast<float*>(fragments(p, team) + fragments_of(p));
+  __device__ __forceinline__ float* channel_factors(const DeviceDecode& p, int warp) {
+    return reinterpret_cast<float*>(fragments(p, warp) + fragment_words(p));
   }
-  SINGLEPASS_HD static int64_t fragments_of(const DecodeArguments& p) {
-    return (p.head_dim + kKeyTile - 1) / kKeyTile * (kKeyTile / 16) * kWarp;
+  SINGLEPASS_HD static int64_t fragment_words(const DecodeArguments& p) {
+    return (p.head_dim + kKeyTile - 1) / kKeyTile * kGroups * kHalves * kFragmentWords;
   }
-  // Rounded up to whole value tiles: lanes read the channels beyond value_dim, too.
-  SINGLEPASS_HD static int64_t channels_of(const DecodeArguments& p) {
-    return (p.value_dim + kValueTile - 1) / kValueTile * kValueTile;
-  }
-  SINGLEPASS_HD static int64_t team_bytes(const DecodeArguments& p) {
-    return 16 * fragments_of(p) + 4 * channels_of(p);
-  }
-  static size_t bytes(const DecodeArguments& p, int64_t teams) {
-    return sizeof(CodesShared) +
-           std::max(4 * kRowTile * p.head_dim + teams * team_bytes(p), int64_t{4 * kRowTile * kValueTile});
+  static size_t bytes(const DecodeArguments& p) {
+    const int64_t inputs = kRows * p.head_dim + kDecodeWarps * (fragment_words(p) + kValueTile);
+    return sizeof(CodesShared) + std::max(4 * inputs, CodesShared::sums_bytes);
   }
 };
 
-// Online softmax of one warp. Each lane keeps partial sums for its own tokens; merge() adds them up.
+// kWidth: 128, which many models have, if keys and values have as many channels and keys are aligned to 8 bytes, and 0
+// in general.
+template <int kBits, int kWidth, int kGroups, int kHalves>
 class CodesAttention {
  public:
-  __device__ __forceinline__ CodesAttention(const DeviceDecode& p, const Work& work, CodesShared& shared)
+  using Shared = CodesShared<kGroups, kHalves>;
+
+  __device__ __forceinline__ CodesAttention(const DeviceDecode& p, const Work& work, Shared& shared)
       : p_(p),
         work_(work),
         s_(p.segments[work.segment]),
         shared_(shared),
-        key_bytes_(static_cast<int>(s_.keys.bytes())),
-        value_bytes_(static_cast<int>(s_.values.bytes())),
-        key_tiles_(static_cast<int>(p.head_dim + kKeyTile - 1) / kKeyTile),
-        per_warp_(p.per_warp[work.segment]),
-        lane_(threadIdx.x % kWarp),
-        warp_(threadIdx.x / kWarp),
-        team_(per_warp_ ? warp_ : 0),
-        g_(lane_ / 4),
-        t_(lane_ % 4) {}
+        g_(threadIdx.x % kWarp / 4),
+        t_(threadIdx.x % 4),
+        value_dim_(width_of<kWidth>(p.value_dim)),
+        key_bytes_(width_of<kWidth>(p.head_dim) * kBits / 8),
+        value_bytes_(value_dim_ * kBits / 8),
+        key_codes_(s_.keys.codes.at(work.b, work.h)),
+        value_scales_(s_.values.scales.at(work.b, work.h)),
+        factors_(shared.channel_factors(p, warp_of_block())),
+        queries_(p, work, shared.queries(), shared.fragments(p, warp_of_block())) {
+    const int last = value_dim_ / 16 - 1, own = first_part() + g_;
+    value_codes_ = s_.values.codes.at(work.b, work.h) + 2 * kBits * (kWidth > 0 || own < last ? own : last);
+  }
 
   __device__ __forceinline__ void run() {
-    for (int i = threadIdx.x; i < kRowTile * p_.head_dim; i += kDecodeThreads) {
-      const int head_dim = static_cast<int>(p_.head_dim);
-      shared_.queries()[i] = query(p_, work_, i / head_dim, i % head_dim);
-    }
-    float* const channel_factors = shared_.channel_factors(p_, team_);
-    for (int d = rank(); d < CodesShared::channels_of(p_); d += size()) channel_factors[d] = 1.0f;
-    if (threadIdx.x == 0) {
-      shared_.key_codes = s_.keys.codes.at(work_.b, work_.h);
-      shared_.value_codes = s_.values.codes.at(work_.b, work_.h);
-      shared_.value_scales = s_.values.scales.at(work_.b, work_.h);
-    }
-    const bool by_channels = s_.keys.axis == Axis::kChannel;
+    load_queries<kRows>(p_, work_, shared_.queries());
+    for (int i = lane_of_warp(); i < kValueTile; i += kWarp) factors_[i] = 1.0f;
     __syncthreads();
-    if (!by_channels) fold(nullptr);
-    const auto attend_block = [&](int block, int begin, int end) {
-      sync();
-      if (by_channels) fold(s_.keys.scales_at(work_.b, work_.h, 0, block));
-      if (s_.values.channels.data != nullptr) {
-        const uint16_t* from = s_.values.channels_at(work_.b, work_.h, block);
-        for (int d = rank(); d < p_.value_dim; d += size()) channel_factors[d] = float16_to_float(from[d]);
-      }
-      sync();
-      for (int first = begin + rank() / kWarp * kChunk; first < end; first += size()) {
-        const Chunk chunk = {first, end - first < kChunk ? end - first : kChunk};
-        if (p_.vectors) {
-          attend<true>(chunk);
-        } else {
-          attend<false>(chunk);
-        }
-      }
-    };
-    for_each_block(s_, work_, shared_.block, attend_block, team_, per_warp_ ? kDecodeWarps : 1);
-    merge();
+    if (s_.keys.axis == Axis::kToken) queries_.template fold<false>(nullptr);
+    const int share = (work_.end - work_.begin + kDecodeThreads - 1) / kDecodeThreads * kChunk;
+    const int begin = work_.begin + warp_of_block() * share,
+              end = begin + share < work_.end ? begin + share : work_.end;
+    for_each_block(s_, work_, begin, end, [&](int block, int first, int last) {
+      for (int at = first; at < last; at += kChunk) attend(block, at == first, at, last);
+    });
+    write();
   }
 
  private:
-  // The team that shares a block of tokens (one warp, or the whole thread block): its size, this thread's rank in it,
-  // and its barrier.
-  __device__ __forceinline__ int size() const { return per_warp_ ? kWarp : kDecodeThreads; }
-  __device__ __forceinline__ int rank() const { return per_warp_ ? lane_ : static_cast<int>(threadIdx.x); }
-  __device__ __forceinline__ void sync() const {
-    if (per_warp_) {
-      __syncwarp();
-    } else {
-      __syncthreads();
+  using Code = CodeWords<kBits>;
+  static constexpr int kRows = 4 * kGroups, kTiles = kGroups * kHalves;
+  static constexpr int kSums = Code::planes == 1 ? 1 : 2;
+  static constexpr float kLargest = kLargestInteger, kInverse = 1.0f / kLargest;  // of weights
+
+  static constexpr bool kEarly = kWidth > 0 && kBits < 8;  // values are loaded first of all: registers allow it
+
+  struct Keys {
+    uint32_t codes[4][Code::words][2];  // of token 8 j + g, octet by octet
+  };
+  struct Values {
+    uint32_t codes[2][4][Code::words];  // of tokens 16 i + 2 t, 16 i + 2 t + 1, and the two that come 8 later
+    uint32_t scales[4];                 // of token 8 j + g
+  };
+
+  // One step of the online softmax: tokens of a block from `first` on, up to `end`. What can be is on its way before
+  // the block's scales are waited for. What is read beyond the tokens lies within the segment.
+  __device__ __forceinline__ void attend(int block, bool is_new, int first, int end) {
+    const int last = static_cast<int>(s_.slots) - kChunk, begin = first < last ? first : last;
+    Keys keys;
+    Values values;
+    load_keys(begin, keys);
+    if (kEarly) load_values(begin, values);
+    if (is_new) enter(block);
+    float weights[kGroups][4], minima[kGroups], steps[kGroups];
+    uint32_t columns[kTiles][2];
+    logits(begin, keys, weights);
+    if (!kEarly) load_values(begin, values);
+    if (first - begin > 0 || end - begin < kChunk) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int slot = begin + 8 * j + g_;
+        if (first <= slot && slot < end) continue;
+        values.scales[j] = 0;  // whatever stands there
+        for (int group = 0; group < kGroups; ++group) weights[group][j] = -INFINITY;
+      }
     }
+    softmax_.weigh(weights);
+    fold_weights(values.scales, weights, columns, minima, steps);
+    add_values(values.codes, columns, minima, steps);
   }
 
-  // Stage 1, once for each block of tokens: fragments of q s, and the sums q . m (s = m = 1 if keys have scales per
-  // token). Sixteen threads work on a row. The products wait in the fragments' memory until the row's scaling is known.
-  __device__ __forceinline__ void fold(const uint16_t* scales) {
-#pragma unroll 1
-    for (int row = rank() / 16; row < kRowTile; row += size() / 16) fold(scales, row, lane_ % 16);
+  // Once for each block: its steps and minima go into the queries, its channel factors to shared memory.
+  __device__ __forceinline__ void enter(int block) {
+    __syncwarp();
+    if (work_.channel_factors != nullptr) {
+      const int part = lane_of_warp() / 8, g = lane_of_warp() % 8;
+      float c[4] = {};
+      if (is_channel(g)) load_halves(work_.channel_factors + int64_t{block} * value_dim_ + channel_of(part, g), c);
+      reinterpret_cast<float4*>(factors_)[lane_of_warp()] = {c[0], c[1], c[2], c[3]};
+    }
+    if (s_.keys.axis == Axis::kChannel)
+      queries_.template fold<true>(work_.key_scales + int64_t{block} * queries_.scales());
+    __syncwarp();
   }
 
-  __device__ __forceinline__ void fold(const uint16_t* scales, int row, int i) {
-    const int planes = 8 / s_.keys.bits, num_words = 4 / planes, v = i / 4 / planes, plane = i / 4 % planes;
-    uint4* const fragments = shared_.fragments(p_, team_) + i / 4 * kWarp + row * 4 + i % 4;
-    float bias = 0.0f, largest = 0.0f;
-#pragma unroll 1
-    for (int key_tile = 0; key_tile < key_tiles_; ++key_tile) {
-      const int word = word_index(num_words, key_tile, 4, i % 4, v, p_.vectors);
-      float x[4] = {};
-      if (4 * word < key_bytes_) bias += products(scales, row, plane * key_bytes_ + 4 * word, x);
-      largest = fmaxf(fmaxf(largest, fmaxf(absolute(x[0]), absolute(x[1]))), fmaxf(absolute(x[2]), absolute(x[3])));
-      fragments[key_tile * 4 * kWarp] = {bit_cast<uint32_t>(x[0]), bit_cast<uint32_t>(x[1]), bit_cast<uint32_t>(x[2]),
-                                         bit_cast<uint32_t>(x[3])};
-    }
-    for (int offset = 1; offset < 16; offset *= 2) {
-      bias += __shfl_xor_sync(kAllLanes, bias, offset);
-      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
-    }
-    const Scaling scale = scaling(largest);
-    if (i == 0) shared_.down[team_][row] = scale.down, shared_.bias[team_][row] = bias;
-#pragma unroll 1
-    for (int key_tile = 0; key_tile < key_tiles_; ++key_tile) {
-      const uint4 x = fragments[key_tile * 4 * kWarp];
-      const HalfPairs even = split(bit_cast<float>(x.x) * scale.up, bit_cast<float>(x.z) * scale.up);
-      const HalfPairs odd = split(bit_cast<float>(x.y) * scale.up, bit_cast<float>(x.w) * scale.up);
-      fragments[key_tile * 4 * kWarp] = {even.high, odd.high, even.low, odd.low};
-    }
+  // The first of the four channels, which stand in one word and plane, of a part for lane group g.
+  __device__ __forceinline__ int channel_of(int part, int g) const {
+    const int word = (first_part() + g) * Code::words + part / Code::planes;
+    return part % Code::planes * value_bytes_ + 4 * word;
   }
+  // Parts of sixteen channels before the value tile.
+  __device__ __forceinline__ int first_part() const { return kWidth > 0 ? 0 : work_.value_tile * 8; }
+  __device__ __forceinline__ bool is_channel(int g) const { return kWidth > 0 || (first_part() + g) * 16 < value_dim_; }
 
-  // x = q s for four channels. Returns their part of q . m.
-  __device__ __forceinline__ float products(const uint16_t* scales, int row, int first, float (&x)[4]) {
-    const int head_dim = static_cast<int>(p_.head_dim);
-    const float4 q = *reinterpret_cast<const float4*>(&shared_.queries()[row * head_dim + first]);
-    const float values[4] = {q.x, q.y, q.z, q.w};
-    float steps[4] = {1.0f, 1.0f, 1.0f, 1.0f}, minima[4] = {1.0f, 1.0f, 1.0f, 1.0f}, bias = 0.0f;
-    if (scales != nullptr) {
-      load_halves(scales + first, steps);
-      load_halves(scales + head_dim + first, minima);
+  __device__ __forceinline__ void load_values(int begin, Values& to) const {
+    const uint8_t* const from = value_codes_ + int64_t{begin + 2 * t_} * value_bytes_;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int token = i / 4 * 16 + i % 2 + i % 4 / 2 * 8;
+      load_words<Code::words>(from + token * value_bytes_, to.codes[i / 4][i % 4]);
     }
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      x[k] = values[k] * steps[k];
-      bias = multiply_add(values[k], minima[k], bias);
+    for (int j = 0; j < 4; ++j) to.scales[j] = load_steps(value_scales_ + int64_t{2} * (begin + g_), 8 * j);
+  }
+
+  __device__ __forceinline__ void load_keys(int begin, Keys& to) const {
+    const uint8_t* const from = key_codes_ + int64_t{begin + g_} * key_bytes_;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) load_key(from + 8 * j * key_bytes_, 0, to.codes[j]);
+  }
+
+  // The lane's words of a row of keys. A word beyond the last one repeats it, and is multiplied by zeros.
+  __device__ __forceinline__ void load_key(const uint8_t* row, int key_tile, uint32_t (&to)[Code::words][2]) const {
+#pragma unroll
+    for (int octet = 0; octet < Code::words; ++octet) {
+      const int word = (key_tile * Code::words + octet) * 8 + 2 * t_;
+      if constexpr (kWidth > 0) {
+        load_words<2>(row + 4 * word, to[octet]);
+      } else {
+        const int last = key_bytes_ / 4 - 1;
+        for (int i = 0; i < 2; ++i) load_words<1>(row + 4 * (word + i < last ? word + i : last), &to[octet][i]);
+      }
     }
-    return bias;
   }
 
-  template <bool kVectors>
-  __device__ __forceinline__ void attend(const Chunk& chunk) {
-    if (s_.keys.bits == 2) {
-      attend<2, kVectors>(chunk);
-    } else if (s_.keys.bits == 4) {
-      attend<4, kVectors>(chunk);
-    } else {
-      attend<8, kVectors>(chunk);
-    }
-  }
-
-  template <int kBits, bool kVectors>
-  __device__ __forceinline__ void attend(const Chunk& chunk) {
-    using Code = CodeWords<kBits, kVectors>;
-    uint32_t codes[2][4][Code::num_words];
-    if constexpr (kVectors) load_values<Code>(chunk, codes);  // in flight while the weights are computed
-    float weights[4][2], shifts[2], minima[2], down[2];
-    logits<Code>(chunk, weights);
-    softmax(weights, shifts);
-    uint32_t high[4], low[4];
-    fold_weights(chunk, weights, high, low, minima, down);
-    if constexpr (!kVectors) load_values<Code>(chunk, codes);  // earlier, its addresses would take too many registers
-    add_values<Code>(codes, high, low, shifts, minima, down);
-  }
-
-  // codes[i]: the words of tokens 16 i + 2 t, 16 i + 2 t + 1, and the two that come 8 later.
-  template <class Code>
-  __device__ __forceinline__ void load_values(const Chunk& chunk, uint32_t (&codes)[2][4][Code::num_words]) {
-    const uint8_t* from =
-        shared_.value_codes + int64_t{chunk.first} * value_bytes_ + Code::offset(work_.value_tile, 8, g_);
+  // Stage 1: to[group][j] is the logit of token 8 j + g.
+  __device__ __forceinline__ void logits(int begin, const Keys& keys, float (&to)[kGroups][4]) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      int sums[kTiles][kSums][4] = {};
+      multiply_keys(0, keys.codes[2 * i], keys.codes[2 * i + 1], sums);
+      for (int key_tile = 1; key_tile < queries_.key_tiles(); ++key_tile) {
+        const uint8_t* const row = key_codes_ + int64_t{begin + 16 * i + g_} * key_bytes_;
+        uint32_t more[2][Code::words][2];
+        for (int k = 0; k < 2; ++k) load_key(row + 8 * k * key_bytes_, key_tile, more[k]);
+        multiply_keys(key_tile, more[0], more[1], sums);
+      }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint8_t* row =
-            from + chunk.row(16 * i + 2 * t_ + j % 2 + j / 2 * 8) * static_cast<unsigned>(value_bytes_);
-        Code::load(row, value_bytes_ / 4, work_.value_tile, 8, g_, codes[i][j]);
+      for (int k = 0; k < 2 * kGroups; ++k) to[k / 2][2 * i + k % 2] = dot_of(sums, k / 2, k % 2);
+    }
+    finish_logits(begin, to);
+  }
+
+  // Adds the products of two tokens' codes to sums[tile][.][2 token + limb], apart for planes that stand in the upper
+  // part of half bytes.
+  __device__ __forceinline__ void multiply_keys(int key_tile, const uint32_t (&one)[Code::words][2],
+                                                const uint32_t (&other)[Code::words][2],
+                                                int (&sums)[kTiles][kSums][4]) const {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      const int octet = step / Code::planes, plane = step % Code::planes;
+      const uint32_t a[4] = {Code::in_half_byte(one[octet][0], plane), Code::in_half_byte(other[octet][0], plane),
+                             Code::in_half_byte(one[octet][1], plane), Code::in_half_byte(other[octet][1], plane)};
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint4 q = queries_.fragment(key_tile, tile, step / 2);
+        multiply_accumulate(sums[tile][plane % kSums], a, step % 2 == 0 ? q.x : q.z, step % 2 == 0 ? q.y : q.w);
       }
     }
   }
 
-  // Stage 2, for each chunk: logits (tokens, rows) on tensor cores. to[j] has those of token 8 j + g for the lane's
-  // rows.
-  template <class Code>
-  __device__ __forceinline__ void logits(const Chunk& chunk, float (&to)[4][2]) {
-    const uint8_t* from = shared_.key_codes + int64_t{chunk.first} * key_bytes_ + Code::offset(0, 4, t_);
-    const uint8_t* rows[4];
+  __device__ __forceinline__ float dot_of(const int (&sums)[kTiles][kSums][4], int group, int token) const {
+    int both[2][kHalves];  // sums with high and with low limbs
 #pragma unroll
-    for (int j = 0; j < 4; ++j) rows[j] = from + chunk.row(8 * j + g_) * static_cast<unsigned>(key_bytes_);
-    const uint4* fragment = shared_.fragments(p_, team_) + lane_;
-    float sums[2][4] = {};
-#pragma unroll 1
-    for (int key_tile = 0; key_tile < key_tiles_; ++key_tile) {
-      uint32_t codes[4][Code::num_words];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        Code::load(rows[j] + Code::offset(key_tile, 4, 0), key_bytes_ / 4, key_tile, 4, t_, codes[j]);
-      }
-#pragma unroll
-      for (int v = 0; v < Code::num_words; ++v) {
-        Code::for_each_plane([&]<int plane>() {
-          const uint4 q = fragment[((key_tile * Code::num_words + v) * Code::planes + plane) * kWarp];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const uint32_t first = codes[2 * i][v], second = codes[2 * i + 1][v];
-            const uint32_t a[4] = {Code::template halves<plane, 0>(first), Code::template halves<plane, 0>(second),
-                                   Code::template halves<plane, 1>(first), Code::template halves<plane, 1>(second)};
-            multiply_accumulate(sums[i], a, q.x, q.y);
-            multiply_accumulate(sums[i], a, q.z, q.w);
-          }
-        });
-      }
+    for (int k = 0; k < 2 * kHalves; ++k) {
+      const auto& sum = sums[group * kHalves + k / 2];
+      both[k % 2][k / 2] = sum[0][2 * token + k % 2];
+      if constexpr (kSums == 2) both[k % 2][k / 2] += sum[1][2 * token + k % 2] >> kBits;
     }
-    const bool by_tokens = s_.keys.axis == Axis::kToken;
-    const uint16_t* scales = by_tokens ? s_.keys.scales_at(work_.b, work_.h, chunk.first, 0) : nullptr;
+    return from_limbs(both[0], both[1], queries_.inverse());
+  }
+
+  // Logits from dot products of integers.
+  __device__ __forceinline__ void finish_logits(int begin, float (&to)[kGroups][4]) const {
+    if (s_.keys.axis == Axis::kToken) [[unlikely]] {
+      const uint16_t* const scales = work_.key_scales + int64_t{2} * begin;
+      for (int k = 0; k < 4 * kGroups; ++k) {
+        const uint32_t own = load_steps(scales, 8 * (k % 4) + g_);
+        float& logit = to[k / 4][k % 4];
+        logit *= queries_.step(k / 4) * step_of(own);
+        logit = multiply_add(queries_.bias(k / 4), minimum_of(own), logit);
+      }
+    } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 own = by_tokens ? steps_of_token(scales, chunk.row(8 * j + g_)) : float2{1.0f, 1.0f};
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float dot = sums[j / 2][j % 2 * 2 + r] * shared_.down[team_][2 * t_ + r] * own.x;
-        to[j][r] = multiply_add(shared_.bias[team_][2 * t_ + r], own.y, dot);
+      for (int k = 0; k < 4 * kGroups; ++k) {
+        to[k / 4][k % 4] = multiply_add(to[k / 4][k % 4], queries_.step(k / 4), queries_.bias(k / 4));
       }
     }
     if (p_.softcap > 0.0f) {
-      const float inverse = 1.0f / p_.softcap;
-      for (int k = 0; k < 8; ++k) to[k / 2][k % 2] = capped(to[k / 2][k % 2], p_.softcap, inverse);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (8 * j + g_ >= chunk.count) to[j][0] = to[j][1] = -INFINITY;
+      for (int k = 0; k < 4 * kGroups; ++k) to[k / 4][k % 4] = capped(p_, to[k / 4][k % 4]);
     }
   }
 
-  // Stage 3: online softmax. Logits become weights exp(logit - row_max); what was summed before must be multiplied by
-  // `shifts`.
-  __device__ __forceinline__ void softmax(float (&weights)[4][2], float (&shifts)[2]) {
+  // Stage 2: columns of limbs of p s, the steps of these integers, and the sums of p m.
+  __device__ __forceinline__ void fold_weights(const uint32_t (&scales)[4], float (&weights)[kGroups][4],
+                                               uint32_t (&columns)[kTiles][2], float (&minima)[kGroups],
+                                               float (&steps)[kGroups]) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float row_max = row_max_[r];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) row_max = fmaxf(row_max, weights[j][r]);
-      row_max = max_over_tokens(row_max);
-      const float relative = safe_max(row_max);
-      shifts[r] = exp_of_negative(row_max_[r] - relative);
-      row_max_[r] = row_max;
-      row_sum_[r] *= shifts[r];
+    for (int group = 0; group < kGroups; ++group) {
+      float top = 0.0f, minimum = 0.0f;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        weights[j][r] = exp_of_negative(weights[j][r] - relative);
-        row_sum_[r] += weights[j][r];
+        float& weight = weights[group][j];
+        minimum = multiply_add(weight, minimum_of(scales[j]), minimum);
+        weight *= step_of(scales[j]);
+        top = maximum(top, absolute(weight));
+      }
+      minima[group] = over_tokens(minimum, Sum{});
+      const Rounding to = rounding(over_tokens(top, Maximum{}), kLargest, kInverse);
+      steps[group] = to.step;
+      uint32_t n[4][kHalves];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to_limbs(weights[group][j], to.up, kLargest, n[j]);
+#pragma unroll
+      for (int k = 0; k < 2 * kHalves; ++k) {
+        const int i = k % 2, half = k / 2;
+        columns[group * kHalves + half][i] = column(n[2 * i][half], n[2 * i + 1][half]);
       }
     }
   }
 
-  // Stage 4: fragments of p s in two float16 each, `down` to undo their scaling, and the sums of p m.
-  __device__ __forceinline__ void fold_weights(const Chunk& chunk, float (&weights)[4][2], uint32_t (&high)[4],
-                                               uint32_t (&low)[4], float (&minima)[2], float (&down)[2]) {
-    const uint16_t* scales = shared_.value_scales + int64_t{2} * chunk.first;
-    minima[0] = minima[1] = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 own = steps_of_token(scales, chunk.row(8 * j + g_));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        minima[r] = multiply_add(weights[j][r], own.y, minima[r]);
-        weights[j][r] *= own.x;
-      }
-    }
-    float up[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      minima[r] = sum_over_tokens(minima[r]);
-      const float largest = fmaxf(fmaxf(weights[0][r], weights[1][r]), fmaxf(weights[2][r], weights[3][r]));
-      const Scaling scale = scaling(max_over_tokens(largest));
-      up[r] = scale.up, down[r] = scale.down;
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const HalfPairs pairs = split(weights[j][0] * up[0], weights[j][1] * up[1]);
-      high[j] = transpose(pairs.high);
-      low[j] = transpose(pairs.low);
-    }
+  // From the integers of tokens 16 i + g and 16 i + g + 8 of the lane's row, the limbs of tokens 2 t, 2 t + 1, 2 t + 8
+  // and 2 t + 9 (+ 16 i) in column g.
+  __device__ __forceinline__ uint32_t column(uint32_t first, uint32_t second) const {
+    const bool low = g_ % 2 == 1;  // this lane now has the later two tokens, its neighbour the earlier two
+    const uint32_t own = transpose(__byte_perm(first, second, 0x5410)), other = __shfl_xor_sync(kAllLanes, own, 4);
+    return __byte_perm(own, other, low ? 0x2064 : 0x7531) ^ (low ? kFlipped : 0);
   }
 
-  // Stage 5: adds the weighted values on tensor cores, word by word of lane group g. An MMA tile holds, for one plane,
-  // the channels 2 half and 2 half + 1 of each word.
-  template <class Code>
-  __device__ __forceinline__ void add_values(const uint32_t (&codes)[2][4][Code::num_words], const uint32_t (&high)[4],
-                                             const uint32_t (&low)[4], const float (&shifts)[2],
-                                             const float (&minima)[2], const float (&down)[2]) {
-    const float* const channel_factors = shared_.channel_factors(p_, team_);
+  // Stage 3: adds the weighted values.
+  __device__ __forceinline__ void add_values(const uint32_t (&codes)[2][4][Code::words],
+                                             const uint32_t (&columns)[kTiles][2], const float (&minima)[kGroups],
+                                             const float (&steps)[kGroups]) {
 #pragma unroll
-    for (int v = 0; v < Code::num_words; ++v) {
-      const int word = word_index(Code::num_words, work_.value_tile, 8, g_, v, Code::vectors);
+    for (int v = 0; v < Code::words; ++v) {
+      uint32_t bytes[2][4];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sums[Code::planes][4] = {};
+      for (int i = 0; i < 8; ++i) bytes[i / 4][i % 4] = codes[i / 4][i % 4][v];
+      transpose_bytes(bytes[0]), transpose_bytes(bytes[1]);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t first = pair_of(codes[i][0][v], codes[i][1][v], half);
-          const uint32_t second = pair_of(codes[i][2][v], codes[i][3][v], half);
-          Code::for_each_plane([&]<int plane>() {
-            const uint32_t a[4] = {Code::template halves<plane, 0>(first), Code::template halves<plane, 1>(first),
-                                   Code::template halves<plane, 0>(second), Code::template halves<plane, 1>(second)};
-            multiply_accumulate(sums[plane], a, high[2 * i], high[2 * i + 1]);
-            multiply_accumulate(sums[plane], a, low[2 * i], low[2 * i + 1]);
-          });
+      for (int plane = 0; plane < Code::planes; ++plane) {
+        const int part = v * Code::planes + plane;
+        const float4 four = reinterpret_cast<const float4*>(factors_)[part * 8 + g_];
+        const float c[4] = {four.x, four.y, four.z, four.w};
+        const float lowered = 1.0f / static_cast<float>(1 << (kBits * plane));  // codes are used where they stand
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) {
+          const uint32_t a[4] = {Code::in_place(bytes[0][k], plane), Code::in_place(bytes[0][k + 1], plane),
+                                 Code::in_place(bytes[1][k], plane), Code::in_place(bytes[1][k + 1], plane)};
+#pragma unroll
+          for (int group = 0; group < kGroups; ++group) {
+            int sums[kHalves][4] = {};
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+              const auto& column = columns[group * kHalves + half];
+              multiply_accumulate(sums[half], a, column[0], column[1]);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              int high[kHalves], low[kHalves];
+#pragma unroll
+              for (int half = 0; half < kHalves; ++half)
+                high[half] = sums[half][2 * i], low[half] = sums[half][2 * i + 1];
+              const float sum = from_limbs(high, low, kInverse);
+              const float value = multiply_add(sum, steps[group] * lowered, minima[group]);
+              softmax_.add(group, part * 4 + k + i, c[k + i], value);
+            }
+          }
         }
-#pragma unroll
-        for (int plane = 0; plane < Code::planes; ++plane) {
-          const int channel = plane * value_bytes_ + 4 * word + 2 * half;
-          add(out_[(v * 2 + half) * Code::planes + plane], channel_factors + channel, sums[plane], shifts, minima,
-              down);
-        }
       }
     }
   }
 
-  // The same two bytes of the codes of two tokens.
-  __device__ __forceinline__ static uint32_t pair_of(uint32_t first, uint32_t second, int half) {
-    return half == 0 ? (first & 0xffffu) | second << 16 : first >> 16 | (second & 0xffff0000u);
-  }
-
-  // out = out * shift + c (sum + minima), for two channels.
-  __device__ __forceinline__ void add(float (&out)[4], const float* factors, const float (&sums)[4],
-                                      const float (&shifts)[2], const float (&minima)[2], const float (&down)[2]) {
-    const float2 c = *reinterpret_cast<const float2*>(factors);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float value = multiply_add(sums[k], down[k % 2], minima[k % 2]);
-      out[k] = multiply_add(out[k], shifts[k % 2], (k < 2 ? c.x : c.y) * value);
-    }
-  }
-
-  // Last stage: adds the results of the warps in their order. sums[i][lane] is the i-th of the lane's out_.
-  __device__ __forceinline__ void merge() {
+  __device__ __forceinline__ void write() {
     const Partial to(p_, work_);
-    float factors[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float row_sum = sum_over_tokens(row_sum_[r]);
-      if (g_ == 0) shared_.row_max[warp_][2 * t_ + r] = row_max_[r], shared_.row_sum[warp_][2 * t_ + r] = row_sum;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = 2 * t_ + r;
-      float row_max = -INFINITY, row_sum = 0.0f;
-      for (int w = 0; w < kDecodeWarps; ++w) row_max = fmaxf(row_max, shared_.row_max[w][row]);
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        const float factor = exp_of_negative(shared_.row_max[w][row] - safe_max(row_max));
-        row_sum = multiply_add(shared_.row_sum[w][row], factor, row_sum);
-      }
-      factors[r] = exp_of_negative(row_max_[r] - safe_max(row_max));
-      if (warp_ == 0 && g_ == 0 && work_.value_tile == 0) to.row_max[row] = row_max, to.row_sum[row] = row_sum;
-    }
-    float* sums = shared_.queries();
-    for (int w = 0; w < kDecodeWarps; ++w) {
-      if (w == warp_) {
-#pragma unroll
-        for (int i = 0; i < kMmaTiles * 4; ++i) {
-          float& at = sums[i * kWarp + lane_];
-          at = multiply_add(out_[i / 4][i % 4], factors[i % 2], w == 0 ? 0.0f : at);
-        }
-      }
-      __syncthreads();
-    }
-    write(sums, to.out);
-  }
-
-  // Writes the channels of the value tile in their order.
-  __device__ __forceinline__ void write(const float* sums, float* to) const {
-    const int planes = 8 / s_.values.bits, num_words = 4 / planes, value_dim = static_cast<int>(p_.value_dim);
-    const int rows = static_cast<int>(work_.rows(p_));
-    for (int i = threadIdx.x; i < rows * value_dim; i += kDecodeThreads) {
-      const int row = i / value_dim, channel = i % value_dim, byte = channel % value_bytes_, word = byte / 4;
-      const int v = p_.vectors ? word % num_words : word / 8 % num_words,
-                g = p_.vectors ? word / num_words % 8 : word % 8;
-      if (word / (8 * num_words) != work_.value_tile) continue;
-      const int tile = (v * 2 + byte % 4 / 2) * planes + channel / value_bytes_;
-      to[i] = sums[(tile * 4 + byte % 2 * 2 + row % 2) * kWarp + g * 4 + row / 2];
-    }
+    softmax_.merge(shared_, work_, to, [&](int group, int part, const float4& sum) {
+      const int row = 4 * group + t_;
+      if (row >= work_.rows(p_) || !is_channel(g_)) return;
+      *reinterpret_cast<float4*>(to.out + row * value_dim_ + channel_of(part, g_)) = sum;
+    });
   }
 
   const DeviceDecode& p_;
   const Work& work_;
   const Segment& s_;
-  CodesShared& shared_;
-  const int key_bytes_, value_bytes_, key_tiles_;
-  const bool per_warp_;
-  const int lane_, warp_, team_, g_, t_;
-  float row_max_[2] = {-INFINITY, -INFINITY}, row_sum_[2] = {};
-  float out_[kMmaTiles][4] = {};
+  Shared& shared_;
+  const int g_, t_, value_dim_, key_bytes_, value_bytes_;
+  const uint8_t *const key_codes_, *value_codes_;  // of the head, values from the lane's first word on
+  const uint16_t* const value_scales_;             // of the head
+  float* const factors_;
+  FoldedQueries<kBits, kWidth, kGroups, kHalves> queries_;
+  Softmax<kGroups> softmax_;
 };
 
 }  // namespace singlepass::kv

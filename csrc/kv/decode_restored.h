@@ -2,10 +2,11 @@
 #pragma once
 
 #include "kv/decode.h"
+#include "kv/decode_queries.h"
 
 // Attention in float32 over tokens that a thread block first decompresses to shared memory: the window, and codes whose
-// scales differ within a token. A lane computes the logits of one token of a tile, a warp does the softmax of two rows,
-// and a thread sums the values of one channel.
+// scales differ within a token. A lane computes the logits of one token of a tile, a warp does the softmax of one row
+// or two, and a thread sums the values of one channel.
 namespace singlepass::kv {
 
 inline constexpr int kTokenTile = 32;
@@ -64,35 +65,37 @@ class PackedTokens {
   float factor_ = 1.0f;
 };
 
-// Dynamic memory begins with it; queries (head_dim, kRowTile) follow.
+// Dynamic memory begins with it; queries (kRows, head_dim) follow.
+template <int kRows>
 struct RestoredShared {
-  int block;
   float tile[kTokenTile][kChannelTile + 1];  // without the one, a warp that goes through tokens would meet one bank
-  float logits[kDecodeWarps][kRowTile][kTokenTile];
-  alignas(16) float weights[kTokenTile][kRowTile];
-  alignas(16) float factors[kRowTile];
+  float logits[kDecodeWarps][kRows][kTokenTile];
+  alignas(16) float weights[kTokenTile][kRows];
+  alignas(16) float factors[kRows];
 
   __device__ __forceinline__ float* queries() { return reinterpret_cast<float*>(this + 1); }
-  static size_t bytes(const Decode& p) { return sizeof(RestoredShared) + 4 * kRowTile * p.head_dim; }
+  static size_t bytes(const DecodeArguments& p) { return sizeof(RestoredShared) + 4 * kRows * p.head_dim; }
 };
 
+template <int kRows>
 class RestoredAttention {
  public:
-  __device__ __forceinline__ RestoredAttention(const DeviceDecode& p, const Work& work, RestoredShared& shared)
+  __device__ __forceinline__ RestoredAttention(const DeviceDecode& p, const Work& work, RestoredShared<kRows>& shared)
       : p_(p), work_(work), shared_(shared), lane_(threadIdx.x % kWarp), warp_(threadIdx.x / kWarp) {
-    for (int r = 0; r < 2; ++r) later_[r] = p.queries - 1 - (work.tile * kRowTile + 2 * warp_ + r) % p.queries;
+    for (int r = 0; r < kOwn; ++r) {
+      row_max_[r] = -INFINITY;
+      later_[r] = p.queries - 1 - (work.tile * kRows + kOwn * warp_ + r) % p.queries;
+    }
   }
 
   __device__ __forceinline__ void run() {
-    for (int64_t i = threadIdx.x; i < kRowTile * p_.head_dim; i += kDecodeThreads) {
-      shared_.queries()[i] = query(p_, work_, static_cast<int>(i % kRowTile), i / kRowTile);
-    }
+    load_queries<kRows>(p_, work_, shared_.queries());
     if (work_.segment < 0) {
       const int64_t last = p_.window[work_.b * p_.window_stride + 1];
       attend(PlainTokens(p_.window_k, work_), PlainTokens(p_.window_v, work_), work_.begin, work_.end, last);
     } else {
       const Segment& s = p_.segments[work_.segment];
-      for_each_block(s, work_, shared_.block, [&](int block, int begin, int end) {
+      for_each_block(s, work_, work_.begin, work_.end, [&](int block, int begin, int end) {
         attend(PackedTokens(s.keys, work_, block), PackedTokens(s.values, work_, block), begin, end, int64_t{1} << 62);
       });
     }
@@ -100,13 +103,15 @@ class RestoredAttention {
   }
 
  private:
+  static constexpr int kOwn = kRows / kDecodeWarps;  // rows of a warp
+
   // Tokens [begin, end); row r sees those before last - (queries - 1 - its query).
   template <class Source>
   __device__ __forceinline__ void attend(Source keys, Source values, int64_t begin, int64_t end, int64_t last) {
     for (int64_t first = begin; first < end; first += kTokenTile) {
-      const int count = static_cast<int>(Work::min_of(kTokenTile, end - first));
+      const int count = static_cast<int>(smaller(kTokenTile, end - first));
       dot(keys, first, count);
-      for (int r = 0; r < 2; ++r) softmax(r, first, count, last);
+      for (int r = 0; r < kOwn; ++r) softmax(r, first, count, last);
       __syncthreads();
       add(values, first, count);
     }
@@ -128,28 +133,28 @@ class RestoredAttention {
   // Stage 1: logits without the softcap, in four parts. A warp sums over a quarter of each tile's channels.
   template <class Source>
   __device__ __forceinline__ void dot(Source& keys, int64_t first, int count) {
-    float sums[kRowTile] = {};
+    float sums[kRows] = {};
     for (int64_t channel = 0; channel < p_.head_dim; channel += kChannelTile) {
       restore(keys, first, count, channel, p_.head_dim);
       const int own = warp_ * (kChannelTile / kDecodeWarps);
       for (int d = own; d < own + kChannelTile / kDecodeWarps && channel + d < p_.head_dim; ++d) {
         const float k = shared_.tile[lane_][d];
-        const float* q = &shared_.queries()[(channel + d) * kRowTile];
+        const float* q = &shared_.queries()[channel + d];
 #pragma unroll
-        for (int r = 0; r < kRowTile; ++r) sums[r] = multiply_add(q[r], k, sums[r]);
+        for (int r = 0; r < kRows; ++r) sums[r] = multiply_add(q[r * p_.head_dim], k, sums[r]);
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRowTile; ++r) shared_.logits[warp_][r][lane_] = sums[r];
+    for (int r = 0; r < kRows; ++r) shared_.logits[warp_][r][lane_] = sums[r];
     __syncthreads();
   }
 
-  // Stage 2: online softmax of one of the warp's two rows.
+  // Stage 2: online softmax of one of the warp's rows.
   __device__ __forceinline__ void softmax(int r, int64_t first, int count, int64_t last) {
-    const int row = 2 * warp_ + r;
+    const int row = kOwn * warp_ + r;
     float logit = 0.0f;
     for (int w = 0; w < kDecodeWarps; ++w) logit += shared_.logits[w][row][lane_];
-    if (p_.softcap > 0.0f) logit = capped(logit, p_.softcap, 1.0f / p_.softcap);
+    if (p_.softcap > 0.0f) logit = capped(p_, logit);
     if (lane_ >= count || first + lane_ >= last - later_[r]) logit = -INFINITY;
     float row_max = fmaxf(row_max_[r], logit);
     for (int offset = 1; offset < kWarp; offset *= 2) {
@@ -170,34 +175,33 @@ class RestoredAttention {
   __device__ __forceinline__ void add(Source& values, int64_t first, int count) {
     restore(values, first, count, work_.first_channel(), p_.value_dim);
 #pragma unroll
-    for (int r = 0; r < kRowTile; ++r) out_[r] *= shared_.factors[r];
+    for (int r = 0; r < kRows; ++r) out_[r] *= shared_.factors[r];
     for (int t = 0; t < count; ++t) {
       const float v = shared_.tile[t][threadIdx.x];
 #pragma unroll
-      for (int r = 0; r < kRowTile; ++r) out_[r] = multiply_add(shared_.weights[t][r], v, out_[r]);
+      for (int r = 0; r < kRows; ++r) out_[r] = multiply_add(shared_.weights[t][r], v, out_[r]);
     }
   }
 
   __device__ __forceinline__ void write() {
     const Partial to(p_, work_);
-    for (int r = 0; r < 2; ++r) {
-      if (lane_ == 0 && work_.value_tile == 0)
-        to.row_max[2 * warp_ + r] = row_max_[r], to.row_sum[2 * warp_ + r] = row_sum_[r];
+    for (int r = 0; r < kOwn && lane_ == 0 && work_.value_tile == 0; ++r) {
+      to.row_max[kOwn * warp_ + r] = row_max_[r], to.row_sum[kOwn * warp_ + r] = row_sum_[r];
     }
     float* out = to.out + work_.first_channel() + threadIdx.x;
 #pragma unroll
-    for (int r = 0; r < kRowTile; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       if (threadIdx.x < work_.channels(p_) && r < work_.rows(p_)) out[r * p_.value_dim] = out_[r];
     }
   }
 
   const DeviceDecode& p_;
   const Work& work_;
-  RestoredShared& shared_;
+  RestoredShared<kRows>& shared_;
   const int lane_, warp_;
-  int64_t later_[2];  // slots at the window's end that a row of the warp does not see
-  float row_max_[2] = {-INFINITY, -INFINITY}, row_sum_[2] = {};
-  float out_[kRowTile] = {};
+  int64_t later_[kOwn];  // slots at the window's end that a row of the warp does not see
+  float row_max_[kOwn], row_sum_[kOwn] = {};
+  float out_[kRows] = {};
 };
 
 }  // namespace singlepass::kv

@@ -1,24 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 
+#include "kv/integers.h"
 #include "kv/tiles.h"
 
 // Loops on the CPU over the codes of a few tokens, as integers: Rows that are no floats. What codes are multiplied by,
-// queries or weights, is rounded to 16-bit integers with a step of its own for each row, and that is all that is lost:
-// the sums of products are exact, and so the same on every processor.
+// queries or weights, is rounded to integers (kv/integers.h) with a step of its own for each row, and that is all that
+// is lost: the sums of products are exact, and so the same on every processor.
 namespace singlepass::kv {
 
 inline constexpr int64_t kIntegerPad = 32;  // integers that may be read beyond the last row of queries
-
-// The largest integer of which `terms` products with codes add up in 32 bits.
-inline float largest_integer(int bits, int64_t terms) {
-  const int64_t most = std::numeric_limits<int32_t>::max() / (terms * ((1 << bits) - 1));
-  return static_cast<float>(std::min<int64_t>(most, 32767));
-}
 
 // What stands for x * steps of a row is `to` times the row's step, and its bias is x . minima. The step is NaN if a
 // product is not finite, and 0 if all are below 2^-100, which counts as nothing. Rows lie `stride` numbers apart, which

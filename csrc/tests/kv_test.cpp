@@ -73,7 +73,7 @@ TEST(products_with_codes_are_exact) {
 
 TEST(factors_are_rounded_to_the_nearest_integers) {
   constexpr int64_t kLength = 83, kStride = 96, kRows = 7;
-  constexpr float kLargest = 32767.0f;
+  constexpr float kLargest = 32639.0f;
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
   std::vector<float> x(kRows * kStride), steps(kLength), minima(kLength), products(x.size());

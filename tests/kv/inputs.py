@@ -194,7 +194,8 @@ class Attention:
 
     def truth(self, backend: str = "native") -> tuple[Bounded, Bounded]:
         """With the bounds of a backend."""
-        integers = backend == "native" and self.q.dtype != torch.float32
+        on_gpu, single = backend in ("simt", "cuda native"), self.q.dtype == torch.float32
+        integers = (2 if single else 1) if on_gpu else int(backend == "native" and not single)
         parts = []
         for i, (keys, values) in enumerate(self.segments):
             first = None if self.first is None else exact(self.first[i])

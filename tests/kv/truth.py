@@ -26,9 +26,14 @@ WEIGHT_ROUNDINGS = 32
 PIECE = 8  # weights are rescaled to a new maximum at most once in so many tokens, by five roundings
 UNDERFLOW = 2.0**-120  # smaller weights may come out as anything up to that
 
-# Where queries have 16 bits, the CPU multiplies codes by 16-bit integers: queries times steps, and weights times steps,
-# are off by half a step of such an integer, and a rounding. Weights have a step for at most so many tokens.
+# Codes are multiplied by integers of two signed bytes: queries times steps, and weights times steps, are off by half a
+# step of such an integer, and a rounding. Weights have a step for at most so many tokens. Where queries are float32,
+# GPUs use two integers for a number, the second for what the first leaves over, in units of its step divided by the
+# largest. What is left then are roundings: of a step and its reciprocal (five), a number in steps, two sums. In a logit
+# they are fewer than those of a sum of D floats; here the sum itself is exact.
+LARGEST_INTEGER = 127 * 256 + 127
 INTEGER_ROUNDING = 0.51
+INTEGER_ROUNDINGS = 8
 INTEGER_PIECE = 128
 INTEGERS_MOST = 0.2  # that the worst case of a weight may be off by, before a bound tells nothing
 
@@ -143,9 +148,10 @@ class Tokens:
     def as_integers(self) -> bool:
         return self.bits > 0
 
-    def half_step(self, terms: int) -> float:
-        """Of the integers of largest 1, of which ``terms`` products with codes add up in 32 bits."""
-        return INTEGER_ROUNDING / min(32767, (2**31 - 1) // (terms * (2**self.bits - 1)))
+    def half_step(self, terms: int, integers: int) -> float:
+        """Of ``integers`` of largest 1, of which ``terms`` products with codes add up in 32 bits."""
+        largest = min(LARGEST_INTEGER, (2**31 - 1) // (terms * (2**self.bits - 1)))
+        return INTEGER_ROUNDING / float(largest) ** integers
 
     @staticmethod
     def exact(x: Array, held: Array) -> Tokens:
@@ -246,20 +252,20 @@ def saliency(
     return Bounded(value, error + HALF_ULP * group * probes * value + group * probes * UNDERFLOW)
 
 
-def _integer_queries(q: Array, keys: Tokens, b: int, h: int, some: Array, scale: float) -> Array:
+def _integer_queries(q: Array, keys: Tokens, b: int, h: int, some: Array, scale: float, integers: int) -> Array:
     """By how much logits (R, L) are off where the rows q (R, D) are integers."""
     if not keys.as_integers:
         return np.zeros((len(q), int(some.sum())))
     largest = (np.abs(q)[:, None] * keys.steps[b, h][some]).max(2, initial=0.0)
-    return keys.half_step(q.shape[1]) * abs(scale) * largest * keys.codes[b, h][some].sum(1)
+    return keys.half_step(q.shape[1], integers) * abs(scale) * largest * keys.codes[b, h][some].sum(1)
 
 
-def _integer_weights(p: Array, values: Tokens, b: int, h: int, some: Array) -> Array:
+def _integer_weights(p: Array, values: Tokens, b: int, h: int, some: Array, integers: int) -> Array:
     """By how much results (R, D) are off where the weights p (R, L) times steps are integers."""
     if not values.as_integers or not some.any():
         return np.zeros((len(p), values.codes.shape[3]))
     largest = (p * values.steps[b, h][some][:, 0]).max(1)
-    return values.half_step(INTEGER_PIECE) * largest[:, None] * values.codes[b, h][some].sum(0)
+    return values.half_step(INTEGER_PIECE, integers) * largest[:, None] * values.codes[b, h][some].sum(0)
 
 
 def attention(
@@ -269,11 +275,11 @@ def attention(
     sinks: Array | None,
     scale: float,
     softcap: float,
-    integers: bool = False,
+    integers: int = 0,
 ) -> tuple[Bounded, Bounded]:
     """Results (B, Hq, Lq, Dv) and logarithms of sums. ``parts`` are keys, values and the first slots to see (B, H) of
     each segment; the last one is the window, of which ``window`` (B, 2) says what it holds. ``integers``: codes are
-    multiplied by 16-bit integers."""
+    multiplied by so many integers for each number."""
     batch, rows, queries, _ = q.shape
     heads, width = parts[0][0].x.value.shape[1], parts[0][1].x.value.shape[3]
     group = rows // heads
@@ -300,20 +306,21 @@ def attention(
             if integers:
                 each = zip(parts, present, strict=True)
                 more = np.concatenate(
-                    [_integer_queries(q[b, row], keys, b, h, some, scale) for (keys, *_), some in each], 1
+                    [_integer_queries(q[b, row], keys, b, h, some, scale, integers) for (keys, *_), some in each], 1
                 )
             logits = _logits(q[b, row], k, k_magnitude, scale, softcap, more)
             sink = None if sinks is None else float(sinks[row])
-            w = _softmax(logits, shown, sink, most=INTEGERS_MOST if integers else 0.01)
+            w = _softmax(logits, shown, sink, most=INTEGERS_MOST if integers == 1 else 0.01)
             out[0, b, row] = w.p @ v
-            of_sums = 1.01 * (len(k) + LOGIT_ROUNDINGS) * HALF_ULP
+            roundings = INTEGER_ROUNDINGS if integers == 2 else 0
+            of_sums = 1.01 * (len(k) + LOGIT_ROUNDINGS + roundings) * HALF_ULP
             weights = w.p * (w.relative + (1.0 + w.relative) * of_sums) + UNDERFLOW * shown
             out[1, b, row] = weights @ v_magnitude
             begin, off = 0, w.p * (1.0 + w.relative)
             for (_, values, _), some in zip(parts, present, strict=True):
                 end = begin + int(some.sum())
                 if integers:
-                    out[1, b, row] += _integer_weights(off[:, begin:end], values, b, h, some)
+                    out[1, b, row] += _integer_weights(off[:, begin:end], values, b, h, some, integers)
                 begin = end
             sums[:, b, row] = w.lse.value, w.lse.error
     return Bounded(*out), Bounded(*sums)

@@ -25,6 +25,8 @@ CODECS = {
     "groups": ("group", "separable group"),
 }
 each_codec = pytest.mark.parametrize("codec", CODECS)
+# GPUs multiply codes by one integer for each number of 16 bits, and by two for each of 32.
+each_size = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Part:
 
 RAGGED = Part(4, (0, 16, 32, 48, 50), ((16, 16, 16, 2), (16, 3, 0, 1)))
 MIXES = {
-    "8, 4 and 2": (Part(8, (0, 20)), Part(4, (0, 16, 32)), Part(2, (0, 33, 34))),
+    "8, 4 and 2": (Part(8, (0, 33)), Part(4, (0, 16, 32)), Part(2, (0, 33, 34))),
+    "fewer slots than are read at once": (Part(8, (0, 20)), Part(4, (0, 16, 31)), Part(2, (0, 3))),
     "ragged": (RAGGED, Part(2, (0, 40), ((0,), (39,)))),
     "large and small": (Part(4, (0, 130, 200)), Part(2, tuple(range(0, 100, 7)))),
     "a token for each": (Part(4, (0, 1), ((1,), (0,))), Part(2, (0, 1), ((0,), (1,)))),
@@ -75,7 +78,8 @@ class Case:
         out.check_room(found)
         return values, lse.reshape(self.q.shape[:3])
 
-    def truth(self) -> tuple[Bounded, Bounded]:
+    def truth(self, device: str) -> tuple[Bounded, Bounded]:
+        integers = 1 if self.q.dtype != "float32" else 2 if device == "simt" else 0
         parts: list[tuple[truth.Tokens, truth.Tokens, Array | None]] = []
         for i, (keys, values) in enumerate(self.segments):
             parts.append((keys.restored(), values.restored(), None if self.first is None else self.first[i]))
@@ -83,11 +87,11 @@ class Case:
         windows = (truth.Tokens.exact(t.values(), every) for t in (self.window_k, self.window_v))
         parts.append((*windows, None))
         sinks = None if self.sinks is None else self.sinks.astype(np.float64)
-        return truth.attention(self.q.values(), parts, self.window, sinks, self.scale, self.softcap)
+        return truth.attention(self.q.values(), parts, self.window, sinks, self.scale, self.softcap, integers)
 
     def check(self, core: ModuleType, device: str, label: str = "") -> tuple[Array, Array]:
         out, lse = self.run(core, device)
-        expected, sums = self.truth()
+        expected, sums = self.truth(device)
         stored = expected.stored(self.q.dtype)
         wrong = ~(np.abs(out - stored.value) <= stored.error)
         assert not wrong.any(), f"{label}: {int(wrong.sum())} of {wrong.size} results are off"
@@ -167,29 +171,33 @@ def test_against_float64(core: ModuleType, device: str, dtype: str, codec: str) 
 
 @each_device
 @each_codec
+@each_size
 @pytest.mark.parametrize("mix", MIXES)
-def test_segments(core: ModuleType, device: str, mix: str, codec: str) -> None:
-    case(core, MIXES[mix], codec=codec).check(core, device)
+def test_segments(core: ModuleType, device: str, mix: str, dtype: str, codec: str) -> None:
+    case(core, MIXES[mix], codec=codec, dtype=dtype).check(core, device)
 
 
 @each_device
 @each_bits
+@each_size
 @pytest.mark.parametrize("width", [16, 48, 64, 80, 96, 128, 256, 512])
-def test_widths(core: ModuleType, device: str, width: int, bits: int) -> None:
+def test_widths(core: ModuleType, device: str, width: int, dtype: str, bits: int) -> None:
     """Values may be wider or narrower than keys."""
     for value_width in (width, 32, 112, 128):
-        parts = (Part(bits, (0, 9)),)
+        parts = (Part(bits, (0, 9, 41)),)
         for codec in CODECS if value_width == width else ("zipcache",):
-            few = {"group": 2, "batch": 1, "slots": 3, "window": ((0, 3),)}
+            few = {"group": 2, "batch": 1, "slots": 3, "window": ((0, 3),), "dtype": dtype}
             one = case(core, parts, width=width, value_width=value_width, codec=codec, **few)
             one.check(core, device, f"{value_width} {codec}")
 
 
 @each_device
+@each_size
 @pytest.mark.parametrize("group", [1, 3, 7, 8, 9, 16])
-def test_groups_of_query_heads(core: ModuleType, device: str, group: int) -> None:
-    for queries in (1, 2):
-        case(core, (RAGGED,), group=group, queries=queries).check(core, device, f"{queries} queries")
+def test_groups_of_query_heads(core: ModuleType, device: str, group: int, dtype: str) -> None:
+    for queries, width in ((1, 128), (2, 64), (1, 512)):
+        one = case(core, (RAGGED,), group=group, queries=queries, width=width, dtype=dtype)
+        one.check(core, device, f"{queries} queries, {width} channels")
 
 
 @each_device
@@ -208,7 +216,7 @@ def test_windows(core: ModuleType, device: str, queries: int) -> None:
 @each_device
 @each_codec
 def test_first(core: ModuleType, device: str, codec: str) -> None:
-    one = case(core, MIXES["ragged"], heads=3, codec=codec)
+    one = case(core, MIXES["ragged"], heads=3, codec=codec, dtype="float16")
     one.first = np.random.default_rng(0).integers(0, 52, (2, 2, 3)).astype(np.int32)
     one.first[0, 0], one.first[1, 1] = [0, 16, 31], [0, 38, 39]
     one.check(core, device)

@@ -80,8 +80,9 @@ decode = Op(
     logit more in each row's sum. Returns the result, (B, Hq, Lq, Dv) in q's dtype, and the logarithm of the sums of
     exp, (B, Hq, Lq) in float32; a row that sees nothing gives 0 and -inf.
 
-    On CPUs, where q has 16 bits and codes one group of channels, q * step and weight * step count as multiples of 1 /
-    32767 of the largest in their row and block (fewer beyond 256 channels of 8 bits); smaller than 2^-100, as 0.""",
+    Natively, where q has 16 bits and codes one group of channels, q * step and weight * step count as multiples of 1 /
+    32639 of the largest in their row and block (fewer beyond 256 channels of 8 bits); smaller than 2^-100, as 0. In
+    CUDA that holds for float32, too, with 32639^2, but not for segments of fewer than 32 slots or misaligned codes.""",
     used_by="`kv.decode_attention` and the caches",
     dtypes="fp32, bf16, fp16; 8, 4, 2 bits",
     typed=(0, 2),

@@ -273,8 +273,8 @@ def decode_attention(
     """Attention of the newest tokens' queries over compressed tokens, computed on their packed codes, and over a window
     of uncompressed tokens.
 
-    On CPUs, bfloat16 and float16 queries are multiplied by the codes as 16-bit integers, which is faster than float32
-    and rounds less than they do themselves.
+    C++ and CUDA C++ multiply codes as integers: bfloat16 and float16 queries become integers of 16 bits, which is
+    faster than float32 and rounds less than they do themselves. For float32 queries, CUDA takes integers of 31 bits.
 
     Args:
         q: (batch, query heads, queries, channels); float32, bfloat16 or float16 (eager: float64 too). At most as many
