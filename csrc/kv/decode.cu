@@ -9,9 +9,15 @@ namespace {
 constexpr size_t kMostShared = 48 << 10;  // that a launch has without asking
 constexpr int kUsualWidth = 128;          // of heads, for which kernels have a variant of their own
 
-// Thread blocks of a multiprocessor, as many as registers are limited for.
-constexpr int decode_blocks(int tiles) {
-  return tiles == 1 ? 4 : 3;
+// Thread blocks of a multiprocessor, as many as registers are limited for. With one more, compilers would spill: for
+// heads of any width, and for consumer Blackwell with two tiles.
+constexpr int decode_blocks(int width, int tiles) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  const bool fewer = width == 0 || tiles == 2;
+#else
+  const bool fewer = width == 0;
+#endif
+  return 5 - tiles - (fewer ? 1 : 0);
 }
 
 // Whether what belongs to a head begins at a multiple of `alignment` bytes.
@@ -70,7 +76,7 @@ __device__ __forceinline__ void attend_to_codes(const DeviceDecode& p, const Wor
 
 // Reads the codes of a split once and writes its partial result. Keys are read again for each tile of value channels.
 template <int kWidth, int kGroups, int kHalves>
-__global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kGroups* kHalves))
+__global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, kGroups* kHalves))
     decode_kernel(const __grid_constant__ DeviceDecode p) {
   SINGLEPASS_SHARED(Work, work);
   if (threadIdx.x == 0) work.find(p);

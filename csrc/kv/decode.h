@@ -47,8 +47,8 @@ struct Work {
   int value_tile, tile, split, head, b, h;
   int begin, end;
   int segment;            // -1: the window
-  const int32_t* counts;  // of the head, as what follows: what is read once for each block
-  const uint16_t *key_scales, *channel_factors;
+  const int32_t* counts;  // of the head, as what follows
+  const uint16_t *key_scales, *value_scales, *channel_factors;
   float largest, inverse;  // the largest integer that a query becomes, and 1 / largest
 
   __device__ void find(const DeviceDecode& p) {
@@ -81,6 +81,7 @@ struct Work {
       inverse = 1.0f / largest;
       counts = s.blocks.counts.at(b, h);
       key_scales = s.keys.scales.at(b, h);
+      value_scales = s.values.scales.at(b, h);
       channel_factors = s.values.channels.data == nullptr ? nullptr : s.values.channels.at(b, h);
     }
   }

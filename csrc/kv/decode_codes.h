@@ -65,7 +65,6 @@ class CodesAttention {
         key_bytes_(width_of<kWidth>(p.head_dim) * kBits / 8),
         value_bytes_(value_dim_ * kBits / 8),
         key_codes_(s_.keys.codes.at(work.b, work.h)),
-        value_scales_(s_.values.scales.at(work.b, work.h)),
         factors_(shared.channel_factors(p, warp_of_block())),
         queries_(p, work, shared.queries(), shared.fragments(p, warp_of_block())) {
     const int last = value_dim_ / 16 - 1, own = first_part() + g_;
@@ -92,7 +91,8 @@ class CodesAttention {
   static constexpr int kSums = Code::planes == 1 ? 1 : 2;
   static constexpr float kLargest = kLargestInteger, kInverse = 1.0f / kLargest;  // of weights
 
-  static constexpr bool kEarly = kWidth > 0 && kBits < 8;  // values are loaded first of all: registers allow it
+  // What is loaded before a block's scales are waited for, as registers allow.
+  static constexpr bool kEarlyKeys = kTiles == 1, kEarlyValues = kEarlyKeys && kBits < 8;
 
   struct Keys {
     uint32_t codes[4][Code::words][2];  // of token 8 j + g, octet by octet
@@ -102,19 +102,20 @@ class CodesAttention {
     uint32_t scales[4];                 // of token 8 j + g
   };
 
-  // One step of the online softmax: tokens of a block from `first` on, up to `end`. What can be is on its way before
-  // the block's scales are waited for. What is read beyond the tokens lies within the segment.
+  // One step of the online softmax: tokens of a block from `first` on, up to `end`. What is read beyond the tokens lies
+  // within the segment.
   __device__ __forceinline__ void attend(int block, bool is_new, int first, int end) {
     const int last = static_cast<int>(s_.slots) - kChunk, begin = first < last ? first : last;
     Keys keys;
     Values values;
-    load_keys(begin, keys);
-    if (kEarly) load_values(begin, values);
+    if (kEarlyKeys) load_keys(begin, keys);
+    if (kEarlyValues) load_values(begin, values);
     if (is_new) enter(block);
+    if (!kEarlyKeys) load_keys(begin, keys);
     float weights[kGroups][4], minima[kGroups], steps[kGroups];
     uint32_t columns[kTiles][2];
     logits(begin, keys, weights);
-    if (!kEarly) load_values(begin, values);
+    if (!kEarlyValues) load_values(begin, values);
     if (first - begin > 0 || end - begin < kChunk) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -160,7 +161,7 @@ class CodesAttention {
       load_words<Code::words>(from + token * value_bytes_, to.codes[i / 4][i % 4]);
     }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) to.scales[j] = load_steps(value_scales_ + int64_t{2} * (begin + g_), 8 * j);
+    for (int j = 0; j < 4; ++j) to.scales[j] = load_steps(work_.value_scales + int64_t{2} * (begin + g_), 8 * j);
   }
 
   __device__ __forceinline__ void load_keys(int begin, Keys& to) const {
@@ -346,7 +347,6 @@ class CodesAttention {
   Shared& shared_;
   const int g_, t_, value_dim_, key_bytes_, value_bytes_;
   const uint8_t *const key_codes_, *value_codes_;  // of the head, values from the lane's first word on
-  const uint16_t* const value_scales_;             // of the head
   float* const factors_;
   FoldedQueries<kBits, kWidth, kGroups, kHalves> queries_;
   Softmax<kGroups> softmax_;
