@@ -44,6 +44,8 @@ DeviceDecode on_device(const Decode& p, int row_tile, const Gpu& gpu, const Deco
   d.num_segments = static_cast<int>(p.segments.size());
   d.row_tile = row_tile;
   d.vector_queries = are_vectors(p.q);
+  d.vector_keys = are_vectors(p.window_k);
+  d.vector_values = are_vectors(p.window_v);
   d.inverse_softcap = 1.0f / p.softcap;
   d.tiles = (p.rows() + row_tile - 1) / row_tile;
   d.value_tiles = (p.value_dim + kValueTile - 1) / kValueTile;

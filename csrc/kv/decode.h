@@ -22,9 +22,9 @@ inline constexpr int kValueTile = 128;  // value channels, whose sums fit in reg
 struct DeviceDecode : DecodeArguments {
   Segment segments[kMaxSegments];
   int num_segments;
-  bool on_codes[kMaxSegments];  // tensor cores multiply the codes themselves
-  float largest[kMaxSegments];  // integer that a query becomes
-  bool vector_queries;          // they can be loaded as vectors
+  bool on_codes[kMaxSegments];                      // tensor cores multiply the codes themselves
+  float largest[kMaxSegments];                      // integer that a query becomes
+  bool vector_queries, vector_keys, vector_values;  // these, those of the window, can be loaded as vectors
   float inverse_softcap;
   int row_tile;
   int64_t split, window_split;           // slots in a split

@@ -13,62 +13,75 @@ inline constexpr int kTokenTile = 32;
 inline constexpr int kChannelTile = kDecodeThreads;
 static_assert(kChannelTile == kValueTile);
 
-// Tokens that are not compressed.
+// Restored tokens. Rows are four floats longer than needed: lanes that each read four floats of a row of their own then
+// meet different banks.
+using Tile = float[kTokenTile][kChannelTile + 4];
+
+// Tokens that are not compressed. Sixteen threads share a token.
 class PlainTokens {
  public:
-  __device__ __forceinline__ PlainTokens(const Tokens& tokens, const Work& work) : tokens_(tokens), work_(work) {}
-  __device__ __forceinline__ void choose(int64_t channel) { channel_ = channel; }
-  __device__ __forceinline__ float operator()(int64_t slot) const {
-    Raw<1> raw;
-    float x;
-    load(tokens_.at(work_.b, work_.h, slot), tokens_.dtype, channel_, raw);
-    decode(raw, tokens_.dtype, &x);
-    return x;
+  __device__ __forceinline__ PlainTokens(const Tokens& tokens, const Work& work, bool vectors)
+      : tokens_(tokens), work_(work), vectors_(vectors) {}
+
+  __device__ __forceinline__ void restore(int64_t first, int count, int64_t channel, int64_t head_dim, Tile& to) const {
+    constexpr int kThreads = kChannelTile / kVector;
+    const int own = threadIdx.x % kThreads * kVector;
+#pragma unroll
+    for (int t = threadIdx.x / kThreads; t < kTokenTile; t += kDecodeThreads / kThreads) {
+      float x[kVector] = {};
+      if (t < count && channel + own < head_dim) {
+        const char* const from = tokens_.at(work_.b, work_.h, first + t) + (channel + own) * size_of(tokens_.dtype);
+        load_run<kVector>(from, tokens_.dtype, vectors_, x);
+      }
+      float4* const at = reinterpret_cast<float4*>(&to[t][own]);
+      at[0] = {x[0], x[1], x[2], x[3]}, at[1] = {x[4], x[5], x[6], x[7]};
+    }
   }
 
  private:
   const Tokens& tokens_;
   const Work& work_;
-  int64_t channel_ = 0;
+  const bool vectors_;
 };
 
-// c (n s + m) of tokens of one block.
+// c (n s + m) of tokens of one block. A thread restores one channel.
 class PackedTokens {
  public:
   __device__ __forceinline__ PackedTokens(const Packed& packed, const Work& work, int64_t block)
       : packed_(packed), work_(work), block_(block) {}
 
-  __device__ __forceinline__ void choose(int channel) {
-    const int bytes = static_cast<int>(packed_.bytes()), head_dim = static_cast<int>(packed_.head_dim);
-    byte_ = channel % bytes;
-    shift_ = channel / bytes * packed_.bits;
-    by_channels_ = packed_.axis == Axis::kChannel;
-    at_ = by_channels_ ? channel : channel / (head_dim / static_cast<int>(packed_.groups));
-    factor_ = packed_.channels.data == nullptr
-                  ? 1.0f
-                  : float16_to_float(packed_.channels_at(work_.b, work_.h, block_)[channel]);
-  }
-
-  __device__ __forceinline__ float operator()(int64_t slot) const {
-    const uint32_t n = (packed_.codes_at(work_.b, work_.h, slot)[byte_] >> shift_) & ((1u << packed_.bits) - 1);
-    const uint16_t* scales = packed_.scales_at(work_.b, work_.h, slot, block_) + at_;
-    const int64_t minima = by_channels_ ? packed_.head_dim : packed_.groups;
-    return factor_ * multiply_add(static_cast<float>(n), float16_to_float(scales[0]), float16_to_float(scales[minima]));
+  __device__ __forceinline__ void restore(int64_t first, int count, int64_t channel, int64_t head_dim, Tile& to) const {
+    const int own = static_cast<int>(channel + threadIdx.x), width = static_cast<int>(head_dim);
+    const bool any = own < width, by_channels = packed_.axis == Axis::kChannel;
+    const int bytes = static_cast<int>(packed_.bytes()), byte = own % bytes, shift = own / bytes * packed_.bits;
+    const int at = by_channels ? own : own / (width / static_cast<int>(packed_.groups));
+    const int64_t minima = by_channels ? packed_.head_dim : packed_.groups;
+    float factor = 1.0f;
+    if (any && packed_.channels.data != nullptr) {
+      factor = float16_to_float(packed_.channels_at(work_.b, work_.h, block_)[own]);
+    }
+#pragma unroll 8
+    for (int t = 0; t < kTokenTile; ++t) {
+      float x = 0.0f;
+      if (t < count && any) {
+        const uint32_t n = packed_.codes_at(work_.b, work_.h, first + t)[byte] >> shift & ((1u << packed_.bits) - 1);
+        const uint16_t* scales = packed_.scales_at(work_.b, work_.h, first + t, block_) + at;
+        x = factor * multiply_add(static_cast<float>(n), float16_to_float(scales[0]), float16_to_float(scales[minima]));
+      }
+      to[t][threadIdx.x] = x;
+    }
   }
 
  private:
   const Packed& packed_;
   const Work& work_;
   const int64_t block_;
-  int byte_ = 0, at_ = 0, shift_ = 0;
-  bool by_channels_ = false;
-  float factor_ = 1.0f;
 };
 
 // Dynamic memory begins with it; queries (kRows, head_dim) follow.
 template <int kRows>
 struct RestoredShared {
-  float tile[kTokenTile][kChannelTile + 1];  // without the one, a warp that goes through tokens would meet one bank
+  alignas(16) Tile tile;
   float logits[kDecodeWarps][kRows][kTokenTile];
   alignas(16) float weights[kTokenTile][kRows];
   alignas(16) float factors[kRows];
@@ -92,7 +105,8 @@ class RestoredAttention {
     load_queries<kRows>(p_, work_, shared_.queries());
     if (work_.segment < 0) {
       const int64_t last = p_.window[work_.b * p_.window_stride + 1];
-      attend(PlainTokens(p_.window_k, work_), PlainTokens(p_.window_v, work_), work_.begin, work_.end, last);
+      const PlainTokens keys(p_.window_k, work_, p_.vector_keys), values(p_.window_v, work_, p_.vector_values);
+      attend(keys, values, work_.begin, work_.end, last);
     } else {
       const Segment& s = p_.segments[work_.segment];
       for_each_block(s, work_, work_.begin, work_.end, [&](int block, int begin, int end) {
@@ -107,7 +121,8 @@ class RestoredAttention {
 
   // Tokens [begin, end); row r sees those before last - (queries - 1 - its query).
   template <class Source>
-  __device__ __forceinline__ void attend(Source keys, Source values, int64_t begin, int64_t end, int64_t last) {
+  __device__ __forceinline__ void attend(const Source& keys, const Source& values, int64_t begin, int64_t end,
+                                         int64_t last) {
     for (int64_t first = begin; first < end; first += kTokenTile) {
       const int count = static_cast<int>(smaller(kTokenTile, end - first));
       dot(keys, first, count);
@@ -119,29 +134,29 @@ class RestoredAttention {
 
   // Decompresses kChannelTile channels of a tile of tokens to shared memory. What lies beyond the last is zero.
   template <class Source>
-  __device__ __forceinline__ void restore(Source& source, int64_t first, int count, int64_t channel, int64_t head_dim) {
+  __device__ __forceinline__ void restore(const Source& source, int64_t first, int count, int64_t channel,
+                                          int64_t head_dim) {
     __syncthreads();
-    const int own = static_cast<int>(channel + threadIdx.x);
-    if (own < head_dim) source.choose(own);
-#pragma unroll 8
-    for (int t = 0; t < kTokenTile; ++t) {
-      shared_.tile[t][threadIdx.x] = t < count && own < head_dim ? source(first + t) : 0.0f;
-    }
+    source.restore(first, count, channel, head_dim, shared_.tile);
     __syncthreads();
   }
 
   // Stage 1: logits without the softcap, in four parts. A warp sums over a quarter of each tile's channels.
   template <class Source>
-  __device__ __forceinline__ void dot(Source& keys, int64_t first, int count) {
+  __device__ __forceinline__ void dot(const Source& keys, int64_t first, int count) {
     float sums[kRows] = {};
     for (int64_t channel = 0; channel < p_.head_dim; channel += kChannelTile) {
       restore(keys, first, count, channel, p_.head_dim);
       const int own = warp_ * (kChannelTile / kDecodeWarps);
-      for (int d = own; d < own + kChannelTile / kDecodeWarps && channel + d < p_.head_dim; ++d) {
-        const float k = shared_.tile[lane_][d];
-        const float* q = &shared_.queries()[channel + d];
+      for (int d = own; d < own + kChannelTile / kDecodeWarps && channel + d < p_.head_dim; d += 4) {
+        const float4 k = *reinterpret_cast<const float4*>(&shared_.tile[lane_][d]);
+        const float* const queries = &shared_.queries()[channel + d];
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) sums[r] = multiply_add(q[r * p_.head_dim], k, sums[r]);
+        for (int r = 0; r < kRows; ++r) {
+          const float4 q = *reinterpret_cast<const float4*>(queries + r * p_.head_dim);
+          sums[r] = multiply_add(q.x, k.x, multiply_add(q.y, k.y, sums[r]));
+          sums[r] = multiply_add(q.z, k.z, multiply_add(q.w, k.w, sums[r]));
+        }
       }
     }
 #pragma unroll
@@ -172,7 +187,7 @@ class RestoredAttention {
 
   // Stage 3: adds the weighted values.
   template <class Source>
-  __device__ __forceinline__ void add(Source& values, int64_t first, int count) {
+  __device__ __forceinline__ void add(const Source& values, int64_t first, int count) {
     restore(values, first, count, work_.first_channel(), p_.value_dim);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) out_[r] *= shared_.factors[r];
