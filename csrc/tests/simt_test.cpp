@@ -21,6 +21,11 @@ __global__ void write_index_kernel(int* out) {
   out[i] = static_cast<int>(i);
 }
 
+TEST(byte_perm_picks_bytes_of_two_words) {
+  CHECK_EQUAL(__byte_perm(0x33221100u, 0x77665544u, 0x7531u), 0x77553311u);
+  CHECK_EQUAL(__byte_perm(0x33221100u, 0x77665544u, 0x2064u), 0x22006644u);
+}
+
 TEST(every_thread_of_a_three_dimensional_grid_runs_once) {
   const dim3 grid(3, 2, 2), block(5, 3, 2);
   std::vector<int> out(3 * 2 * 2 * 5 * 3 * 2, -1), expected(out.size());
