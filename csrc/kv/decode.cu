@@ -6,8 +6,8 @@
 namespace singlepass::kv {
 namespace {
 
-constexpr size_t kMostShared = 48 << 10;  // that a launch has without asking
-constexpr int kUsualWidth = 128;          // of heads, for which kernels have a variant of their own
+constexpr size_t kMostShared = (48 << 10) - sizeof(Work);  // that a launch has without asking
+constexpr int kUsualWidth = 128;                           // of heads, for which kernels have a variant of their own
 
 // Thread blocks of a multiprocessor, as many as registers are limited for. With one more, compilers would spill: for
 // heads of any width, and for consumer Blackwell with two tiles.
