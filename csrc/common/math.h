@@ -13,6 +13,16 @@ SINGLEPASS_HD T multiply_add(T a, T b, T c) {
   return a * b + c;
 }
 
+// sum + a * b in double precision, where a product of two floats is exact: it takes 48 bits of 53, and exponents never
+// leave the range. So one fused operation gives the bits of two. The device takes it; on the host it may be a call.
+SINGLEPASS_HD double add_product(double sum, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(static_cast<double>(a), static_cast<double>(b), sum);
+#else
+  return sum + static_cast<double>(a) * b;
+#endif
+}
+
 // 1 / a within an ulp: rounded correctly on the host; on the device the hardware's approximation, which is zero for a
 // above 2^126.
 template <class T>

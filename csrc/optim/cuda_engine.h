@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "common/math.h"
 #include "common/philox.h"
 #include "common/raw.h"
 #include "common/reduce.h"
@@ -77,7 +78,7 @@ struct Tile {
       if constexpr (pass == kNormPass) {
         float terms[kNorms];
         Rule::norm_terms(c, param[k], grad[k] * factor, s, terms);
-        for (int n = 0; n < kNorms; ++n) squares[n] += static_cast<double>(terms[n]) * terms[n];
+        for (int n = 0; n < kNorms; ++n) squares[n] = add_product(squares[n], terms[n], terms[n]);
       } else {
         Rule::update(c, param[k], grad[k] * factor, s);
       }

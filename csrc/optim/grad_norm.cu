@@ -20,14 +20,14 @@ __global__ void __launch_bounds__(kThreads)
     float values[kVector];
     load(t.grad, t.grad_dtype, i, raw);
     decode(raw, t.grad_dtype, values);
-    for (int k = 0; k < kVector; ++k) squares += static_cast<double>(values[k]) * values[k];
+    for (int k = 0; k < kVector; ++k) squares = add_product(squares, values[k], values[k]);
   }
   for (int64_t i = vectors_end + threadIdx.x; i < end; i += blockDim.x) {
     Raw<1> raw;
     float value;
     load(t.grad, t.grad_dtype, i, raw);
     decode(raw, t.grad_dtype, &value);
-    squares += static_cast<double>(value) * value;
+    squares = add_product(squares, value, value);
   }
 
   squares = block_sum(squares);

@@ -92,8 +92,8 @@ __device__ __forceinline__ double map_row(const Lorentz& p, int64_t index) {
 #pragma unroll
     for (int k = 0; k < V::width; ++k) {
       if (i + k == 0) continue;
-      square += static_cast<double>(z[k]) * z[k];
-      if constexpr (kBackward) along += static_cast<double>(grad[k]) * z[k];
+      square = add_product(square, z[k], z[k]);
+      if constexpr (kBackward) along = add_product(along, grad[k], z[k]);
     }
   });
   // Stage 2: the row's numbers (time, root, gradients), in every lane.

@@ -39,7 +39,7 @@ class Span {
       decode(raw_p, dtype(t_.param_dtype), p);
       decode(raw_g, dtype(t_.grad_dtype), g);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) sum += static_cast<double>(g[k] * factor_) * p[k];
+      for (int k = 0; k < kWidth; ++k) sum = add_product(sum, g[k] * factor_, p[k]);
     });
     along_ = static_cast<float>(shared_sum(sum));
     projects_ = true;
@@ -55,7 +55,7 @@ class Span {
       Element<kWidth> e;
       update(i, e);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) squares += static_cast<double>(e.p[k]) * e.p[k];
+      for (int k = 0; k < kWidth; ++k) squares = add_product(squares, e.p[k], e.p[k]);
       if (i >= held_) return;
       write_states(i, e);
       hold(i, e);

@@ -96,6 +96,19 @@ TEST(philox_gives_the_known_answers) {
   check(0x299f31d0a4093822, 0x85a308d3243f6a88, 0x0370734413198a2e, {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
 }
 
+// From the smallest subnormal's square to the largest float's, beside sums of other magnitudes.
+TEST(a_product_of_floats_is_added_as_by_one_fused_operation) {
+  for (std::uint64_t u = 0; u <= 0xffffffffu; u += 4099) {
+    const float a = bit_cast<float>(static_cast<std::uint32_t>(u));
+    const float b = bit_cast<float>(static_cast<std::uint32_t>(7 * u));
+    if (!is_finite(a) || !is_finite(b)) continue;
+    const double product = static_cast<double>(a) * b;
+    for (const double sum : {0.1, product / 3.0, -product * (1.0 + 0x1p-50), 1e20 * product}) {
+      CHECK_EQUAL(add_product(sum, a, b), std::fma(static_cast<double>(a), static_cast<double>(b), sum));
+    }
+  }
+}
+
 TEST(one_plus_exp_negative_is_within_two_ulp) {
   double largest = 0.0;
   for (double a = 0.0; a < 90.0; a += 0.00037) {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .budgets import COPIED, DIVISIONS, DOUBLES, EXECUTED, INSTRUCTIONS, NARROW, TENSOR
+from .budgets import COPIED, DIVISIONS, EXECUTED, INSTRUCTIONS, NARROW, TENSOR
 from .traffic_row import BYTES, REPEATS, SECTORS, WAVEFRONTS
 
 TOLERANCE = 0.01  # up to which a count is what stands here
@@ -53,7 +53,6 @@ _PROJECTS = "a row's gradient and parameter are read for their product, then for
 _KEYS = "values are read for their sum, then for the key of each"
 _COLUMNS = "lanes read a tile of sums at a stride of 256 bytes"
 
-_NOT_FUSED = "a square is multiplied and then added (-fmad=false): two operations where one gives the same bits"
 _CONVERTED = "each code is converted to a float before it is multiplied, and each weight split in two"
 _WORDS = "words of codes are as wide as four codes of each plane, and scales are two halves"
 _TILE_LOADS = "a tile of keys is loaded, decoded and packed anew for each tile of probes"
@@ -158,9 +157,6 @@ EXCEPTIONS = (
     Excess("spectral_swap_: float32", SECTORS, 2.0, _HALVES),
     Excess("spectral_swap_: int8", SECTORS, 1.8, _HALVES),
     # Instructions of compiled kernels.
-    Excess("optim/LAMB/gpt2-small/* 0 *", DOUBLES, 2.0, _NOT_FUSED),
-    Excess("optim/LAMB/gpt2-small/* 1 *", DOUBLES, 4.0, _NOT_FUSED),
-    Excess("optim/LARS/gpt2-small/* 0 *", DOUBLES, 4.0, _NOT_FUSED),
     Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", NARROW, 1.0, _PARTIAL_SUMS),
     Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", DIVISIONS, 1.0, _PARTIAL_SUMS),
     Excess("kv/kv_decode/8x32768/bfloat16 0 *", INSTRUCTIONS, 4.01, _CONVERTED),
