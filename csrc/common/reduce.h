@@ -29,6 +29,24 @@ __device__ inline double block_sum(double value) {
   return value;
 }
 
+// Sum of `count` partial sums, `stride` doubles apart, over the block in a fixed order, returned to thread 0. Volatile:
+// other blocks of the same launch may have written them. A thread has several loads in flight before it adds the first.
+__device__ inline double sum_partials(const volatile double* partials, int64_t count, int stride = 1) {
+  constexpr int kInFlight = 8;
+  double sum = 0.0;
+  for (int64_t first = threadIdx.x; first < count; first += kInFlight * blockDim.x) {
+    double loaded[kInFlight];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      const int64_t i = first + k * blockDim.x;
+      loaded[k] = i < count ? partials[i * stride] : 0.0;
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) sum += loaded[k];
+  }
+  return block_sum(sum);
+}
+
 // True, in every thread, of the last of `count` blocks that call it with the same ticket, which it sets back to zero.
 // Whatever any thread of these blocks read or wrote before the call happened before what the last block does after it.
 __device__ inline bool is_last_block(unsigned* ticket, unsigned count) {

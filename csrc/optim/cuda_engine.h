@@ -127,11 +127,9 @@ __device__ inline void reduce_norms(const DeviceTable& table, const Chunk& chunk
     if (threadIdx.x == 0) partials[n] = sum;
   }
   if (!is_last_block(&table.tickets[chunk.tensor], blocks)) return;
-  const volatile double* first = table.partials + static_cast<int64_t>(block - chunk.index) * kNorms;
+  const double* first = table.partials + static_cast<int64_t>(block - chunk.index) * kNorms;
   for (int n = 0; n < kNorms; ++n) {
-    double sum = 0.0;
-    for (unsigned b = threadIdx.x; b < blocks; b += blockDim.x) sum += first[b * kNorms + n];
-    sum = block_sum(sum);
+    const double sum = sum_partials(first + n, blocks, kNorms);
     if (threadIdx.x == 0) table.norms[chunk.tensor * kNorms + n] = sum;
   }
 }

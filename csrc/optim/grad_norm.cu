@@ -33,10 +33,7 @@ __global__ void __launch_bounds__(kThreads)
   squares = block_sum(squares);
   if (threadIdx.x == 0) table.partials[blockIdx.x] = squares;
   if (!is_last_block(&table.tickets[table.tensor_count], gridDim.x)) return;
-  const volatile double* partials = table.partials;
-  double sum = 0.0;
-  for (int64_t b = threadIdx.x; b < table.chunk_count; b += blockDim.x) sum += partials[b];
-  sum = block_sum(sum);
+  const double sum = sum_partials(table.partials, table.chunk_count);
   if (threadIdx.x == 0) *result = finish_grad_norm(sum, options);
 }
 

@@ -134,9 +134,7 @@ __global__ void __launch_bounds__(kThreads) lorentz_kernel(const Lorentz p, doub
 
 // One thread block adds these parts, in a fixed order.
 __global__ void __launch_bounds__(kThreads) add_partials_kernel(const Lorentz p, const double* partials) {
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < lorentz_blocks(p.rows); i += blockDim.x) sum += partials[i];
-  sum = block_sum(sum);
+  const double sum = sum_partials(partials, lorentz_blocks(p.rows));
   if (threadIdx.x == 0) *p.grad_scale = static_cast<float>(sum);
 }
 

@@ -232,20 +232,23 @@ TEST(a_step_with_found_inf_changes_nothing_its_counter_included) {
 TEST(gradient_norms_agree) {
   Tensors tensors({0, 1, 9, 5000, 40000}, 0, DType::kFloat32, DType::kFloat16, DType::kFloat32, 0);
   const ClipOptions options = {1.0, 1e-6, nullptr};
-  const HostTable host = make_table(tensors.records, 0, {128, 1024});
-  simt::GuardedMemory workspace(static_cast<std::size_t>(host.workspace_size));
-  upload_table(host, workspace.data(), kGpu);
-  const DeviceTable table = place_table(host, workspace.data());
   GradNorm cpu = {};
   grad_norm(tensors.records, options, &cpu, kSerial);
   CHECK(cpu.norm > 1.0f);
-  for (std::uint64_t seed = 0; seed < 5; ++seed) {
-    GradNorm norm = {};
-    simt::set_seed(seed);
-    grad_norm(table, options, &norm, kGpu);
-    CHECK_EQUAL(norm.norm, cpu.norm);
-    CHECK_EQUAL(norm.divisor, cpu.divisor);
-    CHECK_EQUAL(norm.found_inf, 0.0f);
+  // The second shape leaves 44 partial sums to each thread of the last block.
+  for (const LaunchShape shape : {LaunchShape{128, 1024}, LaunchShape{32, 32}}) {
+    const HostTable host = make_table(tensors.records, 0, shape);
+    simt::GuardedMemory workspace(static_cast<std::size_t>(host.workspace_size));
+    upload_table(host, workspace.data(), kGpu);
+    const DeviceTable table = place_table(host, workspace.data());
+    for (std::uint64_t seed = 0; seed < 5; ++seed) {
+      GradNorm norm = {};
+      simt::set_seed(seed);
+      grad_norm(table, options, &norm, kGpu);
+      CHECK_EQUAL(norm.norm, cpu.norm);
+      CHECK_EQUAL(norm.divisor, cpu.divisor);
+      CHECK_EQUAL(norm.found_inf, 0.0f);
+    }
   }
 }
 
