@@ -3,12 +3,30 @@
 
 #include "common/cuda.h"
 #include "common/dtype.h"
+#include "common/reduce.h"
 
 // Elements between memory and registers, in one access or two of 16 bytes each. Where the dtype is a constant, nothing
 // is left of the branches on it; else all threads of a block take them alike, so that loops stand inside them.
 namespace singlepass {
 
 inline constexpr int kVector = 8;
+
+// How a block divides elements into vectors: eight neighbours for each lane or, spread, two runs of four, the second as
+// far behind the first as the first ones of a warp reach. For float32, whose vectors are two accesses each: spread, the
+// lanes of a warp are neighbours in both, which then touch half as many sectors, and only whole warps have vectors.
+struct Vectors {
+  bool spread;
+
+  SINGLEPASS_HD constexpr int apart() const { return spread ? kWarp * kVector / 2 : kVector / 2; }
+
+  // The elements that vectors take are a multiple of this.
+  SINGLEPASS_HD constexpr int unit() const { return spread ? kWarp * kVector : kVector; }
+
+  // Where the thread's first vector begins. The next begins blockDim.x * kVector elements further on.
+  __device__ __forceinline__ int first() const {
+    return static_cast<int>(threadIdx.x * kVector - (spread ? threadIdx.x % kWarp * (kVector / 2) : 0));
+  }
+};
 
 // The bits of kWidth elements as they stand in memory: 32-bit elements fill `bits`, 16-bit ones its first half.
 template <int kWidth>
@@ -26,20 +44,23 @@ __device__ __forceinline__ void store_four(const uint32_t* bits, char* address) 
   *reinterpret_cast<uint4*>(address) = {bits[0], bits[1], bits[2], bits[3]};
 }
 
+// apart: from the first to the second run of four of a vector of float32.
 template <int kWidth>
-__device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, Raw<kWidth>& raw) {
+__device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, Raw<kWidth>& raw,
+                                     int apart = kVector / 2) {
   const char* address = global_memory(static_cast<const char*>(base) + i * size_of(dtype));
   if constexpr (kWidth == 1) {
     raw.bits[0] = dtype == DType::kFloat32 ? *reinterpret_cast<const uint32_t*>(address)
                                            : *reinterpret_cast<const uint16_t*>(address);
   } else {
     load_four(address, &raw.bits[0]);
-    if (dtype == DType::kFloat32) load_four(address + 16, &raw.bits[4]);
+    if (dtype == DType::kFloat32) load_four(address + apart * sizeof(float), &raw.bits[4]);
   }
 }
 
 template <int kWidth>
-__device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void* base, int64_t i) {
+__device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void* base, int64_t i,
+                                      int apart = kVector / 2) {
   char* address = global_memory(static_cast<char*>(base) + i * size_of(dtype));
   if constexpr (kWidth == 1) {
     if (dtype == DType::kFloat32) {
@@ -49,7 +70,7 @@ __device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void*
     }
   } else {
     store_four(&raw.bits[0], address);
-    if (dtype == DType::kFloat32) store_four(&raw.bits[4], address + 16);
+    if (dtype == DType::kFloat32) store_four(&raw.bits[4], address + apart * sizeof(float));
   }
 }
 

@@ -9,8 +9,8 @@
 #include "common/reduce.h"
 #include "optim/step.h"
 
-// One CUDA engine for every rule. A thread block owns one chunk of one tensor. A thread takes eight neighbouring
-// elements at a time and starts all their loads before it converts the first.
+// One CUDA engine for every rule. A thread block owns one chunk of one tensor. A thread takes eight elements at a
+// time and starts all their loads before it converts the first.
 namespace singlepass::optim {
 
 inline constexpr int kThreads = 256;
@@ -49,6 +49,7 @@ __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, 
 template <class Rule, Pass pass, bool kFloat32>
 struct Tile {
   static constexpr Access kAccess = access<Rule, pass>();
+  static constexpr int kApart = Vectors{kFloat32}.apart();
   const TensorRecord& t;
   const typename Rule::Coefficients& c;
   float factor;
@@ -57,14 +58,14 @@ struct Tile {
 
   __device__ __forceinline__ static DType dtype(DType stored) { return kFloat32 ? DType::kFloat32 : stored; }
 
-  // Elements [i, i + kWidth): loads what the pass reads, runs the rule element by element in registers, and stores what
-  // the pass writes. K are the states that the pass touches.
+  // Element i, or the vector that begins there: loads what the pass reads, runs the rule element by element in
+  // registers, and stores what the pass writes. K are the states that the pass touches.
   template <int kWidth, size_t... K>
   __device__ __forceinline__ void run(int64_t i, std::index_sequence<K...> states) {
     Raw<kWidth> raw_param, raw_grad, raw_state[kMaxStates];
-    if constexpr (kAccess.reads & kParam) load(t.param, dtype(t.param_dtype), i, raw_param);
-    if constexpr (kAccess.reads & kGrad) load(t.grad, dtype(t.grad_dtype), i, raw_grad);
-    (load(t.state[K], dtype(t.state_dtype[K]), i, raw_state[K]), ...);
+    if constexpr (kAccess.reads & kParam) load(t.param, dtype(t.param_dtype), i, raw_param, kApart);
+    if constexpr (kAccess.reads & kGrad) load(t.grad, dtype(t.grad_dtype), i, raw_grad, kApart);
+    (load(t.state[K], dtype(t.state_dtype[K]), i, raw_state[K], kApart), ...);
 
     float param[kWidth] = {}, grad[kWidth] = {}, state[kMaxStates][kWidth];
     if constexpr (kAccess.reads & kParam) decode(raw_param, dtype(t.param_dtype), param);
@@ -87,10 +88,11 @@ struct Tile {
 
     const Rounding nearest = {};
     if constexpr (kAccess.writes & kParam) {
-      store(encode<kWidth>(param, dtype(t.param_dtype), i, rounding), dtype(t.param_dtype), t.param, i);
+      store(encode<kWidth>(param, dtype(t.param_dtype), i, rounding), dtype(t.param_dtype), t.param, i, kApart);
     }
     if constexpr (kAccess.writes >= kState) {
-      (store(encode<kWidth>(state[K], dtype(t.state_dtype[K]), i, nearest), dtype(t.state_dtype[K]), t.state[K], i),
+      (store(encode<kWidth>(state[K], dtype(t.state_dtype[K]), i, nearest), dtype(t.state_dtype[K]), t.state[K], i,
+             kApart),
        ...);
     }
   }
@@ -164,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr TouchedStates<Rule, pass> kStatesTouched = {};
   const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
   const int64_t end = begin + table.shape.chunk < t.numel ? begin + table.shape.chunk : t.numel;
-  const int64_t vectors_end = is_aligned<Rule>(t) ? end - (end - begin) % kVector : begin;
-  for (int64_t i = begin + threadIdx.x * kVector; i < vectors_end; i += blockDim.x * kVector) {
+  const int64_t vectors_end = is_aligned<Rule>(t) ? end - (end - begin) % Vectors{kFloat32}.unit() : begin;
+  for (int64_t i = begin + Vectors{kFloat32}.first(); i < vectors_end; i += blockDim.x * kVector) {
     tile.template run<kVector>(i, kStatesTouched);
   }
   for (int64_t i = vectors_end + threadIdx.x; i < end; i += blockDim.x) tile.template run<1>(i, kStatesTouched);

@@ -12,13 +12,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
   const int64_t end = begin + table.shape.chunk < t.numel ? begin + table.shape.chunk : t.numel;
   const bool aligned = reinterpret_cast<uintptr_t>(t.grad) % 16 == 0;
-  const int64_t vectors_end = aligned ? end - (end - begin) % kVector : begin;
+  const Vectors vectors = {t.grad_dtype == DType::kFloat32};
+  const int64_t vectors_end = aligned ? end - (end - begin) % vectors.unit() : begin;
 
   double squares = 0.0;
-  for (int64_t i = begin + threadIdx.x * kVector; i < vectors_end; i += blockDim.x * kVector) {
+  for (int64_t i = begin + vectors.first(); i < vectors_end; i += blockDim.x * kVector) {
     Raw<kVector> raw;
     float values[kVector];
-    load(t.grad, t.grad_dtype, i, raw);
+    load(t.grad, t.grad_dtype, i, raw, vectors.apart());
     decode(raw, t.grad_dtype, values);
     for (int k = 0; k < kVector; ++k) squares = add_product(squares, values[k], values[k]);
   }

@@ -16,7 +16,7 @@ using optim::TensorRecord;
 
 struct LaunchOptions {
   StepOptions step;
-  int held;  // elements of a row that fit in shared memory, a multiple of kVector
+  int held;  // elements of a row that shared memory has room for: all, or a multiple of Vectors::unit()
 };
 
 // One row, or a chunk of singular values: all elements of `t`.
@@ -25,7 +25,7 @@ class Span {
  public:
   __device__ __forceinline__ Span(const TensorRecord& t, const Rule::Coefficients& c, float factor, int held)
       : t_(t), c_(c), factor_(factor), held_(held) {
-    vectors_end_ = optim::is_aligned<Rule>(t) ? t.numel - t.numel % kVector : 0;
+    vectors_end_ = optim::is_aligned<Rule>(t) ? t.numel - t.numel % Vectors{kFloat32}.unit() : 0;
   }
 
   // Projects the gradient: from here on, update() subtracts its part along the row, (g . p) p.
@@ -33,8 +33,8 @@ class Span {
     double sum = 0.0;
     for_each([&]<int kWidth>(int64_t i) {
       Raw<kWidth> raw_p, raw_g;
-      load(t_.param, dtype(t_.param_dtype), i, raw_p);
-      load(t_.grad, dtype(t_.grad_dtype), i, raw_g);
+      load(t_.param, dtype(t_.param_dtype), i, raw_p, kApart);
+      load(t_.grad, dtype(t_.grad_dtype), i, raw_g, kApart);
       float p[kWidth], g[kWidth];
       decode(raw_p, dtype(t_.param_dtype), p);
       decode(raw_g, dtype(t_.grad_dtype), g);
@@ -89,7 +89,9 @@ class Span {
   }
 
  private:
-  // kWidth neighbouring elements.
+  static constexpr int kApart = Vectors{kFloat32}.apart();
+
+  // The elements of a vector, or one.
   template <int kWidth>
   struct Element {
     float p[kWidth], states[Rule::kStates][kWidth];
@@ -111,7 +113,7 @@ class Span {
   // Calls body for the thread's elements: vectors first, where the row is aligned, then single elements.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
-    for (int64_t i = threadIdx.x * kVector; i < vectors_end_; i += blockDim.x * kVector) {
+    for (int64_t i = Vectors{kFloat32}.first(); i < vectors_end_; i += blockDim.x * kVector) {
       body.template operator()<kVector>(i);
     }
     for (int64_t i = vectors_end_ + threadIdx.x; i < t_.numel; i += blockDim.x) body.template operator()<1>(i);
@@ -121,10 +123,10 @@ class Span {
   template <int kWidth>
   __device__ __forceinline__ void update(int64_t i, Element<kWidth>& e) const {
     Raw<kWidth> raw_p, raw_g, raw_m, raw_v;
-    load(t_.param, dtype(t_.param_dtype), i, raw_p);
-    load(t_.grad, dtype(t_.grad_dtype), i, raw_g);
-    load(t_.state[0], dtype(t_.state_dtype[0]), i, raw_m);
-    load(t_.state[1], dtype(t_.state_dtype[1]), i, raw_v);
+    load(t_.param, dtype(t_.param_dtype), i, raw_p, kApart);
+    load(t_.grad, dtype(t_.grad_dtype), i, raw_g, kApart);
+    load(t_.state[0], dtype(t_.state_dtype[0]), i, raw_m, kApart);
+    load(t_.state[1], dtype(t_.state_dtype[1]), i, raw_v, kApart);
     float g[kWidth];
     decode(raw_p, dtype(t_.param_dtype), e.p);
     decode(raw_g, dtype(t_.grad_dtype), g);
@@ -145,19 +147,20 @@ class Span {
 #pragma unroll
     for (int s = 0; s < Rule::kStates; ++s) {
       const DType to = dtype(t_.state_dtype[s]);
-      store(encode<kWidth>(e.states[s], to), to, t_.state[s], i);
+      store(encode<kWidth>(e.states[s], to), to, t_.state[s], i, kApart);
     }
   }
 
   template <int kWidth>
   __device__ __forceinline__ void write_param(int64_t i, const Element<kWidth>& e) const {
     const DType to = dtype(t_.param_dtype);
-    store(encode<kWidth>(e.p, to), to, t_.param, i);
+    store(encode<kWidth>(e.p, to), to, t_.param, i, kApart);
   }
 
-  // Where element i is held. A vector of eight is two float4: first come the low ones of all vectors, then the high
-  // ones, so that the float4 which a warp accesses together are neighbours, without bank conflicts.
+  // Where element i is held. A vector is two float4. Of eight neighbours, first come the low ones of all vectors, then
+  // the high ones, so that the float4 which a warp accesses together are neighbours, without bank conflicts.
   __device__ __forceinline__ float* held_at(int64_t i) const {
+    if constexpr (kFloat32) return dynamic_shared<float>() + i;
     return dynamic_shared<float>() + (i % kVector / 4 * (held_ / kVector) + i / kVector) * 4 + i % 4;
   }
 
@@ -167,7 +170,7 @@ class Span {
       *held_at(i) = e.p[0];
     } else {
       *reinterpret_cast<float4*>(held_at(i)) = {e.p[0], e.p[1], e.p[2], e.p[3]};
-      *reinterpret_cast<float4*>(held_at(i + 4)) = {e.p[4], e.p[5], e.p[6], e.p[7]};
+      *reinterpret_cast<float4*>(held_at(i + kApart)) = {e.p[4], e.p[5], e.p[6], e.p[7]};
     }
   }
 
@@ -177,7 +180,7 @@ class Span {
       e.p[0] = *held_at(i);
     } else {
       const float4 low = *reinterpret_cast<const float4*>(held_at(i));
-      const float4 high = *reinterpret_cast<const float4*>(held_at(i + 4));
+      const float4 high = *reinterpret_cast<const float4*>(held_at(i + kApart));
       e.p[0] = low.x, e.p[1] = low.y, e.p[2] = low.z, e.p[3] = low.w;
       e.p[4] = high.x, e.p[5] = high.y, e.p[6] = high.z, e.p[7] = high.w;
     }
@@ -245,11 +248,11 @@ void step(const optim::DeviceTable& table, const Rule::Hyper& hyper, const StepO
           int64_t held) {
   if (table.chunk_count == 0) return;
   const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
-  const int64_t row = round_up(table.longest_row, kVector);
+  const int64_t row = round_up(table.longest_row, kVector), unit = Vectors{table.all_float32}.unit();
   // No more threads than the longest row has vectors, in whole warps; all threads if there are only singular values.
   const int64_t useful = row == 0 ? table.shape.threads : round_up(row / kVector, kWarp);
   const dim3 threads(static_cast<unsigned>(std::min<int64_t>(table.shape.threads, useful)));
-  const LaunchOptions launch_options = {options, static_cast<int>(std::min(row, held))};
+  const LaunchOptions launch_options = {options, static_cast<int>(row <= held ? row : held - held % unit)};
   const auto kernel = table.all_float32 ? &unit_step_kernel<true> : &unit_step_kernel<false>;
   launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), threads, launch_options.held * sizeof(float), gpu,
          table, hyper, launch_options);

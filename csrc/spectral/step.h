@@ -19,7 +19,7 @@ struct StepOptions {
 // How records are cut for step: short rows share a thread block, which has no more threads than a row needs.
 inline constexpr optim::LaunchShape kStepShape = {128, 4096};
 
-// Elements of a row that are kept in shared memory while its norm is found, a multiple of 8: with what the kernel has
+// Elements of a row that are kept in shared memory while its norm is found, a multiple of 256: with what the kernel has
 // beside them they fill the 48 KiB that every device grants. What a row has beyond them is read and updated twice.
 inline constexpr int64_t kHeldElements = 11264;
 

@@ -63,9 +63,7 @@ _LAID_ASIDE = "the token's key and value go into the window, and its query is la
 _PROBE = "the token's query is laid aside as a probe"
 
 EXCEPTIONS = (
-    # Optimizer steps: vectors of float32.
-    Excess("*_step_: float32", SECTORS, 2.0, _HALVES),
-    Excess("*_step_: amsgrad float32", SECTORS, 2.0, _HALVES),
+    # Optimizer steps: vectors of float32 beside others.
     Excess("lion_step_: bfloat16*", SECTORS, 1.571, _HALVES),
     Excess("sgdsai_step_: bfloat16*", SECTORS, 1.571, _HALVES),
     Excess("ada[mb]*_step_: bfloat16*", SECTORS, 1.727, _HALVES),
@@ -74,10 +72,8 @@ EXCEPTIONS = (
     Excess("adan_step_: bfloat16*", SECTORS, 1.842, _HALVES),
     Excess("lamb_step_: bfloat16*", SECTORS, 1.75, _HALVES),
     Excess("lars_step_: bfloat16*", SECTORS, 1.444, _HALVES),
-    Excess("spectral_step_: float32, project", SECTORS, 2.0, _HALVES),
     Excess("spectral_step_: bfloat16", SECTORS, 1.728, _HALVES),
     Excess("spectral_step_: bfloat16, project", SECTORS, 1.616, _HALVES),
-    Excess("grad_norm: float32", SECTORS, 2.0, _HALVES),
     # Rules with norms read parameter and states twice.
     Excess("lamb_step_: float32", BYTES, 1.429, _NORMS),
     Excess("lamb_step_: misaligned", BYTES, 1.429, _NORMS),
