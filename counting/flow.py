@@ -10,7 +10,7 @@ import networkx
 
 from .cubins import STEP, Instruction, Kernel
 
-ENDS = ("BRA", "EXIT", "RET", "BSYNC", "CALL")  # of a straight piece of code
+ENDS = ("BRA", "BRX", "EXIT", "RET", "BSYNC", "CALL")  # of a straight piece of code
 JUMPS = ("BRA", "CALL")
 
 
@@ -60,9 +60,12 @@ def blocks_of(code: tuple[Instruction, ...]) -> list[Block]:
 
 
 def _linked(pieces: Mapping[int, tuple[Instruction, ...]]) -> list[Block]:
-    """Blocks by their addresses. What a call leads to either returns, or was only jumped to."""
+    """Blocks by their addresses. What a call leads to either returns, or was only jumped to. The table of an indexed
+    branch is not in the code: such a branch leads to all blocks that nothing else leads to."""
     lasts = {start: piece[-1] for start, piece in pieces.items()}
     plain = {start: [a for a in _next(last) if a in pieces] for start, last in lasts.items()}
+    known = {0, *(a for ahead in plain.values() for a in ahead), *(i.target for i in lasts.values() if i.op in JUMPS)}
+    plain |= {start: [a for a in pieces if a not in known] for start, last in lasts.items() if last.op == "BRX"}
     graph = networkx.DiGraph(plain)
     number = {start: n for n, start in enumerate(pieces)}
     blocks = []
@@ -83,7 +86,7 @@ def _next(last: Instruction) -> list[int]:
         if last.name.startswith("BRA.DIV"):  # for warps whose lanes have parted
             return [end]
         return [last.target, end] if last.guard or "," in last.operands else [last.target]
-    if last.op in ("EXIT", "RET"):
+    if last.op in ("BRX", "EXIT", "RET"):
         return [end] if last.guard else []
     return [end]
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil, log
 
 from singlepass.bench.kv.caches import (
     BLOCK,
@@ -23,11 +24,13 @@ from singlepass.bench.registry import Case
 from .paths import Step
 from .plan import Plan, Work
 
-THREADS, WARPS, ROWS, CHUNK, KEY_TILE = 128, 4, 8, 32, 64  # csrc/kv/decode.h, decode_codes.h
+THREADS, WARPS, ROWS, CHUNK = 128, 4, 4, 32  # csrc/kv/decode.h, decode_codes.h
 SPLITS, MIN_SLOTS, MIN_WINDOW_SLOTS = 64, 128, 32  # DecodeCut
 TILE, CHANNELS, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
+SPANS = 8  # that a pass of the merge's loop adds
+# RestoredShared::bytes: a tile of tokens, logits of each warp, weights and factors of rows, and queries.
+SHARED = 4 * (CHUNK * (THREADS + 1) + WARPS * ROWS * CHUNK + CHUNK * ROWS + ROWS + ROWS * WIDTH)
 SHAPE = {shape.name: shape for shape in SHAPES["cuda"]}
-KEY_TILES = WIDTH // KEY_TILE
 GROUP = QUERY_HEADS // HEADS
 
 
@@ -36,32 +39,43 @@ def plans(case: Case) -> list[Plan]:
 
 
 def decode(case: Case) -> list[Plan]:
-    """A block for each split of each head, then one for each row of queries, which merges the splits' results. These
-    come from the L2 cache, and are no part of the floor."""
+    """The splits of all segments and of the window in one launch, and their sums, which come from the L2 cache and are
+    no part of the floor, in another."""
     shape = SHAPE[case.size]
-    heads, slots = shape.batch * HEADS, shape.length - WINDOW
+    slots = shape.length - WINDOW
     salient = round(SALIENT_RATIO * slots)
     split = -(-slots // (SPLITS * MIN_SLOTS)) * MIN_SLOTS
     segments = (Segment(4, BLOCK, salient, split), Segment(2, REGULAR_BLOCK, slots - salient, split))
-    splits = sum(segment.splits for segment in segments) + WINDOW // MIN_WINDOW_SLOTS
-    work = tuple(segment.work(splits, case.dtype.itemsize) for segment in segments)
-    spans = Step("spans", (("LDG.32", 12), ("MUFU", 4)))
-    merged = Work((spans,), {"spans": splits / 4}, cached={"spans": 1.0})
-    codes, shared = CHUNK * WIDTH * 2, shared_bytes(WARPS)
-    return [
-        Plan("kv/decode", "decode_kernel", work, case.bytes, heads * splits, THREADS, "chunks", codes, shared),
-        Plan("kv/decode", "merge_kernel", (merged,), 0, heads * GROUP, THREADS, "spans", THREADS),
-    ]
+    heads, window = shape.batch * HEADS, WINDOW // MIN_WINDOW_SLOTS
+    splits = sum(segment.splits for segment in segments) + window
+    itemsize = case.dtype.itemsize
+    work = [part for segment in segments for part in segment.work(splits, itemsize)]
+    work.append(window_work(window / splits, itemsize))
+    passed = Plan(
+        "kv/decode", f"decode_kernel<{WIDTH}, 1, {halves(itemsize)}>", tuple(work), case.bytes, heads * splits, THREADS,
+        "chunks", CHUNK * WIDTH * 2, SHARED,
+    )  # fmt: skip
+    # A thread block sums a row: each warp a quarter of the splits.
+    steps = (Step("maxima", (("LDG.32", 1),)), Step("spans", (("LDG.128", SPANS),)))
+    times = {"maxima": splits / 32, "spans": splits / WARPS / SPANS}
+    merged = Work(steps, times, cached={"maxima": 1.0, "spans": 1.0})
+    rows = heads * GROUP
+    return [passed, Plan("kv/decode", "merge_kernel", (merged,), 0, rows, THREADS, "spans", SPANS * WIDTH)]
 
 
-def shared_bytes(teams: int) -> int:
-    """CodesShared::bytes, about: queries, and fragments and factors of each team."""
-    return 512 + 4 * ROWS * WIDTH + teams * (16 * KEY_TILES * KEY_TILE // 16 * 32 + 4 * WIDTH)
+def queries(itemsize: int) -> Step:
+    """Threads share each row: one pass for eight channels each."""
+    return Step("queries", (("LDG.128", itemsize // 2), ("STS.128", 2)))
+
+
+def halves(itemsize: int) -> int:
+    """Integers of two limbs that stand for a number."""
+    return 2 if itemsize == 4 else 1
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of one bit width, in blocks that are shared by the warps of a thread block or, if small, one warp's."""
+    """Tokens of one bit width, of whose splits each warp takes a stretch."""
 
     bits: int
     block: int
@@ -72,41 +86,65 @@ class Segment:
     def splits(self) -> int:
         return -(-self.slots // self.split)
 
-    def work(self, splits: int, itemsize: int) -> Work:
-        """A warp's way through a split: queries, then blocks of tokens, each folded into the queries and read in
-        chunks."""
-        alone = self.block <= CHUNK
-        team = 32 if alone else THREADS
-        # Eight words of values' codes, four of keys', and in chunks eight more, with the scales of both.
-        words = {"LDG.32": 8}
-        words[f"LDG.{16 * self.bits}"] = words.get(f"LDG.{16 * self.bits}", 0) + 8
-        keys = Step("keys", (("HMMA", 16), (f"LDG.{16 * self.bits}", 4)))
-        chunks = Step("chunks", (("HMMA", 32), *words.items()), inside=(keys,))
-        fold = Step("fold", (("SHFL", 8),), inside=(Step("products", (("LDG.64", 2),)), Step("split", (("F2FP", 4),))))
-        factors = Step("factors", (("LDG.16", 1), ("STS.32", 1)))
-        blocks = Step("blocks", inside=(fold, factors, chunks))
-        steps = (
-            Step("queries", ((f"LDG.{8 * itemsize}", 1), ("STS.32", 1), ("MUFU+", 2))),
-            blocks,
-            Step("merge", (("BAR", 1), ("LDG.32", 0))),
-            Step("write", (("STG.32", 1),)),
+    @property
+    def stretch(self) -> int:
+        """Tokens of a warp in a whole split."""
+        return self.split // WARPS
+
+    def work(self, splits: int, itemsize: int) -> list[Work]:
+        """A warp's way through its stretch: queries, then chunks of each block's tokens.
+
+        The usual way is taken: all chunks are whole, and the maxima of a warp's first chunk stand for all of its tokens.
+        A pass of the loop is then of one of three kinds. Each is given as work of a share of the warps, all of whose
+        passes are such, as averages are the same.
+        """
+        passes, blocks = self.stretch / CHUNK, max(1.0, self.stretch / self.block)
+        kinds = (
+            (passes - blocks, self.chunk(itemsize)),
+            (blocks - 1, self.chunk(itemsize, enters=True)),
+            (1, self.chunk(itemsize, enters=True, rescales=True)),
         )
-        tokens = self.slots / self.splits  # of a split
+        tokens = self.slots / self.splits / WARPS
         times = {
-            "queries": ROWS * WIDTH / THREADS,
-            "blocks": tokens / self.block / (WARPS if alone else 1),
-            "fold": ROWS / (team / 16),
-            "products": KEY_TILES,
-            "split": KEY_TILES,
-            "factors": WIDTH / team,
-            "chunks": self.block / CHUNK / (1 if alone else WARPS),
-            "keys": KEY_TILES,
-            "merge": WARPS,
-            "write": GROUP * WIDTH / THREADS,
+            "search": ceil(log(self.slots / self.block + 1, 32)),
+            "blocks": tokens / self.stretch * blocks,
+            "chunks": passes / blocks,
         }
-        # Queries and the blocks' places are read by many; steps and minima of keys, by each row that is folded.
-        cached = {"queries": 1.0, "blocks": 1.0, "products": 1.0 - 1.0 / times["fold"]}
-        return Work(steps, times, self.splits / splits, cached)
+        # Queries and the blocks' places are read by many.
+        cached = {"search": 1.0, "queries": 1.0, "blocks": 1.0}
+        before = (Step("search", (("LDG.32", 1),)), queries(itemsize))
+        share = self.splits / splits
+        return [
+            Work((*before, Step("blocks", inside=(chunk,))), times, share * count / passes, cached)
+            for count, chunk in kinds
+        ]
+
+    def chunk(self, itemsize: int, enters: bool = False, rescales: bool = False) -> Step:
+        """A step of the online softmax over 32 tokens. enters: a block, whose scales go into the queries. rescales: what
+        was summed before, as a logit is larger."""
+        limbs = halves(itemsize)
+        loads = {32: 4, 64: 4 * self.words + 3 * enters, 128: 0}  # scales of values, codes of keys, scales of a block
+        loads[32 * self.words] += 8  # codes of values
+        does = {f"LDG.{bits}": count for bits, count in loads.items()} | {
+            "IMMA": 16 * limbs,
+            "SHFL": 6 + 2 * limbs + 18 * enters + 3 * rescales,
+            "STS.32": ROWS * 2 * limbs * enters,
+        }
+        return Step("chunks", tuple(does.items()))
+
+    @property
+    def words(self) -> int:
+        """That the codes of 16 channels fill."""
+        return self.bits // 2
+
+
+def window_work(share: float, itemsize: int) -> Work:
+    """A warp's way through a tile of the window, which is brought to shared memory eight tokens at a time."""
+    loads = ((f"LDG.{8 * itemsize}", 8), ("STS.32", 8), ("LDG.8", 0))
+    channels = Step("channels", inside=(Step("keys", loads), Step("products", (("FFMA", 4 * ROWS),))))
+    tile = Step("tile", inside=(channels, Step("values", loads), Step("sums", (("FFMA", 16 * ROWS),))))
+    times = {"keys": CHUNK / 8, "products": CHUNK / 4, "values": CHUNK / 8, "sums": CHUNK / 16}
+    return Work((queries(itemsize), tile), times, share, cached={"queries": 1.0})
 
 
 def saliency(case: Case) -> list[Plan]:

@@ -58,6 +58,26 @@ extern "C" __global__ void integer_quotients(int* x, const int* y, int n) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < n; i += 128) x[i] = x[i] / y[i];
 }
+// Loops of which a table has the addresses.
+template <int kSquares>
+__device__ void square(float* x, int n) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += 128) {
+    float a = x[i];
+    for (int k = 0; k < kSquares; ++k) a *= a;
+    x[i] = a;
+  }
+}
+extern "C" __global__ void squares(float* x, int n, int times) {
+  switch (times) {
+    case 1: return square<1>(x, n);
+    case 2: return square<2>(x, n);
+    case 3: return square<3>(x, n);
+    case 4: return square<4>(x, n);
+    case 5: return square<5>(x, n);
+    case 6: return square<6>(x, n);
+  }
+}
 """
 NVCC = cubins.tool("nvcc")
 
@@ -130,6 +150,15 @@ def test_calls_are_gone_around(kernels: dict[str, Kernel]) -> None:
 def test_integer_divisions_are_seen(kernels: dict[str, Kernel]) -> None:
     path = Paths(kernels["integer_quotients"]).through(Step("loop", (("LDG.32", 2),))).loop("loop").path
     assert sum("I2F.RP" in i.marks for i in path.code) == 1
+
+
+@needs_nvcc
+@pytest.mark.parametrize("times", range(1, 7))
+def test_loops_behind_a_table(kernels: dict[str, Kernel], times: int) -> None:
+    kernel = kernels["squares"]
+    assert any(i.op == "BRX" for i in kernel.code)
+    path = Paths(kernel).through(Step("loop", (("FMUL", times),))).loop("loop").path
+    assert (path.count("LDG.32"), path.count("FMUL"), path.count("STG.32")) == (1, times, 1)
 
 
 @needs_nvcc
