@@ -94,9 +94,9 @@ class Segment:
     def work(self, splits: int, itemsize: int) -> list[Work]:
         """A warp's way through its stretch: queries, then chunks of each block's tokens.
 
-        The usual way is taken: all chunks are whole, and the maxima of a warp's first chunk stand for all of its tokens.
-        A pass of the loop is then of one of three kinds. Each is given as work of a share of the warps, all of whose
-        passes are such, as averages are the same.
+        The usual way is taken: chunks are whole, nothing is masked, and after the first chunk no logit is so large that
+        sums are rescaled. A pass of the loop is then of one of three kinds. Each is given as work of a share of the
+        warps, all of whose passes are such: averages are the same.
         """
         passes, blocks = self.stretch / CHUNK, max(1.0, self.stretch / self.block)
         kinds = (
@@ -120,8 +120,8 @@ class Segment:
         ]
 
     def chunk(self, itemsize: int, enters: bool = False, rescales: bool = False) -> Step:
-        """A step of the online softmax over 32 tokens. enters: a block, whose scales go into the queries. rescales: what
-        was summed before, as a logit is larger."""
+        """One pass. enters: a block, whose scales go into the queries. rescales: sums, as a logit is larger than all
+        before."""
         limbs = halves(itemsize)
         loads = {32: 4, 64: 4 * self.words + 3 * enters, 128: 0}  # scales of values, codes of keys, scales of a block
         loads[32 * self.words] += 8  # codes of values
@@ -142,7 +142,7 @@ def window_work(share: float, itemsize: int) -> Work:
     """A warp's way through a tile of the window, which is brought to shared memory eight tokens at a time."""
     loads = ((f"LDG.{8 * itemsize}", 8), ("STS.32", 8), ("LDG.8", 0))
     channels = Step("channels", inside=(Step("keys", loads), Step("products", (("FFMA", 4 * ROWS),))))
-    tile = Step("tile", inside=(channels, Step("values", loads), Step("sums", (("FFMA", 16 * ROWS),))))
+    tile = Step("tile", inside=(channels, Step("values", loads), Step("sums", (("FFMA", 16 * ROWS), ("LDS.32", 16)))))
     times = {"keys": CHUNK / 8, "products": CHUNK / 4, "values": CHUNK / 8, "sums": CHUNK / 16}
     return Work((queries(itemsize), tile), times, share, cached={"queries": 1.0})
 

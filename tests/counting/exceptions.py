@@ -37,12 +37,10 @@ _EXTREMES = "a lane writes and reads the extremes of its 16 channels one by one 
 _GROUPS = "a lane goes through a group of 32 channels in shared memory, all lanes in one bank (encode_groups)"
 _GROUP_SCALES = "a lane writes the scales of its group alone"
 _SCALES = "a lane reads the scales or factors of its 16 channels one by one"
-_QUERIES = "queries are read channel by channel (query)"
-_HALF_ROWS = f"{_QUERIES}; a lane reads its row of 32 bytes of key codes by halves, in two requests"
-_FOLD = "lanes fold fragments 512 bytes apart, and read results across the sums of tiles (fold, write)"
 _OPERANDS = "a lane writes the 16 channels of its row one by one (bring)"
 _ENCODES = "a thread block reads its tokens for their extremes or factors, then to encode them"
-_SPLITS = "each split reads queries, and scales for each few of its tokens"
+_SPLITS = "each split reads the queries"
+_FOLDS = f"{_SPLITS}, and each warp the scales of its blocks: of 128 tokens, here four warps share one (enter)"
 _RESTORES = "where scales do not factor out, codes and scales are read channel by channel (decode_restored.h)"
 _TILES = "each tile of probes reads the keys, each tile of keys the probes"
 _PARTNERS = (
@@ -102,31 +100,14 @@ EXCEPTIONS = (
     Excess("kv_dequantize_: 4 bits, blocks of 128, separable", REPEATS, 1.086, _SCALES),
     Excess("kv_dequantize_: 2 bits, blocks of 32, separable", REPEATS, 1.6, _SCALES),
     Excess("kv_dequantize_: 2 bits, blocks of 128, groups of 32", REPEATS, 1.158, _SCALES),
-    Excess("kv_decode: 8 bits, blocks of 128", REPEATS, 1.045, _SPLITS),
-    Excess("kv_decode: 8 bits, blocks of 32", REPEATS, 1.169, _SPLITS),
-    Excess("kv_decode: 4 bits, blocks of 128", REPEATS, 1.141, _SPLITS),
-    Excess("kv_decode: 4 bits, blocks of 32", REPEATS, 1.35, _SPLITS),
-    Excess("kv_decode: 2 bits, blocks of 128", REPEATS, 1.256, _SPLITS),
-    Excess("kv_decode: 2 bits, blocks of 32", REPEATS, 1.583, _SPLITS),
-    Excess("kv_decode: 4 and 2 bits, blocks of 128", REPEATS, 1.113, _SPLITS),
-    Excess("kv_decode: 4 and 2 bits, blocks of 32", REPEATS, 1.387, _SPLITS),
+    Excess("kv_decode: 8 bits, blocks of 128", REPEATS, 1.045, _FOLDS),
+    Excess("kv_decode: 4 bits, blocks of 128", REPEATS, 1.183, _FOLDS),
+    Excess("kv_decode: 4 bits, blocks of 32", REPEATS, 1.05, _SPLITS),
+    Excess("kv_decode: 2 bits, blocks of 128", REPEATS, 1.333, _FOLDS),
+    Excess("kv_decode: 2 bits, blocks of 32", REPEATS, 1.083, _SPLITS),
+    Excess("kv_decode: 4 and 2 bits, blocks of 128", REPEATS, 1.17, _FOLDS),
     Excess("kv_decode: 2 bits, blocks of 128, groups of 32", REPEATS, 11.77, _RESTORES),
     Excess("kv_decode: window", REPEATS, 1.045, _SPLITS),
-    Excess("kv_decode: 2 bits, blocks of 128", SECTORS, 1.388, _HALF_ROWS),
-    Excess("kv_decode: 2 bits, blocks of 32", SECTORS, 1.25, _HALF_ROWS),
-    Excess("kv_decode: 4 and 2 bits, blocks of 128", SECTORS, 1.136, _HALF_ROWS),
-    Excess("kv_decode: 4 and 2 bits, blocks of 32", SECTORS, 1.093, _HALF_ROWS),
-    Excess("kv_decode: 4 bits, blocks of 128", SECTORS, 1.037, _QUERIES),
-    Excess("kv_decode: 4 bits, blocks of 32", SECTORS, 1.028, _QUERIES),
-    Excess("kv_decode: 2 bits, blocks of 128, groups of 32", SECTORS, 1.029, _QUERIES),
-    Excess("kv_decode: window", SECTORS, 1.174, _QUERIES),
-    Excess("kv_decode: 8 bits, blocks of 128", WAVEFRONTS, 1.41, _FOLD),
-    Excess("kv_decode: 8 bits, blocks of 32", WAVEFRONTS, 1.549, _FOLD),
-    Excess("kv_decode: 4 bits, blocks of 128", WAVEFRONTS, 1.23, _FOLD),
-    Excess("kv_decode: 4 bits, blocks of 32", WAVEFRONTS, 1.422, _FOLD),
-    Excess("kv_decode: 2 bits, blocks of 32", WAVEFRONTS, 1.38, _FOLD),
-    Excess("kv_decode: 4 and 2 bits, blocks of 128", WAVEFRONTS, 1.205, _FOLD),
-    Excess("kv_decode: 4 and 2 bits, blocks of 32", WAVEFRONTS, 1.41, _FOLD),
     Excess("kv_saliency: *", BYTES, 1.99, _SOFTMAX),
     Excess("kv_saliency: *", REPEATS, 2.667, _TILES),
     Excess("kv_saliency: *", SECTORS, 2.0, _HALVES),
