@@ -29,7 +29,7 @@ SPLITS, MIN_SLOTS, MIN_WINDOW_SLOTS = 64, 128, 32  # DecodeCut
 TILE, CHANNELS, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
 SPANS = 8  # that a pass of the merge's loop adds
 # RestoredShared::bytes: a tile of tokens, logits of each warp, weights and factors of rows, and queries.
-SHARED = 4 * (CHUNK * (THREADS + 1) + WARPS * ROWS * CHUNK + CHUNK * ROWS + ROWS + ROWS * WIDTH)
+SHARED = 4 * (CHUNK * (THREADS + 4) + WARPS * ROWS * CHUNK + CHUNK * ROWS + ROWS + ROWS * WIDTH)
 SHAPE = {shape.name: shape for shape in SHAPES["cuda"]}
 GROUP = QUERY_HEADS // HEADS
 
@@ -112,7 +112,7 @@ class Segment:
         }
         # Queries and the blocks' places are read by many.
         cached = {"search": 1.0, "queries": 1.0, "blocks": 1.0}
-        before = (Step("search", (("LDG.32", 1),)), queries(itemsize))
+        before = (Step("search", (("LDG.32", 1),), avoids=("STS.128", "LDS.64")), queries(itemsize))
         share = self.splits / splits
         return [
             Work((*before, Step("blocks", inside=(chunk,))), times, share * count / passes, cached)
@@ -139,12 +139,12 @@ class Segment:
 
 
 def window_work(share: float, itemsize: int) -> Work:
-    """A warp's way through a tile of the window, which is brought to shared memory eight tokens at a time."""
-    loads = ((f"LDG.{8 * itemsize}", 8), ("STS.32", 8), ("LDG.8", 0))
-    channels = Step("channels", inside=(Step("keys", loads), Step("products", (("FFMA", 4 * ROWS),))))
-    tile = Step("tile", inside=(channels, Step("values", loads), Step("sums", (("FFMA", 16 * ROWS), ("LDS.32", 16)))))
-    times = {"keys": CHUNK / 8, "products": CHUNK / 4, "values": CHUNK / 8, "sums": CHUNK / 16}
-    return Work((queries(itemsize), tile), times, share, cached={"queries": 1.0})
+    """A warp's way through a tile of the window: a thread brings four vectors of eight channels of keys and of values
+    to shared memory. Products with queries are left out, as not every architecture has a loop for them."""
+    loads = ("LDG.128", 4 * itemsize // 2)
+    channels = Step("channels", (loads,))
+    tile = Step("tile", (loads,), inside=(channels, Step("sums", (("FFMA", 16 * ROWS), ("LDS.32", 16)))))
+    return Work((queries(itemsize), tile), {"sums": CHUNK / 16}, share, cached={"queries": 1.0})
 
 
 def saliency(case: Case) -> list[Plan]:

@@ -179,7 +179,7 @@ class Paths:
 
     def _missing(self, what: str) -> ValueError:
         return ValueError(
-            f"counting: expected {what} in {self.kernel.name.partition('(')[0]} on {self.kernel.arch}; got none. "
+            f"counting: expected {what} in {self.kernel.plain_name.partition('(')[0]} on {self.kernel.arch}; got none. "
             "Describe its loops as they are now"
         )
 
