@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -56,37 +56,30 @@ _HOPPER = _COMMON | {"fma": 128, "fp64": 64, "convert64": 16, "tensor": 20}
 # No public page states these: clocks under load, what a copy reaches, and latencies of a busy memory.
 _ASSUMED = "assumed: clock under load, copy, latencies"
 
+_H100 = Gpu(
+    "H100",
+    "sm_90",
+    sms=132,
+    clock=1.755,
+    peak=3.35,
+    copy=3.0,
+    latency=1000,
+    idle_latency=479,
+    l2_latency=270,
+    lanes=_HOPPER,
+    threads=2048,
+    blocks=32,
+    shared=228 * 1024,
+    sources=f"SXM5: NVIDIA's H100 data sheet, Hopper tuning guide; {_ASSUMED}, mma.sync at 0.62",
+)
+
 GPUS = (
-    Gpu(
-        "H100",
-        "sm_90",
-        sms=132,
-        clock=1.755,
-        peak=3.35,
-        copy=3.0,
-        latency=1000,
-        idle_latency=479,
-        l2_latency=270,
-        lanes=_HOPPER,
-        threads=2048,
-        blocks=32,
-        shared=228 * 1024,
-        sources=f"SXM5: NVIDIA's H100 data sheet, Hopper tuning guide; {_ASSUMED}, mma.sync at 0.62",
-    ),
-    Gpu(
-        "H200",
-        "sm_90",
-        sms=132,
-        clock=1.755,
+    _H100,
+    replace(
+        _H100,
+        name="H200",
         peak=4.8,
         copy=4.3,
-        latency=1000,
-        idle_latency=479,
-        l2_latency=270,
-        lanes=_HOPPER,
-        threads=2048,
-        blocks=32,
-        shared=228 * 1024,
         sources=f"NVIDIA's H200 data sheet, otherwise as H100; {_ASSUMED}",
     ),
     Gpu(
@@ -122,20 +115,14 @@ GPUS = (
         sources=f"NVIDIA's Ada whitepaper, Ada tuning guide; {_ASSUMED}; conversions to float64 in the float64 lanes",
         units={"convert64": "fp64"},
     ),
-    Gpu(
-        "B200",
-        "sm_100",
+    replace(
+        _H100,
+        name="B200",
+        arch="sm_100",
         sms=148,
         clock=1.965,
         peak=7.67,
         copy=6.9,
-        latency=1000,
-        idle_latency=479,
-        l2_latency=270,
-        lanes=_HOPPER,
-        threads=2048,
-        blocks=32,
-        shared=228 * 1024,
         sources="SMs, bus (7,680 bits at 3,996 MHz) and limits as a driver reports: github.com/pytorch/ao/pull/4002; "
         f"{_ASSUMED}, lanes as H100's",
     ),

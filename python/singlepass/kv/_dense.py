@@ -107,7 +107,7 @@ class DenseLayer:
         self.take(k.shape[2], mask)
 
     def reserve(self, tokens: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._forget_unless(self._unseen - self._forgotten <= self._slack)
+        self.make_room(0)
         assert self._room is not None
         begin, end = self._held, self._held + tokens
         keys, values = (grown(held, 2, begin, end) for held in self._room)
@@ -124,10 +124,7 @@ class DenseLayer:
 
     def make_room(self, tokens: int) -> None:
         """Makes sure that the next tokens can be removed again, up to ``slack`` of them."""
-        self._forget_unless(self._unseen + tokens - self._forgotten <= self._slack)
-
-    def _forget_unless(self, few: bool) -> None:
-        if not few and self._unseen > self._forgotten:
+        if self._unseen > self._forgotten and self._unseen + tokens - self._forgotten > self._slack:
             self._forget(self._unseen)
 
     def _forget(self, tokens: int) -> None:
