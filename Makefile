@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make test` and `make bench` set up what they need in .venv and do again only what has changed since.
 .DELETE_ON_ERROR:
-.PHONY: bench clean core format gpu-bundle gpu-model gpu-proof help lint locks setup test test-deep test-newest test-release wheel
+.PHONY: bench clean core format gpu-bundle gpu-model gpu-proof help lint locks setup test test-deep test-newest test-release wheel wheels
 
 PYTHON ?= python3
 # The one pin of torch. What else is installed stands in locks/, and fits this torch.
 TORCH ?= torch==2.13.0
 # Workers of pytest, and files compiled at the same time: as the CPUs and the memory that make may use allow.
 JOBS ?= $(shell $(PYTHON) tools/environment.py jobs)
+# What a wheel is for: cpu, cu12 or cu13.
+CUDA ?= cpu
 # Of a proof on a GPU: where it runs, and the only folder that it writes to.
 ON ?= cuda
 RESULTS ?= bench/results
@@ -41,7 +43,7 @@ help:
 	@echo 'make core         the part without torch, and its C++ tests'
 	@echo 'make lint         ruff, mypy and clang-format, without changing a file; make format mends what they can mend'
 	@echo 'make locks        move locks/ to the newest releases that fit $(TORCH)'
-	@echo 'make wheel        a wheel, in dist/'
+	@echo 'make wheel        a wheel in dist/ for CUDA=cpu (the default), cu12 or cu13; make wheels: what a release has'
 	@echo 'make clean        remove what building has left; $(VENV) stays'
 
 $(BASE): $(INSTALLS)
@@ -118,8 +120,12 @@ format: $(PACKAGES)
 	@ruff format .
 	@clang-format -i $(CXX_FILES)
 
-wheel: $(NATIVE)
-	@python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+# For one CUDA version, or none. A release has two: for CPUs, and for both CUDA versions.
+wheel: $(PACKAGES)
+	@python tools/wheels.py $(CUDA)
+
+wheels: $(PACKAGES)
+	@python tools/wheels.py release
 
 clean:
 	rm -rf build dist python/singlepass.egg-info python/singlepass/_C_*.so python/singlepass/build_info.json

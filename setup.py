@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds `singlepass/_C_cpu.so` and, where it can, `singlepass/_C_cuda.so` from `csrc/sources.json`.
+"""Builds `singlepass/_C_cpu.so` and, where it can, `singlepass/_C_cuda13.so` from `csrc/sources.json`; the number is
+the toolkit's CUDA major version.
 
 Both are plain shared libraries on the libtorch stable ABI, without Python symbols: one wheel serves every Python and
 every torch at or above the floor. `docs/building.md` explains the build, `ENVS.md` lists the variables that steer it.
@@ -46,6 +47,7 @@ TORCH_FLOOR = "2.10"  # as in pyproject.toml
 TORCH_TARGET = "0x020a000000000000"  # the same as the headers want it
 CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
+PORTABLE = ["-include", "torch/glibc.h"]  # what asks for no newer glibc than torch does
 BUILD_TYPES = {  # name -> what is added to the flags of the C++ compiler and of nvcc
     "Release": (["-g0", "-DNDEBUG"], ["-DNDEBUG"]),
     "RelWithDebInfo": (["-g", "-DNDEBUG"], ["-g", "-DNDEBUG", "--generate-line-info"]),
@@ -153,9 +155,9 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
     build_type = setting("SINGLEPASS_BUILD_TYPE", list(BUILD_TYPES), "Release")
     wish = setting("SINGLEPASS_WITH_CUDA", ["0", "1", "auto"], "auto")
     sources = json.loads((CSRC / "sources.json").read_text())
-    cxx_flags = sources["cxx_flags"] + BUILD_TYPES[build_type][0]
-    nvcc_flags = sources["nvcc_flags"] + ["-Xcompiler=-fvisibility=hidden"] + BUILD_TYPES[build_type][1]
-    toolkit, cuda, archs, obstacle = None, None, "", ""
+    cxx_flags = sources["cxx_flags"] + BUILD_TYPES[build_type][0] + PORTABLE
+    nvcc_flags = sources["nvcc_flags"] + ["-Xcompiler=-fvisibility=hidden"] + BUILD_TYPES[build_type][1] + PORTABLE
+    toolkit, cuda, archs, obstacle = None, "", "", ""
     try:
         toolkit, cuda = cuda_toolkit(wish, torch.__version__, torch.version.cuda)
         os.environ["CUDA_HOME"] = str(toolkit)
@@ -172,16 +174,23 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
     from torch.utils.cpp_extension import include_paths, library_paths  # reads CUDA_HOME when it is imported
 
     threads = os.environ.get("NVCC_THREADS") or "2"
+    major = cuda.split(".")[0]
+    # No path of this machine in a library: the same commit gives the same bytes in every folder.
+    here = [f"-ffile-prefix-map={folder}/=" for folder in (Path.cwd(), Path(torch.__file__).parents[1])]
+    compile_args = {
+        "cxx": cxx_flags + here,
+        "nvcc": [*nvcc_flags, *(f"-Xcompiler={flag}" for flag in here), f"--threads={threads}"],
+    }
 
     def library(device: str, macros: list[str], links: list[str]) -> Extension:
         return Extension(
-            f"singlepass._C_{device}",
+            f"singlepass._C_{device}{major if device == 'cuda' else ''}",
             sources_of(device, sources["folders"]),
             include_dirs=[str(CSRC.resolve()), *include_paths(device)],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), *((macro, None) for macro in macros)],
             library_dirs=library_paths(device),
             libraries=["torch_cpu", "c10", *links],
-            extra_compile_args={"cxx": cxx_flags, "nvcc": [*nvcc_flags, f"--threads={threads}"]},
+            extra_compile_args=compile_args,
             extra_link_args=["-Wl,-z,defs", f"-Wl,--version-script={CSRC / 'no_exports.map'}"],
             language="c++",
         )
@@ -191,7 +200,9 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
         built.append(library("cuda", ["TORCH_STABLE_ONLY", "USE_CUDA"], ["torch_cuda", "cudart"]))
     info = {"version": version(), "torch": torch.__version__, "torch_target": TORCH_TARGET, "build_type": build_type}
     info |= {"machine": platform.machine(), "compiler": cxx, "cxx_flags": cxx_flags}
-    info |= {"cuda": cuda, "cuda_reason": obstacle, "cuda_archs": archs, "nvcc_flags": nvcc_flags if cuda else []}
+    info |= {"cuda": {}, "cuda_reason": obstacle}
+    if toolkit is not None:
+        info["cuda"] = {major: {"version": cuda, "torch": torch.__version__, "archs": archs, "nvcc_flags": nvcc_flags}}
     return built, info
 
 

@@ -24,8 +24,8 @@ def make(output: Path, peers: Path | None = None) -> list[str]:
         ValueError: no CUDA library in the tree, a folder of peers that is none, or an archive that is too large.
     """
     libraries = sorted(ROOT.glob(LIBRARIES))
-    if not any(path.name == "_C_cuda.so" for path in libraries):
-        raise ValueError("proof bundle: expected python/singlepass/_C_cuda.so; got none. Build it with a CUDA torch.")
+    if not any(path.name.startswith("_C_cuda") for path in libraries):
+        raise ValueError("proof bundle: expected python/singlepass/_C_cuda*.so; got none. Build it with a CUDA torch.")
     if peers is not None and not peers.is_dir():
         raise ValueError(f"proof bundle: expected a folder of peers; got {peers}. Leave it out to take none.")
     with tempfile.TemporaryDirectory() as scratch:

@@ -39,10 +39,10 @@ def build_command(place: Place) -> list[str] | str:
 
 
 def build_read(place: Place, status: int | None, text: str) -> Outcome:
-    built = place.tree / "python" / "singlepass" / "_C_cuda.so"
-    if status != 0 or not built.exists():
+    package = place.tree / "python" / "singlepass"
+    if status != 0 or not any(package.glob("_C_cuda*.so")):
         return Outcome(REFUTED, f"setup.py: {last_line(text)}")
-    for path in built.parent.glob("*"):
+    for path in package.glob("*"):
         link = place.scratch / "site" / "singlepass" / path.name
         if not link.exists():
             link.symlink_to(path)
@@ -245,5 +245,5 @@ STAGES = [
 
 def stages_for(place: Place) -> list[Stage]:
     """All of them, and building first where no CUDA library came along; a rehearsal takes the libraries there are."""
-    came_along = any(path.name == "_C_cuda.so" for path in place.tree.glob(LIBRARIES))
+    came_along = any(path.name.startswith("_C_cuda") for path in place.tree.glob(LIBRARIES))
     return STAGES if came_along or place.device == "cpu" else [BUILD, *STAGES]

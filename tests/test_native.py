@@ -20,8 +20,9 @@ from singlepass import _native
 
 PACKAGE = Path(singlepass.__file__).parent
 BUILT = PACKAGE / "_C_cpu.so"
-CPU_BUILD = {"torch": "2.13.0", "cuda": None, "cuda_reason": "no nvcc"}
-CUDA_BUILD = {"torch": "2.13.0+cu130", "cuda": "13.0"}
+CPU_BUILD = {"torch": "2.13.0", "cuda": {}, "cuda_reason": "no nvcc"}
+CUDA_13 = {"torch": "2.13.0+cu130", "cuda": {"13": {"version": "13.0"}}}
+BOTH = {"torch": "2.13.0+cu130", "cuda": {"12": {"version": "12.4"}, "13": {"version": "13.0"}}}
 
 Damage = Callable[[Path], object]
 
@@ -146,14 +147,18 @@ def test_an_unreadable_build_info_breaks_nothing(folder: Path, monkeypatch: pyte
     ("torch_cuda", "build", "damage", "reason", "remedy"),
     [
         ("13.0", CPU_BUILD, missing, "no nvcc", None),
-        ("13.0", {}, missing, "_C_cuda.so is not in ", None),
-        (None, CUDA_BUILD, garbage, f"torch {torch.__version__} is built without CUDA", None),
-        (None, CUDA_BUILD, missing, f"torch {torch.__version__} is built without CUDA", None),
-        ("13.0", CUDA_BUILD, missing, "_C_cuda.so is missing from ", AGAIN),
-        ("13.2", CUDA_BUILD, truncated, "_C_cuda.so is truncated", AGAIN),
-        ("13.2", CUDA_BUILD, garbage, "invalid ELF header", HERE),
-        ("13.0", CUDA_BUILD, of_another_libc, "version `GLIBC_9.", HERE),
-        ("12.6", CUDA_BUILD, garbage, "is built for CUDA 13.0, torch ", "Install or build singlepass for CUDA 12."),
+        ("13.0", {}, missing, "_C_cuda13.so is not in ", None),
+        ("13.0", {"cuda": "13.0"}, missing, "_C_cuda13.so is not in ", None),  # as versions before 0.1 wrote it
+        (None, CUDA_13, garbage, f"torch {torch.__version__} is built without CUDA", None),
+        (None, CUDA_13, missing, f"torch {torch.__version__} is built without CUDA", None),
+        ("13.0", CUDA_13, missing, "_C_cuda13.so is missing from ", AGAIN),
+        ("13.2", CUDA_13, truncated, "_C_cuda13.so is truncated", AGAIN),
+        ("13.2", CUDA_13, garbage, "invalid ELF header", HERE),
+        ("13.0", CUDA_13, of_another_libc, "version `GLIBC_9.", HERE),
+        ("12.6", BOTH, garbage, "_C_cuda12.so", HERE),
+        ("12.6", BOTH, missing, "_C_cuda12.so is missing from ", AGAIN),
+        ("12.6", CUDA_13, missing, "are built for CUDA 13.0, torch ", "Install or build singlepass for CUDA 12."),
+        ("14.1", BOTH, missing, "are built for CUDA 12.4 and 13.0, torch ", "Install or build singlepass for CUDA 14."),
     ],
 )
 def test_a_cuda_library_warns_where_a_gpu_would_use_it(
@@ -170,7 +175,7 @@ def test_a_cuda_library_warns_where_a_gpu_would_use_it(
     monkeypatch.setattr(_native, "_statuses", {"cpu": _native.LibraryStatus(True, BUILT)})
     if build:
         (folder / "build_info.json").write_text(json.dumps(build))
-    damage(folder / "_C_cuda.so")
+    damage(folder / f"_C_cuda{str(torch_cuda).partition('.')[0]}.so")
     lines = loaded_with()
     status = _native.status("cuda")
     assert reason in status.reason
@@ -199,7 +204,7 @@ for folder in sys.argv[1:]:
 def test_imports_warn_once_where_the_package_is_imported(tmp_path: Path) -> None:
     root = PACKAGE.parents[1]
     healthy, broken, pure = (tmp_path / name for name in ("healthy", "broken", "pure"))
-    native = {"_C_cpu.so", "_C_cuda.so", "build_info.json", "__pycache__"}
+    native = {"_C_cpu.so", "_C_cuda12.so", "_C_cuda13.so", "build_info.json", "__pycache__"}
     for folder in (healthy, broken, pure):
         package = folder / "singlepass"
         package.mkdir(parents=True)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the native libraries and remembers, for each one that could not be loaded, why.
 
-`_C_cpu.so` and `_C_cuda.so` register C++ and CUDA implementations of ops whose schemas are written in Python. They are
-plain shared libraries on the libtorch stable ABI: without them every op still exists, and runs on another backend, on
-CPUs many times slower. An installation that should have a library and cannot load it warns; one without is silent.
+`_C_cpu.so` registers C++ implementations of ops whose schemas are written in Python, and `_C_cuda12.so` or
+`_C_cuda13.so` the CUDA ones, whichever is of torch's CUDA major version. They are plain shared libraries on the
+libtorch stable ABI: without them every op still exists, and runs on another backend, on CPUs many times slower. An
+installation that should have a library and cannot load it warns; one without is silent.
 """
 
 from __future__ import annotations
@@ -77,15 +78,25 @@ def build_info() -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
+def _cuda_builds() -> dict[str, dict[str, Any]]:
+    """What the build wrote down of each CUDA library, by its major version."""
+    builds = build_info().get("cuda")
+    return builds if isinstance(builds, dict) else {}
+
+
 def _load(device: str) -> LibraryStatus:
-    path = _PACKAGE / f"_C_{device}.so"
+    cuda = torch.version.cuda
+    if device == "cuda" and cuda is None:
+        return LibraryStatus(False, _PACKAGE, f"torch {torch.__version__} is built without CUDA")
+    major = str(cuda).split(".")[0] if device == "cuda" else ""
+    path = _PACKAGE / f"_C_{device}{major}.so"
     try:
-        reason, remedy = _obstacle(device, path)
+        reason, remedy = _obstacle(path, major)
         if not reason:
             torch.ops.load_library(path)
             return LibraryStatus(True, path)
     except (OSError, RuntimeError) as error:
-        built_with = build_info().get("torch", "unknown")
+        built_with = (_cuda_builds().get(major) or build_info()).get("torch", "unknown")
         cause = error.__cause__ or error  # torch wraps the loader's own message
         reason = f"{path.name} (built with torch {built_with}) does not load under torch {torch.__version__}: {cause}"
         old = torch.__version__ < _FLOOR
@@ -95,20 +106,20 @@ def _load(device: str) -> LibraryStatus:
     return LibraryStatus(False, path, " ".join(reason.split()), remedy)
 
 
-def _obstacle(device: str, path: Path) -> tuple[str, str]:
+def _obstacle(path: Path, cuda_major: str) -> tuple[str, str]:
     """The reason not even to try, and a remedy if the installation should have the library. Both may be empty."""
     info, again = build_info(), "Install or build singlepass again."
-    if device == "cuda" and torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA", ""
-    built_cuda, torch_cuda = info.get("cuda"), torch.version.cuda
-    if not path.is_file():
-        if (_PACKAGE / _BUILD_INFO).is_file() and (device == "cpu" or built_cuda):
-            return f"{path.name} is missing from {path.parent}", again
-        return info.get(f"{device}_reason") or f"{path.name} is not in {path.parent}: not built", ""
-    if device == "cuda" and built_cuda and built_cuda.split(".")[0] != str(torch_cuda).split(".")[0]:
-        reason = f"{path.name} is built for CUDA {built_cuda}, torch {torch.__version__} for CUDA {torch_cuda}"
-        return reason, f"Install or build singlepass for CUDA {str(torch_cuda).split('.')[0]}."
-    return (f"{path} is truncated", again) if _is_truncated(path) else ("", "")
+    if path.is_file():
+        return (f"{path} is truncated", again) if _is_truncated(path) else ("", "")
+    built = _cuda_builds()
+    if cuda_major in built or (not cuda_major and (_PACKAGE / _BUILD_INFO).is_file()):
+        return f"{path.name} is missing from {path.parent}", again
+    if cuda_major and built:
+        versions = " and ".join(library["version"] for library in built.values())
+        wanted = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
+        reason = f"the CUDA libraries are built for CUDA {versions}, {wanted}"
+        return reason, f"Install or build singlepass for CUDA {cuda_major}."
+    return info.get("cuda_reason") or f"{path.name} is not in {path.parent}: not built", ""
 
 
 def _is_truncated(path: Path) -> bool:

@@ -82,10 +82,12 @@ def test_a_broken_library_does_not_break_the_import(
 
 
 def test_a_library_of_another_cuda_major_is_not_loaded(clean_python: Run, installed: Path) -> None:
-    (installed / "_C_cuda.so").write_text("never opened")
-    (installed / "build_info.json").write_text(json.dumps({"torch": "2.10.0+cu110", "cuda": "11.0"}))
+    (installed / "_C_cuda11.so").write_text("never opened")
+    (installed / "build_info.json").write_text(
+        json.dumps({"torch": "2.10.0+cu110", "cuda": {"11": {"version": "11.0"}}})
+    )
     as_cuda_torch = "import torch; torch.version.cuda = '13.0'\n"
     status = json.loads(clean_python(as_cuda_torch + REPORT))["cuda"]
     assert not status["loaded"]
-    assert "is built for CUDA 11.0" in status["reason"]
+    assert "are built for CUDA 11.0" in status["reason"]
     assert "for CUDA 13.0" in status["reason"]

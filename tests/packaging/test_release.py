@@ -43,6 +43,16 @@ def test_one_wheel_serves_every_torch(wheel: Path, tmp_path: Path, torch: str) -
     run(python, "-m", "pip", "check", folder=tmp_path)
 
 
+def test_the_same_commit_gives_the_same_cpu_wheel_in_every_folder(root: Path, tmp_path: Path) -> None:
+    made = []
+    for name in ("one", "another one"):
+        run("git", "clone", "-q", root, tmp_path / name, folder=tmp_path)
+        run(sys.executable, "tools/wheels.py", "cpu", folder=tmp_path / name)
+        (wheel,) = (tmp_path / name / "dist").iterdir()
+        made.append((wheel.name, wheel.read_bytes()))
+    assert made[0] == made[1]
+
+
 def test_an_install_that_fetches_what_it_builds_with(root: Path, tmp_path: Path) -> None:
     """As `pip install .` does it, in a build environment of pip's own."""
     run("git", "clone", "-q", root, tmp_path / "clone", folder=tmp_path)

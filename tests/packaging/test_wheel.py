@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from elftools.elf.elffile import ELFFile
 from packaging.version import Version
 
@@ -17,7 +19,7 @@ TORCH_FLOOR = "2.10"
 # What every torch brings or every Linux has; anything else would have to be bundled.
 SYSTEM = {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64"}
 ALLOWED = {"_C_cpu.so": SYSTEM | {"libtorch_cpu", "libc10"}}
-ALLOWED["_C_cuda.so"] = ALLOWED["_C_cpu.so"] | {"libtorch_cuda", "libcudart"}
+ALLOWED |= {f"_C_cuda{major}.so": ALLOWED["_C_cpu.so"] | {"libtorch_cuda", "libcudart"} for major in (12, 13)}
 FOLDERS = {"": "python/singlepass", "triton_kernels/": "triton_kernels", "bench/": "bench"}
 
 
@@ -51,7 +53,7 @@ def test_holds_exactly_the_modules_of_the_tree(wheel: Path, root: Path) -> None:
         for path in (root / folder).rglob("*.py")
     }
     data = {"singlepass/py.typed", "singlepass/rational/tables.json"}
-    extras = data | {"singlepass/build_info.json", "singlepass/_C_cpu.so", "singlepass/_C_cuda.so"}
+    extras = data | {"singlepass/build_info.json", *(f"singlepass/{name}" for name in ALLOWED)}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names - extras == expected
     assert names >= data | {"singlepass/build_info.json", "singlepass/_C_cpu.so"}
@@ -59,8 +61,8 @@ def test_holds_exactly_the_modules_of_the_tree(wheel: Path, root: Path) -> None:
 
 def test_libraries_are_those_that_the_build_reports(unpacked: Path, libraries: list[Path]) -> None:
     info = json.loads((unpacked / "singlepass" / "build_info.json").read_text())
-    assert [path.name for path in libraries] == ["_C_cpu.so"] + ["_C_cuda.so"] * (info["cuda"] is not None)
-    assert (info["cuda"] is None) == bool(info["cuda_reason"])
+    assert [path.name for path in libraries] == ["_C_cpu.so", *(f"_C_cuda{major}.so" for major in info["cuda"])]
+    assert bool(info["cuda"]) != bool(info["cuda_reason"])
 
 
 def test_no_library_is_bundled_or_needed_beyond_torch_and_the_system(libraries: list[Path]) -> None:
@@ -89,6 +91,23 @@ def test_stable_abi_at_the_torch_floor(libraries: list[Path]) -> None:
         assert report.error is None
         assert report.torch.stable
         assert Version(report.torch.min_torch_version) <= Version(TORCH_FLOOR)
+
+
+def test_no_newer_system_than_torch_asks_for(wheel: Path) -> None:
+    """torch's own wheels are manylinux_2_28: whoever has torch can load the libraries."""
+    audit = subprocess.run(["auditwheel", "show", "--json", wheel], capture_output=True, text=True)
+    assert audit.returncode == 0, audit.stderr
+    tag = json.loads(audit.stdout)["sym_tag"]
+    _, *glibc = re.fullmatch(r"(manylinux)_(\d+)_(\d+)_\w+", tag).groups()
+    assert tuple(map(int, glibc)) <= (2, 28)
+
+
+def test_no_path_of_the_machine_that_built_it(libraries: list[Path], root: Path) -> None:
+    """The same commit gives the same bytes in every folder."""
+    folders = [str(root), sys.prefix, str(Path(torch.__file__).parents[1])]
+    for library in libraries:
+        data = library.read_bytes()
+        assert not [folder for folder in folders if folder.encode() in data]
 
 
 def test_nothing_is_exported(libraries: list[Path]) -> None:

@@ -103,7 +103,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tree with the folders of this one, a library for CUDA, and nothing to download."""
     root = tmp_path / "root"
     place.copy_tree(ROOT, root)
-    (root / "python" / "singlepass" / "_C_cuda.so").write_bytes(b"\0GLIBC_2.14\0GLIBC_2.2.5\0GLIBCXX_3.4.21\0")
+    (root / "python" / "singlepass" / "_C_cuda13.so").write_bytes(b"\0GLIBC_2.14\0GLIBC_2.2.5\0GLIBCXX_3.4.21\0")
     monkeypatch.setattr(bundle, "ROOT", root)
     monkeypatch.setattr(bundle, "download", lambda folder: folder.mkdir())
     return root
@@ -115,9 +115,9 @@ def test_a_bundle_holds_the_tree_its_libraries_and_peers(tree: Path, tmp_path: P
     lines = bundle.make(tmp_path / "out" / "b.tar.gz", tmp_path / "peers")
     with tarfile.open(tmp_path / "out" / "b.tar.gz") as archive:
         names = set(archive.getnames())
-    wanted = {"Makefile", "COMMIT", "python/singlepass/_C_cuda.so", "tests/conftest.py", "peers/rival/__init__.py"}
+    wanted = {"Makefile", "COMMIT", "python/singlepass/_C_cuda13.so", "tests/conftest.py", "peers/rival/__init__.py"}
     assert {f"{bundle.NAME}/{name}" for name in wanted} <= names
-    assert "_C_cuda.so asks for GLIBC 2.14, GLIBCXX 3.4.21" in lines
+    assert "_C_cuda13.so asks for GLIBC 2.14, GLIBCXX 3.4.21" in lines
 
 
 def test_bundles_that_would_not_do_are_refused(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_bundles_that_would_not_do_are_refused(tree: Path, tmp_path: Path, monke
     monkeypatch.setattr(bundle, "MOST_BYTES", 1000)
     with pytest.raises(ValueError, match=r"expected at most 1,000 bytes; got [\d,]+\. Build for fewer"):
         bundle.make(output)
-    (tree / "python" / "singlepass" / "_C_cuda.so").unlink()
+    (tree / "python" / "singlepass" / "_C_cuda13.so").unlink()
     with pytest.raises(ValueError, match=r"got none\. Build it with a CUDA torch"):
         bundle.make(output)
     assert not output.exists()
