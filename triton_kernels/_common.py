@@ -133,6 +133,20 @@ def random_halves(seed, low, high, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def random_halves_anywhere(seed, low, high, start, BLOCK: tl.constexpr):
+    """``random_halves`` from any ``start``: each element computes its Philox block."""
+    i = start + tl.arange(0, BLOCK)
+    counter = i // 8
+    c0 = counter.to(tl.uint32)
+    c1 = (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(c0)
+    w0, w1, w2, w3 = tl.philox(seed.to(tl.uint64), c0, c1, zero + low.to(tl.uint32), zero + high.to(tl.uint32))
+    lane = i % 8
+    word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
+    return tl.where(lane % 2 == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
 def sign(x):
     """-1, 0 or 1; 0 for NaN."""
     return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)

@@ -33,14 +33,17 @@ ID = tl.constexpr(5 + MAX_STATES)
 IS_ALIGNED = tl.constexpr(6 + MAX_STATES)
 FIRST_CHUNK = tl.constexpr(7 + MAX_STATES)
 CHUNK_SIZE = tl.constexpr(8 + MAX_STATES)
-WIDTH = tl.constexpr(9 + MAX_STATES)
+OFFSET = tl.constexpr(9 + MAX_STATES)
+INDEX = tl.constexpr(10 + MAX_STATES)
+WIDTH = tl.constexpr(11 + MAX_STATES)
 
 
 @dataclass(frozen=True)
 class Record:
     """The row of one tensor. ``addresses``: parameter, gradient and states, which kernels access as vectors.
 
-    A ``chunk_size`` of 0 stands for CHUNK elements.
+    A ``chunk_size`` of 0 stands for CHUNK elements. ``offset`` is the place of the first element in the whole tensor,
+    and ``index`` that of the tensor in the caller's list, whose other tensors may be in other tables.
     """
 
     addresses: tuple[int, ...]
@@ -49,6 +52,8 @@ class Record:
     scale: int = 0
     id: int = 0
     chunk_size: int = 0
+    offset: int = 0
+    index: int = 0
 
     @property
     def chunk_count(self) -> int:
@@ -58,7 +63,7 @@ class Record:
         unused = [0] * (2 + MAX_STATES - len(self.addresses))
         is_aligned = all(address % 16 == 0 for address in self.addresses)
         tail = [self.step, self.scale, self.numel, self.id, int(is_aligned), first_chunk, self.chunk_size or CHUNK]
-        return [*self.addresses, *unused, *tail]
+        return [*self.addresses, *unused, *tail, self.offset, self.index]
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,6 @@ class Table:
     records: Tensor  # int64 [tensors, WIDTH]
     chunks: Tensor  # int64 [chunks]: index of the tensor in the upper 32 bits, of its chunk in the lower
     tickets: Tensor  # int32 [tensors], zero between launches
-    norms: Tensor  # float64 [tensors, 2]
     partials: Tensor  # float64 [chunks, 2]
     chunk: int  # elements of a chunk, unless the record has a size of its own
 
@@ -100,7 +104,6 @@ def make_table(records: Sequence[Record], device: torch.device) -> Table:
         records=upload(words, device),
         chunks=torch.empty(chunk_count, dtype=torch.int64, device=device),
         tickets=torch.zeros(len(records), dtype=torch.int32, device=device),
-        norms=torch.empty(len(records), 2, dtype=torch.float64, device=device),
         partials=torch.empty(chunk_count, 2, dtype=torch.float64, device=device),
         chunk=CHUNK,
     )

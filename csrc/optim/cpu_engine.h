@@ -19,7 +19,7 @@ namespace singlepass::optim {
 inline constexpr int64_t kCpuChunk = 32768;
 inline constexpr int64_t kTile = 1024;
 
-// The random bits of one tensor at one step, from its element `start` (a multiple of 8) on.
+// The random bits of one tensor at one step, from element `start` of the whole tensor on.
 struct RandomStream {
   uint64_t seed;
   uint32_t id, step;
@@ -118,7 +118,8 @@ void run_chunk(const TensorRecord& t, const typename Rule::Coefficients& c, cons
     }
     if ((kAccess.writes & kParam) && p.buffered()) {
       if (options.stochastic_rounding && p.dtype == DType::kBFloat16) {
-        const RandomStream random = {options.seed, t.id, static_cast<uint32_t>(*t.step), static_cast<uint64_t>(start)};
+        const RandomStream random = {options.seed, t.id, static_cast<uint32_t>(*t.step),
+                                     static_cast<uint64_t>(t.offset + start)};
         narrow_stochastic(p.values, p.memory, n, random);
       } else {
         narrow(p.values, p.memory, p.dtype, n);
@@ -143,10 +144,27 @@ inline int64_t element_count(const std::vector<TensorRecord>& tensors, int64_t f
   return count;
 }
 
-template <class Rule>
-int64_t end_of_wave(const std::vector<TensorRecord>& tensors, int64_t first) {
+// Some tensors that are stepped together, and their chunks.
+struct Wave {
+  const std::vector<TensorRecord>& tensors;
+  int64_t first, last;
+  std::vector<Chunk> chunks;
+
+  Wave(const std::vector<TensorRecord>& tensors, int64_t first, int64_t last)
+      : tensors(tensors), first(first), last(last), chunks(make_chunks(tensors.data(), first, last, kCpuChunk)) {}
+
+  // Threads call body(index of a chunk, its tensor) for all chunks.
+  template <class Body>
+  void for_each_chunk(const ParallelFor& parallel_for, const Body& body) const {
+    parallel_for_elements(parallel_for, static_cast<int64_t>(chunks.size()), element_count(tensors, first, last),
+                          [&](int64_t begin, int64_t end) {
+                            for (int64_t i = begin; i < end; ++i) body(i, tensors[chunks[i].tensor]);
+                          });
+  }
+};
+
+inline int64_t end_of_wave(const std::vector<TensorRecord>& tensors, int64_t first) {
   const int64_t count = static_cast<int64_t>(tensors.size());
-  if (!kHasNorms<Rule>) return count;
   int64_t last = first;
   for (int64_t total = 0; last < count; ++last) {
     total += tensors[last].numel;
@@ -155,44 +173,60 @@ int64_t end_of_wave(const std::vector<TensorRecord>& tensors, int64_t first) {
   return last;
 }
 
+// Writes kNorms sums of squares for each tensor of the wave.
+template <class Rule>
+void norm_pass(const Wave& wave, const typename Rule::Hyper& hyper, double lr, const StepOptions& options,
+               const ParallelFor& parallel_for, double* squares) {
+  std::vector<double> partials(wave.chunks.size() * kNorms, 0.0);
+  wave.for_each_chunk(parallel_for, [&](int64_t i, const TensorRecord& t) {
+    run_chunk<Rule, kNormPass>(t, coefficients_of<Rule>(t, hyper, lr), options, wave.chunks[i].index,
+                               &partials[i * kNorms]);
+  });
+  std::fill_n(squares, (wave.last - wave.first) * kNorms, 0.0);
+  for (size_t i = 0; i < wave.chunks.size(); ++i) {
+    for (int k = 0; k < kNorms; ++k)
+      squares[(wave.chunks[i].tensor - wave.first) * kNorms + k] += partials[i * kNorms + k];
+  }
+}
+
+// `squares` as norm_pass wrote them; null for rules without norms.
+template <class Rule>
+void update_pass(const Wave& wave, const typename Rule::Hyper& hyper, double lr, const StepOptions& options,
+                 const ParallelFor& parallel_for, const double* squares) {
+  wave.for_each_chunk(parallel_for, [&](int64_t i, const TensorRecord& t) {
+    typename Rule::Coefficients c = coefficients_of<Rule>(t, hyper, lr);
+    if constexpr (kHasNorms<Rule>) {
+      Rule::apply_norms(hyper, c, squares + (wave.chunks[i].tensor - wave.first) * kNorms);
+    }
+    run_chunk<Rule, kUpdatePass>(t, c, options, wave.chunks[i].index, nullptr);
+  });
+}
+
 template <class Rule>
 void step(const std::vector<TensorRecord>& tensors, const typename Rule::Hyper& hyper, const StepOptions& options,
-          const ParallelFor& parallel_for) {
-  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return;
-  const double lr = options.lr.device == nullptr ? options.lr.value : static_cast<double>(*options.lr.device);
+          const ParallelFor& parallel_for, const Phase& phase) {
   const int64_t count = static_cast<int64_t>(tensors.size());
+  if (options.found_inf != nullptr && *options.found_inf != 0.0f) {
+    if (!phase.update_pass) std::fill_n(phase.norms, count * kNorms, 0.0);
+    return;
+  }
+  const double lr = options.lr.device == nullptr ? options.lr.value : static_cast<double>(*options.lr.device);
+  const bool in_waves = kHasNorms<Rule> && phase.norm_pass && phase.update_pass;
 
   for (int64_t first = 0, last = 0; first < count; first = last) {
-    last = end_of_wave<Rule>(tensors, first);
-    const std::vector<Chunk> chunks = make_chunks(tensors.data(), first, last, kCpuChunk);
-    const int64_t n = static_cast<int64_t>(chunks.size());
-    const int64_t elements = element_count(tensors, first, last);
-    std::vector<double> squares;
+    last = in_waves ? end_of_wave(tensors, first) : count;
+    const Wave wave(tensors, first, last);
+    double* squares = phase.norms;
     if constexpr (kHasNorms<Rule>) {
-      std::vector<double> partials(n * kNorms, 0.0);
-      parallel_for_elements(parallel_for, n, elements, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const TensorRecord& t = tensors[chunks[i].tensor];
-          run_chunk<Rule, kNormPass>(t, coefficients_of<Rule>(t, hyper, lr), options, chunks[i].index,
-                                     &partials[i * kNorms]);
-        }
-      });
-      squares.assign((last - first) * kNorms, 0.0);
-      for (int64_t i = 0; i < n; ++i) {
-        for (int k = 0; k < kNorms; ++k) squares[(chunks[i].tensor - first) * kNorms + k] += partials[i * kNorms + k];
-      }
+      std::vector<double> own(in_waves ? (last - first) * kNorms : 0);
+      if (in_waves) squares = own.data();
+      if (phase.norm_pass) norm_pass<Rule>(wave, hyper, lr, options, parallel_for, squares);
+      if (phase.update_pass) update_pass<Rule>(wave, hyper, lr, options, parallel_for, squares);
+    } else {
+      update_pass<Rule>(wave, hyper, lr, options, parallel_for, squares);
     }
-    parallel_for_elements(parallel_for, n, elements, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const TensorRecord& t = tensors[chunks[i].tensor];
-        typename Rule::Coefficients c = coefficients_of<Rule>(t, hyper, lr);
-        if constexpr (kHasNorms<Rule>) {
-          Rule::apply_norms(hyper, c, &squares[(chunks[i].tensor - first) * kNorms]);
-        }
-        run_chunk<Rule, kUpdatePass>(t, c, options, chunks[i].index, nullptr);
-      }
-    });
   }
+  if (!phase.update_pass) return;
   for (const TensorRecord& t : tensors) {
     if (t.step != nullptr) *t.step += 1.0f;
   }

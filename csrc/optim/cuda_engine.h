@@ -18,12 +18,15 @@ inline constexpr int kThreads = 256;
 struct Rounding {
   bool stochastic;
   uint64_t seed, stream;  // the Philox key, and the counter's high half: tensor and step
+  int64_t offset;         // of the tensor's first element in the whole tensor
 };
 
-// Rounds to bfloat16 at random. Element i takes 16 random bits: half i % 2 of word (i % 8) / 2 of Philox block i / 8.
+// Rounds to bfloat16 at random. Element i of the whole tensor takes 16 random bits: half i % 2 of word (i % 8) / 2 of
+// Philox block i / 8. A vector begins at a block.
 template <int kWidth>
 __device__ __forceinline__ void round_stochastic(const float* values, int64_t i, const Rounding& rounding,
                                                  uint16_t* half) {
+  i += rounding.offset;
   const Philox4 random = philox4x32(rounding.seed, static_cast<uint64_t>(i) / kVector, rounding.stream);
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
@@ -102,12 +105,12 @@ struct Tile {
 template <class Rule, Pass pass>
 using TouchedStates = std::make_index_sequence<(access<Rule, pass>().reads >= kState) ? Rule::kStates : 0>;
 
-// Whether all tensors of the record allow vector accesses.
+// Whether all tensors of the record allow vector accesses, and vectors of random numbers.
 template <class Rule>
 __device__ bool is_aligned(const TensorRecord& t) {
   uintptr_t bits = reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad);
   for (int k = 0; k < Rule::kStates; ++k) bits |= reinterpret_cast<uintptr_t>(t.state[k]);
-  return bits % 16 == 0;
+  return bits % 16 == 0 && t.offset % kVector == 0;
 }
 
 // The rule's coefficients. Learning rate, step and scale may stand in device memory.
@@ -140,7 +143,14 @@ __device__ inline void reduce_norms(const DeviceTable& table, const Chunk& chunk
 template <class Rule, Pass pass, bool kFloat32>
 __global__ void __launch_bounds__(kThreads, 2)
     step_kernel(const DeviceTable table, const typename Rule::Hyper hyper, const StepOptions options) {
-  if (options.found_inf != nullptr && *options.found_inf != 0.0f) return;
+  if (options.found_inf != nullptr && *options.found_inf != 0.0f) {
+    if constexpr (pass == kNormPass) {  // whoever adds up shards reads them all the same
+      const Chunk chunk = table.chunks[blockIdx.x];
+      if (chunk.index == 0 && threadIdx.x < kNorms)
+        table.norms[static_cast<int64_t>(chunk.tensor) * kNorms + threadIdx.x] = 0.0;
+    }
+    return;
+  }
   // The update pass of a rule with norms goes backwards, because the cache holds what the norm pass touched last.
   const unsigned block = pass == kUpdatePass && kHasNorms<Rule> ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const Chunk chunk = table.chunks[block];
@@ -161,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Stage 2: the chunk's elements. Vectors come first, if all tensors are aligned, then what is left, one by one.
   Tile<Rule, pass, kFloat32> tile = {t, c, grad_factor(options.maximize, options.grad_scale), {}};
   if (options.stochastic_rounding) {
-    tile.rounding = {true, options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id};
+    tile.rounding = {true, options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id, t.offset};
   }
   constexpr TouchedStates<Rule, pass> kStatesTouched = {};
   const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
@@ -191,10 +201,15 @@ void launch_pass(const DeviceTable& table, const typename Rule::Hyper& hyper, co
 }
 
 template <class Rule>
-void step(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options, const Gpu& gpu) {
+void step(const DeviceTable& table, const typename Rule::Hyper& hyper, const StepOptions& options, const Gpu& gpu,
+          const Phase& phase) {
   if (table.chunk_count == 0) return;
-  if constexpr (kHasNorms<Rule>) launch_pass<Rule, kNormPass>(table, hyper, options, gpu);
-  launch_pass<Rule, kUpdatePass>(table, hyper, options, gpu);
+  DeviceTable placed = table;
+  if (phase.norms != nullptr) placed.norms = phase.norms;
+  if constexpr (kHasNorms<Rule>) {
+    if (phase.norm_pass) launch_pass<Rule, kNormPass>(placed, hyper, options, gpu);
+  }
+  if (phase.update_pass) launch_pass<Rule, kUpdatePass>(placed, hyper, options, gpu);
 }
 
 }  // namespace singlepass::optim

@@ -5,8 +5,9 @@
 namespace singlepass::optim {
 namespace {
 
+// Writes the sum of squares to `sum_alone`, if it is not null, else what follows from it to `result`.
 __global__ void __launch_bounds__(kThreads)
-    grad_norm_kernel(const DeviceTable table, const ClipOptions options, GradNorm* result) {
+    grad_norm_kernel(const DeviceTable table, const ClipOptions options, GradNorm* result, double* sum_alone) {
   const Chunk chunk = table.chunks[blockIdx.x];
   const TensorRecord& t = table.records[chunk.tensor];
   const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
@@ -35,14 +36,28 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) table.partials[blockIdx.x] = squares;
   if (!is_last_block(&table.tickets[table.tensor_count], gridDim.x)) return;
   const double sum = sum_partials(table.partials, table.chunk_count);
-  if (threadIdx.x == 0) *result = finish_grad_norm(sum, options);
+  if (threadIdx.x != 0) return;
+  if (sum_alone != nullptr) {
+    *sum_alone = sum;
+  } else {
+    *result = finish_grad_norm(sum, options);
+  }
+}
+
+void launch_grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result, double* sum_alone,
+                      const Gpu& gpu) {
+  launch(&grad_norm_kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, gpu, table,
+         options, result, sum_alone);
 }
 
 }  // namespace
 
+void grad_squares(const DeviceTable& table, double* result, const Gpu& gpu) {
+  launch_grad_norm(table, {}, nullptr, result, gpu);
+}
+
 void grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result, const Gpu& gpu) {
-  launch(&grad_norm_kernel, dim3(static_cast<unsigned>(table.chunk_count)), dim3(table.shape.threads), 0, gpu, table,
-         options, result);
+  launch_grad_norm(table, options, result, nullptr, gpu);
 }
 
 }  // namespace singlepass::optim

@@ -29,8 +29,13 @@ SINGLEPASS_HD GradNorm finish_grad_norm(double sum_of_squares, const ClipOptions
           finite ? 0.0f : 1.0f};
 }
 
-// Reads grad, grad_dtype and numel of each record.
-// Reads all gradients once and writes `result`, on the device of the gradients.
+// These read grad, grad_dtype and numel of each record: all gradients once. They write `result` on the gradients'
+// device: the sum of squares of what is stored, which is finite if all elements are, and can be added to that of other
+// shards.
+void grad_squares(const std::vector<TensorRecord>& tensors, double* result, const ParallelFor& parallel_for);
+void grad_squares(const DeviceTable& table, double* result, const Gpu& gpu);
+
+// Both steps in one: finish_grad_norm of the sum.
 void grad_norm(const std::vector<TensorRecord>& tensors, const ClipOptions& options, GradNorm* result,
                const ParallelFor& parallel_for);
 void grad_norm(const DeviceTable& table, const ClipOptions& options, GradNorm* result, const Gpu& gpu);

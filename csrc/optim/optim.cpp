@@ -5,11 +5,27 @@
 
 namespace singlepass::optim {
 
+namespace {
+
+// By the half of a random word that element i of the whole tensor takes.
+SINGLEPASS_HD uint16_t round_stochastic(float value, uint32_t word, int64_t i) {
+  return float_to_bfloat16_stochastic(value, i % 2 == 0 ? word & 0xffffu : word >> 16);
+}
+
+}  // namespace
+
 void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random) {
+  const uint64_t high = static_cast<uint64_t>(random.step) << 32 | random.id;
+  uint16_t* half = static_cast<uint16_t*>(to);
+  if (const int lane = static_cast<int>(random.start % 8); lane != 0) {  // begins with what is left of a Philox block
+    const Philox4 bits = philox4x32(random.seed, random.start / 8, high);
+    const int64_t left = std::min<int64_t>(8 - lane, n);
+    for (int64_t i = 0; i < left; ++i) half[i] = round_stochastic(from[i], bits.word[(lane + i) / 2], lane + i);
+    from += left, half += left, n -= left;
+  }
   alignas(64) uint32_t words[4][kTile / 8];
   const int64_t groups = (n + 7) / 8;
-  const uint64_t first = random.start / 8;
-  const uint64_t high = static_cast<uint64_t>(random.step) << 32 | random.id;
+  const uint64_t first = (random.start + 7) / 8;
 #pragma GCC ivdep
   for (int64_t i = 0; i < groups; ++i) {
     const Philox4 bits = philox4x32(random.seed, first + i, high);
@@ -18,15 +34,10 @@ void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStrea
     words[2][i] = bits.word[2];
     words[3][i] = bits.word[3];
   }
-  uint16_t* half = static_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t word = words[(i % 8) / 2][i / 8];
-    half[i] = float_to_bfloat16_stochastic(from[i], i % 2 == 0 ? word & 0xffffu : word >> 16);
-  }
+  for (int64_t i = 0; i < n; ++i) half[i] = round_stochastic(from[i], words[(i % 8) / 2][i / 8], i);
 }
 
-void grad_norm(const std::vector<TensorRecord>& tensors, const ClipOptions& options, GradNorm* result,
-               const ParallelFor& parallel_for) {
+void grad_squares(const std::vector<TensorRecord>& tensors, double* result, const ParallelFor& parallel_for) {
   const std::vector<Chunk> chunks = make_chunks(tensors.data(), 0, static_cast<int64_t>(tensors.size()), kCpuChunk);
   const int64_t n = static_cast<int64_t>(chunks.size());
   std::vector<double> partials(n, 0.0);
@@ -43,14 +54,20 @@ void grad_norm(const std::vector<TensorRecord>& tensors, const ClipOptions& opti
                             }
                           }
                         });
-  double sum = 0.0;
-  for (const double partial : partials) sum += partial;
-  *result = finish_grad_norm(sum, options);
+  *result = 0.0;
+  for (const double partial : partials) *result += partial;
+}
+
+void grad_norm(const std::vector<TensorRecord>& tensors, const ClipOptions& options, GradNorm* result,
+               const ParallelFor& parallel_for) {
+  double squares = 0.0;
+  grad_squares(tensors, &squares, parallel_for);
+  *result = finish_grad_norm(squares, options);
 }
 
 #define SINGLEPASS_INSTANTIATE(...)                                                                     \
   template void step<__VA_ARGS__>(const std::vector<TensorRecord>&, const typename __VA_ARGS__::Hyper&, \
-                                  const StepOptions&, const ParallelFor&);
+                                  const StepOptions&, const ParallelFor&, const Phase&);
 SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
 
 }  // namespace singlepass::optim

@@ -6,7 +6,7 @@ namespace singlepass::optim {
 
 #define SINGLEPASS_INSTANTIATE(...)                                                                           \
   template void step<__VA_ARGS__>(const DeviceTable&, const typename __VA_ARGS__::Hyper&, const StepOptions&, \
-                                  const Gpu&);
+                                  const Gpu&, const Phase&);
 SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_INSTANTIATE)
 
 }  // namespace singlepass::optim

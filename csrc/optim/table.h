@@ -17,7 +17,9 @@ struct TensorRecord {
   const float* scale;  // the rule's scalar of this tensor; null where Rule::kScaled is false
   int64_t numel;
   int64_t columns;  // of rows that a step may not cut; 0 where it may cut anywhere
-  uint32_t id;      // names the tensor's stream of random numbers
+  int64_t
+      offset;  // of the first element in the whole tensor, of which this may be a shard: where its random numbers begin
+  uint32_t id;  // names the tensor's stream of random numbers
   DType param_dtype, grad_dtype, state_dtype[kMaxStates];
 };
 
@@ -35,6 +37,13 @@ struct StepOptions {
   uint64_t seed;
   bool maximize;
   bool stochastic_rounding;  // of bfloat16 parameters
+};
+
+// Which passes of a rule with norms a step makes. One of them alone writes or reads `norms`, kNorms sums of squares for
+// each tensor on the tensors' device, so that the sums of shards can be added in between.
+struct Phase {
+  bool norm_pass = true, update_pass = true;
+  double* norms = nullptr;
 };
 
 struct Chunk {

@@ -37,6 +37,7 @@ struct StepArguments {
   bool maximize;
   std::optional<int64_t> seed;
   const std::vector<int64_t>& ids;
+  const std::vector<int64_t>& offsets;
   const std::optional<Tensor>& grad_scale;
   const std::optional<Tensor>& found_inf;
 };
@@ -97,6 +98,7 @@ inline Step make_step(const StepArguments& a) {
   if (a.scales != nullptr) check_count(a, "scales", a.scales->size());
   if (!a.steps.empty() || a.seed.has_value()) check_count(a, "steps", a.steps.size());
   if (a.seed.has_value()) check_count(a, "ids", a.ids.size());
+  if (a.seed.has_value() && !a.offsets.empty()) check_count(a, "offsets", a.offsets.size());
   if (a.params.empty()) return step;
 
   step.like = &a.params[0];
@@ -125,7 +127,13 @@ inline Step make_step(const StepArguments& a) {
     }
     if (a.scales != nullptr) r.scale = scalar_of_tensor(a, "scales", *a.scales, i);
     if (!a.steps.empty()) r.step = scalar_of_tensor(a, "steps", a.steps, i);
-    if (a.seed.has_value()) r.id = static_cast<uint32_t>(a.ids[i]);
+    if (a.seed.has_value()) {
+      r.id = static_cast<uint32_t>(a.ids[i]);
+      r.offset = a.offsets.empty() ? 0 : a.offsets[i];
+      if (r.offset < 0) {
+        fail(a.op, "offsets of 0 or more; got ", r.offset, ". Count elements from the whole tensor's first.");
+      }
+    }
   }
   step.options.lr = lr_of(a);
   step.options.grad_scale = scalar_pointer(a.op, "grad_scale", a.grad_scale, a.params[0]);
@@ -134,6 +142,29 @@ inline Step make_step(const StepArguments& a) {
   step.options.maximize = a.maximize;
   step.options.stochastic_rounding = a.seed.has_value();
   return step;
+}
+
+// The passes to make of a rule without norms: all.
+inline optim::Phase phase_of(const StepArguments&) {
+  return {};
+}
+
+// Of a rule with norms: all in phase 0, one in phases 1 and 2, where `norms` is what the first writes for the second.
+inline optim::Phase phase_of(const StepArguments& a, const std::optional<Tensor>& norms, int64_t phase) {
+  if (phase < 0 || phase > 2) fail(a.op, "phase 0, 1 or 2; got ", phase, ". Leave it at 0 for a whole step.");
+  if (norms.has_value() != (phase != 0)) {
+    fail(a.op, "norms in phases 1 and 2, and only there; got ", norms.has_value() ? "some" : "none", " in phase ",
+         phase, ". Pass one tensor to both.");
+  }
+  if (phase == 0) return {};
+  const int64_t count = static_cast<int64_t>(a.params.size());
+  check_device(a.op, "norms", *norms, a.params[0]);
+  if (norms->scalar_type() != ScalarType::Double || norms->dim() != 2 || norms->size(0) != count ||
+      norms->size(1) != optim::kNorms || !norms->is_contiguous()) {
+    fail(a.op, "contiguous float64 norms of shape (", count, ", ", optim::kNorms, "); got ",
+         torch::headeronly::toString(norms->scalar_type()), " of shape ", shape_of(*norms), ". Use torch.empty.");
+  }
+  return {phase == 1, phase == 2, static_cast<double*>(norms->data_ptr())};
 }
 
 template <class Rule>
@@ -146,19 +177,24 @@ struct ListArgument {
   using Type = Tensors;
 };
 
+// What the schemas of rules with norms have in the end.
+template <class Rule>
+using PhaseTypes = std::conditional_t<optim::kHasNorms<Rule>, std::tuple<std::optional<Tensor>, int64_t>, std::tuple<>>;
+
 template <class Rule>
 inline constexpr size_t kLists = Rule::kStates + (Rule::kScaled ? 1 : 0);
 
 // The op of a rule, with the argument list of its schema.
 template <class Backend, class Rule, class Lists = std::make_index_sequence<kLists<Rule>>,
-          class HyperTypes = typename Rule::HyperTypes>
+          class HyperTypes = typename Rule::HyperTypes, class Phased = PhaseTypes<Rule>>
 struct StepOp;
 
-template <class Backend, class Rule, size_t... K, class... H>
-struct StepOp<Backend, Rule, std::index_sequence<K...>, std::tuple<H...>> {
+template <class Backend, class Rule, size_t... K, class... H, class... P>
+struct StepOp<Backend, Rule, std::index_sequence<K...>, std::tuple<H...>, std::tuple<P...>> {
   static void call(Tensors params, Tensors grads, typename ListArgument<K>::Type... lists, Tensors steps, Tensor lr,
                    H... hyper, bool maximize, std::optional<int64_t> seed, std::vector<int64_t> ids,
-                   std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                   std::vector<int64_t> offsets, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+                   P... phased) {
     std::vector<const Tensors*> states = {&lists...};
     const Tensors* scales = nullptr;
     if constexpr (Rule::kScaled) {
@@ -171,44 +207,56 @@ struct StepOp<Backend, Rule, std::index_sequence<K...>, std::tuple<H...>> {
       if (plain) states.pop_back();
     }
     const std::string op = op_name<Rule>();
-    const Step step =
-        make_step({op, params, grads, states, scales, steps, lr, maximize, seed, ids, grad_scale, found_inf});
+    const StepArguments arguments = {op,       params, grads, states,  scales,     steps,    lr,
+                                     maximize, seed,   ids,   offsets, grad_scale, found_inf};
+    const Step step = make_step(arguments);
     if (step.records.empty()) return;
+    const optim::Phase phase = phase_of(arguments, phased...);
     const Backend on(op.c_str(), *step.like);
     if constexpr (requires { typename Rule::Plain; }) {
-      if (plain) return run<typename Rule::Plain>(on, step, {hyper...});
+      if (plain) return run<typename Rule::Plain>(on, step, {hyper...}, phase);
     }
-    run<Rule>(on, step, {hyper...});
+    run<Rule>(on, step, {hyper...}, phase);
   }
 
   template <class R>
-  static void run(const Backend& on, const Step& step, const typename R::Hyper& hyper) {
-    optim::step<R>(on.table(step.records, R::kStates), hyper, step.options, on.where());
+  static void run(const Backend& on, const Step& step, const typename R::Hyper& hyper, const optim::Phase& phase) {
+    optim::step<R>(on.table(step.records, R::kStates), hyper, step.options, on.where(), phase);
   }
 };
 
-// Records of gradients alone, for grad_norm.
-inline std::vector<TensorRecord> grad_records(const Tensors& grads, Tensors& kept) {
-  if (grads.empty()) fail("grad_norm", "at least one gradient; got none. Leave out the call.");
+// Records of gradients alone.
+inline std::vector<TensorRecord> grad_records(const char* op, const Tensors& grads, Tensors& kept) {
+  if (grads.empty()) fail(op, "at least one gradient; got none. Leave out the call.");
   std::vector<TensorRecord> records(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    check_device("grad_norm", "gradients", grads[i], grads[0]);
+    check_device(op, "gradients", grads[i], grads[0]);
     if (grads[i].layout() != torch::headeronly::Layout::Strided) {
-      fail("grad_norm", "strided gradients; got a sparse one. Use torch.Tensor.to_dense.");
+      fail(op, "strided gradients; got a sparse one. Use torch.Tensor.to_dense.");
     }
     kept.push_back(is_dense(grads[i]) ? grads[i] : torch::stable::contiguous(grads[i]));
     std::memset(static_cast<void*>(&records[i]), 0, sizeof(TensorRecord));
     records[i].grad = kept[i].data_ptr();
-    records[i].grad_dtype = dtype_of("grad_norm", "gradients", kept[i]);
+    records[i].grad_dtype = dtype_of(op, "gradients", kept[i]);
     records[i].numel = kept[i].numel();
   }
   return records;
 }
 
 template <class Backend>
+Tensor grad_squares(Tensors grads) {
+  Tensors kept;
+  const std::vector<TensorRecord> records = grad_records("grad_squares", grads, kept);
+  const Backend on("grad_squares", grads[0]);
+  Tensor result = torch::stable::new_empty(grads[0], {1}, ScalarType::Double);
+  optim::grad_squares(on.table(records, 0), static_cast<double*>(result.data_ptr()), on.where());
+  return result;
+}
+
+template <class Backend>
 Tensor grad_norm(Tensors grads, double max_norm, double eps, std::optional<Tensor> grad_scale) {
   Tensors kept;
-  const std::vector<TensorRecord> records = grad_records(grads, kept);
+  const std::vector<TensorRecord> records = grad_records("grad_norm", grads, kept);
   const float* scale = scalar_pointer("grad_norm", "grad_scale", grad_scale, grads[0]);
   const Backend on("grad_norm", grads[0]);
   Tensor result = torch::stable::new_empty(grads[0], {3}, ScalarType::Float);
@@ -230,6 +278,7 @@ void register_optim(Library& m) {
 #define SINGLEPASS_REGISTER(...) register_step<Backend, __VA_ARGS__>(m);
   SINGLEPASS_FOR_EACH_RULE(SINGLEPASS_REGISTER)
 #undef SINGLEPASS_REGISTER
+  m.impl("grad_squares", TORCH_BOX(&grad_squares<Backend>));
   m.impl("grad_norm", TORCH_BOX(&grad_norm<Backend>));
 }
 

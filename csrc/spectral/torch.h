@@ -77,7 +77,7 @@ inline SpectralStep spectral_step(const Tensors& params, const Tensors& grads, c
       fail(op, "contiguous matrices of vectors, or vectors of values; got ", shape_of(p), ". Make them contiguous.");
     }
   }
-  const std::vector<int64_t> ids;
+  const std::vector<int64_t> none;
   SpectralStep call;
   call.step = make_step({op,
                          params,
@@ -88,7 +88,8 @@ inline SpectralStep spectral_step(const Tensors& params, const Tensors& grads, c
                          lr,
                          maximize,
                          std::nullopt,
-                         ids,
+                         none,
+                         none,
                          grad_scale,
                          found_inf});
   for (size_t i = 0; i < call.step.records.size(); ++i) {

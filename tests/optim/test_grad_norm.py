@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from singlepass.reference.optim import finish_grad_norm
+
 from ..tolerances import assert_close
 from .steps import DTYPES, Place, each_kernel, each_place, normal
 
@@ -47,6 +49,44 @@ def test_norm_and_divisor(
 
 
 @each_kernel
+@pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES], ids=str)
+def test_sum_of_squares(dtypes: tuple[torch.dtype, ...], place: Place) -> None:
+    grads = gradients(dtypes, place.device)
+    truth = sum(g.double().square().sum() for g in grads)
+    for where in (place, Place("eager", place.device)):
+        squares = where.function("grad_squares")(grads)
+        assert (squares.dtype, squares.shape) == (torch.float64, (1,))
+        # Exact products, added in float64.
+        torch.testing.assert_close(squares.sum(), truth, rtol=1e-12, atol=0.0)
+
+
+@each_place
+@pytest.mark.parametrize("scale", [None, 3.0], ids=["unscaled", "scaled"])
+@pytest.mark.parametrize(("max_norm", "eps"), [(0.0, 0.0), (1.0, 1e-2), (1e9, 0.0)])
+def test_shards_whose_squares_are_added_have_the_norm_of_the_whole(
+    max_norm: float, eps: float, scale: float | None, place: Place
+) -> None:
+    grads = gradients(DTYPES, place.device)
+    grad_scale = None if scale is None else torch.tensor([scale], device=place.device)
+    options = {"max_norm": max_norm, "eps": eps, "grad_scale": grad_scale}
+    squares = place.function("grad_squares")
+    parts = squares([*grads[:5], grads[5][:12345]]) + squares([grads[5][12345:]])
+    actual = finish_grad_norm(parts, **options)
+    # Both are the float32 next to numbers that differ by the order of a float64 sum.
+    torch.testing.assert_close(actual, place.function("grad_norm")(grads, **options), rtol=2.0**-23, atol=0.0)
+
+
+@each_place
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_sum_of_squares_that_is_not_finite_says_so(value: float, place: Place) -> None:
+    grads = gradients(DTYPES, place.device)
+    squares = place.function("grad_squares")
+    assert finish_grad_norm(squares(grads))[2] == 0.0
+    grads[-1][12345] = value
+    assert finish_grad_norm(squares(grads))[2] == 1.0
+
+
+@each_kernel
 @pytest.mark.parametrize("value", [1e-30, 1e-8, 1e30], ids=str)
 def test_squares_that_float32_cannot_hold(value: float, place: Place) -> None:
     check([torch.full((1000,), value, device=place.device)], place)
@@ -74,12 +114,15 @@ def test_any_strides(place: Place) -> None:
     x = normal((6, 8, 10), 3, device=place.device)
     for view in (x.permute(2, 0, 1), x[:, ::2], x[1:, 2:, 3:], x[:, :1].expand(6, 8, 10), x.mT):
         check([view], place)
+        squares = place.function("grad_squares")([view]).sum()
+        torch.testing.assert_close(squares, view.double().square().sum(), rtol=1e-12, atol=0.0)
 
 
 @each_place
-def test_no_gradients_at_all_are_refused(place: Place) -> None:
-    with pytest.raises((RuntimeError, ValueError), match="grad_norm: expected at least one gradient"):
-        place.function("grad_norm")([])
+@pytest.mark.parametrize("name", ["grad_norm", "grad_squares"])
+def test_no_gradients_at_all_are_refused(name: str, place: Place) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=f"{name}: expected at least one gradient"):
+        place.function(name)([])
 
 
 @pytest.mark.serial
@@ -88,6 +131,7 @@ def test_no_gradients_at_all_are_refused(place: Place) -> None:
 def test_the_same_bits_for_any_number_of_threads(count: int, place: Place) -> None:
     grads = gradients(DTYPES, place.device) * 4
     torch.set_num_threads(1)
-    expected = place.function("grad_norm")(grads, max_norm=1.0)
+    expected, squares = place.function("grad_norm")(grads, max_norm=1.0), place.function("grad_squares")(grads)
     torch.set_num_threads(count)
     assert torch.equal(place.function("grad_norm")(grads, max_norm=1.0), expected)
+    assert torch.equal(place.function("grad_squares")(grads), squares)

@@ -16,7 +16,19 @@ from singlepass.reference.philox import philox4x32, stochastic_bfloat16
 
 from ..simt.truth import CASES, Case
 from ..tolerances import TOLERANCES, assert_same_bits, same_bits
-from .steps import Mix, Place, call, each_case, each_kernel, each_place, make_tensors, normal, rule_of, set_grads
+from .steps import (
+    Mix,
+    Place,
+    Tensors,
+    call,
+    each_case,
+    each_kernel,
+    each_place,
+    make_tensors,
+    normal,
+    rule_of,
+    set_grads,
+)
 from .trajectory import give_grads, make_optimizer, make_params, train
 
 BFLOAT16 = Mix(torch.bfloat16, torch.bfloat16)
@@ -24,7 +36,7 @@ SIZES = [(1,), (7,), (8,), (9, 13), (1025,), (32777,)]
 SAME_BITS = [case for case in CASES if TOLERANCES[rule_of(case).name].n == 0]
 
 
-def one_step(p: Tensor, lr: float, place: Place, seed: int = 0, first_id: int = 0) -> Tensor:
+def one_step(p: Tensor, lr: float, place: Place, seed: int = 0, first_id: int = 0, offset: int | None = None) -> Tensor:
     """What p becomes when every element goes down by lr, rounded stochastically."""
     p = p.clone()
     case = next(case for case in CASES if case.rule == "lion")
@@ -32,7 +44,15 @@ def one_step(p: Tensor, lr: float, place: Place, seed: int = 0, first_id: int = 
     hyper = case.hyper | {"weight_decay": 0.0}
     lr_tensor = torch.tensor(lr, dtype=torch.float64)
     place.function("lion_step_")(
-        [p], [torch.ones_like(p)], states, steps, lr_tensor, **hyper, seed=seed, ids=[first_id]
+        [p],
+        [torch.ones_like(p)],
+        states,
+        steps,
+        lr_tensor,
+        **hyper,
+        seed=seed,
+        ids=[first_id],
+        offsets=[] if offset is None else [offset],
     )
     return p
 
@@ -114,6 +134,75 @@ def test_the_same_bits_as_eager(case: Case, place: Place) -> None:
 def test_the_same_bits_as_eager_in_another_layout(shape: tuple[int, ...], place: Place) -> None:
     x = normal(shape, 1, torch.bfloat16, place.device).to(memory_format=torch.channels_last)
     assert_same_bits(one_step(x, 1e-3, place), one_step(x, 1e-3, Place("eager", place.device)))
+
+
+@each_place
+@pytest.mark.parametrize("offset", range(18))
+def test_a_shard_draws_what_its_part_of_the_whole_draws(offset: int, place: Place) -> None:
+    whole = normal((2100,), 1, torch.bfloat16, place.device)
+    expected = one_step(whole, 1e-3, place)
+    for size in (0, 1, 5, 8, 13, 2100 - offset):
+        part = slice(offset, offset + size)
+        assert_same_bits(one_step(whole[part], 1e-3, place, offset=offset), expected[part])
+
+
+@each_place
+def test_a_shard_draws_other_bits_than_the_first_one(place: Place) -> None:
+    p = normal((1000,), 1, torch.bfloat16, place.device)
+    first = one_step(p, 1e-3, place, offset=0)
+    assert_same_bits(one_step(p, 1e-3, place), first)
+    for offset in (1, 8, 1000, 2**35, 2**40 + 3):
+        assert not same_bits(one_step(p, 1e-3, place, offset=offset), first)
+
+
+@each_kernel
+@pytest.mark.parametrize("offset", [2**35 - 8, 2**35 - 3, 2**62 + 1])
+def test_offsets_of_huge_tensors_as_in_eager(offset: int, place: Place) -> None:
+    p = normal((100,), 1, torch.bfloat16, place.device)
+    expected = one_step(p, 1e-3, Place("eager", place.device), offset=offset)
+    assert_same_bits(one_step(p, 1e-3, place, offset=offset), expected)
+
+
+@each_place
+@pytest.mark.parametrize("case", [case for case in CASES if not rule_of(case).has_norms], ids=lambda case: case.id)
+def test_elementwise_rules_give_shards_the_bits_of_the_whole(case: Case, place: Place) -> None:
+    whole = make_tensors(case, [(37, 27)], BFLOAT16, device=place.device)
+    rows = [(0, 5), (5, 5), (5, 16), (16, 37)]  # of shards, one of them empty
+
+    def cut(t: Tensor) -> list[Tensor]:
+        return [t[begin:end].clone() for begin, end in rows]
+
+    def copies(tensors: list[Tensor]) -> list[Tensor]:
+        return [t.clone() for t in tensors for _ in rows]
+
+    states = [cut(s) for (s,) in whole.states]
+    parts = Tensors(cut(whole.params[0]), [], states, copies(whole.scales), copies(whole.steps))
+    function = place.function(rule_of(case).name)
+    for t in range(1, 4):
+        set_grads(whole, t)
+        parts.grads = cut(whole.grads[0])
+        call(function, case, whole, seed=5, ids=[3])
+        call(function, case, parts, seed=5, ids=[3] * 4, offsets=[27 * begin for begin, _ in rows])
+        assert_same_bits(torch.cat(parts.params), whole.params[0])
+        for (s,), shards in zip(whole.states, parts.states, strict=True):
+            assert_same_bits(torch.cat(shards), s)
+
+
+@each_place
+def test_offsets_that_do_not_fit_are_refused(place: Place) -> None:
+    case = next(case for case in CASES if case.rule == "lion")
+    tensors = make_tensors(case, [(5,), (6,)], BFLOAT16, device=place.device)
+    before = tensors.clone()
+    for offsets, got in (([8], "1"), ([8, -1], "-1")):
+        with pytest.raises((RuntimeError, ValueError), match=rf"^lion_step_: expected .*offsets.*; got {got}\. "):
+            call(place.function("lion_step_"), case, tensors, seed=1, ids=[0, 1], offsets=offsets)
+    for t, old in zip(tensors.written(), before.written(), strict=True):
+        assert_same_bits(t, old)
+    # Who draws nothing needs none, as with ids.
+    call(place.function("lion_step_"), case, tensors, offsets=[-1])
+    call(place.function("lion_step_"), case, before)
+    for t, other in zip(tensors.written(), before.written(), strict=True):
+        assert_same_bits(t, other)
 
 
 @each_place

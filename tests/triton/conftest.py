@@ -28,7 +28,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch):
     from .recorder import Recorder
 
     monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
-    monkeypatch.setattr(optim._buckets, "_entries", OrderedDict())
+    monkeypatch.setattr(optim._plans, "_entries", OrderedDict())
     monkeypatch.setattr(grad_norm._plans, "_entries", OrderedDict())
     recorders = {}
     for module, name in ((optim, "step_kernel"), (grad_norm, "grad_norm_kernel"), (_table, "list_chunks_kernel")):

@@ -102,7 +102,8 @@ def test_more_dtypes(param: torch.dtype, dtype: torch.dtype, recorded: dict[str,
 def test_gradient_norm_and_table(arch: int, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     OPS["grad_norm"].on("triton")([torch.zeros(1, dtype=dtype) for dtype in dtypes])
-    assert len(recorded["grad_norm_kernel"]) == 3
+    OPS["grad_squares"].on("triton")([torch.zeros(1)])
+    assert len(recorded["grad_norm_kernel"]) == 4
     for launch in recorded["grad_norm_kernel"] + recorded["list_chunks_kernel"]:
         check(launch, arch, tmp_path)
 

@@ -112,7 +112,7 @@ def test_a_captured_step_follows_its_inputs_and_outlives_the_tables(name: str) -
     graph = captured(lambda: run("triton", case, tensors, **options))
     assert_all_same(tensors, expected)
 
-    optim._buckets._entries.clear()
+    optim._plans._entries.clear()
     torch.cuda.empty_cache()
     poison = [torch.full((1 << 20,), -1, dtype=torch.int64, device="cuda") for _ in range(4)]
     for t, skipped in ((2, False), (3, True), (4, False)):

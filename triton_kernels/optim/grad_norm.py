@@ -50,12 +50,14 @@ def grad_norm_kernel(
     eps: tl.float64,
     a_grad_scale: tl.int64,
     STORAGE: tl.constexpr,
+    SUM_ALONE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each program sums the squares of one chunk; the last of all ``total`` programs computes the result.
 
-    A launch serves the chunks of one storage type, from ``first`` on. The result is [norm, divisor, non-finite flag].
+    A launch serves the chunks of one storage type, from ``first`` on. The result is the sum, a float64, or, as float32,
+    [norm, divisor, non-finite flag].
     """
     i_program = first + tl.program_id(0)
     chunk = tl.load(p_chunks + i_program)
@@ -77,13 +79,16 @@ def grad_norm_kernel(
     # The ticket counts the programs of all launches. Gradients are to be divided by loss scale / clip, if clip < 1.
     if is_last_program(p_tickets, total):
         squared = sum_partials(p_partials, total, BLOCK)
-        scale = load_scalar(a_grad_scale.to(tl.int64), 1.0)
-        norm = tl.sqrt(squared) / scale
-        clip = tl.where(double(max_norm) > 0.0, max_norm / (norm + eps), 1.0)
-        divisor = tl.where(clip >= 1.0, scale, scale / clip)
-        tl.store(p_result, norm.to(tl.float32))
-        tl.store(p_result + 1, divisor.to(tl.float32))
-        tl.store(p_result + 2, tl.where(squared < float("inf"), 0.0, 1.0))
+        if SUM_ALONE:
+            tl.store(p_result, squared)
+        else:
+            scale = load_scalar(a_grad_scale.to(tl.int64), 1.0)
+            norm = tl.sqrt(squared) / scale
+            clip = tl.where(double(max_norm) > 0.0, max_norm / (norm + eps), 1.0)
+            divisor = tl.where(clip >= 1.0, scale, scale / clip)
+            tl.store(p_result, norm.to(tl.float32))
+            tl.store(p_result + 1, divisor.to(tl.float32))
+            tl.store(p_result + 2, tl.where(squared < float("inf"), 0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,15 @@ def _make_plan(op: str, grads: Sequence[Tensor]) -> Plan:
     return Plan(table, {storage: sum(r.chunk_count for r in rows) for storage, rows in records.items()})
 
 
-@ops.grad_norm.triton
-def grad_norm(
-    grads: Sequence[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
+def _launch(
+    op: str,
+    grads: Sequence[Tensor],
+    dtype: torch.dtype,
+    size: int,
+    max_norm: float = 0.0,
+    eps: float = 0.0,
+    grad_scale: Tensor | None = None,
 ) -> Tensor:
-    """``grad_norm`` in Triton, one launch for each dtype of the gradients. Arguments and result as in
-    ``singlepass._ops.optim``.
-    """
-    op = "grad_norm"
     require(len(grads) > 0, op, "at least one gradient", "none", "Leave the call out where there are no gradients.")
     device = grads[0].device
     a_grad_scale = require_scalar(op, "grad_scale", grad_scale, device)
@@ -123,7 +129,7 @@ def grad_norm(
         flat = [g if is_dense(g) else g.contiguous() for g in grads]
         content = identities(flat), layouts(flat)
         plan = _plans.get(content[0], content, device, lambda: _make_plan(op, flat))
-        result = torch.empty(3, dtype=torch.float32, device=device)
+        result = torch.empty(size, dtype=dtype, device=device)
         first = 0
         for storage, count in plan.chunk_counts.items():
             grad_norm_kernel[(count,)](
@@ -138,9 +144,26 @@ def grad_norm(
                 eps,
                 a_grad_scale,
                 storage,
+                dtype == torch.float64,
                 plan.table.chunk,
                 BLOCK,
                 **LAUNCH_OPTIONS,
             )
             first += count
     return result
+
+
+@ops.grad_squares.triton
+def grad_squares(grads: Sequence[Tensor]) -> Tensor:
+    """``grad_squares`` in Triton, one launch for each dtype of the gradients."""
+    return _launch("grad_squares", grads, torch.float64, 1)
+
+
+@ops.grad_norm.triton
+def grad_norm(
+    grads: Sequence[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
+) -> Tensor:
+    """``grad_norm`` in Triton, one launch for each dtype of the gradients. Arguments and result as in
+    ``singlepass._ops.optim``.
+    """
+    return _launch("grad_norm", grads, torch.float32, 3, max_norm, eps, grad_scale)

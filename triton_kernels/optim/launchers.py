@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,6 +31,7 @@ from .._common import (
     load,
     load_scalar,
     random_halves,
+    random_halves_anywhere,
     square,
     store,
     sum_partials,
@@ -50,8 +52,10 @@ from .._launch import (
 from .._table import (
     BLOCK,
     ID,
+    INDEX,
     IS_ALIGNED,
     NUMEL,
+    OFFSET,
     PARAM,
     SCALE,
     STEP,
@@ -76,6 +80,7 @@ def run_tile(
     seed,
     low,
     high,
+    offset,
     squares0,
     squares1,
     FUNCTION: tl.constexpr,
@@ -117,7 +122,10 @@ def run_tile(
     for k in tl.static_range(len(STORAGES)):
         if WRITES[k]:
             if k == 0 and STOCHASTIC:
-                random = random_halves(seed, low, high, start, BLOCK)
+                if offset % 8 == 0:
+                    random = random_halves(seed, low, high, offset + start, BLOCK)
+                else:
+                    random = random_halves_anywhere(seed, low, high, offset + start, BLOCK)
                 tl.store(pointers[0], bfloat16_bits_stochastic(p, random), mask=mask)
             else:
                 store(pointers[k], values[k], mask, tl.constexpr(STORAGES[k]))
@@ -171,6 +179,12 @@ def step_kernel(
     """
     # A step with non-finite gradients changes nothing, step counts included.
     if load_scalar(a_found_inf.to(tl.int64), 0.0) != 0.0:
+        if IS_NORM_PASS:  # whoever adds up shards reads them all the same
+            skipped = tl.load(p_chunks + tl.program_id(0))
+            if skipped & 0xFFFFFFFF == 0:
+                p_norm = p_norms + tl.load(p_records + (skipped >> 32) * WIDTH + INDEX) * 2
+                tl.store(p_norm, double(0.0))
+                tl.store(p_norm + 1, double(0.0))
         return
 
     # Find the tensor and the chunk of the program.
@@ -198,12 +212,13 @@ def step_kernel(
     c = COEFFICIENTS(h, rate, finished + 1.0, load_scalar(tl.load(p_record + SCALE), 1.0), FLAGS)
     if APPLY_NORMS is not None and not IS_NORM_PASS:
         # The norm pass has left the two squared norms of the tensor.
-        p_norm = p_norms + i_tensor * 2
+        p_norm = p_norms + tl.load(p_record + INDEX) * 2
         c = APPLY_NORMS(h, c, (tl.load(p_norm), tl.load(p_norm + 1)), FLAGS)
     factor = gradient_factor(direction, a_grad_scale)
 
-    # The random bits of an element depend on seed, tensor id, step and index alone.
+    # The random bits of an element depend on seed, tensor id, step and its place in the whole tensor alone.
     low = tl.load(p_record + ID)
+    offset = tl.load(p_record + OFFSET)
     high = finished.to(tl.int64)
     # Tile by tile over the elements [begin, end) of the chunk: full tiles up to full_end as aligned vectors; the rest,
     # or everything in a tensor that is not aligned, with a mask.
@@ -217,11 +232,11 @@ def step_kernel(
     # fmt: off
     for start in range(begin, full_end, BLOCK):
         squares0, squares1 = run_tile(
-            addresses, start, end, c, factor, seed, low, high, squares0, squares1,
+            addresses, start, end, c, factor, seed, low, high, offset, squares0, squares1,
             FUNCTION, IS_NORM_PASS, STORAGES, READS, WRITES, STOCHASTIC, True, BLOCK)
     for start in range(full_end, end, BLOCK):
         squares0, squares1 = run_tile(
-            addresses, start, end, c, factor, seed, low, high, squares0, squares1,
+            addresses, start, end, c, factor, seed, low, high, offset, squares0, squares1,
             FUNCTION, IS_NORM_PASS, STORAGES, READS, WRITES, STOCHASTIC, False, BLOCK)
     # fmt: on
 
@@ -235,8 +250,9 @@ def step_kernel(
         tl.store(p_partial + 1, tl.sum(squares1))
         if is_last_program(p_tickets + i_tensor, count):
             p_first = p_partial - i_chunk * 2
-            tl.store(p_norms + i_tensor * 2, sum_partials(p_first, count, BLOCK))
-            tl.store(p_norms + i_tensor * 2 + 1, sum_partials(p_first + 1, count, BLOCK))
+            p_norm = p_norms + tl.load(p_record + INDEX) * 2
+            tl.store(p_norm, sum_partials(p_first, count, BLOCK))
+            tl.store(p_norm + 1, sum_partials(p_first + 1, count, BLOCK))
     elif COUNTS:
         if is_last_program(p_tickets + i_tensor, count):
             tl.store(p_step, (finished + 1.0).to(tl.float32))
@@ -250,10 +266,18 @@ class Bucket:
     storages: tuple[str, ...]
 
 
-_buckets: Cache[list[Bucket]] = Cache()
+@dataclass(frozen=True)
+class Plan:
+    """What is kept of a list of tensors: its buckets, and memory for the norms of all tensors, float64 [tensors, 2]."""
+
+    buckets: list[Bucket]
+    norms: Tensor
 
 
-def _make_buckets(
+_plans: Cache[Plan] = Cache()
+
+
+def _make_plan(
     op: str,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -261,7 +285,8 @@ def _make_buckets(
     scales: Sequence[Tensor],
     steps: Sequence[Tensor],
     ids: Sequence[int],
-) -> list[Bucket]:
+    offsets: Sequence[int],
+) -> Plan:
     """Checks what memory safety needs and builds the tables. Gradients already have the layouts of their parameters."""
     device = require_device(op, [params, grads, *states, scales, steps])
     records: dict[tuple[str, ...], list[Record]] = {}
@@ -281,9 +306,12 @@ def _make_buckets(
             step=steps[i].data_ptr() if steps else 0,
             scale=scales[i].data_ptr() if scales else 0,
             id=ids[i] if ids else 0,
+            offset=offsets[i] if offsets else 0,
+            index=i,
         )
         records.setdefault(tuple(STORAGE[t.dtype] for t in tensors), []).append(record)
-    return [Bucket(make_table(rows, device), storages) for storages, rows in records.items()]
+    buckets = [Bucket(make_table(rows, device), storages) for storages, rows in records.items()]
+    return Plan(buckets, torch.empty(len(params), 2, dtype=torch.float64, device=device))
 
 
 def _touched(memory_pass: Pass, states: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
@@ -298,7 +326,9 @@ def _make_step(name: str) -> Callable[..., None]:
     floats = [name for name, kind in op.hyper.items() if kind == "float"]
     flags = [name for name, kind in op.hyper.items() if kind == "bool"]
     betas = [hyper for hyper in floats if hyper.startswith("beta")]
-    passes = [rule.update] if rule.norm is None else [rule.norm, rule.update]
+    # Those of a whole step, then those of phases 1 and 2.
+    norm = [] if rule.norm is None else [rule.norm]
+    passes = ([*norm, rule.update], norm, [rule.update])
 
     def step_(
         params: Sequence[Tensor],
@@ -307,8 +337,11 @@ def _make_step(name: str) -> Callable[..., None]:
         maximize: bool = False,
         seed: int | None = None,
         ids: Sequence[int] = (),
+        offsets: Sequence[int] = (),
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        norms: Tensor | None = None,
+        phase: int = 0,
         **hyper: Any,
     ) -> None:
         if not params:
@@ -319,6 +352,9 @@ def _make_step(name: str) -> Callable[..., None]:
         scales = lists[len(op.states)] if op.scale else []
         counters = [steps, ids] if seed is not None else [values for values in (steps, ids) if values]
         require_lengths(op.name, params, (grads, *states, *([scales] if op.scale else []), *counters))
+        if seed is None:
+            offsets = ()  # which only random numbers need
+        op.check_shards(params, seed, offsets, norms, phase)
         device = params[0].device
         a_lr = address_of_lr(op.name, lr, device)
         a_grad_scale = require_scalar(op.name, "grad_scale", grad_scale, device)
@@ -330,24 +366,24 @@ def _make_step(name: str) -> Callable[..., None]:
                 grads = [laid_out_like(op.name, g, p) for g, p in zip(grads, params, strict=True)]
             lists = [params, grads, *states, scales, steps]
             # Tables are kept while addresses, dtypes and layouts stay the same.
-            buckets = _buckets.get(
+            plan = _plans.get(
                 (name, *map(Tensor.data_ptr, grads)),
-                (*map(identities, lists), layout, *map(layouts, states), tuple(ids)),
+                (*map(identities, lists), layout, *map(layouts, states), tuple(ids), tuple(offsets)),
                 device,
-                lambda: _make_buckets(op.name, params, grads, states, scales, steps, ids),
+                lambda: _make_plan(op.name, params, grads, states, scales, steps, ids, offsets),
             )
             # The float hyperparameters, then the logarithms of the betas, padded to the slots of the kernel.
             h = [hyper[key] for key in floats]
             h += [log_of(hyper[key]) for key in betas]
             h += [0.0] * (HYPER_SLOTS - len(h))
-            for bucket in buckets:
-                for memory_pass in passes:
+            for bucket in plan.buckets:
+                for memory_pass in passes[phase]:
                     table = bucket.table
                     step_kernel[(table.chunk_count,)](
                         table.records,
                         table.chunks,
                         table.tickets,
-                        table.norms,
+                        plan.norms if norms is None else norms,
                         table.partials,
                         *h,
                         0.0 if a_lr else lr.item(),

@@ -12,14 +12,27 @@ hyperparameters and what all rules share by keyword. Lists have one tensor per p
 * ``lr``: float32 or float64, 0-dim, on the CPU; or float32 on the parameters' device.
 * ``seed``: not None rounds bfloat16 parameters stochastically, by Philox with this key and the counter
   (element / 8, id of the tensor, step). ``ids`` then has one int per parameter.
+* ``offsets``: of parameters that are shards, the place of each one's first element in the whole tensor, by which its
+  random bits are drawn: one int >= 0 per parameter. None where all parameters are whole.
 * ``grad_scale``: float32, 0-dim or of one element, on the parameters' device; gradients are divided by it.
 * ``found_inf``: likewise; where it is not zero the step changes nothing, the counters included.
+
+Rules with norms of whole tensors can make their two passes apart, so that norms of shards are added up in between:
+
+* ``phase``: 0 for a whole step, 1 for the norm pass alone, 2 for the update alone, which counts the step.
+* ``norms``: float64, contiguous, (parameters, 2), on the parameters' device; given in phases 1 and 2 only. Phase 1
+  writes each tensor's two sums of squares, zeros if ``found_inf`` is not zero; phase 2 reads them. Both phases together
+  give the bits of phase 0.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from .._errors import require
 from .op import Op
 
 RULES: dict[str, StepOp] = {}  # by the rule's name
@@ -34,6 +47,7 @@ class StepOp(Op):
         hyper: hyperparameters as in a schema.
         scale: the name of a scalar of each tensor that the rule reads.
         counts: whether the rule reads the number of the step.
+        has_norms: whether its update needs norms of whole tensors, which a pass of their own computes.
         used_by: the class.
     """
 
@@ -45,9 +59,10 @@ class StepOp(Op):
         *,
         scale: str | None = None,
         counts: bool = True,
+        has_norms: bool = False,
         used_by: str,
     ) -> None:
-        self.rule, self.states, self.scale, self.counts = rule, states, scale, counts
+        self.rule, self.states, self.scale, self.counts, self.has_norms = rule, states, scale, counts, has_norms
         self.lists = states + ((scale,) if scale else ())  # between grads and steps
         self.hyper = {name: kind for kind, name in map(str.split, hyper.split(","))}  # "float" or "bool", by name
         lists = "".join(f"Tensor({'bcde'[k]}!)[] {name}, " for k, name in enumerate(states))
@@ -55,12 +70,38 @@ class StepOp(Op):
             "optim",
             f"{rule}_step_(Tensor(a!)[] params, Tensor[] grads, {lists}{f'Tensor[] {scale}, ' if scale else ''}"
             f"Tensor(f!)[] steps, Tensor lr, *, {hyper}, bool maximize=False, int? seed=None, int[] ids=[], "
-            "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+            "int[] offsets=[], Tensor? grad_scale=None, Tensor? found_inf=None"
+            f"{', Tensor(g!)? norms=None, int phase=0' if has_norms else ''}) -> ()",
             None,
             f"One step of {used_by} over lists of tensors, in place.",
             used_by=used_by,
         )
         RULES[rule] = self
+
+    def check_shards(
+        self, params: Sequence[Tensor], seed: int | None, offsets: Sequence[int], norms: Tensor | None, phase: int
+    ) -> None:
+        """Refuses offsets and norms that do not fit, before anything is changed."""
+
+        def check(condition: bool, contract: str, got: object, remedy: str) -> None:
+            require(condition, self.name, contract, got, remedy)
+
+        if seed is not None and offsets:
+            check(len(offsets) == len(params), f"{len(params)} offsets", len(offsets), "Pass one for each, or none.")
+            remedy = "Count elements from the whole tensor's first."
+            check(min(offsets) >= 0, "offsets of 0 or more", min(offsets), remedy)
+        check(phase in (0, 1, 2), "phase 0, 1 or 2", phase, "Leave it at 0 for a whole step.")
+        got = f"{'none' if norms is None else 'some'} in phase {phase}"
+        contract, remedy = "norms in phases 1 and 2, and only there", "Pass one tensor to both."
+        check((norms is None) == (phase == 0), contract, got, remedy)
+        if norms is not None:
+            contract, got = f"norms of shape ({len(params)}, 2)", f"{norms.dtype} of shape {tuple(norms.shape)}"
+            fits = norms.dtype == torch.float64 and norms.shape == (len(params), 2) and norms.is_contiguous()
+            check(fits, f"contiguous float64 {contract}", got, "Use torch.empty.")
+            if params:
+                check(
+                    norms.device == params[0].device, f"norms on {params[0].device}", norms.device, "Move them there."
+                )
 
 
 _ADAM = "float beta1, float beta2, float eps, float weight_decay"
@@ -82,16 +123,26 @@ adan = StepOp(
     used_by="`optim.Adan`",
 )
 diffgrad = StepOp("diffgrad", ("exp_avg", "exp_avg_sq", "previous_grad"), _ADAM, used_by="`optim.DiffGrad`")
-lamb = StepOp("lamb", ("exp_avg", "exp_avg_sq"), f"{_ADAM}, bool always_adapt", used_by="`optim.LAMB`")
+lamb = StepOp("lamb", ("exp_avg", "exp_avg_sq"), f"{_ADAM}, bool always_adapt", has_norms=True, used_by="`optim.LAMB`")
 lars = StepOp(
     "lars",
     ("momentum_buffer",),
     "float momentum, float weight_decay, float trust_coefficient, float eps",
     counts=False,
+    has_norms=True,
     used_by="`optim.LARS`",
 )
 sgdsai = StepOp(
     "sgdsai", ("momentum_buffer",), "float momentum, float weight_decay", scale="gsnr", used_by="`optim.SGDSaI`"
+)
+
+grad_squares = Op(
+    "optim",
+    "grad_squares(Tensor[] grads) -> Tensor",
+    lambda grads: grads[0].new_empty(1, dtype=torch.float64),
+    """The sum of squares of all gradients as they are stored, in float64, of shape (1,): infinite or NaN if, and only
+    if, an element is. Sums of shards and of devices add up.""",
+    used_by="norms of gradients on several ranks",
 )
 
 grad_norm = Op(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizer steps in eager PyTorch.
 
-A rule here is what it is in ``csrc/optim/``: coefficients, made in float64 from the step count, and
-an update of one tensor, in the same order of operations, so that float32 results agree to the last bit wherever no sum
-over a tensor, no exponential and no root is involved (ATen's vectorised root is not always correctly rounded). Nothing
-here looks at a tensor's value from the host: the functions run under CUDA graphs and ``torch.compile``.
+A rule here is what it is in ``csrc/optim/``: coefficients, made in float64 from the step count, and an update of one
+tensor, after a norm pass where the rule needs norms. Both return the states that they change. The order of operations
+is the kernels', so that float32 results agree to the last bit wherever no sum over a tensor, no exponential and no root
+is involved (ATen's vectorised root is not always correctly rounded). Nothing here looks at a tensor's value from the
+host: the functions run under CUDA graphs and ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -84,8 +85,11 @@ def _make_step(op: ops.StepOp, rule: Any) -> Callable[..., None]:
         maximize: bool = False,
         seed: int | None = None,
         ids: Sequence[int] = (),
+        offsets: Sequence[int] = (),
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        norms: Tensor | None = None,
+        phase: int = 0,
         **hyper: Any,
     ) -> None:
         *lists, steps, lr = args
@@ -93,6 +97,7 @@ def _make_step(op: ops.StepOp, rule: Any) -> Callable[..., None]:
         lr = lr.reshape(())
         states = [values for values in lists[:state_count] if values]
         check_states(op.name, params, states)
+        op.check_shards(params, seed, offsets, norms, phase)
         for i, p in enumerate(params):
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             skip = None if found_inf is None else found_inf.reshape(()) != 0
@@ -101,12 +106,23 @@ def _make_step(op: ops.StepOp, rule: Any) -> Callable[..., None]:
             scale = lists[state_count][i].double() if has_scale else None
             c = cast(rule.coefficients(lr.double(), step, scale, **hyper), dtype, p.device)
             old = [values[i] for values in states]
+            if op.has_norms:
+                if phase != 2:
+                    terms, new = rule.norm_terms(c, p.to(dtype), g, [s.to(dtype) for s in old])
+                    for target, s in zip(old[: len(new)], new, strict=True):
+                        store(target, s, skip)
+                    squares = [_norm(term).square() for term in terms]
+                if norms is not None and phase == 1:
+                    norms[i] = torch.stack(squares) if skip is None else torch.stack(squares).masked_fill(skip, 0.0)
+                    continue
+                rule.apply_norms(c, squares if norms is None else norms[i])
             value, new = rule.update(c, p.to(dtype), g, [s.to(dtype) for s in old])
-            for target, s in zip(old, new, strict=True):
+            for target, s in zip(old[: len(new)], new, strict=True):
                 store(target, s, skip)
             if seed is not None and p.dtype == torch.bfloat16:
                 stream = (steps[i].long() << 32) | ids[i]
-                random = random_halves(seed, stream, p.numel(), p.device)
+                first = offsets[i] if offsets else 0
+                random = random_halves(seed, stream, p.numel(), p.device, first)
                 rounded = torch.empty_like(p)
                 flat = torch.empty_like(p, dtype=dtype).copy_(value)
                 _memory_order(rounded).copy_(stochastic_bfloat16(_memory_order(flat), random))
@@ -309,15 +325,23 @@ class LAMB:
         )
 
     @staticmethod
-    def update(c, p, g, s):
-        m = c.beta1 * s[0] + (1.0 - c.beta1) * g
-        v = c.beta2 * s[1] + (1.0 - c.beta2) * (g * g)
-        u = (m * c.inverse1) / ((v * c.inverse2).sqrt() + c.eps) + c.decay * p
-        lr = c.lr
+    def direction(c, p, s):
+        return (s[0] * c.inverse1) / ((s[1] * c.inverse2).sqrt() + c.eps) + c.decay * p
+
+    @staticmethod
+    def norm_terms(c, p, g, s):
+        new = [c.beta1 * s[0] + (1.0 - c.beta1) * g, c.beta2 * s[1] + (1.0 - c.beta2) * (g * g)]
+        return (p, LAMB.direction(c, p, new)), new
+
+    @staticmethod
+    def apply_norms(c, squares):
         if c.adapt:
-            ratio = _norm(p) / _norm(u)
-            lr = torch.where((ratio > 0.0) & ratio.isfinite(), lr.double() * ratio, lr.double()).to(p.dtype)
-        return p - lr * u, [m, v]
+            adapted = c.lr.double() * (squares[0] / squares[1]).sqrt()
+            c.lr = torch.where((squares[0] > 0.0) & (squares[1] > 0.0), adapted.to(c.lr.dtype), c.lr)
+
+    @staticmethod
+    def update(c, p, g, s):
+        return p - c.lr * LAMB.direction(c, p, s), []
 
 
 @_reference_of(ops.lars)
@@ -329,11 +353,18 @@ class LARS:
         return Coefficients(lr=lr, decay=weight_decay, momentum=momentum, trust=trust_coefficient, eps=eps)
 
     @staticmethod
-    def update(c, p, g, s):
-        norm_p, norm_g = _norm(p), _norm(g)
+    def norm_terms(c, p, g, s):
+        return (p, g), []
+
+    @staticmethod
+    def apply_norms(c, squares):
+        norm_p, norm_g = squares[0].sqrt(), squares[1].sqrt()
         rate = c.trust * norm_p / (norm_g + c.decay * norm_p + c.eps)
-        lr = torch.where((norm_p > 0.0) & (norm_g > 0.0), c.lr.double() * rate, c.lr.double()).to(p.dtype)
-        v = c.momentum * s[0] + lr * (g + c.decay * p)
+        c.lr = torch.where((norm_p > 0.0) & (norm_g > 0.0), (c.lr.double() * rate).to(c.lr.dtype), c.lr)
+
+    @staticmethod
+    def update(c, p, g, s):
+        v = c.momentum * s[0] + c.lr * (g + c.decay * p)
         return p - v, [v]
 
 
@@ -352,22 +383,34 @@ class SGDSaI:
         return p * c.decay - c.step_size * m, [m]
 
 
+@ops.grad_squares.eager
+def grad_squares(grads: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of all gradients, as ``singlepass._ops.optim`` defines it."""
+    require(len(grads) > 0, "grad_squares", "at least one gradient", "none", "Leave out the call.")
+    return torch.stack([_norm(g).square() for g in grads]).sum().reshape(1)
+
+
+def finish_grad_norm(
+    squares: Tensor, *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
+) -> Tensor:
+    """What ``grad_norm`` returns, from the sum of squares of all gradients: float64, one element."""
+    squares = squares.reshape(())
+    scale = torch.ones_like(squares) if grad_scale is None else grad_scale.reshape(()).double()
+    norm = squares.sqrt() / scale
+    divisor = scale
+    if max_norm > 0.0:
+        clip = max_norm / (norm + eps)
+        divisor = torch.where(clip >= 1.0, scale, scale / clip)
+    return torch.stack((norm, divisor, (~squares.isfinite()).double())).float()
+
+
 @ops.grad_norm.eager
 def grad_norm(
     grads: Sequence[Tensor], *, max_norm: float = 0.0, eps: float = 0.0, grad_scale: Tensor | None = None
 ) -> Tensor:
     """Norm, divisor and non-finite flag of all gradients, as ``singlepass._ops.optim`` defines them."""
     require(len(grads) > 0, "grad_norm", "at least one gradient", "none", "Leave out the call.")
-    device = grads[0].device
-    scale = torch.ones((), dtype=torch.float64, device=device)
-    if grad_scale is not None:
-        scale = grad_scale.reshape(()).double()
-    norm = torch.linalg.vector_norm(torch.stack([_norm(g) for g in grads])) / scale
-    divisor = scale
-    if max_norm > 0.0:
-        clip = max_norm / (norm + eps)
-        divisor = torch.where(clip >= 1.0, scale, scale / clip)
-    return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
+    return finish_grad_norm(grad_squares(grads), max_norm=max_norm, eps=eps, grad_scale=grad_scale)
 
 
 @ops.stream_.eager

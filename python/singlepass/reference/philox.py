@@ -22,11 +22,13 @@ def philox4x32(key: int, counter_low: Tensor, counter_high: Tensor | int) -> tup
     return c0, c1, c2, c3
 
 
-def random_halves(seed: int, stream: Tensor | int, numel: int, device: torch.device) -> Tensor:
-    """``numel`` int32 values of 16 random bits: element i has half i % 2 of word (i % 8) / 2 of block i / 8."""
-    blocks = torch.arange((numel + 7) // 8, device=device, dtype=torch.int64)
+def random_halves(seed: int, stream: Tensor | int, numel: int, device: torch.device, first: int = 0) -> Tensor:
+    """``numel`` int32 values of 16 random bits, those of elements ``first`` and on: element i has half i % 2 of word
+    (i % 8) / 2 of block i / 8."""
+    block, lane = first // 8, first % 8
+    blocks = torch.arange(block, block + (lane + numel + 7) // 8, device=device, dtype=torch.int64)
     words = torch.stack(philox4x32(seed, blocks, stream), dim=1).reshape(-1)
-    return torch.stack((words & 0xFFFF, words >> 16), dim=1).reshape(-1)[:numel].to(torch.int32)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=1).reshape(-1)[lane : lane + numel].to(torch.int32)
 
 
 def stochastic_bfloat16(x: Tensor, random: Tensor) -> Tensor:

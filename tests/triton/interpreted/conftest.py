@@ -20,7 +20,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     from singlepass.triton_kernels.optim import launchers as optim
 
     monkeypatch.setattr(_table, "CHUNK", 2 * _table.BLOCK)
-    monkeypatch.setattr(optim._buckets, "_entries", OrderedDict())
+    monkeypatch.setattr(optim._plans, "_entries", OrderedDict())
     monkeypatch.setattr(grad_norm._plans, "_entries", OrderedDict())
 
 

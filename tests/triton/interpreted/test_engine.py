@@ -14,6 +14,7 @@ import singlepass.optim
 from singlepass.triton_kernels import _table
 from singlepass.triton_kernels.optim import launchers as optim
 
+from ...optim import test_phases, test_stochastic_rounding
 from ...optim.steps import Mix, Place, call, make_tensors, rule_of, set_grads, step_and_check
 from ...simt.truth import CASES, Case
 from ...tolerances import assert_same_bits
@@ -139,6 +140,31 @@ def test_dtypes_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     for part, expected in zip(parts, alone, strict=True):
         run("triton", LAMB, expected)
         assert_all_same(part, expected)
+
+
+@pytest.mark.parametrize("case", [LAMB, BY_ID["lars"]], ids=lambda case: case.id)
+def test_phases_apart(case: Case) -> None:
+    shapes = [(2, 777), (0,), (7,)]
+    options = {"scale": 3.0, "maximize": True, "seed": 7}
+    test_phases.test_two_phases_have_the_bits_of_a_whole_step(case, options, PLACE, shapes)
+    test_phases.test_norms_in_float64(case, PLACE, shapes)
+    test_phases.test_a_skipped_step_has_zeros_for_norms_and_changes_nothing(case, PLACE, shapes)
+    test_phases.test_norms_that_do_not_fit_are_refused(case, PLACE)
+    test_phases.test_no_parameters_have_no_norms(case, PLACE)
+
+
+@pytest.mark.parametrize("offset", range(18))
+def test_shards_draw_what_their_parts_of_the_whole_draw(offset: int) -> None:
+    test_stochastic_rounding.test_a_shard_draws_what_its_part_of_the_whole_draws(offset, PLACE)
+
+
+@pytest.mark.parametrize("offset", [2**35 - 3, 2**62 + 1])
+def test_offsets_of_huge_tensors(offset: int) -> None:
+    test_stochastic_rounding.test_offsets_of_huge_tensors_as_in_eager(offset, PLACE)
+
+
+def test_offsets_that_do_not_fit_are_refused() -> None:
+    test_stochastic_rounding.test_offsets_that_do_not_fit_are_refused(PLACE)
 
 
 def test_tables_are_kept_while_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from singlepass._ops import OPS
 
-from ...optim.steps import normal
+from ...optim import test_grad_norm as optim_test
+from ...optim.steps import Place, normal
 from ...tolerances import assert_same_bits
 
 triton_norm = OPS["grad_norm"].on("triton")
@@ -45,6 +46,15 @@ def gradients() -> list[Tensor]:
 def test_same_as_cpp(options: dict[str, Any]) -> None:
     for _ in range(2):
         assert_same_bits(triton_norm(gradients(), **options), native_norm(gradients(), **options))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16,), (torch.float16, torch.float32)], ids=str)
+def test_sum_of_squares(dtypes: tuple[torch.dtype, ...]) -> None:
+    place = Place("triton", "cpu")
+    optim_test.test_sum_of_squares(dtypes, place)
+    optim_test.test_shards_whose_squares_are_added_have_the_norm_of_the_whole(1.0, 1e-2, 3.0, place)
+    optim_test.test_a_sum_of_squares_that_is_not_finite_says_so(float("nan"), place)
+    optim_test.test_no_gradients_at_all_are_refused("grad_squares", place)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
