@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from .ranks import Ranks
 from .report import UNCOLLECTED, Report
 from .simt.build import sample
 from .simt.ops import in_place_of_native
@@ -125,3 +126,12 @@ def _simt_places(request: pytest.FixtureRequest) -> Iterator[None]:
     place = getattr(request.node, "callspec", None) and request.node.callspec.params.get("place")
     with in_place_of_native() if getattr(place, "simt", False) else nullcontext():
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """The processes of tests on several ranks, by their number."""
+    started: dict[int, Ranks] = {}
+    yield lambda size: started.setdefault(size, Ranks(size))
+    for some in started.values():
+        some.stop()

@@ -101,7 +101,7 @@ def test_clipping_of_two_kinds_of_parameters_is_refused(name: str) -> None:
 @pytest.mark.parametrize("mixed", [False, True], ids=["", "mixed"])
 @each_optimizer
 def test_dtensors(name: str, mixed: bool, clipped: bool, mesh: DeviceMesh) -> None:
-    """They take the eager backend, beside plain parameters too, and equal what one process computes."""
+    """Alone and beside plain parameters, they equal what one process computes. More ranks: test_sharded.py."""
     start = [torch.linspace(-1.0, 1.0, 6), torch.linspace(1.0, 2.0, 4)]
     placements = [[Shard(0)], [Replicate()]]
     sharded = [Parameter(distribute_tensor(t, mesh, where)) for t, where in zip(start, placements, strict=True)]
@@ -134,12 +134,3 @@ def test_rounding_at_random_is_refused_for_dtensors(name: str, mesh: DeviceMesh)
     with pytest.raises(ValueError, match="stochastic_rounding=False for DTensors"):
         optimizer.step()
     assert len(optimizer.state) == 0
-
-
-def test_an_element_of_another_shard_counts(mesh: DeviceMesh) -> None:
-    """Whether a first step at a rate of 0 is one is decided by the whole gradient."""
-    p = Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
-    optimizer = optim.AdamW([p], lr=0.0)
-    p.grad = distribute_tensor(torch.tensor([0.0, 0.0, 0.0, 1.0]), mesh, [Shard(0)])
-    optimizer.step()
-    assert float(optimizer.state[p]["step"]) == 1.0

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from .._errors import message, require
 from .._ops import Op, requested
 from .._ops.optim import StepOp
-from ._buckets import Bucket, Sorter, is_any_nonzero, same_layout
+from ._buckets import Bucket, Sorter, is_any_nonzero
 from ._checks import check_keys, check_once, check_parameter, check_values
 from ._loading import STATE_DTYPES, Loading, state_dtype_for
 from ._norm import measure, to_device
+from ._shards import copy_like, is_laid_out_as, local, zeros_like
 
 # Defaults that are checked elsewhere, or, the last one, torch's own.
 _NO_RANGE = ("state_dtype", "backend", "seed", "differentiable")
@@ -86,6 +87,11 @@ class FusedOptimizer(Optimizer):
         self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Called once the states exist."""
+
+    @property
+    def _takes_parts(self) -> bool:
+        """Whether the op takes this rank's parts of DTensors: not where it needs norms of whole tensors."""
+        return self.rule.rule not in ("lamb", "lars", "sgdsai") and self._clipping()[0] == 0.0
 
     def _role_of(self, p: Tensor) -> str:
         """Not empty for parameters that a subclass steps in another way; one bucket has one role."""
@@ -228,14 +234,14 @@ class FusedOptimizer(Optimizer):
         if any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
         # All of them, whatever the first says: of sharded ones each rank takes part in each reduction.
-        nonzero = [is_any_nonzero(g) for _, buckets in work for bucket in buckets for g in bucket.grads]
+        nonzero = [is_any_nonzero(p.grad) for _, bs in work for b in bs for p in b.owners if p.grad is not None]
         return not any(nonzero)
 
     def _make_states(self, work: Work) -> None:
         for group, buckets in work:
             names = self._state_names(group)
             for bucket in buckets:
-                for p in bucket.params:
+                for p in bucket.owners:
                     self._state_of(p, group, names)
 
     def _step_groups(self, work: Work) -> None:
@@ -263,14 +269,14 @@ class FusedOptimizer(Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        states = [self._state_of(p, group, names) for p in bucket.params]
+        states = [self._state_of(p, group, names) for p in bucket.owners]
         grad_scale, found_inf = to_device(grad_scale, bucket.device), to_device(found_inf, bucket.device)
         self._before_step(bucket, group, grad_scale, found_inf)
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
         self._run(bucket, group, names, states, hyper | {"maximize": group["maximize"]} | scaling)
         if not torch.compiler.is_compiling():
             # Kernels write behind autograd's back: a graph that still needs the old values must notice.
-            torch.autograd.graph.increment_version(bucket.params)
+            torch.autograd.graph.increment_version(bucket.owners)
 
     def _run(
         self,
@@ -281,7 +287,8 @@ class FusedOptimizer(Optimizer):
         options: dict[str, Any],
     ) -> None:
         """Calls the op of the bucket's role."""
-        lists = [[s[name] for s in states] if name in names else [] for name in self.rule.states]
+        part = local if self._takes_parts else lambda t: t
+        lists = [[part(s[name]) for s in states] if name in names else [] for name in self.rule.states]
         if self.rule.scale is not None:
             lists.append([s[self.rule.scale] for s in states])
         stochastic = group["stochastic_rounding"]
@@ -308,7 +315,7 @@ class FusedOptimizer(Optimizer):
         for name in names:
             if name not in state:
                 dtype = self._state_dtype_of(name, p, group)
-                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state[name] = zeros_like(p, dtype)
         if self.rule.scale is not None and self.rule.scale not in state:
             state[self.rule.scale] = self._new_scale(p, group)
         return state
@@ -328,8 +335,8 @@ class FusedOptimizer(Optimizer):
             contract, got = f"{name} of shape {tuple(p.shape)}, as its parameter", tuple(old.shape)
             self._require(old.shape == p.shape, contract, got, "Delete the state of a parameter of another shape.")
             dtype = state_dtype_for(p, old.dtype)
-            if dtype != old.dtype or not same_layout(old, p):
-                state[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(old)
+            if dtype != old.dtype or not is_laid_out_as(p, old):
+                state[name] = copy_like(p, old, dtype)
 
     @staticmethod
     def _lr(group: dict[str, Any], device: torch.device) -> Tensor:

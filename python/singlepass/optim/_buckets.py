@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._errors import message, require
 from .._ops import requested
 from ._checks import check_parameter
+from ._shards import check_placed_alike, has_shards, is_sharded, local, specs, whole
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -32,10 +33,11 @@ class Bucket:
     asked: str | None  # the backend that was asked for, if any
     device: torch.device
     role: str  # not empty for parameters that a subclass steps in another way
-    offsets: list[int]  # positions among the group's parameters that have gradients
-    ids: list[int]  # positions in the optimizer
-    params: list[Tensor]
-    grads: list[Tensor]
+    positions: list[int] = field(default_factory=list)  # among the group's parameters that have gradients
+    ids: list[int] = field(default_factory=list)  # positions in the optimizer
+    owners: list[Tensor] = field(default_factory=list)  # the optimizer's parameters, by which it finds their states
+    params: list[Tensor] = field(default_factory=list)  # what the op takes: the same, or this rank's parts of DTensors
+    grads: list[Tensor] = field(default_factory=list)
 
 
 class Sorter:
@@ -54,33 +56,44 @@ class Sorter:
         """The buckets of a group's parameters that have a gradient; ``first_id`` is the position of its first one."""
         group = optimizer.param_groups[index]
         self.has_sorted &= index > 0
-        grads = [p.grad for p in group["params"]]
-        present = [g for g in grads if g is not None]
-        params, offsets = group["params"], None
-        if len(present) < len(grads):
-            offsets = [offset for offset, g in enumerate(grads) if g is not None]
-            params = [params[offset] for offset in offsets]
+        all_grads = [p.grad for p in group["params"]]
+        grads = [g for g in all_grads if g is not None]
+        owners, present = group["params"], None
+        if len(grads) < len(all_grads):
+            present = [i for i, g in enumerate(all_grads) if g is not None]
+            owners = [owners[i] for i in present]
         backend = requested(group["backend"])
         if torch.compiler.is_compiling():  # the compiler's guards take the place of ours
             self.has_sorted = True
-            return _sorted(optimizer, group, params, present, first_id, offsets, backend)
+            return _sorted(optimizer, group, owners, grads, first_id, present, backend)
+        kinds = [type(g) for g in grads]
+        params, parts, placed = owners, grads, None
+        if any(map(has_shards, set(kinds))) and optimizer._takes_parts:
+            params, parts, placed = list(map(local, owners)), list(map(local, grads)), specs((*owners, *grads))
         facts = (
-            [id(p) for p in params],
-            [type(g) for g in present],
-            [g.dtype for g in present],
-            [g.layout for g in present],
-            (offsets, first_id, backend, group["stochastic_rounding"]),
+            [id(p) for p in owners],
+            kinds,
+            placed,
+            [g.dtype for g in parts],
+            [g.layout for g in parts],
+            (present, first_id, backend, group["stochastic_rounding"], optimizer._takes_parts),
         )
         known, are_alike, buckets = self._known.get(index, (None, alike([]), []))
         if known != facts or not are_alike(params):
             self.has_sorted = True
-            buckets = _sorted(optimizer, group, params, present, first_id, offsets, backend)
-            self._known[index] = facts, alike(params), [replace(bucket, params=[], grads=[]) for bucket in buckets]
+            buckets = _sorted(optimizer, group, owners, grads, first_id, present, backend)
+            templates = [replace(bucket, owners=[], params=[], grads=[]) for bucket in buckets]
+            self._known[index] = facts, alike(params), templates
             return buckets
         if len(buckets) == 1:
-            return [replace(buckets[0], params=list(params), grads=present)]
+            return [replace(buckets[0], owners=list(owners), params=list(params), grads=parts)]
         return [
-            replace(bucket, params=[params[i] for i in bucket.offsets], grads=[present[i] for i in bucket.offsets])
+            replace(
+                bucket,
+                owners=[owners[i] for i in bucket.positions],
+                params=[params[i] for i in bucket.positions],
+                grads=[parts[i] for i in bucket.positions],
+            )
             for bucket in buckets
         ]
 
@@ -88,28 +101,30 @@ class Sorter:
 def _sorted(
     optimizer: FusedOptimizer,
     group: dict[str, Any],
-    params: list[Tensor],
+    owners: list[Tensor],
     grads: list[Tensor],
     first_id: int,
-    offsets: list[int] | None,
+    present: list[int] | None,
     backend: str | None,
 ) -> list[Bucket]:
     where = optimizer._name
     buckets: dict[tuple[torch.device, str, str], Bucket] = {}
-    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        check_parameter(where, p)
-        _check_gradient(where, p, g)
-        role = optimizer._role_of(p)
-        needed = _needed_backend(where, p, g, backend)
-        if group["stochastic_rounding"] and is_sharded(p):
+    for i, (owner, grad) in enumerate(zip(owners, grads, strict=True)):
+        check_parameter(where, owner)
+        _check_gradient(where, owner, grad)
+        role = optimizer._role_of(owner)
+        p, g = (local(owner), local(grad)) if optimizer._takes_parts else (owner, grad)
+        if group["stochastic_rounding"] and is_sharded(owner):
             require(False, where, "stochastic_rounding=False for DTensors", True, "Round to nearest there.")
+        needed = _needed_backend(where, p, g, backend)
         chosen = optimizer._op(role).choose(p.device.type, (p.dtype, g.dtype), needed)
-        bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, backend, p.device, role, [], [], [], []))
-        bucket.offsets.append(i)
-        bucket.ids.append(first_id + (i if offsets is None else offsets[i]))
+        bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, backend, p.device, role))
+        bucket.positions.append(i)
+        bucket.ids.append(first_id + (i if present is None else present[i]))
+        bucket.owners.append(owner)
         bucket.params.append(p)
         bucket.grads.append(g)
-        optimizer._follow(p)
+        optimizer._follow(owner)
     return list(buckets.values())
 
 
@@ -126,11 +141,6 @@ def alike(tensors: list[Tensor]) -> Check:
     return lambda others: facts(others) == expected
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape order their elements alike; strides of dimensions of size 1 don't matter."""
-    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
-
-
 def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
     """Refuses gradients that no backend can take, before anything is changed."""
     if g.layout != torch.strided:
@@ -141,6 +151,7 @@ def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:
     if g.shape != p.shape:
         contract, got = f"a gradient of shape {tuple(p.shape)}", tuple(g.shape)
         raise RuntimeError(message(where, contract, got, "Set it to None when the parameter changes."))
+    check_placed_alike(where, p, g)
 
 
 def _needed_backend(where: str, p: Tensor, g: Tensor, backend: str | None) -> str | None:
@@ -163,14 +174,9 @@ def _is_dense(t: Tensor) -> bool:
 
 
 def is_wrapper(t: Tensor) -> bool:
-    """Whether a tensor's class runs operators itself, as DTensor does. Fake tensors stand for plain ones."""
+    """Whether a tensor's class runs operators itself. Fake tensors stand for plain ones."""
     disabled = type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
     return not disabled and not isinstance(t, torch._subclasses.FakeTensor)
-
-
-def is_sharded(t: Tensor) -> bool:
-    """Whether it is a DTensor, told without importing what defines them."""
-    return hasattr(t, "placements")
 
 
 def has_values(t: Tensor) -> bool:
@@ -183,8 +189,3 @@ def is_any_nonzero(t: Tensor) -> bool:
     if t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor):
         return False
     return bool(whole(t.any()))
-
-
-def whole(t: Tensor) -> Tensor:
-    """A tensor, or all of one that is sharded, as a plain tensor on every rank."""
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._errors import require
+from ._shards import check_placements
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -87,10 +88,12 @@ def check_parameter(where: str, p: Tensor) -> None:
     """Checks what every backend asks of a parameter.
 
     Raises:
-        ValueError: a dtype that is not computed with, or elements that share memory.
+        ValueError: a dtype that is not computed with, elements that share memory, or a DTensor that is a sum still to
+            be made.
     """
     contract = "floating-point parameters of float32, bfloat16, float16 or float64"
     remedy = "Pass torch.view_as_real of it." if p.is_complex() else "Convert it, or leave it out."
     require(p.dtype in _PARAM_DTYPES, where, contract, p.dtype, remedy)
     overlap = any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True))
     require(not overlap, where, "parameters without overlapping elements", f"strides {p.stride()}", "Clone them.")
+    check_placements(where, p)

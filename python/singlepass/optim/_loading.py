@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops.optim import RULES
+from ._shards import copy_like, whole
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -112,7 +113,7 @@ def _adopt_tensors(where: str, state: Mapping[str, Any], p: Tensor, names: tuple
         got = tuple(value.shape)
         require(value.shape == p.shape, where, f"{name} of shape {tuple(p.shape)}", got, "Load this model's state.")
         dtype = state_dtype_for(p, value.dtype)
-        adopted[name] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
+        adopted[name] = copy_like(p, value, dtype)
     return adopted
 
 
@@ -124,6 +125,7 @@ def state_dtype_for(p: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 def _scalar_like(where: str, name: str, value: Any, p: Tensor) -> Tensor:
     """A float32 tensor of no dimensions on the parameter's device."""
+    value = whole(value) if isinstance(value, Tensor) else value
     fits = isinstance(value, (Real, Tensor)) and (not isinstance(value, Tensor) or value.numel() == 1)
     require(fits, where, f"{name} as one number", repr(value), "Load a whole state.")
     scalar = torch.as_tensor(value, dtype=torch.float32, device=p.device).reshape(()).clone()

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops.optim import grad_norm
-from ._buckets import Bucket, is_wrapper, whole
+from ._buckets import Bucket, is_wrapper
+from ._shards import whole
 
 
 def measure(
@@ -22,9 +23,8 @@ def measure(
     """One read of all gradients: (divisor that unscales and clips, found_inf)."""
     grads: dict[tuple[torch.device, str | None, bool], list[Tensor]] = {}
     for bucket in buckets:
-        kinds = {False: bucket.grads}
-        if bucket.backend == "eager":  # which alone takes wrappers
-            kinds = {kind: [g for g in bucket.grads if is_wrapper(g) == kind] for kind in (False, True)}
+        all_grads = [p.grad for p in bucket.owners if p.grad is not None]
+        kinds = {kind: [g for g in all_grads if is_wrapper(g) == kind] for kind in (False, True)}
         for wrapped, some in kinds.items():
             key = (bucket.device, "eager" if wrapped else bucket.asked, wrapped)
             if some:

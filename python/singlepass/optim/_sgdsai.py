@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .._ops import optim as ops
 from ._base import Bucket, FusedOptimizer, is_capturing
-from ._buckets import has_values, whole
+from ._buckets import has_values
 from ._doc import shared_arguments
+from ._shards import whole
 
 # A deviation counts as at least this part of the root mean square.
 _LEAST_SPREAD = 0.1
@@ -99,7 +100,7 @@ class SGDSaI(FusedOptimizer):
         self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         guard = group["guard_gain"]
-        states = [self.state[p] for p in bucket.params]
+        states = [self.state[p] for p in bucket.owners]
         for i in self._waiting([state["gsnr"] for state in states], guard):
             g, gain = bucket.grads[i], states[i]["gsnr"]
             scale = 1.0 if grad_scale is None else grad_scale.reshape(())
