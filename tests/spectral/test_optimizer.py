@@ -12,7 +12,7 @@ from torch import nn
 from singlepass.optim import AdamW
 from singlepass.spectral import SST, SSTLinear
 from singlepass.spectral._decompose import drift
-from singlepass.spectral._schedule import warmup_factor
+from singlepass.spectral._schedule import Progress, warmup_factor
 
 from ..tolerances import assert_same_bits, assert_within, ulp
 from .backends import UNIT
@@ -76,7 +76,7 @@ def test_an_iteration_swaps_what_was_drawn_and_nothing_else() -> None:
 
     optimizer._begin_iteration = spied  # type: ignore[method-assign]
     optimizer.step()
-    assert optimizer.progress.as_dict() == {"round": 0, "iteration": 1, "step": 0, "draws": 2}
+    assert optimizer.progress == Progress(round=0, iteration=1, step=0, draws=2)
     for layer in layers_of(model):
         (u, s, v), weight = moments[id(layer)]
         new_u, new_s, new_v = layer.factors()
@@ -130,7 +130,7 @@ def test_a_round_ends_with_orthonormal_vectors_and_the_same_weight() -> None:
 
     optimizer._end_round = spied  # type: ignore[method-assign]
     run(model, optimizer, 12)
-    assert optimizer.progress.as_dict() == {"round": 1, "iteration": 0, "step": 0, "draws": 4}
+    assert optimizer.progress == Progress(round=1, iteration=0, step=0, draws=4)
     for layer, before in zip(layers_of(model), weights, strict=True):
         u, s, v = layer.factors()
         assert drift(u, v) < 1e-12

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,32 @@ FROZEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch
 def factors_shape(rows: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Of the factors that rows of a frozen dtype have."""
     return (rows, -(-columns // BLOCK)) if dtype == torch.int8 else (0,)
+
+
+class Codes(nn.Parameter):
+    """A parameter of integers, which ``model.requires_grad_(True)`` leaves alone: it can take no gradient."""
+
+    def __new__(cls, data: Tensor) -> Codes:
+        return super().__new__(cls, data, requires_grad=False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Codes:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codes:
+        if id(self) not in memo:
+            memo[id(self)] = type(self)(self.data.clone())
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self), (self.data,)
+
+
+def frozen_parameter(rows: Tensor) -> nn.Parameter:
+    """Rows, or codes, as a parameter without gradients; a parameter that is one is returned as it is."""
+    kind = Codes if rows.dtype == torch.int8 else nn.Parameter
+    if isinstance(rows, kind):
+        return rows
+    return Codes(rows.detach()) if kind is Codes else nn.Parameter(rows, requires_grad=False)
 
 
 def freeze(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import require
+from .._errors import message, require
 from .._ops import BACKENDS
 from ._decompose import decompose
-from ._frozen import check_frozen_dtype, factors_shape, freeze, thaw
+from ._frozen import check_frozen_dtype, factors_shape, freeze, frozen_parameter, thaw
 from ._functional import EVALUATIONS, GRADIENTS, sst_linear
 from ._watch import Watch, off_unit, warn
+from ._weight import CONTRACT, REMEDY, WeightCopy
 
 # Every layer that lives: an optimizer that is given parameters finds theirs here.
 _layers: weakref.WeakSet[SSTLinear] = weakref.WeakSet()
@@ -69,7 +70,8 @@ class SSTLinear(nn.Module):
 
     Parameters: ``singular_values`` (k,), the active ones first; ``active_u`` (rank, m) and ``active_v`` (rank, n);
     ``frozen_u`` (k - rank, m) and ``frozen_v`` (k - rank, n), without gradients; ``bias`` (m,) or None. Buffers:
-    ``scales_u`` and ``scales_v``, the scales of int8 codes. The initial weight is decomposed in float64.
+    ``scales_u`` and ``scales_v``, the scales of int8 codes, and ``draws``, int64, how often vectors were drawn. What
+    has no elements is not in state dicts. The initial weight is decomposed in float64.
 
     Raises:
         ValueError: invalid sizes, rank or options.
@@ -94,6 +96,7 @@ class SSTLinear(nn.Module):
     frozen_v: nn.Parameter
     scales_u: Tensor
     scales_v: Tensor
+    draws: Tensor
 
     def __init__(
         self,
@@ -131,9 +134,10 @@ class SSTLinear(nn.Module):
         self.active_v = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
         for side, columns in (("u", self.out_features), ("v", self.in_features)):
             rows = torch.empty(rest, columns, device=device, dtype=stored)
-            self.register_parameter(f"frozen_{side}", nn.Parameter(rows, requires_grad=False))
+            self.register_parameter(f"frozen_{side}", frozen_parameter(rows))
             factors = factors_shape(rest, columns, stored)
             self.register_buffer(f"scales_{side}", torch.empty(factors, device=device, dtype=torch.float32))
+        self.register_buffer("draws", torch.zeros((), device=device, dtype=torch.int64))
         offset = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", offset)
         if weight is None:
@@ -148,6 +152,11 @@ class SSTLinear(nn.Module):
         super().__setstate__(state)
         _layers.add(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(message("SSTLinear", CONTRACT, "an assignment", REMEDY))
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SSTLinear:
         factors = self.scales_u, self.scales_v
         super()._apply(fn, recurse)
@@ -155,7 +164,13 @@ class SSTLinear(nn.Module):
             # What converts the layer to another dtype leaves int8 codes their factors.
             device = self.scales_u.device
             self.scales_u, self.scales_v = (t.to(device) for t in factors)
+        self._keep_frozen()
         return self
+
+    def _keep_frozen(self) -> None:
+        """Where others have replaced frozen vectors, what they are made of is what it was."""
+        for name in ("frozen_u", "frozen_v"):
+            setattr(self, name, frozen_parameter(getattr(self, name)))
 
     @property
     def frozen_dtype(self) -> torch.dtype:
@@ -190,6 +205,7 @@ class SSTLinear(nn.Module):
         finite = bool(weight.isfinite().all())
         require(finite, "SSTLinear", "a finite weight", "infinities or NaNs", "Mend the weight first.")
         self.set_factors(*decompose(weight))
+        self.draws.zero_()
 
     @torch.no_grad()
     def set_factors(self, u: Tensor, s: Tensor, v: Tensor) -> None:
@@ -213,7 +229,15 @@ class SSTLinear(nn.Module):
     @property
     @torch.no_grad()
     def weight(self) -> Tensor:
-        """W (m, n), of the parameters' dtype, made anew at each access; it takes no gradient."""
+        """W (m, n), of the parameters' dtype, made anew at each access; it takes no gradient.
+
+        Writing to it raises a RuntimeError, and assigning it an AttributeError: :meth:`set_weight` is the way.
+        """
+        weight = self._dense()
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(WeightCopy)
+
+    @torch.no_grad()
+    def _dense(self) -> Tensor:
         u, s, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in self.factors())
         return ((u * s.unsqueeze(-1)).mT @ v).to(self.active_u.dtype)
 
@@ -250,9 +274,19 @@ class SSTLinear(nn.Module):
             frozen, scales = freeze(rows[rank:], stored)
             trained = getattr(self, f"active_{side}").requires_grad
             setattr(self, f"active_{side}", nn.Parameter(rows[:rank].clone(), requires_grad=trained))
-            setattr(self, f"frozen_{side}", nn.Parameter(frozen, requires_grad=False))
+            setattr(self, f"frozen_{side}", frozen_parameter(frozen))
             setattr(self, f"scales_{side}", scales)
         return True
+
+    def _empty(self) -> dict[str, Tensor]:
+        """What has no elements. Savers take several tensors without memory for one that is shared, and leave it out."""
+        tensors = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        return {name: t for name, t in tensors if t.numel() == 0}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._empty():
+            del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found = (state_dict.get(f"{prefix}active_{side}") for side in "uv")
@@ -262,7 +296,10 @@ class SSTLinear(nn.Module):
             known = outputs == self.out_features and inputs == self.in_features
             if known and 1 <= rank <= len(self.singular_values):
                 self.set_rank(rank)
+        for name, t in self._empty().items():
+            state_dict.setdefault(prefix + name, t)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._keep_frozen()
 
     @classmethod
     def from_linear(
@@ -327,7 +364,7 @@ class SSTLinear(nn.Module):
     def _as_linear(self) -> nn.Linear:
         """What :meth:`to_linear` returns, without its warning."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight)
+        linear.weight = nn.Parameter(self._dense())
         linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.detach().clone()))
         return linear.train(self.training)
 

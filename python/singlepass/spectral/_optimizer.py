@@ -13,19 +13,20 @@ from .._ops import Op
 from .._ops import spectral as ops
 from ..optim import AdamW
 from ..optim._base import Bucket, Work
+from ..optim._buckets import is_sharded
 from ._decompose import decompose, drift
+from ._draw import draw_vectors
 from ._linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
 from ._loading import SSTLoading
-from ._schedule import WARMUPS, Progress, warmup_factor
-
-SAMPLINGS = {"mixed": 0.5, "singular_values": 0.0, "uniform": 1.0}
+from ._schedule import PROGRESS, SAMPLINGS, Progress, check_schedule, warmup_factor
 
 _VECTORS = ("active_u", "active_v")
 _TRAINED = ("singular_values", *_VECTORS)
-_STATES = ("exp_avg", "exp_avg_sq")
 # What a copy of the optimizer takes along beside what every optimizer does.
 _SETTINGS = (
     "_layers",
+    "_places",
+    "_is_unsure",
     "progress",
     "steps_per_iteration",
     "iterations_per_round",
@@ -92,14 +93,22 @@ class SST(AdamW):
         seed: of the draws. Use the same for all ranks of a data-parallel job, so that they draw the same vectors.
         maximize: maximise the objective instead of minimising it.
         state_dtype: dtype of new states: None for float32, ``"param"`` for the parameter's, or a dtype.
+        stochastic_rounding: must be False. In place of layers in bfloat16, train layers in float32 with
+            ``frozen_dtype=torch.bfloat16`` under ``torch.autocast``: what is trained is a small part of the memory.
         backend: ``"native"``, ``"triton"`` or ``"eager"``; an error is raised if it cannot run. None selects the first
             that can.
 
-    Steps that a GradScaler skips count for the schedule. ``state_dict()`` has an entry ``"sst"`` with the position in
-    the schedule: with the model's state dict, training resumes bit for bit at any step.
+    Steps that a GradScaler skips count for the schedule. Groups have an entry ``sst_progress``, the position in the
+    schedule: with the model's state dict, training resumes bit for bit at any step, in whatever order the optimizer is
+    made, and both state dicts are loaded. The first draw is made in the constructor, but for layers that have been
+    drawn already, as those of a loaded model: their vectors go on being trained.
+
+    Given a model, the optimizer follows parameters that are replaced, as ``load_state_dict(assign=True)`` does it.
+    Given parameters, it follows those of its layers alone.
 
     Raises:
-        ValueError: a hyperparameter outside its range, no layer to train, a part of a layer. Nothing is changed.
+        ValueError: a hyperparameter outside its range, no layer to train, a part of a layer, parameters that are
+            DTensors. Nothing is changed.
         RuntimeError: the chosen backend cannot run here; in ``step()``, a sparse gradient.
 
     Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML
@@ -139,16 +148,12 @@ class SST(AdamW):
         seed: int = 0,
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
         backend: str | None = None,
     ) -> None:
-        counts = {"steps_per_iteration": steps_per_iteration, "iterations_per_round": iterations_per_round}
-        for name, count in (*counts.items(), ("warmup_steps", warmup_steps)):
-            least = 0 if name == "warmup_steps" else 1
-            optional = count is None and name == "iterations_per_round"
-            fits = optional or (isinstance(count, Integral) and count >= least)
-            require(fits, "SST", f"{name} of at least {least}", repr(count), "Pass an int.")
-        for name, value, known in (("sampling", sampling, SAMPLINGS), ("warmup_shape", warmup_shape, WARMUPS)):
-            require(value in known, "SST", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
+        remedy = "Train float32 layers with frozen_dtype=torch.bfloat16 under torch.autocast."
+        require(stochastic_rounding is False, "SST", "stochastic_rounding=False", stochastic_rounding, remedy)
+        check_schedule(steps_per_iteration, iterations_per_round, warmup_steps, warmup_shape, sampling)
         flags = {"warmup_all": warmup_all, "reset_singular_values": reset_singular_values}
         for name, flag in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
             require(isinstance(flag, bool), "SST", f"{name} True or False", repr(flag), "Pass one of them.")
@@ -158,24 +163,33 @@ class SST(AdamW):
         fits = isinstance(seed, Integral) and 0 <= seed < 2**63
         require(fits, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int.")
         self._layers: list[SSTLinear] = []
-        self._held: list[dict[str, Tensor]] = []
+        self._places: list[tuple[nn.Module, str]] = []
+        self._held: list[Tensor | None] = []
         self._roles: dict[int, str] = {}
+        self._is_unsure = False  # whether progress was loaded, and layers have not been looked at since
         self.progress = Progress()
         self.steps_per_iteration = steps_per_iteration
         self.warmup_steps, self.warmup_shape, self.warmup_all = warmup_steps, warmup_shape, warmup_all
         self.sampling, self.project, self.decay_vectors = sampling, project, decay_vectors
         self.reset_singular_values, self.rank_schedule = reset_singular_values, rank_schedule
         self.tolerance, self.seed = tolerance, int(seed)
+        model = params if isinstance(params, nn.Module) else None
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
         super().__init__(
             params, lr, betas, eps, weight_decay, maximize=maximize, state_dtype=state_dtype, backend=backend
         )
         self._layers = self._find_layers()
+        modules = self._layers if model is None else model.modules()
+        self._places = [(module, name) for module in modules for name in module._parameters]
         self._note_roles()
         most = max(-(-len(layer.singular_values) // layer.rank) for layer in self._layers)
         self.iterations_per_round = most if iterations_per_round is None else iterations_per_round
-        self._begin_iteration()
+        drawn = {int(layer.draws) for layer in self._layers}
+        self.progress.draws = max(drawn)
+        if len(drawn) > 1 or drawn == {0}:
+            self._begin_iteration()
+        self._note_progress()
 
     def _find_layers(self) -> list[SSTLinear]:
         """The layers of all parameters, in their order."""
@@ -188,21 +202,27 @@ class SST(AdamW):
             missing = [name for name in _TRAINED if id(getattr(layer, name)) not in given]
             contract = "singular_values, active_u and active_v of a layer together"
             require(not missing, "SST", contract, f"one without {', '.join(missing)}", "Add all of its parameters.")
+            remedy = "Train it by DistributedDataParallel, or let fully_shard wrap a model that is not converted."
+            whole = not any(is_sharded(getattr(layer, name)) for name in _TRAINED)
+            require(whole, "SST", "whole singular vectors, of which each rank draws", "DTensors", remedy)
         return found
 
     def _note_roles(self) -> None:
-        self._held = [{name: getattr(layer, name) for name in _TRAINED} for layer in self._layers]
+        self._held = [module._parameters.get(name) for module, name in self._places]
         roles = {"singular_values": "values"} | dict.fromkeys(_VECTORS, "vectors")
-        self._roles = {id(p): roles[name] for held in self._held for name, p in held.items()}
+        self._roles = {id(getattr(layer, name)): role for layer in self._layers for name, role in roles.items()}
 
     def _refresh(self) -> None:
-        """Layers whose rank changed have new parameters: they take the places of those that were."""
+        """Parameters that were replaced give their places to the new ones, and their states if the shape is the same:
+        loading with assign=True keeps it, another rank does not."""
         replaced = {}
-        for layer, held in zip(self._layers, self._held, strict=True):
-            for name, old in held.items():
-                if getattr(layer, name) is not old:
-                    replaced[id(old)] = getattr(layer, name)
-                    self.state.pop(old, None)
+        for (module, name), old in zip(self._places, self._held, strict=True):
+            new = module._parameters.get(name)
+            if new is not old and new is not None and old is not None:
+                replaced[id(old)] = new
+                state = self.state.pop(old, None)
+                if state is not None and new.shape == old.shape:
+                    self.state[new] = state
         if replaced:
             for group in self.param_groups:
                 group["params"] = [replaced.get(id(p), p) for p in group["params"]]
@@ -229,6 +249,7 @@ class SST(AdamW):
             late = any(id(_unnamed(p)) in owners for p in given)
             require(not late, "SST", "SSTLinear layers when it is made", "one later", "Make a new optimizer.")
         super().add_param_group(param_group)
+        self._note_progress()
 
     def _role_of(self, p: Tensor) -> str:
         return self._roles.get(id(p), "")
@@ -238,7 +259,25 @@ class SST(AdamW):
 
     def _gather(self) -> Work:
         self._refresh()
+        if self._is_unsure:
+            self._check_draws()
         return super()._gather()
+
+    def _note_progress(self) -> None:
+        for group in self.param_groups:
+            group[PROGRESS] = self.progress.as_tuple()
+
+    def _take_up(self, progress: Progress) -> None:
+        """Goes on from there; the model may be loaded later, so that its layers are looked at in the next step."""
+        self.progress, self._is_unsure = progress, True
+        self._note_progress()
+
+    def _check_draws(self) -> None:
+        drawn = sorted({int(layer.draws) for layer in self._layers})
+        contract = f"layers whose vectors are those of draw {self.progress.draws}, as the loaded state says"
+        remedy = "Load the model's state dict that was saved with it."
+        require(drawn == [self.progress.draws], "SST", contract, f"draw {', '.join(map(str, drawn))}", remedy)
+        self._is_unsure = False
 
     def _step_groups(self, work: Work) -> None:
         """Updates every parameter that has a gradient; then, where an iteration ends, begins the next."""
@@ -252,6 +291,7 @@ class SST(AdamW):
                 self.progress.round += 1
                 self._end_round()
             self._begin_iteration()
+        self._note_progress()
         for layer in self._layers:
             layer.trust_vectors()
 
@@ -308,8 +348,9 @@ class SST(AdamW):
         """Draws the vectors that are active from now on, and forgets the moments of those that were."""
         if self.rank_schedule is not None:
             self._set_rank(self.rank_schedule(self.progress.draws))
-        for device in dict.fromkeys(layer.singular_values.device for layer in self._layers):
-            self._exchange([i for i, layer in enumerate(self._layers) if layer.singular_values.device == device])
+        moments = [[t for t in self._own_states(layer.singular_values) if t.dim() > 0] for layer in self._layers]
+        uniform, backend = SAMPLINGS[self.sampling], self.param_groups[0]["backend"]
+        draw_vectors(self._layers, moments, self.seed, self.progress.draws, uniform, backend)
         vectors = [getattr(layer, name) for layer in self._layers for name in _VECTORS]
         self._forget(vectors)
         for p in vectors:
@@ -317,32 +358,8 @@ class SST(AdamW):
         if self.reset_singular_values:
             self._forget([layer.singular_values for layer in self._layers])
         self.progress.draws += 1
-
-    def _exchange(self, indices: list[int]) -> None:
-        """Draws for layers of one device, and swaps their vectors, values, and the values' moments."""
-        layers = [self._layers[i] for i in indices]
-        device = layers[0].singular_values.device
-        stored = [p for layer in layers for p in (layer.singular_values, *layer.vectors())]
-        backend = self.param_groups[0]["backend"]
-        exchange = ops.sample(
-            [layer.singular_values.detach() for layer in layers],
-            ranks=[layer.rank for layer in layers],
-            ids=indices,
-            seed=self.seed,
-            draw=self.progress.draws,
-            uniform=SAMPLINGS[self.sampling],
-            backend=backend,
-        )
-        none = torch.empty(0, device=device)
-        pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for layer, change in zip(layers, exchange, strict=True):
-            rank, state = layer.rank, self.state.get(layer.singular_values, {})
-            pairs.append((layer.active_u, layer.frozen_u, layer.scales_u, change))
-            pairs.append((layer.active_v, layer.frozen_v, layer.scales_v, change))
-            for values in (layer.singular_values, *(state[name] for name in _STATES if name in state)):
-                pairs.append((values.detach()[:rank], values.detach()[rank:], none, change))
-        ops.swap_(*(list(column) for column in zip(*pairs, strict=True)), backend=backend)
-        torch.autograd.graph.increment_version(stored)
+        for layer in self._layers:
+            layer.draws.fill_(self.progress.draws)
 
     def _forget(self, params: list[Tensor]) -> None:
         """Moments and their counts become what they are at the start."""
@@ -362,19 +379,17 @@ class SST(AdamW):
             layer.set_rank(rank)
         self._refresh()
 
-    def _signature(self) -> list[float]:
-        """One number for each layer that tells which of its vectors are active."""
-        return [float(layer.singular_values.detach()[: layer.rank].double().sum()) for layer in self._layers]
-
     def state_dict(self) -> dict[str, Any]:
-        """States and groups as of any optimizer, and ``"sst"``, where training stands."""
+        """States and groups as of any optimizer; groups have ``sst_progress``, where training stands."""
         self._refresh()
-        return super().state_dict() | {"sst": self.progress.as_dict() | {"active": self._signature()}}
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` returned, after the model's state dict, and that after making the optimizer.
+        """Loads what :meth:`state_dict` returned. The model's state dict may be loaded before or after it, but before
+        it where ranks have changed since.
 
         Raises:
-            ValueError: a state dict of another optimizer, or a model with other active vectors; nothing is changed.
+            ValueError: a state dict of another optimizer, or of other ranks; nothing is changed. The next ``step()``
+                raises it if layers have other vectors than the saved ones.
         """
         super().load_state_dict(state_dict)
