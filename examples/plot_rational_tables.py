@@ -33,6 +33,7 @@ FORMULAS = {
     "identity": "x",
     "leaky_relu": "max(x, 0.01 x)",
     "mish": "x tanh(softplus(x))",
+    "quick_gelu": "x sigmoid(1.702 x)",
     "relu": "max(x, 0)",
     "relu_squared": "max(x, 0)²",
     "sigmoid": "1 / (1 + e⁻ˣ)",
@@ -99,9 +100,11 @@ def draw(path: Path) -> None:
     }
     names = [name for name in FORMULAS if name != "identity"]  # which all forms have exactly
     with matplotlib.rc_context(style):
-        figure, grid = plt.subplots(2, len(names) // 2, figsize=(12.0, 5.4), layout="constrained")
-        for axes, name in zip(grid.flat, names, strict=True):
+        figure, grid = plt.subplots(2, (len(names) + 1) // 2, figsize=(12.0, 5.4), layout="constrained")
+        for axes, name in zip(grid.flat, names, strict=False):
             draw_table(axes, name)
+        for axes in grid.flat[len(names) :]:
+            axes.set_axis_off()
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,21 +3,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
-from ._errors import message
+from ._errors import message, require
+
+PLAIN = 'Pass backend="eager", plain PyTorch, for that.'
+
+
+_CONTRACT = "plain tensors and reverse mode for kernels"
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
+    """What goes on here that asks for PyTorch's own operators, if anything does."""
+    if torch.onnx.is_in_onnx_export():
+        return "an export to ONNX"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    if any(_is_dtensor(t) for t in tensors):
+        return "a DTensor"
+    if any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
+        return "a tangent of forward mode"
+    return None
+
+
+def _is_dtensor(t: Tensor | None) -> bool:
+    return t is not None and type(t) not in _PLAIN_TYPES and hasattr(t, "placements")
+
+
+def must_be_plain(where: str, requested: str | None, *tensors: Tensor | None) -> bool:
+    """Whether plain PyTorch has to run, without an autograd function around it: under the transforms of torch.func,
+    in forward mode, for DTensors, and where operators are recorded by torch.jit.trace or for ONNX.
+
+    Raises:
+        RuntimeError: it has to, but a kernel was asked for.
+        ValueError: some tensors are DTensors, and others are not.
+    """
+    what = _what_kernels_cannot(tensors)
+    if what is None:
+        return False
+    if requested not in (None, "eager"):
+        raise RuntimeError(message(where, _CONTRACT, what, PLAIN))
+    whole = what != "a DTensor" or all(t is None or _is_dtensor(t) for t in tensors)
+    require(whole, where, "DTensors alone, or none", "some", "Distribute the module's parameters and its input alike.")
+    return True
+
+
+def refuse_tangent(where: str, grad: Tensor) -> None:
+    """Raises RuntimeError where a kernel would drop a tangent of forward mode: results would look constant."""
+    if unpack_dual(grad).tangent is not None:
+        raise RuntimeError(message(where, _CONTRACT, "a tangent of forward mode", PLAIN))
+
+
+def gradients_to_differentiate(run: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
+    """Gradients of ``run(*inputs)`` that can be differentiated again; ``run`` is plain PyTorch."""
+    # Names of their own: an input that was made of another one counts as independent of it.
+    named = [None if t is None else t.view_as(t) for t in inputs]
+    wanted = [t for t in named if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(run(*named), wanted, grad, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in named]
+
+
+def is_differentiated_again() -> bool:
+    """Whether a backward pass has to leave a graph."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _OnlyOnce(torch.autograd.Function):
     """A gradient that depends on tensors in a way that nobody can differentiate."""
 
     @staticmethod
-    def forward(ctx: Any, where: str, remedy: str, grad: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.text = message(where, "to be differentiated once", "a gradient of its gradient", remedy)
+    def forward(ctx: Any, where: str, grad: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.text = message(where, "to be differentiated once", "a gradient of its gradient", PLAIN)
         return grad.view_as(grad)
 
     @staticmethod
@@ -25,13 +91,11 @@ class _OnlyOnce(torch.autograd.Function):
         raise RuntimeError(ctx.text)
 
 
-def only_once(
-    where: str, remedy: str, grads: Iterable[Tensor | None], *inputs: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def only_once(where: str, grads: Iterable[Tensor | None], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients that raise where they are differentiated.
 
     With create_graph=True a gradient that looked constant would make second derivatives silently wrong.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not is_differentiated_again():
         return tuple(grads)
-    return tuple(None if g is None else _OnlyOnce.apply(where, remedy, g, *inputs) for g in grads)
+    return tuple(None if g is None else _OnlyOnce.apply(where, g, *inputs) for g in grads)

@@ -35,6 +35,34 @@ class Mlp(nn.Module):
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
 
 
+class QuickGELU(nn.Module):
+    """transformers' QuickGELUActivation, which CLIP has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Named(nn.Module):
+    """An MLP whose parts have other names, as DINOv3's."""
+
+    def __init__(self, first: str, act: str, second: str) -> None:
+        super().__init__()
+        self.names = first, act, second
+        for name, part in zip(self.names, (nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), strict=True):
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = getattr(self, name)(x)
+        return x
+
+
+def torchvision_mlp(drop: float = 0.0) -> nn.Sequential:
+    """torchvision.ops.MLP, as its vision transformers have it."""
+    parts = nn.Linear(16, 64), nn.GELU(), nn.Dropout(drop), nn.Linear(64, 16), nn.Dropout(drop / 2)
+    return nn.Sequential(*parts)
+
+
 class Intermediate(nn.Module):
     """transformers' ViTIntermediate."""
 
@@ -79,6 +107,7 @@ class Reach:
         (partial(nn.ReLU, inplace=True), "relu"),
         (nn.Mish, "mish"),
         (lambda: F.gelu, "gelu"),
+        (QuickGELU, "quick_gelu"),
     ],
 )
 @pytest.mark.parametrize("form", "AB")
@@ -182,12 +211,7 @@ def test_models_without_such_mlps(model: nn.Module) -> None:
     assert [*model.modules()] == children
 
 
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-@pytest.mark.parametrize("act", [QuickGELU, nn.PReLU, nn.ReLU6, partial(nn.GLU, dim=0)])
+@pytest.mark.parametrize("act", [nn.PReLU, nn.ReLU6, partial(nn.GLU, dim=0)])
 def test_unknown_activations_change_nothing(act: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(Block(Mlp(16, 32)), Block(Mlp(16, 32, act)))
     modules = [*model.modules()]
@@ -271,3 +295,77 @@ def test_transformers() -> None:
     assert len(activations(model)) == 4
     torch.testing.assert_close(model(x).last_hidden_state, expected, atol=1e-5, rtol=0)
     assert 0.0 < reach.value < 8.0
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [torchvision_mlp(), Named("up_proj", "act_fn", "down_proj"), Named("c_fc", "act", "c_proj")],
+    ids=["torchvision", "DINOv3", "c_fc"],
+)
+def test_mlps_of_other_libraries(mlp: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(mlp)).eval(), torch.randn(4, 9, 16)
+    before = model(x)
+    linears = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
+    kat_from_vit(model)
+    assert isinstance(model[0].mlp, KATMLP)
+    assert [model[0].mlp.fc1, model[0].mlp.fc2] == linears
+    bound = table("gelu").max_error * linears[1].weight.abs().sum(1).max() + 1e-5
+    assert 0.0 < (model(x) - before).abs().max() < bound
+
+
+def test_dropouts_in_a_row_move_to_where_kat_has_them() -> None:
+    mlp = kat_from_vit(nn.Sequential(torchvision_mlp(0.4)))[0]
+    assert (mlp.act1.dropout, mlp.act2.dropout) == (0.2, 0.4)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.Linear(64, 16)),
+        nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 10)),
+        nn.Sequential(nn.Linear(16, 64), nn.Softmax(-1), nn.Linear(64, 16)),
+    ],
+    ids=["norm", "head", "softmax"],
+)
+def test_other_rows_of_layers_stay(row: nn.Sequential) -> None:
+    """Beside an MLP that is one: they are no reason to refuse the model."""
+    model = kat_from_vit(nn.Sequential(Block(Mlp(16, 32)), row))
+    assert model[1] is row
+    assert [type(m) for m in row] == [type(m) for m in row.children()]
+
+
+def gpt2() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16, "initializer_range": 0.1}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def test_gpt2() -> None:
+    """Its Conv1D layers become torch.nn.Linear, whose weights are theirs, transposed."""
+    model, tokens = gpt2(), torch.arange(24).view(2, 12)
+    weights = [block.mlp.c_fc.weight.detach().clone() for block in model.transformer.h]
+    expected = tabled(copy.deepcopy(model))(tokens).logits
+    kat_from_vit(model)
+    for block, weight in zip(model.transformer.h, weights, strict=True):
+        assert torch.equal(block.mlp.fc1.weight, weight.mT)
+        assert block.mlp.fc1.weight.is_contiguous()
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-4, rtol=0)
+    model(tokens).logits.sum().backward()
+    assert all(p.grad is not None for p in model.transformer.h.parameters())
+
+
+@pytest.mark.parametrize("where", ["hook", "pre-hook", "backward hook", "patched forward"])
+def test_calls_that_somebody_changed_are_refused(where: str) -> None:
+    model = nn.Sequential(Block(Mlp(16, 32)), Block(Mlp(16, 32)))
+    mlp = model[1].mlp
+    if where == "patched forward":
+        mlp.forward = partial(Mlp.forward, mlp)
+    else:
+        name = {"hook": "forward_hook", "pre-hook": "forward_pre_hook", "backward hook": "full_backward_hook"}[where]
+        getattr(mlp, f"register_{name}")(lambda *args: None)
+    modules = [*model.modules()]
+    with pytest.raises(ValueError, match=r"kat_from_vit: expected layers without hooks to replace.* at 1\.mlp\. Conv"):
+        kat_from_vit(model)
+    assert [*model.modules()] == modules

@@ -256,3 +256,19 @@ def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         fit_rational(torch.tanh)
     assert table("tanh").max_error is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_modules_with_parameters(dtype: torch.dtype) -> None:
+    prelu = torch.nn.PReLU(init=0.1).to(dtype)
+    fitted = fit_rational(prelu)
+    x = torch.linspace(-3.0, 3.0, 301, dtype=torch.float64)
+    assert (fitted(x) - torch.where(x < 0, 0.1 * x, x)).abs().max() <= fitted.max_error + 1e-6
+    assert prelu.weight.dtype == dtype
+
+
+def test_functions_that_are_not_elementwise() -> None:
+    with pytest.raises(ValueError, match=r"fit_rational: expected an elementwise fn .*; got RuntimeError: "):
+        fit_rational(torch.nn.PReLU(num_parameters=4))
+    with pytest.raises(ValueError, match=r"fit_rational: expected finite values of shape"):
+        fit_rational(lambda x: x.sum())

@@ -267,18 +267,17 @@ def test_autocast_changes_nothing() -> None:
             assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
-def test_double_backward_is_refused(backend: str) -> None:
+def test_double_backward_of_kernels_is_refused() -> None:
     """Also where the incoming gradient is a constant, and x depends on what is differentiated for."""
     for grad in (make().grad, make().grad.requires_grad_()):
         inputs = make()
-        (first,) = torch.autograd.grad(inputs.call(backend), inputs.x, grad, create_graph=True)
+        (first,) = torch.autograd.grad(inputs.call("native"), inputs.x, grad, create_graph=True)
         with pytest.raises(RuntimeError, match="rational: expected to be differentiated once"):
             first.square().sum().backward()
     scale = torch.ones(24, requires_grad=True)
     inputs = make(requires_grad=False)
     inputs.x = inputs.x * scale
-    (first,) = torch.autograd.grad(inputs.call(backend).sum(), scale, create_graph=True)
+    (first,) = torch.autograd.grad(inputs.call("native").sum(), scale, create_graph=True)
     with pytest.raises(RuntimeError, match="rational: expected to be differentiated once"):
         first.square().sum().backward()
 
@@ -286,7 +285,9 @@ def test_double_backward_is_refused(backend: str) -> None:
 def test_forward_mode_is_refused() -> None:
     """Kernels know nothing of tangents: they would be lost without a word."""
     x, a, b = torch.randn(3, 24), torch.randn(1, 6), torch.randn(8, 4)
-    refused = pytest.raises(RuntimeError, match="rational: expected differentiation in reverse mode; got a tangent")
+    refused = pytest.raises(
+        RuntimeError, match="rational: expected plain tensors and reverse mode for kernels; got a t"
+    )
     with refused:
         torch.func.jvp(lambda x: rational(x, a, b, backend="native"), (x,), (x,))
     with forward_ad.dual_level():

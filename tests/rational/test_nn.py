@@ -7,12 +7,14 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from singlepass.functional import rational
 from singlepass.nn import GRKAN, KATMLP, GroupRational, Table, fit_rational, no_weight_decay, table
@@ -322,6 +324,31 @@ def test_hooks_and_adapters_of_fc1_work() -> None:
     mlp.fc1 = doubled
     torch.testing.assert_close(mlp(x), mlp.fc2(mlp.act2(doubled(x))))
     assert not torch.allclose(mlp(x), before)
+
+
+def test_calls_of_fc1_that_were_changed_work() -> None:
+    """As accelerate does to offload weights, and profilers do by hooks for all modules."""
+    mlp, x, seen = KATMLP(8, 16), torch.randn(3, 8), []
+    before = mlp(x)
+    forward = mlp.fc1.forward
+    mlp.fc1.forward = lambda x: seen.append(x) or forward(x)  # type: ignore[func-returns-value, method-assign]
+    torch.testing.assert_close(mlp(x), before)
+    assert len(seen) == 1
+    del mlp.fc1.forward
+    handle = register_module_forward_hook(lambda module, args, out: seen.append(type(module)))
+    mlp(x)
+    handle.remove()
+    assert seen[1:] == [GroupRational, nn.Linear, GroupRational, nn.Linear, KATMLP]
+
+
+def test_offloaded_weights_arrive(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    mlp, x = KATMLP(8, 16), torch.randn(3, 8)
+    before = mlp(x)
+    for offload in (accelerate.cpu_offload, lambda model, device: accelerate.disk_offload(model, tmp_path, device)):
+        model = offload(nn.Sequential(copy.deepcopy(mlp)), torch.device("cpu"))
+        assert model[0].fc1.weight.is_meta
+        torch.testing.assert_close(model(x), before)
 
 
 def test_dropouts_of_an_mlp() -> None:

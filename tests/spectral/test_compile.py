@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.library's own checks of the ops, torch.compile, torch.export and vmap."""
+"""torch.library's own checks of the ops, torch.compile, and torch.export."""
 
 from __future__ import annotations
 
@@ -72,12 +72,6 @@ def test_merged_models_export() -> None:
     want = model(x)
     exported = torch.export.export(spectral.merge(model), (x,))
     torch.testing.assert_close(exported.module()(x), want, rtol=1e-4, atol=1e-5)
-
-
-def test_vmap_is_refused() -> None:
-    layer, x = layer_of("tall"), torch.randn(3, 5, 24)
-    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
-        torch.vmap(torch.func.grad(lambda row: layer(row).sum()))(x)
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

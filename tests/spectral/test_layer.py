@@ -299,7 +299,7 @@ def test_lorentz_layers_are_not_merged() -> None:
 def test_bad_conversions_leave_the_model_alone() -> None:
     for arguments, text in (
         ({"rank": 17}, "convert: .*: expected a rank from 1 to 16"),
-        ({"rank": 2, "skip": ["*"]}, "convert: expected a model with linear layers"),
+        ({"rank": 2, "skip": ["*"]}, "convert: expected torch.nn.Linear or Conv1D layers inside the model"),
         ({"rank": 2, "gradient": "x"}, "gradient among"),
         ({"rank": 2, "backend": "x"}, "backend among"),
         ({"rank": 2, "skip": ["shared", "typo"]}, "names of modules to skip; got 'typo'"),

@@ -165,3 +165,36 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     resumed = train(tmp_path / "again", 10, str(tmp_path / "whole" / "checkpoint-6"))
     for a, b in zip(resumed, whole, strict=True):
         assert_same_bits(a, b)
+
+
+def test_gpt2() -> None:
+    """Its Conv1D layers, whose weights are transposed; ``merge`` makes them torch.nn.Linear."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 16}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    tokens = torch.arange(24).view(2, 12)
+    expected = model(tokens).logits
+    spectral.convert(model, 4)
+    assert len(layers_of(model)) == 8
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    optimizer = SST(model, lr=1e-2, **SCHEDULE)
+    for _ in range(5):
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = model(tokens).logits
+    spectral.merge(model)
+    assert type(model.transformer.h[0].attn.c_attn) is nn.Linear
+    torch.testing.assert_close(model(tokens).logits, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_with_hooks_are_not_converted() -> None:
+    model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12))
+    handle = model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"convert: expected layers without hooks to replace.*; got hooks at 1"):
+        spectral.convert(model, 3)
+    assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+    handle.remove()
+    spectral.convert(model, 3)
+    with pytest.raises(ValueError, match=r"expected torch\.nn\.Linear or Conv1D layers .*; got none in Sequential"):
+        spectral.convert(model, 3)

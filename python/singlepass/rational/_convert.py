@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import require
+from .._linear import as_linear, is_linear, require_own_calls
 from ._kat import KATMLP, linear_then_rational
 from ._module import GroupRational, Init
 from ._tables import TARGETS
@@ -19,8 +20,11 @@ from ._tables import TARGETS
 _SAME = 1e-3
 _PROBE = (-8.0, 8.0, 160)
 
-# What the activation of an MLP is called: by timm and DeiT, by transformers' DINOv2, and by its CLIP and SigLIP.
-_ACTIVATIONS = ("act", "activation", "activation_fn")
+# What the activation of an MLP is called: by timm, DeiT and GPT-2, by transformers' DINOv2, by its CLIP and SigLIP, and
+# by its DINOv3.
+_ACTIVATIONS = ("act", "activation", "activation_fn", "act_fn")
+# And the linear layers: by most, by DINOv3, by GPT-2.
+_LINEARS = (("fc1", "fc2"), ("up_proj", "down_proj"), ("c_fc", "c_proj"))
 
 
 class KATIntermediate(nn.Module):
@@ -40,9 +44,9 @@ class KATIntermediate(nn.Module):
 class _Parts:
     """What an MLP is made of; transformers' ViT has the second linear layer elsewhere, where it stays."""
 
-    fc1: nn.Linear
+    fc1: nn.Module
     activation: Callable[[Tensor], Tensor]
-    fc2: nn.Linear | None = None
+    fc2: nn.Module | None = None
     drops: tuple[float, float] = (0.0, 0.0)
 
 
@@ -57,12 +61,13 @@ class _Found:
 def _mlp(module: nn.Module) -> _Parts | None:
     """Linear - activation - (dropout) - linear - (dropout) and nothing else, as in timm; else None."""
     children = {name: child for name, child in module.named_children() if not isinstance(child, nn.Identity)}
-    fc1, fc2 = children.pop("fc1", None), children.pop("fc2", None)
+    pair = next((pair for pair in _LINEARS if pair[0] in children), _LINEARS[0])
+    fc1, fc2 = (children.pop(name, None) for name in pair)
     names = [name for name in _ACTIVATIONS if callable(getattr(module, name, None))]
     others = [child for name, child in children.items() if name not in names]
-    if not isinstance(fc1, nn.Linear) or not isinstance(fc2, nn.Linear) or len(names) != 1:
+    if fc1 is None or fc2 is None or not is_linear(fc1) or not is_linear(fc2) or len(names) != 1:
         return None
-    if fc1.out_features != fc2.in_features or not all(isinstance(child, nn.Dropout) for child in others):
+    if _widths(fc1)[1] != _widths(fc2)[0] or not all(isinstance(child, nn.Dropout) for child in others):
         return None  # a gated unit, or one with a norm layer
     after = {name: child.p for name, child in children.items() if isinstance(child, nn.Dropout)}
     only = after.get("drop", after.get("dropout", 0.0))
@@ -70,12 +75,41 @@ def _mlp(module: nn.Module) -> _Parts | None:
     return _Parts(fc1, getattr(module, names[0]), fc2, (after.get("drop2", only), after.get("drop1", only)))
 
 
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0], weight.shape[1]
+
+
+def _stays(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _sequence(module: nn.Module) -> _Parts | None:
+    """Linear - activation - (dropout) - linear - (dropout) in a row, back to the width of the input, as torchvision's
+    MLP; else None."""
+    children = [child for child in module.children() if not isinstance(child, nn.Identity)]
+    kinds = "".join("d" if isinstance(child, nn.Dropout) else "l" if is_linear(child) else "a" for child in children)
+    if not isinstance(module, nn.Sequential) or kinds not in ("lal", "ladl", "lald", "ladld"):
+        return None
+    fc1, activation, fc2 = (child for child in children if not isinstance(child, nn.Dropout))
+    if _widths(fc1) != _widths(fc2)[::-1] or _recognised(activation) is None:
+        return None
+    after = kinds.find("l", 1)
+    drop2 = children[2].p if after == 3 else 0.0
+    drop1 = children[-1].p if kinds.endswith("d") else 0.0
+    return _Parts(fc1, activation, fc2, (drop1, drop2))  # type: ignore[arg-type]
+
+
 def _intermediate(module: nn.Module) -> _Parts | None:
     """Linear - activation as in transformers' ViTIntermediate; else None."""
     activation = getattr(module, "intermediate_act_fn", None)
     dense = getattr(module, "dense", None)
     names = {name for name, _ in module.named_children()}
-    if not callable(activation) or not isinstance(dense, nn.Linear) or names - {"dense", "intermediate_act_fn"}:
+    if not callable(activation) or type(dense) is not nn.Linear or names - {"dense", "intermediate_act_fn"}:
         return None
     return _Parts(dense, activation)
 
@@ -85,7 +119,7 @@ def _find(model: nn.Module) -> list[_Found]:
     found: dict[int, _Found] = {}
     for path, parent in model.named_modules():
         for name, child in parent._modules.items():
-            parts = None if child is None else _mlp(child) or _intermediate(child)
+            parts = None if child is None else _mlp(child) or _sequence(child) or _intermediate(child)
             if child is not None and parts is not None:
                 entry = found.setdefault(id(child), _Found(child, f"{path}.{name}".lstrip("."), parts))
                 entry.places.append((parent, name))
@@ -105,7 +139,7 @@ def _recognised(activation: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def _converted(parts: _Parts, groups: int, init: Init, options: dict[str, Any]) -> nn.Module:
-    fc1, fc2 = parts.fc1, parts.fc2
+    fc1, fc2 = as_linear(parts.fc1), None if parts.fc2 is None else as_linear(parts.fc2)
     options = {**options, "device": fc1.weight.device}
     act1 = GroupRational(fc1.in_features, groups, "identity", dropout=parts.drops[0], **options)
     act2 = GroupRational(fc1.out_features, groups, init, dropout=parts.drops[1], **options)
@@ -131,11 +165,14 @@ def kat_from_vit(
     computes the same as before, up to the table's error within its interval, [-8, 8] for GELU, and more outside.
     ``init`` accepts other tables, such as those of :func:`fit_rational`. Coefficients are float32.
 
-    MLPs are recognised by structure. Either: linear layers ``fc1`` and ``fc2``, an activation ``act``, ``activation``
-    or ``activation_fn``, and nothing else but dropouts (timm, DeiT, DINOv2, CLIP); the names ``fc1`` and ``fc2`` stay.
-    Or: ``dense`` and ``intermediate_act_fn`` only (ViT of Transformers); ``dense`` stays. ``Conv1D`` layers, as in
-    Transformers' GPT-2, are not recognised. The activation is recognised by its values. Dropout moves to where KAT has
-    it: before fc1 instead of after fc2.
+    MLPs are recognised by structure: two linear layers, an activation, and nothing else but dropouts. Layers are called
+    ``fc1`` and ``fc2`` (timm, DeiT, DINOv2, CLIP), ``up_proj`` and ``down_proj`` (DINOv3), ``c_fc`` and ``c_proj``
+    (GPT-2), or stand in a torch.nn.Sequential that leads back to the width of its input (torchvision; with an
+    activation that has a table); they become ``fc1`` and ``fc2``. Or: ``dense`` and ``intermediate_act_fn`` only (ViT
+    of Transformers); ``dense`` stays. The ``Conv1D`` layers of GPT-2 become torch.nn.Linear, with copies of their
+    weights, transposed. Gated units, such as
+    SwiGLU, stay as they are. The activation is recognised by its values. Dropout moves to where KAT has it: before fc1
+    instead of after fc2.
 
     Args:
         model: any module that contains such MLPs.
@@ -148,7 +185,8 @@ def kat_from_vit(
         converted model loads into a model that was converted with the same arguments.
 
     Raises:
-        ValueError: no such MLP, an activation without a table, or invalid arguments. The model is unchanged.
+        ValueError: no such MLP, an activation without a table, an MLP with hooks or a patched forward method, or
+            invalid arguments. The model is unchanged.
 
     Example:
         >>> import torch
@@ -163,8 +201,10 @@ def kat_from_vit(
     """
     op = "kat_from_vit"
     found = _find(model)
-    contract = "a model with MLPs of two linear layers around an activation, as timm and transformers build them"
+    contract = "a model with MLPs of two linear layers around an activation and no gate, as timm and transformers build"
     require(len(found) > 0, op, contract, type(model).__name__, "Put singlepass.nn.KATMLP in place of its MLPs.")
+    replaced = ((e.name, m) for e in found for m in (e.module, e.parts.fc1, e.parts.fc2) if m and not _stays(m))
+    require_own_calls(op, replaced)
     made = []
     for entry in found:
         start = init if init is not None else _recognised(entry.parts.activation)

@@ -13,12 +13,13 @@ A and a polynomial >= 0 in B and C, are further constraints. NumPy and SciPy are
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._errors import message, require
 from ..reference.rational import C_OFFSET
@@ -59,7 +60,13 @@ def _modules() -> tuple[Any, Any]:
 
 def _sample(fn: Callable[[Tensor], Tensor], x: Any) -> Any:
     np, _ = _modules()
-    y = np.asarray(fn(torch.from_numpy(x.copy())), dtype=np.float64)
+    contract, remedy = "an elementwise fn of a one-dimensional float64 tensor", "Wrap it in a function that is one."
+    try:
+        with torch.no_grad():
+            y = fn(torch.from_numpy(x.copy()))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(message("fit_rational", contract, f"{type(error).__name__}: {error}", remedy)) from error
+    y = np.asarray(y.numpy(force=True) if isinstance(y, Tensor) else y, dtype=np.float64)
     fits = y.shape == x.shape and bool(np.isfinite(y).all())
     got = f"shape {y.shape}, finite {bool(np.isfinite(y).all())}"
     remedy = "It is called with a one-dimensional float64 tensor."
@@ -226,7 +233,8 @@ def fit_rational(
     activation has no spike outside the interval. The result is deterministic.
 
     Args:
-        fn: elementwise function; called with one-dimensional float64 tensors.
+        fn: elementwise function; called with one-dimensional float64 tensors. A module, such as torch.nn.PReLU, is
+            copied in float64.
         form: "A", "B", "C" or "D" (fitted as B, which it is without noise), as in
             :func:`singlepass.functional.rational`.
         degrees: of numerator (1 to 7) and denominator (1 to 6).
@@ -253,6 +261,8 @@ def fit_rational(
     ordered = bool(np.isfinite(low) and np.isfinite(high)) and low < high
     require(ordered, "fit_rational", "an interval (low, high) with low < high", interval, "Give finite bounds.")
     form = "B" if form == "D" else form
+    if isinstance(fn, nn.Module):
+        fn = copy.deepcopy(fn).to("cpu", torch.float64)
     a, b = _solve(_problem(fn, form, degrees, low, high), form, low, high)
     x = np.linspace(low, high, _CHECKS)
     found = evaluate(torch.from_numpy(x), a, b, form).numpy()

@@ -3,27 +3,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from .._autograd import only_once
+from .._autograd import (
+    gradients_to_differentiate,
+    is_differentiated_again,
+    must_be_plain,
+    only_once,
+    refuse_tangent,
+)
 from .._errors import message, require
 from .._ops import rational as ops
+from .._ops import requested
 
 __all__ = ["rational"]
 
-_PLAIN = "Evaluate singlepass.reference.rational.rational, plain PyTorch, for that."
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _refuse_tangents(backend: str, *tensors: Tensor) -> None:
-    """Kernels would drop the tangents of forward-mode differentiation: results would look constant."""
-    if backend != "eager" and any(unpack_dual(t).tangent is not None for t in tensors):
-        raise RuntimeError(message("rational", "differentiation in reverse mode", "a tangent of forward mode", _PLAIN))
 
 
 class _Rational(torch.autograd.Function):
@@ -52,11 +52,14 @@ class _Rational(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, seed = ctx.saved_tensors
-        _refuse_tangents(ctx.backend, grad)
+        if ctx.backend == "eager" and is_differentiated_again():
+            plain = partial(ops.rational.on("eager"), seed=seed, **ctx.options)
+            return *gradients_to_differentiate(plain, grad, *inputs), None, None, None, None, None
+        refuse_tangent("rational", grad)
         run = ops.rational_backward.on(ctx.backend)
         with torch.no_grad():
             grads = run(grad, *inputs, seed=seed, **ctx.options)
-        grads = only_once("rational", _PLAIN, grads, grad, *inputs)
+        grads = only_once("rational", grads, grad, *inputs)
         wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True))
         return (*wanted, None, None, None, None, None)
 
@@ -135,7 +138,9 @@ def rational(
 
     One pass over memory computes ``dropout(f(x + bias)) * gate``, a second one all gradients. Only the inputs are saved
     for backward. Arithmetic is float32 whatever the storage dtype; autocast has no effect. The derivative of |v| at
-    zero is 1. Second derivatives raise a RuntimeError, and so does forward mode if a kernel runs.
+    zero is 1. Second derivatives need ``backend="eager"``, plain PyTorch. That also runs under transforms of
+    ``torch.func``, in forward mode, for DTensors, in ``torch.jit.trace`` and in exports to ONNX, unless a kernel is
+    asked for.
 
     Args:
         x: any shape and strides; float32, bfloat16, float16 or float64 (eager only).
@@ -159,7 +164,7 @@ def rational(
 
     Raises:
         ValueError: invalid shapes, dtypes, devices or options.
-        RuntimeError: the chosen backend cannot run here.
+        RuntimeError: the chosen backend cannot run here; in backward, a second derivative of a kernel's gradient.
 
     Sources: Molina et al., "Padé Activation Units", arXiv 1907.06732, and the package rational-activations (forms);
     Yang and Wang, "Kolmogorov-Arnold Transformer", arXiv 2409.10594 (groups).
@@ -200,13 +205,13 @@ def rational(
         fits = tensor and seed.numel() == 1 and seed.dtype == torch.int64 and seed.device == x.device
         require(fits, op, f"seed as one int64 on {x.device}", got, "Pass an int, or None.")
     tensors = [t for t in (x, numerator, denominator, bias, gate) if t is not None]
-    backend = ops.rational.choose(x.device.type, {t.dtype for t in tensors}, backend)
+    plain = must_be_plain(op, requested(backend), *tensors)
+    backend = "eager" if plain else ops.rational.choose(x.device.type, {t.dtype for t in tensors}, backend)
     numerator, denominator = numerator.contiguous(), denominator.contiguous()
     bias = None if bias is None else bias.contiguous()
     code = ops.FORMS.index(form)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if not plain and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Rational.apply(x, numerator, denominator, bias, gate, seed, code, channel_dim, float(dropout), backend)
-    _refuse_tangents(backend, *tensors)
     run = ops.rational.on(backend)
     return run(
         x, numerator, denominator, bias, gate, form=code, channel_dim=channel_dim, dropout=float(dropout), seed=seed

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._errors import require
+from .._linear import is_just_linear
 from ._module import GroupRational, Init, no_weight_decay, require_counts
 from ._tables import Table
 
@@ -28,12 +29,9 @@ def _preserve_variance(linear: nn.Linear, table: Table) -> None:
 def linear_then_rational(x: Tensor, linear: nn.Module, act: GroupRational) -> Tensor:
     """act(linear(x)), the bias added by the activation's pass, which also gives its gradient.
 
-    Only where ``linear`` is nothing but that: adapters, parametrizations and hooks are left to work.
+    Only where ``linear`` is nothing but that: adapters, parametrizations, hooks and offloading are left to work.
     """
-    plain = type(linear) is nn.Linear and not (
-        linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    )
-    if plain:
+    if is_just_linear(linear):
         return act(F.linear(x, linear.weight), bias=linear.bias)  # type: ignore[arg-type]
     return act(linear(x))
 

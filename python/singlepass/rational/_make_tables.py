@@ -9,7 +9,7 @@ from ._fit import fit_rational
 DEGREES = (5, 4)
 INTERVAL = (-3.0, 3.0)
 # On [-3, 3] the best gelu is nearer, 1.3e-3 instead of 3.4e-3, but grows quadratically beyond, where inputs go too.
-INTERVALS = {"gelu": (-8.0, 8.0)}
+INTERVALS = {"gelu": (-8.0, 8.0), "quick_gelu": (-8.0, 8.0)}
 WORST = 5e-2  # a table further off than this is none: better an error than a wrong activation
 
 

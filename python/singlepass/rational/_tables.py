@@ -31,6 +31,7 @@ TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "leaky_relu": F.leaky_relu,
     "mish": F.mish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
     "relu": F.relu,
     "relu_squared": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
@@ -158,14 +159,14 @@ def _identity(form: str, degrees: tuple[int, int]) -> Table:
 
 
 def table(name: str, form: str = "A", degrees: tuple[int, int] = (5, 4)) -> Table:
-    """An installed table, fitted by :func:`fit_rational` on [-3, 3], "gelu" on [-8, 8], for the given form.
+    """An installed table, fitted by :func:`fit_rational` on [-3, 3], "gelu" and "quick_gelu" on [-8, 8].
 
     Each form has its own tables, because coefficients fitted for one form give another function in another form. KAT's
     "gelu", for example, was fitted for form B; KAT's kernels evaluate it in form A, where it is off by 1.46.
 
     Args:
-        name: "geglu" (x gelu(x)), "gelu", "identity", "leaky_relu" (slope 0.01), "mish", "relu", "relu_squared",
-            "sigmoid", "silu", "swiglu" (x silu(x)) or "tanh".
+        name: "geglu" (x gelu(x)), "gelu", "identity", "leaky_relu" (slope 0.01), "mish", "quick_gelu"
+            (x sigmoid(1.702 x)), "relu", "relu_squared", "sigmoid", "silu", "swiglu" (x silu(x)) or "tanh".
         form: "A", "B", "C" or "D" (uses B's).
         degrees: of numerator and denominator: (5, 4); any for the identity.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from .._errors import require
+from .._linear import as_linear, is_linear, require_own_calls
 from ._linear import SSTLinear, rank_of
 from ._watch import warn
 
 Model = TypeVar("Model", bound=nn.Module)
+Place = tuple[str, nn.Module, str, nn.Module]
 
 # Names under which models keep the layer behind their last hidden state.
 HEADS = ("lm_head", "embed_out", "output_projection", "head", "classifier", "score", "qa_outputs")
@@ -23,11 +25,15 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
-def _parents(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
-    """(dotted name, parent, attribute, child) of every module of exactly this kind, shared ones each time."""
+def _is_sst(module: nn.Module | None) -> bool:
+    return type(module) is SSTLinear
+
+
+def _parents(model: nn.Module, wanted: Callable[[nn.Module | None], bool]) -> Iterator[Place]:
+    """Where every module that is wanted stands, shared ones each time: its dotted name, parent, attribute, itself."""
     for prefix, parent in model.named_modules():
         for attribute, child in parent._modules.items():
-            if type(child) is kind:
+            if child is not None and wanted(child):
                 yield f"{prefix}.{attribute}" if prefix else attribute, parent, attribute, child
 
 
@@ -43,9 +49,10 @@ def convert(
 ) -> Model:
     """Replaces every linear layer of a model by an :class:`SSTLinear`, in place.
 
-    Not converted are embeddings, norms, layers that are not exactly torch.nn.Linear (such as the output projection of
-    torch.nn.MultiheadAttention and the Conv1D of GPT-2), linear layers whose weight needs no gradient, is shared with
-    another module or comes from a parametrisation, and the names in ``skip``. Hooks of converted layers are lost.
+    So are the ``Conv1D`` layers of Transformers' GPT-2, which :func:`merge` makes torch.nn.Linear. Not converted are
+    embeddings, norms, layers of other classes (such as the output projection of torch.nn.MultiheadAttention), linear
+    layers whose weight needs no gradient, is shared with another module or comes from a parametrisation, and the names
+    in ``skip``.
 
     Args:
         model: any module; its output stays the same up to rounding.
@@ -58,8 +65,8 @@ def convert(
         Module: the model.
 
     Raises:
-        ValueError: no layer to convert, a rank larger than a layer, a weight that is not finite, or invalid options.
-            The model is unchanged.
+        ValueError: no layer to convert, one with hooks or a patched forward method, a rank larger than a layer, a
+            weight that is not finite, or invalid options. The model is unchanged.
 
     Example:
         >>> import torch
@@ -84,30 +91,28 @@ def convert(
         known = any(_matches(name, pattern) for name in names)
         require(known, where, "names of modules to skip", repr(pattern), "Check its spelling.")
     found = []
-    for place in _parents(model, nn.Linear):
+    for place in _parents(model, is_linear):
         weight = place[3].weight
         skipped = any(_matches(place[0], pattern) for pattern in patterns)
         if not skipped and uses.get(id(weight)) == 1 and weight.requires_grad:
             found.append(place)
-    require(bool(found), where, "a model with linear layers to convert", "none", "Check skip.")
+    contract = "torch.nn.Linear or Conv1D layers inside the model, trained, not shared and not in skip"
+    remedy = "Check skip; a layer alone: SSTLinear.from_linear."
+    require(bool(found), where, contract, f"none in {type(model).__name__}", remedy)
+    require_own_calls(where, ((name, module) for name, _, _, module in found))
+    linears = {id(module): as_linear(module) for _, _, _, module in found}
     layers: dict[int, SSTLinear] = {}
-    for name, _, _, linear in found:
-        assert isinstance(linear, nn.Linear)
+    for name, _, _, module in found:
+        linear = linears[id(module)]
         rank_of(f"{where}: {name}", rank, min(linear.in_features, linear.out_features))
         finite = bool(linear.weight.isfinite().all())
         require(finite, f"{where}: {name}", "a finite weight", "infinities or NaNs", "Mend the weight first.")
-    for _, _, _, linear in found:
-        if id(linear) not in layers:
-            layers[id(linear)] = SSTLinear.from_linear(
-                linear,  # type: ignore[arg-type]
-                rank,
-                frozen_dtype=frozen_dtype,
-                gradient=gradient,
-                evaluation=evaluation,
-                backend=backend,
-            )
-    for _, parent, attribute, linear in found:
-        setattr(parent, attribute, layers[id(linear)])
+    for key, linear in linears.items():
+        layers[key] = SSTLinear.from_linear(
+            linear, rank, frozen_dtype=frozen_dtype, gradient=gradient, evaluation=evaluation, backend=backend
+        )
+    for _, parent, attribute, module in found:
+        setattr(parent, attribute, layers[id(module)])
     return model
 
 
@@ -136,7 +141,7 @@ def merge(model: Model) -> Model:
           (0): Linear(in_features=64, out_features=32, bias=True)
         )
     """
-    found = list(_parents(model, SSTLinear))
+    found = list(_parents(model, _is_sst))
     require(bool(found), "merge", "a model with SSTLinear layers", "none", "A layer alone: to_linear.")
     for name, _, _, layer in found:
         assert isinstance(layer, SSTLinear)

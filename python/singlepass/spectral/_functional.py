@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._autograd import only_once
+from .._autograd import gradients_to_differentiate, is_differentiated_again, must_be_plain, only_once
 from .._errors import require
+from .._ops import requested
 from .._ops import spectral as ops
-from ._product import Sizes, SSTProduct, evaluation_of
+from ._product import Sizes, SSTProduct, evaluation_of, plain_product
 
 GRADIENTS = ("enhanced", "default")
 EVALUATIONS = ("auto", "factored", "materialized")
@@ -95,6 +97,9 @@ def sst_linear(
         require(False, op, f"x of {active_u.dtype}, as the vectors", x.dtype, "Convert it, or use torch.autocast.")
     scales_u, scales_v = (None, None) if scales is None else scales
     inputs = (x, active_u, active_v, singular_values)
+    frozen = (frozen_u, frozen_v, scales_u, scales_v)
+    if must_be_plain(op, requested(backend), *inputs, bias):
+        return plain_product(*inputs, bias, frozen, gradient)
     if evaluation == "auto":
         training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         tokens = x.numel() // max(x.shape[-1], 1)
@@ -102,7 +107,7 @@ def sst_linear(
         evaluation = evaluation_of(sizes, training)
     dtypes = {x.dtype, singular_values.dtype}
     backend = ops.scale_.choose(x.device.type, dtypes, backend)
-    return SSTProduct.apply(*inputs, bias, frozen_u, frozen_v, scales_u, scales_v, gradient, evaluation, backend)
+    return SSTProduct.apply(*inputs, bias, *frozen, gradient, evaluation, backend)
 
 
 class _Lorentz(torch.autograd.Function):
@@ -116,11 +121,14 @@ class _Lorentz(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        if ctx.backend == "eager" and is_differentiated_again():
+            plain = partial(ops.lorentz.on("eager"), **ctx.options)
+            return *gradients_to_differentiate(plain, grad, *inputs), None, None, None
         run = ops.lorentz_backward.on(ctx.backend)
         with torch.no_grad():
-            grads = run(grad.contiguous(), *ctx.saved_tensors, **ctx.options)
-        remedy = "Evaluate singlepass.reference.spectral.lorentz, plain PyTorch, for that."
-        return *only_once("lorentz", remedy, grads, grad, *ctx.saved_tensors), None, None, None
+            grads = run(grad.contiguous(), *inputs, **ctx.options)
+        return *only_once("lorentz", grads, grad, *inputs), None, None, None
 
 
 def lorentz(z: Tensor, log_scale: Tensor, *, k: float = 1.0, offset: float = 1.1, backend: str | None = None) -> Tensor:
@@ -155,5 +163,7 @@ def lorentz(z: Tensor, log_scale: Tensor, *, k: float = 1.0, offset: float = 1.1
     got = f"{tuple(log_scale.shape)} of {log_scale.dtype} on {log_scale.device}"
     require(fits, "lorentz", f"log_scale as one number on {z.device}", got, "Reshape or move it.")
     require(k > 0.0 and offset >= k**0.5, "lorentz", "k > 0 and offset >= sqrt(k)", (k, offset), "Raise the offset.")
+    if must_be_plain("lorentz", requested(backend), z, log_scale):
+        return ops.lorentz.on("eager")(z, log_scale, k=float(k), offset=float(offset))
     chosen = ops.lorentz.choose(z.device.type, {z.dtype, log_scale.dtype}, backend)
     return _Lorentz.apply(z.contiguous(), log_scale, float(k), float(offset), chosen)

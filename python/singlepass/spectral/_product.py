@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._autograd import only_once
+from .._autograd import gradients_to_differentiate, is_differentiated_again, only_once
 from .._ops import spectral as ops
 from ..reference.spectral import decode
-
-_PLAIN = "Evaluate singlepass.reference.spectral.linear, plain PyTorch, for that."
 
 # Columns of the dense gradient that exist at a time where W is materialised.
 PANEL = 512
@@ -103,6 +102,29 @@ def _through_factors(x: Tensor, segments: list[_Segment], bias: Tensor | None) -
     return y, parts
 
 
+def plain_product(
+    x: Tensor,
+    active_u: Tensor,
+    active_v: Tensor,
+    s: Tensor,
+    bias: Tensor | None,
+    frozen: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    gradient: str,
+) -> Tensor:
+    """The product by operators that PyTorch differentiates by itself, as often as one likes."""
+    segments = _segments(active_u, active_v, s, frozen, x.dtype)
+    y = 0.0 if bias is None else bias.to(x.dtype)
+    for i, (u, values, v) in enumerate(segments):
+        if i == 0 and gradient == "enhanced":
+            # Both terms are zero; their gradients are those of the vectors, without s.
+            fixed_u, fixed_v = u.detach(), v.detach()
+            y = y + (x @ fixed_v.T) @ (u - fixed_u) + (x @ (v - fixed_v).T) @ fixed_u
+            u, v = fixed_u, fixed_v
+        y = y + (x @ v.T * values).to(x.dtype) @ u
+    assert isinstance(y, Tensor)
+    return y
+
+
 class SSTProduct(torch.autograd.Function):
     """Saves x with the parts of t = x V^T, or with W; the vectors are what the caller holds anyway."""
 
@@ -141,6 +163,10 @@ class SSTProduct(torch.autograd.Function):
         gradient, evaluation, backend = ctx.options
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needed = ctx.needs_input_grad
+        if backend == "eager" and is_differentiated_again():
+            run = partial(plain_product, bias=None, frozen=tuple(frozen), gradient=gradient)
+            bias = g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None
+            return *gradients_to_differentiate(run, grad, x, active_u, active_v, s), bias, *[None] * 7
         with torch.no_grad():
             segments = _segments(active_u, active_v, s, tuple(frozen), x.dtype)
             if evaluation == "materialized":
@@ -158,7 +184,7 @@ class SSTProduct(torch.autograd.Function):
                 None if grad_s is None else grad_s.to(s.dtype),
                 g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None,
             )
-        return *only_once("sst_linear", _PLAIN, cast, grad, x, active_u, active_v, s), *[None] * 7
+        return *only_once("sst_linear", cast, grad, x, active_u, active_v, s), *[None] * 7
 
 
 # Of x, active_u, active_v and s, where wanted; those of the vectors are enhanced: without s.
