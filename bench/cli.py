@@ -25,7 +25,9 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/gpu-proof.md",
     "docs/kv.md",
+    "docs/optim.md",
     "docs/performance.md",
+    "docs/rational.md",
     "docs/spectral.md",
 )
 
