@@ -52,10 +52,12 @@ class Quantized:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.codes.shape[3] * 8 // self.bits
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         parts = (self.codes, self.scales, self.channels, self.starts, self.counts)
         return sum(part.nbytes for part in parts if part is not None)
 

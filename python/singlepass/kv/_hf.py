@@ -39,8 +39,8 @@ class ZipCache(CompressedCache):
     Args:
         config: ``model.config`` itself: through it the cache sees which attention runs.
         salient_ratio: fraction of the tokens compressed together that are kept in ``salient_bits``.
-        salient_bits, regular_bits, codec, window, recent_probes, random_probes, max_probes, normalization, seed,
-            backend: passed to every :class:`ZipCacheLayer`. Scale and softcap come from the model.
+        salient_bits, regular_bits, codec, window: of every :class:`ZipCacheLayer`. Scale and softcap are the model's.
+        recent_probes, random_probes, max_probes, normalization, seed, backend: of every :class:`ZipCacheLayer`.
         compress_sliding: whether layers with sliding windows are compressed too, for models with large ones (Mistral,
             Phi-3: up to 4,096 tokens).
 
@@ -52,7 +52,7 @@ class ZipCache(CompressedCache):
             latent attention, a head dimension that is not a multiple of 16, unknown kinds of layers, no layer to
             compress. Later, when the model runs: a mask of another shape, or one that shows padding, which is not
             stored (the cache is unchanged, except for layers without attention); attention with a position bias or
-            dropout; :meth:`crop` of more tokens than are uncompressed; gradients through the cache. After any other
+            dropout; ``crop`` of more tokens than are uncompressed; gradients through the cache. After any other
             error during a forward pass, call ``reset()``.
         ImportError: on import, without transformers 5.24 or newer. Tested with 5.24.0.
 

@@ -170,8 +170,8 @@ class ZipCacheLayer(Lasting):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all memory held: codes, scales, positions, the window, probes, and room preallocated for more
-        tokens."""
+        """Bytes of all memory held, codes, scales, positions, the window, probes, and room preallocated for more tokens
+        among it."""
         return held_nbytes(self.tensors())
 
     def tensors(self) -> list[Tensor]:

@@ -54,6 +54,14 @@ def probe_saliency(
         ValueError: invalid shapes, dtypes or options.
 
     Source: He et al., "ZipCache", arXiv 2405.14256, eq. 8 and section 4.3.
+
+    Example:
+        >>> import torch
+        >>> from singlepass.kv import probe_saliency
+        >>> q, k = torch.randn(1, 8, 2, 64), torch.randn(1, 2, 100, 64)
+        >>> saliency = probe_saliency(q, k, torch.tensor([50, 99]))  # the queries of tokens 50 and 99
+        >>> saliency.shape, bool((saliency.sort().values[..., -60:] > 0).all())
+        (torch.Size([1, 2, 100]), True)
     """
     op = "probe_saliency"
     check_tokens(op, "k", k)

@@ -18,8 +18,8 @@ class Adan(FusedOptimizer):
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2)(g-g'), \quad
         n = \beta_3 n + (1-\beta_3)(g + \beta_2 (g-g'))^2 \\
-        p &= \frac{1}{1+\eta\lambda} \Big( p - \frac{\frac{\eta}{1-\beta_1^t} m +
-        \frac{\eta\beta_2}{1-\beta_2^t} v}{\sqrt{n} / \sqrt{1-\beta_3^t} + \epsilon} \Big)
+        p &= \frac{1}{1+\eta\lambda} \left( p - \frac{\frac{\eta}{1-\beta_1^t} m +
+        \frac{\eta\beta_2}{1-\beta_2^t} v}{\sqrt{n} / \sqrt{1-\beta_3^t} + \epsilon} \right)
 
     The code's betas are one minus the paper's; the paper's Algorithm 1 has no bias correction and adds ``eps`` inside
     the root. :math:`g'` is the previous gradient; the first difference is zero. Steps are counted per parameter (the

@@ -129,15 +129,15 @@ def rational(
 ) -> Tensor:
     """Rational function P(x) / Q(x) with coefficients shared within groups of channels.
 
-    P(x) = a_0 + a_1 x + ... + a_m x^m, and with b the denominator's coefficients:
+    ``P(x) = a_0 + a_1 x + ... + a_m x^m``, and with b the denominator's coefficients:
 
-    * form ``"A"``: Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n, as in KAT's kernels;
-    * form ``"B"``: Q(x) = 1 + |b_1 x + ... + b_n x^n|, eq. 12 of the KAT paper;
-    * form ``"C"``: Q(x) = 0.1 + |b_0 + b_1 x + ... + b_n x^n|;
+    * form ``"A"``: ``Q(x) = 1 + |b_1| |x| + ... + |b_n| |x|^n``, as in KAT's kernels;
+    * form ``"B"``: ``Q(x) = 1 + |b_1 x + ... + b_n x^n|``, eq. 12 of the KAT paper;
+    * form ``"C"``: ``Q(x) = 0.1 + |b_0 + b_1 x + ... + b_n x^n|``;
     * form ``"D"``: B; in training every coefficient is multiplied, for every element, by noise from [0.9, 1.1).
 
     One pass over memory computes ``dropout(f(x + bias)) * gate``, a second one all gradients. Only the inputs are saved
-    for backward. Arithmetic is float32 whatever the storage dtype; autocast has no effect. The derivative of |v| at
+    for backward. Arithmetic is float32 whatever the storage dtype; autocast has no effect. The derivative of ``|v|`` at
     zero is 1. Second derivatives need ``backend="eager"``, plain PyTorch. That also runs under transforms of
     ``torch.func``, in forward mode, for DTensors, in ``torch.jit.trace`` and in exports to ONNX, unless a kernel is
     asked for.

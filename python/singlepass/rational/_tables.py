@@ -78,12 +78,13 @@ class Table:
 
     @classmethod
     def of(cls, numerator: Sequence[float], denominator: Sequence[float], form: str) -> Table:
-        """A table of given coefficients."""
+        """A table of given coefficients, the lowest degree first."""
         a, b = tuple(map(float, numerator)), tuple(map(float, denominator))
         return cls(a, b, form, None, None, second_moment(a, b, form))
 
     @property
     def degrees(self) -> tuple[int, int]:
+        """Of numerator and denominator."""
         return len(self.numerator) - 1, len(self.denominator) - (self.form == "C")
 
     @property

@@ -17,6 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Place = tuple[str, nn.Module, str, nn.Module]
 
 # Names under which models keep the layer behind their last hidden state.
+#: Names of the layers that make a model's outputs, which :func:`convert` leaves alone by default.
 HEADS = ("lm_head", "embed_out", "output_projection", "head", "classifier", "score", "qa_outputs")
 
 

@@ -134,8 +134,8 @@ class _Lorentz(torch.autograd.Function):
 def lorentz(z: Tensor, log_scale: Tensor, *, k: float = 1.0, offset: float = 1.1, backend: str | None = None) -> Tensor:
     """HyboNet's map from rows to points x of the hyperboloid -x_0^2 + x_1^2 + ... = -k, in one pass.
 
-    x_0 = sigmoid(z_0) exp(log_scale) + offset, and x_i = z_i sqrt((x_0^2 - k) / |z_1..|^2), as LorentzLinear of
-    Chen et al., "Fully Hyperbolic Neural Networks", arXiv 2105.14686. |z_1..|^2 is at least 1e-8.
+    ``x_0 = sigmoid(z_0) exp(log_scale) + offset``, and ``x_i = z_i sqrt((x_0^2 - k) / |z_1..|^2)``, as LorentzLinear of
+    Chen et al., "Fully Hyperbolic Neural Networks", arXiv 2105.14686. ``|z_1..|^2`` is at least 1e-8.
 
     Args:
         z: (..., c), c >= 2; float32, bfloat16, float16 or float64 (eager only).

@@ -88,8 +88,8 @@ class SST(AdamW):
         rank_schedule: ``rank_schedule(draw)`` returns the rank (or fraction) of all layers for iteration ``draw``,
             counted from 0 over all rounds; None: constant. A change of rank changes the shapes of parameters, which
             DistributedDataParallel does not support.
-        tolerance: largest deviation from orthonormal, the maximum of |U U^T - I| and |V V^T - I|, at which a layer is
-            not decomposed again.
+        tolerance: largest deviation from orthonormal, the maximum of ``|U U^T - I|`` and ``|V V^T - I|``, at which a
+            layer is not decomposed again.
         seed: of the draws. Use the same for all ranks of a data-parallel job, so that they draw the same vectors.
         maximize: maximise the objective instead of minimising it.
         state_dtype: dtype of new states: None for float32, ``"param"`` for the parameter's, or a dtype.

@@ -87,6 +87,7 @@ class MatryoshkaBases:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all bases."""
         return sum(basis.nbytes for bases in (self.keys, self.values) for basis in bases.values())
 
     def ranks_of(self, budget: float) -> Mapping[int, Ranks]:

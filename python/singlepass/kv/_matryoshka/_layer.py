@@ -196,8 +196,8 @@ class MatryoshkaLayer(Lasting):
 
     @property
     def window_length(self) -> int:
-        """How many of the cached tokens can be removed: those not quantised yet, as long as no tokens were forgotten
-        that would be seen again."""
+        """How many of the cached tokens can be removed. These are the ones not quantised yet, as long as no tokens were
+        forgotten that would be seen again."""
         return self._groups[0].inner.window_length
 
     @property

@@ -70,6 +70,18 @@ def search_ranks(
         ValueError: bases of another model, a budget out of (0, 1] or too small, wrong batches.
 
     Source: Lin et al., "MatryoshkaKV", arXiv 2410.14731, algorithm 1, where every head is measured again each time.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from singlepass.kv import fit_matryoshka, search_ranks
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        ...                      num_key_value_heads=1, head_dim=32, vocab_size=32)
+        >>> model, texts = LlamaForCausalLM(config), [torch.arange(32)[None]]
+        >>> bases = fit_matryoshka(model, texts, progress=False)
+        >>> ranks = search_ranks(model, bases, texts, budget=0.75, progress=False).ranks_of(0.75)
+        >>> sum(int(r.sum()) for r in ranks[0])  # of 32 for keys and 32 for values
+        48
     """
     found = checked_batches(_OP, batches)
     check_budget(_OP, budget)
