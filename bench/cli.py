@@ -24,11 +24,13 @@ DOCUMENTS = (
     "README.md",
     "docs/benchmarks.md",
     "docs/gpu-proof.md",
+    "docs/index.md",
     "docs/kv.md",
     "docs/optim.md",
     "docs/performance.md",
     "docs/rational.md",
     "docs/spectral.md",
+    "docs/trust.md",
 )
 
 
