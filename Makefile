@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make test` and `make bench` set up what they need in .venv and do again only what has changed since.
 .DELETE_ON_ERROR:
-.PHONY: bench clean core format gpu-bundle gpu-model gpu-proof help lint locks setup test test-deep test-newest test-release wheel wheels
+.PHONY: bench clean core docs format gpu-bundle gpu-model gpu-proof help lint locks setup test test-deep test-newest test-release wheel wheels
 
 PYTHON ?= python3
 # The one pin of torch. What else is installed stands in locks/, and fits this torch.
@@ -19,10 +19,12 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 # Make compares times only: what else decides on what is installed and built goes into the stamps' names.
 SETTINGS := $(TORCH) with_cuda=$(SINGLEPASS_WITH_CUDA) type=$(SINGLEPASS_BUILD_TYPE) archs=$(TORCH_CUDA_ARCH_LIST)
 KEY := $(firstword $(shell echo '$(SETTINGS)' | cksum))
-# Each stands on the one before: torch with what building and `make bench` need, the package, what its tests need.
+# Each stands on the one before: torch with what building and `make bench` need, the package, what its tests need, and
+# what the documentation site needs.
 BASE := $(VENV)/.base-$(KEY)
 NATIVE := $(VENV)/.native-$(KEY)
 PACKAGES := $(VENV)/.packages-$(KEY)
+DOCS := $(VENV)/.docs-$(KEY)
 SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -path 'csrc/pybind/*' -not -path 'csrc/simt/*')
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ENVIRONMENT = $(PYTHON) tools/environment.py
@@ -41,6 +43,7 @@ help:
 	@echo 'make gpu-model    predict times on GPUs from the compiled kernels, without a GPU; needs nvcc'
 	@echo 'make gpu-bundle   pack what has to travel to a machine with a GPU'
 	@echo 'make core         the part without torch, and its C++ tests'
+	@echo 'make docs         the documentation site, in build/docs/html'
 	@echo 'make lint         ruff, mypy and clang-format, without changing a file; make format mends what they can mend'
 	@echo 'make locks        move locks/ to the newest releases that fit $(TORCH)'
 	@echo 'make wheel        a wheel in dist/ for CUDA=cpu (the default), cu12 or cu13; make wheels: what a release has'
@@ -49,7 +52,7 @@ help:
 $(BASE): $(INSTALLS)
 	@$(PYTHON) -c '' 2>/dev/null || { echo 'make: expected Python 3.10 to 3.13; got no $(PYTHON). Install it, or name another: make PYTHON=python3.11 ...'; exit 1; }
 	@echo 'Setting up $(VENV) with $(TORCH): a few minutes the first time.'
-	@rm -f $(VENV)/.base-* $(VENV)/.native-* $(VENV)/.packages-*
+	@rm -f $(VENV)/.base-* $(VENV)/.native-* $(VENV)/.packages-* $(VENV)/.docs-*
 	@$(ENVIRONMENT) install $(VENV) '$(TORCH)' bench
 	@touch $@
 
@@ -64,13 +67,18 @@ $(PACKAGES): $(NATIVE) $(INSTALLS)
 	@$(ENVIRONMENT) install $(VENV) '$(TORCH)' dev
 	@touch $@
 
+$(DOCS): $(PACKAGES) $(INSTALLS)
+	@$(ENVIRONMENT) install $(VENV) '$(TORCH)' docs
+	@touch $@
+
 setup: $(PACKAGES)
 
 # The tests compile the core and its C++ tests by themselves.
 test: lint
 	@$(PYTEST_RUN) $(PYTEST)
 
-test-deep: $(PACKAGES)
+# One of them builds the documentation site.
+test-deep: $(DOCS)
 	@$(PYTEST_RUN) -m 'deep or hypothesis' --hypothesis-profile=long $(PYTEST)
 
 test-release: $(PACKAGES)
@@ -78,6 +86,11 @@ test-release: $(PACKAGES)
 
 test-newest: $(PACKAGES)
 	@python tools/newest.py '$(TORCH)' $(JOBS)
+
+# Any warning fails: a link that leads nowhere, a page that no list names, a docstring that does not parse.
+docs: $(DOCS)
+	@python -m sphinx -q -W --keep-going -c docs -d build/docs/doctrees . build/docs/html
+	@echo 'build/docs/html/index.html'
 
 locks: $(PACKAGES)
 	@python tools/locks.py '$(TORCH)'
@@ -129,4 +142,4 @@ wheels: $(PACKAGES)
 
 clean:
 	rm -rf build dist python/singlepass.egg-info python/singlepass/_C_*.so python/singlepass/build_info.json
-	rm -f $(VENV)/.native-* $(VENV)/.packages-*
+	rm -f $(VENV)/.native-* $(VENV)/.packages-* $(VENV)/.docs-*

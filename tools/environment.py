@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sets up the environment that make works in, from the locks.
 
-    environment.py install VENV TORCH KIND      torch, and what the lock of that kind says: bench or dev
+    environment.py install VENV TORCH KIND      torch, and what the lock of that kind says: bench, dev or docs
     environment.py editable VENV                the package itself
     environment.py jobs                         how many processes may work at the same time
 
@@ -96,7 +96,8 @@ class Environment:
     def install(self, torch, kind):
         """torch first, by its one pin; then exactly what the lock of this Python says."""
         self.pip("install", "-q", torch)
-        lock = ROOT / "locks" / "{}py{}{}.txt".format("bench-" * (kind == "bench"), *sys.version_info[:2])
+        prefix = "" if kind == "dev" else kind + "-"
+        lock = ROOT / "locks" / "{}py{}{}.txt".format(prefix, *sys.version_info[:2])
         lines = lock.read_text(encoding="utf-8").splitlines()
         pins = self.pins_of_torch()
         chosen = [line for line in lines if re.match(r"[\w.-]+==", line) and line.split("==")[0] not in pins]

@@ -38,9 +38,11 @@ def main(torch: str) -> None:
             python, name = f"3.{minor}", f"py3{minor}.txt"
             compile_lock(python, torch, needs)
             ours = ("pyproject.toml", f"--config-file={alone}", "--no-emit-package=torch", f"--constraint={needs}")
-            compile_lock(python, building, LOCKS / name, *ours, "--extra=dev")
-            bench = (*ours, f"--constraint={LOCKS / name}", "--extra=bench")
-            compile_lock(python, building, LOCKS / f"bench-{name}", *bench)
+            # They are installed side by side, so each keeps to those before it.
+            before: list[str] = []
+            for extra, prefix in (("docs", "docs-"), ("dev", ""), ("bench", "bench-")):
+                compile_lock(python, building, LOCKS / f"{prefix}{name}", *ours, *before, f"--extra={extra}")
+                before.append(f"--constraint={LOCKS / f'{prefix}{name}'}")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ def needed(extra: str, python: str) -> list[Requirement]:
 
 
 @each_python
-@pytest.mark.parametrize("extra", ["dev", "bench"])
+@pytest.mark.parametrize("extra", ["dev", "bench", "docs"])
 def test_locks_hold_what_the_extras_name(python: str, extra: str) -> None:
-    lock = pins(f"{'bench-' * (extra == 'bench')}py{python.replace('.', '')}.txt")
+    lock = pins(f"{'' if extra == 'dev' else f'{extra}-'}py{python.replace('.', '')}.txt")
     for requirement in [*needed(extra, python), *map(Requirement, ("setuptools>=77", "ninja", "numpy"))]:
         assert requirement.specifier.contains(lock[requirement.name]), requirement
     assert not [name for name in lock if re.match(r"torch$|nvidia-|cuda-", name)]
@@ -56,6 +56,13 @@ def test_bench_installs_a_part_of_what_tests_do(python: str) -> None:
     bench, dev = (pins(f"{kind}py{python.replace('.', '')}.txt") for kind in ("bench-", ""))
     assert bench.items() < dev.items()
     assert not set(bench) & {"pytest", "mypy", "ruff", "clang-format", "cmake", "hypothesis", "uv", "triton"}
+
+
+@each_python
+def test_documentation_is_built_beside_tests_and_not_for_them(python: str) -> None:
+    docs, dev = (pins(f"{kind}py{python.replace('.', '')}.txt") for kind in ("docs-", ""))
+    assert not [name for name in docs.keys() & dev.keys() if docs[name] != dev[name]]
+    assert not {"furo", "myst-parser", "sphinx"} & dev.keys()
 
 
 @pytest.fixture
