@@ -124,13 +124,3 @@ def test_dtensors(name: str, mixed: bool, clipped: bool, mesh: DeviceMesh) -> No
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         assert torch.allclose(whole, q, rtol=1e-6, atol=1e-7)
         assert float(optimizer.state[p].get("step", torch.tensor(3.0))) == 3.0
-
-
-@pytest.mark.parametrize("name", optim.__all__)
-def test_rounding_at_random_is_refused_for_dtensors(name: str, mesh: DeviceMesh) -> None:
-    p = Parameter(distribute_tensor(torch.ones(4, dtype=torch.bfloat16), mesh, [Shard(0)]))
-    optimizer = getattr(optim, name)([p], stochastic_rounding=True)
-    p.grad = distribute_tensor(torch.ones(4, dtype=torch.bfloat16), mesh, [Shard(0)])
-    with pytest.raises(ValueError, match="stochastic_rounding=False for DTensors"):
-        optimizer.step()
-    assert len(optimizer.state) == 0

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeGuard
 
@@ -14,10 +13,11 @@ from torch.optim import Optimizer
 from .._errors import message, require
 from .._ops import Op, requested
 from .._ops.optim import StepOp
-from ._buckets import Bucket, Sorter, is_any_nonzero
+from ._buckets import Bucket, Sorter
 from ._checks import check_keys, check_once, check_parameter, check_values
+from ._exchange import Exchange, Exchanges
 from ._loading import STATE_DTYPES, Loading, state_dtype_for
-from ._norm import measure, to_device
+from ._norm import Steps, add_up_norms, is_any_nonzero, measure, to_device
 from ._shards import copy_like, is_laid_out_as, local, zeros_like
 
 # Defaults that are checked elsewhere, or, the last one, torch's own.
@@ -32,6 +32,8 @@ class FusedOptimizer(Optimizer):
 
     rule: ClassVar[StepOp]
     steps_where_uncounted: ClassVar[float] = 0.0  # the count of a saved state that has none
+    # Whether the pass before an update changes states: whether all ranks can go on must be known before.
+    _norms_follow_states: ClassVar[bool] = False
     _loading: ClassVar[type[Loading]] = Loading
 
     # GradScaler then leaves unscaling and skipping to step(), through `grad_scale` and `found_inf`.
@@ -56,7 +58,7 @@ class FusedOptimizer(Optimizer):
             "backend": backend,
             "seed": torch.initial_seed() & (2**63 - 1),
         }
-        self._sorter = Sorter()
+        self._forget_steps()
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -83,15 +85,11 @@ class FusedOptimizer(Optimizer):
         """(max_norm, eps) of clipping by the global norm; max_norm 0 for none."""
         return self._max_grad_norm_of(self.param_groups) if "max_grad_norm" in self.defaults else 0.0, 0.0
 
-    def _before_step(
-        self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        """Called once the states exist."""
-
-    @property
-    def _takes_parts(self) -> bool:
-        """Whether the op takes this rank's parts of DTensors: not where it needs norms of whole tensors."""
-        return self.rule.rule not in ("lamb", "lars", "sgdsai") and self._clipping()[0] == 0.0
+    def _prepare(
+        self, work: Work, grad_scale: Tensor | None, found_inf: Tensor | None, exchange: Exchange
+    ) -> Tensor | None:
+        """Called before the first bucket is stepped; returns found_inf."""
+        return found_inf
 
     def _role_of(self, p: Tensor) -> str:
         """Not empty for parameters that a subclass steps in another way; one bucket has one role."""
@@ -181,7 +179,12 @@ class FusedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """Drops what is derived from earlier steps, and would be derived again."""
         self._sorter = Sorter()
+        self._exchanges = Exchanges()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -204,38 +207,48 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = self._gather()
-        if self._only_asks_for_states(work):
-            self._make_states(work)
-        else:
-            self._step_groups(work)
+        for group in self.param_groups:
+            if not isinstance(group["params"], (list, tuple)):
+                group["params"] = list(group["params"])
+        with self._exchanges.begin(self) as exchange:
+            work = self._gather()
+            if self._may_ask_for_states() and not is_any_nonzero(work, exchange):
+                self._make_states(work)
+            else:
+                self._step_groups(work, exchange)
         return loss
+
+    def _rounds(self) -> list[tuple[int, bool]]:
+        """What ranks with parts of tensors add up in a step, as :class:`Exchange` takes it."""
+        rounds = [(1, True)] if self._may_ask_for_states() else []
+        if self._measures() or self._norms_follow_states:
+            rounds.append((1, True))
+        return rounds + [(2, False)] * self.rule.has_norms
+
+    def _measures(self) -> bool:
+        """Whether a step looks at all gradients first."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return self._clipping()[0] > 0.0 or (grad_scale is not None and found_inf is None)
 
     def _gather(self) -> Work:
         """The parameters that have gradients, sorted. Raises before anything is changed."""
         work: Work = []
         first_id = 0
         for index, group in enumerate(self.param_groups):
-            if not isinstance(group["params"], (list, tuple)):
-                group["params"] = list(group["params"])
             work.append((group, self._sorter.sort(self, index, first_id)))
             first_id += len(group["params"])
         if self._sorter.has_sorted:
             check_once(self._name, [p for group in self.param_groups for p in group["params"]])
         return work
 
-    def _only_asks_for_states(self, work: Work) -> bool:
-        """Whether this is the step with which ``torch.distributed.checkpoint`` makes a new optimizer create its states.
+    def _may_ask_for_states(self) -> bool:
+        """Whether this may be the step with which ``torch.distributed.checkpoint`` makes an optimizer create states.
 
-        It has no states yet, every learning rate is 0, and so is every element of every gradient.
+        There are none yet, every learning rate is 0, and so is every element of every gradient.
         """
         if self.state or torch.compiler.is_compiling() or is_capturing():
             return False
-        if any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        # All of them, whatever the first says: of sharded ones each rank takes part in each reduction.
-        nonzero = [is_any_nonzero(p.grad) for _, bs in work for b in bs for p in b.owners if p.grad is not None]
-        return not any(nonzero)
+        return all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
     def _make_states(self, work: Work) -> None:
         for group, buckets in work:
@@ -244,21 +257,26 @@ class FusedOptimizer(Optimizer):
                 for p in bucket.owners:
                     self._state_of(p, group, names)
 
-    def _step_groups(self, work: Work) -> None:
+    def _step_groups(self, work: Work, exchange: Exchange) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        max_norm, eps = self._clipping()
-        if max_norm > 0.0 or (grad_scale is not None and found_inf is None):
-            buckets = [bucket for _, some in work for bucket in some]
-            grad_scale, found_inf = measure(self._name, buckets, max_norm, eps, grad_scale, found_inf)
-
         # Whatever an edited group lacks is missed here, before anything is changed.
         hypers = [(self._hyper(group), self._state_names(group)) for group, _ in work]
         if not torch.compiler.is_compiling():
             for group in (group for group, _ in work if not isinstance(group["lr"], Tensor)):
                 self._check_values(group, ["lr"])
-        for (group, members), (hyper, names) in zip(work, hypers, strict=True):
-            for bucket in members:
-                self._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
+        if self._measures() or (self._norms_follow_states and not exchange.is_alone):
+            buckets = [bucket for _, some in work for bucket in some]
+            grad_scale, found_inf = measure(self._name, buckets, *self._clipping(), grad_scale, found_inf, exchange)
+        found_inf = self._prepare(work, grad_scale, found_inf, exchange)
+        steps: Steps = [
+            (bucket, group, names, hyper)
+            for (group, buckets), (hyper, names) in zip(work, hypers, strict=True)
+            for bucket in buckets
+        ]
+        if self.rule.has_norms and not exchange.is_alone:
+            found_inf = add_up_norms(self, steps, grad_scale, found_inf, exchange)
+        for step in steps:
+            self._step_bucket(*step, grad_scale, found_inf)
 
     def _step_bucket(
         self,
@@ -271,7 +289,6 @@ class FusedOptimizer(Optimizer):
     ) -> None:
         states = [self._state_of(p, group, names) for p in bucket.owners]
         grad_scale, found_inf = to_device(grad_scale, bucket.device), to_device(found_inf, bucket.device)
-        self._before_step(bucket, group, grad_scale, found_inf)
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
         self._run(bucket, group, names, states, hyper | {"maximize": group["maximize"]} | scaling)
         if not torch.compiler.is_compiling():
@@ -287,8 +304,9 @@ class FusedOptimizer(Optimizer):
         options: dict[str, Any],
     ) -> None:
         """Calls the op of the bucket's role."""
-        part = local if self._takes_parts else lambda t: t
-        lists = [[part(s[name]) for s in states] if name in names else [] for name in self.rule.states]
+        lists = [[s[name] for s in states] if name in names else [] for name in self.rule.states]
+        if bucket.has_parts:
+            lists = [list(map(local, values)) for values in lists]
         if self.rule.scale is not None:
             lists.append([s[self.rule.scale] for s in states])
         stochastic = group["stochastic_rounding"]
@@ -300,6 +318,7 @@ class FusedOptimizer(Optimizer):
             self._lr(group, bucket.device),
             seed=group["seed"] if stochastic else None,
             ids=bucket.ids if stochastic else [],
+            offsets=bucket.offsets if stochastic else [],
             **options,
         )
 
@@ -354,25 +373,7 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: another number of groups or of parameters, or another optimizer's states; nothing is changed.
         """
-        state_dict = state_dict.copy()
-        hooks_before = self._optimizer_load_state_dict_pre_hooks
-        hooks_after = self._optimizer_load_state_dict_post_hooks
-        for before in list(hooks_before.values()):
-            result = before(self, state_dict)
-            state_dict = state_dict if result is None else result
-        loading = self._loading(self)
-        left = loading.before(state_dict)
-        # torch loads the rest between the hooks, which have their places before our part and after it.
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        try:
-            super().load_state_dict(left)
-        finally:
-            self._optimizer_load_state_dict_pre_hooks = hooks_before
-            self._optimizer_load_state_dict_post_hooks = hooks_after
-        loading.after()
-        for after in list(hooks_after.values()):
-            after(self)
+        self._loading(self).load(state_dict, super().load_state_dict)
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._errors import message, require
 from .._ops import requested
 from ._checks import check_parameter
-from ._shards import check_placed_alike, has_shards, is_sharded, local, specs, whole
+from ._shards import check_placed_alike, has_shards, local, offset_of, specs
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
@@ -33,8 +33,10 @@ class Bucket:
     asked: str | None  # the backend that was asked for, if any
     device: torch.device
     role: str  # not empty for parameters that a subclass steps in another way
+    has_parts: bool = False  # whether some of the parameters are DTensors
     positions: list[int] = field(default_factory=list)  # among the group's parameters that have gradients
     ids: list[int] = field(default_factory=list)  # positions in the optimizer
+    offsets: list[int] = field(default_factory=list)  # of this rank's parts, by which elements draw random numbers
     owners: list[Tensor] = field(default_factory=list)  # the optimizer's parameters, by which it finds their states
     params: list[Tensor] = field(default_factory=list)  # what the op takes: the same, or this rank's parts of DTensors
     grads: list[Tensor] = field(default_factory=list)
@@ -68,7 +70,7 @@ class Sorter:
             return _sorted(optimizer, group, owners, grads, first_id, present, backend)
         kinds = [type(g) for g in grads]
         params, parts, placed = owners, grads, None
-        if any(map(has_shards, set(kinds))) and optimizer._takes_parts:
+        if any(map(has_shards, set(kinds))):
             params, parts, placed = list(map(local, owners)), list(map(local, grads)), specs((*owners, *grads))
         facts = (
             [id(p) for p in owners],
@@ -76,7 +78,7 @@ class Sorter:
             placed,
             [g.dtype for g in parts],
             [g.layout for g in parts],
-            (present, first_id, backend, group["stochastic_rounding"], optimizer._takes_parts),
+            (present, first_id, backend, group["stochastic_rounding"]),
         )
         known, are_alike, buckets = self._known.get(index, (None, alike([]), []))
         if known != facts or not are_alike(params):
@@ -113,14 +115,15 @@ def _sorted(
         check_parameter(where, owner)
         _check_gradient(where, owner, grad)
         role = optimizer._role_of(owner)
-        p, g = (local(owner), local(grad)) if optimizer._takes_parts else (owner, grad)
-        if group["stochastic_rounding"] and is_sharded(owner):
-            require(False, where, "stochastic_rounding=False for DTensors", True, "Round to nearest there.")
+        p, g = local(owner), local(grad)
         needed = _needed_backend(where, p, g, backend)
         chosen = optimizer._op(role).choose(p.device.type, (p.dtype, g.dtype), needed)
         bucket = buckets.setdefault((p.device, chosen, role), Bucket(chosen, backend, p.device, role))
         bucket.positions.append(i)
         bucket.ids.append(first_id + (i if present is None else present[i]))
+        if group["stochastic_rounding"]:
+            bucket.offsets.append(offset_of(owner))
+        bucket.has_parts |= p is not owner
         bucket.owners.append(owner)
         bucket.params.append(p)
         bucket.grads.append(g)
@@ -182,10 +185,3 @@ def is_wrapper(t: Tensor) -> bool:
 def has_values(t: Tensor) -> bool:
     """Whether the host can read elements: not of tensors on meta, of fake ones or of wrappers."""
     return t.device.type != "meta" and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def is_any_nonzero(t: Tensor) -> bool:
-    """Whether an element is not 0, of the whole tensor if it is sharded. Tensors without values count as zeros."""
-    if t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor):
-        return False
-    return bool(whole(t.any()))

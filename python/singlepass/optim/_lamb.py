@@ -43,6 +43,7 @@ class LAMB(FusedOptimizer):
     """
 
     rule = ops.lamb
+    _norms_follow_states = True
 
     def __init__(
         self,

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,26 @@ class Loading:
         self.optimizer = optimizer
         self.groups: list[dict[str, Any]] = []  # as they were
         self.states: dict[Tensor, dict[str, Any]] = {}  # the rule's, to be
+
+    def load(self, state_dict: dict[str, Any], load_rest: Callable[[dict[str, Any]], None]) -> None:
+        """Loads all; ``load_rest`` is torch's method. Hooks have their places before our part and after it."""
+        optimizer, state_dict = self.optimizer, state_dict.copy()
+        hooks_before = optimizer._optimizer_load_state_dict_pre_hooks
+        hooks_after = optimizer._optimizer_load_state_dict_post_hooks
+        for before in list(hooks_before.values()):
+            result = before(optimizer, state_dict)
+            state_dict = state_dict if result is None else result
+        left = self.before(state_dict)
+        optimizer._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        optimizer._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:
+            load_rest(left)
+        finally:
+            optimizer._optimizer_load_state_dict_pre_hooks = hooks_before
+            optimizer._optimizer_load_state_dict_post_hooks = hooks_after
+        self.after()
+        for after in list(hooks_after.values()):
+            after(optimizer)
 
     def before(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checks everything, and returns what is left for torch. Nothing is changed yet."""

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The norm of all gradients, by which they are unscaled and clipped, and whether any is not finite."""
+"""Norms of tensors, and of all gradients, by which they are unscaled and clipped; whether any is not finite."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._errors import require
-from .._ops.optim import grad_norm
-from ._buckets import Bucket, is_wrapper
-from ._shards import whole
+from .._ops.optim import grad_norm, grad_squares
+from ..reference.optim import finish_grad_norm
+from ._buckets import Bucket, has_values, is_wrapper
+from ._exchange import Exchange
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
+
+# The buckets of a step, each with its group, the names of its states, and the rule's hyperparameters.
+Steps = list[tuple[Bucket, dict[str, Any], tuple[str, ...], dict[str, Any]]]
 
 
 def measure(
@@ -19,38 +29,91 @@ def measure(
     eps: float,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    exchange: Exchange,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One read of all gradients: (divisor that unscales and clips, found_inf)."""
-    grads: dict[tuple[torch.device, str | None, bool], list[Tensor]] = {}
-    for bucket in buckets:
-        all_grads = [p.grad for p in bucket.owners if p.grad is not None]
-        kinds = {kind: [g for g in all_grads if is_wrapper(g) == kind] for kind in (False, True)}
-        for wrapped, some in kinds.items():
-            key = (bucket.device, "eager" if wrapped else bucket.asked, wrapped)
-            if some:
-                grads.setdefault(key, []).extend(some)
-    stats = []
-    for (device, wanted, _), present in grads.items():
-        run = grad_norm.on(grad_norm.choose(device.type, {g.dtype for g in present}, wanted))
-        stats.append(whole(run(present, max_norm=max_norm, eps=eps, grad_scale=to_device(grad_scale, device))))
-    if not stats:
+    """One read of all gradients, and one round of the ranks: (divisor that unscales and clips, found_inf)."""
+    looks = grad_scale is not None and found_inf is None
+    if max_norm == 0.0 and not looks:
+        return grad_scale, exchange.add_up(exchange.table(), found_inf)
+    parts = list(_parts(buckets, exchange))
+    if not parts and exchange.is_alone:
         return grad_scale, found_inf
-    alone = len(stats) == 1 or not any(map(is_wrapper, stats))
+    if len(parts) == 1 and exchange.is_alone:
+        (grads, backend, _) = parts[0]
+        scale = to_device(grad_scale, grads[0].device)
+        run = grad_norm.on(_chosen(grads, backend))
+        _, divisor, nonfinite = run(grads, max_norm=max_norm, eps=eps, grad_scale=scale)
+        return divisor, nonfinite if looks else found_inf
+    plain = not any(is_wrapper(g) for grads, _, _ in parts for g in grads)
     remedy = "Give them to optimizers of their own, or pass max_grad_norm=0."
-    require(alone, where, "one type of parameters for the norm of all gradients", "several", remedy)
-    _, divisor, nonfinite = stats[0] if len(stats) == 1 else _join(stats, max_norm, eps, grad_scale)
-    return divisor, nonfinite if grad_scale is not None and found_inf is None else found_inf
+    require(plain, where, "one type of parameters for the norm of all gradients", "several", remedy)
+    table = exchange.table() if not exchange.is_alone else parts[0][0][0].new_zeros((1, 1), dtype=torch.float64)
+    for grads, backend, kind in parts:
+        table[kind] += grad_squares.on(_chosen(grads, backend))(grads).to(table.device, non_blocking=True)
+    nonfinite = (~table.sum().isfinite()).float()
+    found_inf = nonfinite if looks else found_inf
+    if not exchange.is_alone:
+        found_inf = exchange.add_up(table, found_inf)
+    scale = to_device(grad_scale, table.device)
+    _, divisor, _ = finish_grad_norm(table.sum(), max_norm=max_norm, eps=eps, grad_scale=scale)
+    return divisor, found_inf
+
+
+def add_up_norms(
+    optimizer: FusedOptimizer, steps: Steps, grad_scale: Tensor | None, found_inf: Tensor | None, exchange: Exchange
+) -> Tensor | None:
+    """Makes the first pass of each step; what is left of ``steps`` are the second ones. Returns found_inf."""
+    table = exchange.table()
+    for i, (bucket, group, names, hyper) in enumerate(steps):
+        norms = torch.zeros((len(bucket.ids), 2), dtype=torch.float64, device=bucket.device)
+        first, second = ({"norms": norms, "phase": phase} for phase in (1, 2))
+        optimizer._step_bucket(bucket, group, names, hyper | first, grad_scale, found_inf)
+        table[_rows(table, bucket.ids)] = norms.to(table.device, non_blocking=True)
+        steps[i] = bucket, group, names, hyper | second
+    found_inf = exchange.add_up(table, found_inf)
+    for bucket, _, _, hyper in steps:
+        hyper["norms"].copy_(table[_rows(table, bucket.ids)], non_blocking=True)
+    return found_inf
+
+
+def _rows(table: Tensor, ids: list[int]) -> slice | Tensor:
+    """Positions, which are in order, as an index."""
+    if ids[-1] - ids[0] == len(ids) - 1:
+        return slice(ids[0], ids[-1] + 1)
+    return torch.tensor(ids).to(table.device, non_blocking=True)  # without waiting for the device
+
+
+def is_any_nonzero(work: Any, exchange: Exchange) -> bool:
+    """Whether an element of a gradient is not 0, on any rank. Tensors without values count as zeros."""
+    grads = [g for _, buckets in work for bucket in buckets for g in bucket.grads]
+    found = any(bool(g.any()) for g in grads if has_values(g) or is_wrapper(g))
+    if exchange.is_alone:
+        return found
+    if not bool(exchange.add_up(exchange.table(), torch.tensor(float(found)))):
+        exchange.rounds.clear()  # a step that only asks for states needs no more
+        return False
+    return True
 
 
 def to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device, non_blocking=True)
 
 
-def _join(stats: list[Tensor], max_norm: float, eps: float, grad_scale: Tensor | None) -> Tensor:
-    """What grad_norm would say of the gradients of several devices together, on the first of them."""
-    device = stats[0].device
-    norm = torch.linalg.vector_norm(torch.stack([s[0].to(device) for s in stats]).double())
-    scale = torch.ones_like(norm) if grad_scale is None else grad_scale.to(device).double().reshape(())
-    clip = max_norm / (norm + eps) if max_norm > 0.0 else torch.ones_like(norm)
-    divisor = torch.where(clip >= 1.0, scale, scale / clip)
-    return torch.stack((norm, divisor, (~norm.isfinite()).double())).float()
+def _parts(buckets: list[Bucket], exchange: Exchange) -> Iterator[tuple[list[Tensor], str | None, int]]:
+    """Gradients that one call takes, with the backend that is asked for and the kind of their parameters."""
+    parts: dict[tuple[torch.device, str | None, bool, int], list[Tensor]] = {}
+    for bucket in buckets:
+        kinds = exchange.kinds(bucket.ids)
+        if bucket.backend != "eager" and len(set(kinds)) == 1:  # eager alone takes wrappers
+            parts.setdefault((bucket.device, bucket.asked, False, kinds[0]), []).extend(bucket.grads)
+            continue
+        for g, kind in zip(bucket.grads, kinds, strict=True):
+            wrapped = is_wrapper(g)
+            wanted = "eager" if wrapped else bucket.asked
+            parts.setdefault((bucket.device, wanted, wrapped, kind), []).append(g)
+    for (_, wanted, _, kind), grads in parts.items():
+        yield grads, wanted, kind
+
+
+def _chosen(grads: list[Tensor], backend: str | None) -> str:
+    return grad_norm.choose(grads[0].device.type, {g.dtype for g in grads}, backend)

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from .._ops import optim as ops
-from ._base import Bucket, FusedOptimizer, is_capturing
+from ._base import FusedOptimizer, Work, is_capturing
 from ._buckets import has_values
 from ._doc import shared_arguments
-from ._shards import whole
+from ._exchange import Exchange, has_dtensors
+from ._norm import to_device
+
+# Of a tensor's moments: the sum, the squares around the means of its parts, those of the means, how many parts.
+_COLUMNS, _PARTS = 4, 3
 
 # A deviation counts as at least this part of the root mean square.
 _LEAST_SPREAD = 0.1
@@ -96,19 +100,55 @@ class SGDSaI(FusedOptimizer):
     def _new_scale(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         return torch.full((), 0.0 if group["guard_gain"] else math.nan, dtype=torch.float32, device=p.device)
 
-    def _before_step(
-        self, bucket: Bucket, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        guard = group["guard_gain"]
-        states = [self.state[p] for p in bucket.owners]
-        for i in self._waiting([state["gsnr"] for state in states], guard):
-            g, gain = bucket.grads[i], states[i]["gsnr"]
-            scale = 1.0 if grad_scale is None else grad_scale.reshape(())
-            wide = g.to(torch.promote_types(g.dtype, torch.float32)) / scale
-            measure = _is_unmeasured(gain, guard)
+    def _rounds(self) -> list[tuple[int, bool]]:
+        rounds = super()._rounds()
+        members = [(p, group) for p, group in self._members() if p.requires_grad]
+        if has_dtensors([p for p, _ in members]) and any(self._waits(p, group) for p, group in members):
+            rounds.append((_COLUMNS, False))
+        return rounds
+
+    def _members(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """All parameters, each with its group."""
+        return [(p, group) for group in self.param_groups for p in group["params"]]
+
+    def _waits(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a parameter waits for its gain: as said by what all ranks know, whichever have its gradient."""
+        gain = self.state.get(p, {}).get("gsnr")
+        return gain is None or bool(self._waiting([gain], group["guard_gain"]))
+
+    def _prepare(
+        self, work: Work, grad_scale: Tensor | None, found_inf: Tensor | None, exchange: Exchange
+    ) -> Tensor | None:
+        """Measures the gains that are not measured yet."""
+        table = exchange.table() if exchange.rounds else None
+        measured: list[tuple[Tensor, dict[str, Any], Tensor]] = []
+        for group, buckets in work:
+            names, guard = self._state_names(group), group["guard_gain"]
+            for bucket in buckets:
+                scale = to_device(grad_scale, bucket.device)
+                gains = [self._state_of(p, group, names)["gsnr"] for p in bucket.owners]
+                for i in self._waiting(gains, guard):
+                    moments = _moments(bucket.grads[i], scale)
+                    if table is None:
+                        measured.append((bucket.owners[i], group, moments))
+                    else:
+                        table[bucket.ids[i]] = moments.to(table.device, non_blocking=True)
+        if table is not None:
+            found_inf = exchange.add_up(table, found_inf)
+            measured = [
+                (p, group, moments)
+                for (p, group), moments in zip(self._members(), table.unbind(), strict=True)
+                if self._waits(p, group) and (p.grad is not None or moments[_PARTS] > 0.0)
+            ]
+        for p, group, moments in measured:
+            state, guard = self._state_of(p, group, self._state_names(group)), group["guard_gain"]
+            old = state["gsnr"]
+            measures = _is_unmeasured(old, guard)
             if found_inf is not None:
-                measure &= found_inf.reshape(()) == 0.0
-            states[i]["gsnr"] = torch.where(measure, whole(_gain(wide, group["eps"], guard)), gain)
+                measures &= found_inf.to(old.device, non_blocking=True).reshape(()) == 0.0
+            gain = _gain(p.shape.numel(), moments.to(old.device, non_blocking=True), group["eps"], guard)
+            state["gsnr"] = torch.where(measures, gain, old)
+        return found_inf
 
     def _waiting(self, gains: list[Tensor], guard: bool) -> Iterable[int]:
         """Positions of the gains that this step measures.
@@ -146,19 +186,25 @@ def _is_unmeasured(gain: Tensor, guard: bool) -> Tensor:
     return gain.isnan() | (gain == 0.0) if guard else gain.isnan()
 
 
-def _gain(g: Tensor, eps: float, guard: bool) -> Tensor:
-    """Gradient signal-to-noise ratio of one tensor; 0 where it is not a number."""
-    if g.numel() < 2 and guard:
-        return torch.ones((), dtype=torch.float32, device=g.device)
-    # In units of the largest element, in which no square overflows or vanishes.
-    unit = g.abs().amax() if g.numel() else g.new_ones(())
-    unit = torch.where((unit > 0.0) & unit.isfinite(), unit, 1.0)
-    g, least = g / unit, eps / unit
-    norm = torch.linalg.vector_norm(g)
-    if g.numel() < 2:  # whose deviation is not a number
-        return (norm / least).nan_to_num(nan=0.0).float()
-    deviation = g.std()
+def _moments(g: Tensor, scale: Tensor | None) -> Tensor:
+    """What a gain is made of, in float64, so that the moments of a tensor's parts add up to those of the whole."""
+    g = g.double() if scale is None else g.double() / scale.reshape(()).double()
+    total = g.sum()
+    mean = total / max(g.numel(), 1)
+    return torch.stack((total, (g - mean).square().sum(), total * mean, torch.ones_like(total)))
+
+
+def _gain(n: int, moments: Tensor, eps: float, guard: bool) -> Tensor:
+    """Gradient signal-to-noise ratio of a tensor of n elements; 0 where it is not a number."""
+    total, around_means, of_means, _ = moments
+    if n < 2 and guard:
+        return torch.ones_like(total, dtype=torch.float32)
+    norm = (around_means + of_means).sqrt()
+    if n < 2:  # whose deviation is not a number
+        return (norm / eps).float().nan_to_num(nan=0.0)
+    # The parts have means of their own; what these deviate is 0 where there is one part.
+    deviation = ((around_means + (of_means - total * (total / n))).clamp_min(0.0) / (n - 1)).sqrt()
     if guard:
-        deviation = torch.maximum(deviation, _LEAST_SPREAD * norm / math.sqrt(g.numel()))
-    gain = (norm / (deviation + least)).float()
+        deviation = torch.maximum(deviation, _LEAST_SPREAD * norm / math.sqrt(n))
+    gain = (norm / (deviation + eps)).float()
     return torch.where(gain.isfinite(), gain, 0.0) if guard else gain.nan_to_num(nan=0.0)

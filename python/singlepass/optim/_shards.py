@@ -12,6 +12,7 @@ from torch import Tensor
 from .._errors import message, require
 
 if TYPE_CHECKING:  # whoever has a DTensor has imported what defines it
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
 
@@ -74,6 +75,15 @@ def _described(t: Tensor) -> str:
 
 def _placement(t: Tensor) -> Any:
     return (t.device_mesh, t.placements) if is_sharded(t) else None
+
+
+def ranks_of(p: Tensor) -> tuple[ProcessGroup, ...]:
+    """The groups of ranks that a parameter is divided over: one for each dimension of its mesh that does."""
+    if not is_sharded(p) or p.device_mesh.get_coordinate() is None:
+        return ()
+    sizes = zip(p.placements, p.device_mesh.shape, strict=True)
+    dims = [dim for dim, (placement, size) in enumerate(sizes) if size > 1 and not placement.is_replicate()]
+    return tuple(map(p.device_mesh.get_group, dims))
 
 
 def offset_of(p: Tensor) -> int:

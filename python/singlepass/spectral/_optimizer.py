@@ -13,7 +13,8 @@ from .._ops import Op
 from .._ops import spectral as ops
 from ..optim import AdamW
 from ..optim._base import Bucket, Work
-from ..optim._buckets import is_sharded
+from ..optim._exchange import Exchange
+from ..optim._shards import is_sharded
 from ._decompose import decompose, drift
 from ._draw import draw_vectors
 from ._linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
@@ -279,9 +280,9 @@ class SST(AdamW):
         require(drawn == [self.progress.draws], "SST", contract, f"draw {', '.join(map(str, drawn))}", remedy)
         self._is_unsure = False
 
-    def _step_groups(self, work: Work) -> None:
+    def _step_groups(self, work: Work, exchange: Exchange) -> None:
         """Updates every parameter that has a gradient; then, where an iteration ends, begins the next."""
-        super()._step_groups(work)
+        super()._step_groups(work, exchange)
         self.progress.step += 1
         if self.progress.step >= self.steps_per_iteration:
             self.progress.step = 0
