@@ -135,5 +135,6 @@ def main(kind: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in ("cpu", "cu12", "cu13", "release"):
-        raise SystemExit("make wheel: expected CUDA=cpu, cu12 or cu13; got {}.".format(" ".join(sys.argv[1:]) or "none"))
+        got = " ".join(sys.argv[1:]) or "none"
+        raise SystemExit(f"make wheel: expected CUDA=cpu, cu12 or cu13; got {got}.")
     main(sys.argv[1])
