@@ -76,7 +76,7 @@ struct Work {
       const int64_t first = p.first == nullptr ? 0 : p.first[(segment * p.batch + b) * p.heads + h];
       begin = static_cast<int>(larger(first, at * p.split));
       const Segment& s = p.segments[segment];
-      end = static_cast<int>(smaller(s.slots, (at + 1) * p.split));
+      end = static_cast<int>(smaller(s.blocks.used(), (at + 1) * p.split));
       largest = p.largest[segment];
       inverse = 1.0f / largest;
       counts = s.blocks.counts.at(b, h);

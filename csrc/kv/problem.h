@@ -60,6 +60,8 @@ struct Blocks {
   int64_t num_blocks;
 
   SINGLEPASS_HD int64_t count(int64_t b, int64_t h, int64_t block) const { return counts.at(b, h)[block]; }
+  // The end of the last block: slots from there on are room for more.
+  SINGLEPASS_HD int64_t used() const { return starts[num_blocks]; }
 };
 
 struct CodecCall {

@@ -212,6 +212,7 @@ inline kv::Segment segment_of(const char* op, const Tensor* parts, int64_t bits,
     fail(op, "as many slots of values as of keys, ", s.slots, "; got ", parts[2].size(2), ". Quantise them alike.");
   }
   s.blocks = blocks_of(op, parts[5], parts[6], batch, heads, s.slots);
+  if (parts[5].is_cpu()) s.slots = s.blocks.used();  // others are room for more
   return s;
 }
 

@@ -21,6 +21,7 @@ from .inputs import (
     Attention,
     Part,
     attention,
+    check_bounds,
     each_backend,
     each_dtype,
     each_layout,
@@ -231,6 +232,33 @@ def alone(case: Attention, b: int) -> Attention:
     segments = [(part(keys), part(values)) for keys, values in case.segments]
     tensors = (case.window_k, case.window_v, case.window)
     return Attention(case.q[b : b + 1], segments, *(t[b : b + 1] for t in tensors))
+
+
+def with_room(q: Quantized, slots: int = 200, blocks: int = 9) -> Quantized:
+    """The same tokens with room for others behind them, which is full of nonsense."""
+
+    def grown(t: Tensor, more: int, filler: float) -> Tensor:
+        return torch.cat((t, t.new_full((*t.shape[:2], more, *t.shape[3:]), filler)), 2)
+
+    scales = grown(q.scales, blocks if q.axis == "channel" else slots, NAN)
+    channels = None if q.channels is None else grown(q.channels, blocks, NAN)
+    starts = torch.cat((q.starts, q.starts[-1:].expand(blocks)))
+    return Quantized(grown(q.codes, slots, 0xCD), scales, channels, starts, grown(q.counts, blocks, 0), q.bits, q.axis)
+
+
+@each_backend
+@pytest.mark.parametrize("codec", CODECS)
+def test_room_for_more_changes_nothing(backend: str, codec: str) -> None:
+    for mix in ("ragged", "8, 4 and 2", "no slots"):
+        case = attention(MIXES[mix], **CODECS[codec])
+        segments = [(with_room(keys), with_room(values)) for keys, values in case.segments]
+        out, lse = dataclasses.replace(case, segments=segments).call(backend)
+        expected, sums = case.truth(backend)
+        check_bounds(out, expected, mix)
+        check_bounds(lse, sums, mix)
+        if backend == "native":  # the CPU's, whose splits begin at fixed slots
+            for a, b in zip((out, lse), case.call(backend), strict=True):
+                assert_same_bits(a, b)
 
 
 @each_backend
