@@ -122,6 +122,7 @@ _CACHE = "a step that compresses nothing: the token into the window, and one op"
 _WHOLE = "where tokens keep their dtype: three projections, and what PyTorch's attention takes in other shapes"
 _RAGGED = "the same for two groups of heads, and results in their order"
 _FEW_BITS = "a step that compresses nothing: three projections around what ZipCacheLayer does"
+_PLANNED = "lengths on the device: places of tokens and of probes, all of which a graph captures or a compiler fuses"
 
 HOST_BUDGETS = (
     HostBudget("optim.AdaBelief.step", 1, 1, 0, 1, _STEP),
@@ -147,6 +148,9 @@ HOST_BUDGETS = (
     HostBudget("functional.probe_saliency", 1, 14, 2, 0, _STORED),
     HostBudget("kv.ZipCacheLayer", 1, 8, 1, 0, _CACHE),
     HostBudget("kv.MatryoshkaLayer", 3, 11, 2, 0, _WHOLE),
-    HostBudget("kv.MatryoshkaLayer, ragged ranks", 5, 26, 6, 0, _RAGGED),
+    HostBudget("kv.MatryoshkaLayer, ragged ranks", 5, 25, 5, 0, _RAGGED),
     HostBudget("kv.MatryoshkaLayer, 4 and 2 bits", 4, 7, 3, 0, _FEW_BITS),
+    HostBudget("kv.ZipCacheLayer, planned", 1, 15, 2, 0, _PLANNED),
+    HostBudget("kv.MatryoshkaLayer, planned", 4, 14, 5, 0, _PLANNED),
+    HostBudget("kv.MatryoshkaLayer, 4 and 2 bits, planned", 4, 19, 6, 0, _PLANNED),
 )

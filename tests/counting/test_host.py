@@ -93,9 +93,22 @@ def decoding(layer: kv.ZipCacheLayer | kv.MatryoshkaLayer) -> Call:
     return call
 
 
-def low_rank(ranks: int | list[int] = 16, bits: tuple[int, int] | None = None) -> kv.MatryoshkaLayer:
+def planned(layer: kv.ZipCacheLayer | kv.MatryoshkaLayer) -> Call:
+    """The same as a step that is planned, with what the host does before."""
+    step, new = decoding(layer), tokens(1)
+
+    def call() -> None:
+        with layer.planned():
+            layer.append(new, new)
+            layer.attend(new)
+
+    step()
+    return call
+
+
+def low_rank(ranks: int | list[int] = 16, bits: tuple[int, int] | None = None, **options: int) -> kv.MatryoshkaLayer:
     bases = torch.linalg.qr(torch.randn(HEADS, WIDTH, WIDTH)).Q
-    return kv.MatryoshkaLayer(bases, bases, key_ranks=16, value_ranks=ranks, bits=bits)
+    return kv.MatryoshkaLayer(bases, bases, key_ranks=16, value_ranks=ranks, bits=bits, **options)
 
 
 def rational_arguments() -> dict[str, Tensor]:
@@ -121,6 +134,9 @@ ENTRIES: dict[str, Callable[[], Call]] = {
     "kv.MatryoshkaLayer": lambda: decoding(low_rank()),
     "kv.MatryoshkaLayer, ragged ranks": lambda: decoding(low_rank([16, 32])),
     "kv.MatryoshkaLayer, 4 and 2 bits": lambda: decoding(low_rank(bits=(4, 2))),
+    "kv.ZipCacheLayer, planned": lambda: planned(kv.ZipCacheLayer(max_tokens=400)),
+    "kv.MatryoshkaLayer, planned": lambda: planned(low_rank(max_tokens=400)),
+    "kv.MatryoshkaLayer, 4 and 2 bits, planned": lambda: planned(low_rank(bits=(4, 2), max_tokens=400)),
 }
 
 

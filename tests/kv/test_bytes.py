@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singlepass.kv import Codec, ZipCacheLayer, _store, cache_nbytes
+from singlepass.kv import Codec, ZipCacheLayer, _segment, cache_nbytes
 
 from ..tolerances import assert_same_bits
 from .layers import drawn, part, stream
@@ -86,7 +86,7 @@ def test_bytes(codec: str, ratio: float) -> None:
     salient = int(71 * ratio + 0.5)
     assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, 9) == behind(layer)
     layer.append(*part((k, v), 0, 1))  # room for as much as a quarter more is made
-    most = int(9 * _store.GROWTH) + 1
+    most = int(9 * _segment.GROWTH) + 1
     assert layer.nbytes == hand_count(layer.codec, 3, 32, salient, 71 - salient, most) == behind(layer)
 
 
@@ -111,7 +111,7 @@ def test_bytes_of_a_long_prompt(codec: Codec, least: float, most: float) -> None
 def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """131072 tokens that come in windows: bytes copied to grow are a small multiple of those stored, at any length."""
     copied, at = 0, {}
-    grow = _store.grown
+    grow = _segment.grown
 
     def counted(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
         nonlocal copied
@@ -119,7 +119,7 @@ def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
         copied += 0 if larger is tensor else tensor.narrow(dim, 0, used).nbytes
         return larger
 
-    monkeypatch.setattr(_store, "grown", counted)
+    monkeypatch.setattr(_segment, "grown", counted)
     _, k, v = drawn(1024, batch=1, heads=1, width=16)
     layer = ZipCacheLayer(salient_bits=2)
     for _ in range(128):
@@ -127,7 +127,7 @@ def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
         at[layer.length] = copied, layer.nbytes
     assert layer.length == 131072
     for length, (bytes_, held) in at.items():  # held is GROWTH times what is stored at most
-        assert bytes_ <= held / (_store.GROWTH - 1.0), f"{length} tokens"
+        assert bytes_ <= held / (_segment.GROWTH - 1.0), f"{length} tokens"
     other = ZipCacheLayer(salient_bits=2)
     other.append(k, v)
     for a, b in zip(layer.dequantize(), other.dequantize(), strict=True):
@@ -147,7 +147,7 @@ def test_bytes_told_are_bytes_held(codec: str, ratio: float) -> None:
         layer.attend(q[:, :, i : i + 1])
         assert layer.nbytes == behind(layer)
         if i < 16:
-            most = max(int(i * _store.GROWTH) + 1, i + 1)
+            most = max(int(i * _segment.GROWTH) + 1, i + 1)
             queries = min(i + 1, 16) * 2 * 4 * (32 + 1) * 4 if ratio < 1.0 else 0  # of all tokens, at most
             assert layer.nbytes <= 2 * 2 * most * 2 * 32 * 4 + queries
     calls = [

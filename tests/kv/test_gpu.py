@@ -89,6 +89,74 @@ def test_a_captured_codec(backend: str) -> None:
     assert_same_bits(captured, dequantize(q, backend=backend))
 
 
+PLANNED = {
+    "4 and 2 bits": lambda backend: ZipCacheLayer(max_tokens=600, backend=backend),
+    "low rank": lambda backend: low_rank(None, backend),
+    "low rank, 4 and 2 bits": lambda backend: low_rank((4, 2), backend),
+}
+
+
+def low_rank(bits: tuple[int, int] | None, backend: str) -> MatryoshkaLayer:
+    bases = torch.linalg.qr(torch.randn(4, 128, 128, generator=torch.Generator().manual_seed(5))).Q.to("cuda")
+    return MatryoshkaLayer(bases, bases, key_ranks=64, value_ranks=96, bits=bits, max_tokens=600, backend=backend)
+
+
+@each_kernel
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_captured_step_of_a_cache(name: str, backend: str) -> None:
+    """One graph for 300 tokens and two compressions, which the host makes between replays."""
+    q, k, v = (random(2, heads, 400, 128, seed=heads) for heads in (16, 4, 4))
+    layer, other = PLANNED[name](backend), PLANNED[name](backend)
+    for its in (layer, other):
+        its.prefill(q[:, :, :96], k[:, :, :96], v[:, :, :96])
+    new = [x[:, :, :1].clone() for x in (q, k, v)]
+
+    def step(its: ZipCacheLayer | MatryoshkaLayer) -> Tensor:
+        its.append(new[1], new[2])
+        return its.attend(new[0])
+
+    with layer.planned():  # once as it is: libraries load what they need
+        step(layer)
+    layer.drop_newest(1)
+    graph = torch.cuda.CUDAGraph()
+    for t in range(96, 396):
+        for held, x in zip(new, (q, k, v), strict=True):
+            held.copy_(x[:, :, t : t + 1])
+        with layer.planned():
+            if t == 96:
+                with torch.cuda.graph(graph):
+                    captured = step(layer)
+            graph.replay()
+        with other.planned():
+            assert_same_bits(captured, step(other), f"token {t}")
+    assert layer.length == other.length == 396
+    for a, b in zip(layer.dequantize(), other.dequantize(), strict=True):
+        assert_same_bits(a, b)
+
+
+@each_kernel
+def test_a_compiled_step_of_a_cache_makes_graphs_of_its_own(backend: str) -> None:
+    q, k, v = (random(2, heads, 400, 128, seed=heads) for heads in (16, 4, 4))
+    layers = [ZipCacheLayer(max_tokens=400, backend=backend) for _ in range(2)]
+
+    def step(its: ZipCacheLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        its.append(k, v)
+        return its.attend(q)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for its in layers:
+        its.prefill(q[:, :, :96], k[:, :, :96], v[:, :, :96])
+    for t in range(96, 396):
+        new = [x[:, :, t : t + 1].clone() for x in (q, k, v)]
+        torch.compiler.cudagraph_mark_step_begin()
+        with layers[0].planned(), torch.compiler.set_stance("default" if t == 96 else "fail_on_recompile"):
+            found = compiled(layers[0], *new)
+        with layers[1].planned():
+            assert_same_bits(found, step(layers[1], *new), f"token {t}")
+    torch._dynamo.reset()
+
+
 @each_kernel
 def test_another_stream(backend: str) -> None:
     q, parts, rest = random(2, 32, 1, 128), segments(3000, backend), window()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from singlepass.kv import Codec, ZipCacheLayer
-from singlepass.kv._store import SALIENT
+from singlepass.kv._selection import SALIENT
 
 from ..tolerances import assert_same_bits
 from .layers import assert_same, drawn, kinds, part

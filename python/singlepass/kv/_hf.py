@@ -43,6 +43,8 @@ class ZipCache(CompressedCache):
         recent_probes, random_probes, max_probes, normalization, seed, backend: of every :class:`ZipCacheLayer`.
         compress_sliding: whether layers with sliding windows are compressed too, for models with large ones (Mistral,
             Phi-3: up to 4,096 tokens).
+        max_tokens: reserves room for so many tokens of each sequence, and lets steps be :meth:`planned`, so that they
+            can be compiled or captured; see :class:`ZipCacheLayer`. Not for layers with sliding windows.
 
     Shapes: as in Transformers, keys and values (batch, heads, tokens, channels), channels a multiple of 16 up to 512;
     float32, bfloat16 or float16.
@@ -88,6 +90,7 @@ class ZipCache(CompressedCache):
         normalization: str = "probe_nnz",
         seed: int = 0,
         compress_sliding: bool = False,
+        max_tokens: int | None = None,
         backend: str | None = None,
     ):
         options: dict[str, Any] = {
@@ -106,7 +109,8 @@ class ZipCache(CompressedCache):
         check_backend("ZipCache", backend)
 
         def make(index: int, sliding_window: int | None) -> ZipCacheLayer:
-            return ZipCacheLayer(**options, sliding_window=sliding_window)
+            room = max_tokens if sliding_window is None else None
+            return ZipCacheLayer(**options, sliding_window=sliding_window, max_tokens=room)
 
         super().__init__(config, compressed_kinds(compress_sliding), make)
 
@@ -145,6 +149,7 @@ class MatryoshkaCache(CompressedCache):
         codec: how tokens are quantised; None: ``Codec.zipcache()``.
         seed: for drawing the random probes.
         compress_sliding: whether layers with sliding windows are compressed too. Ranks must then have been searched so.
+        max_tokens: as for a :class:`ZipCache`.
         backend: "native", "triton" or "eager"; None selects one.
 
     Raises:
@@ -184,6 +189,7 @@ class MatryoshkaCache(CompressedCache):
         codec: Codec | None = None,
         seed: int = 0,
         compress_sliding: bool = False,
+        max_tokens: int | None = None,
         backend: str | None = None,
     ):
         where = "MatryoshkaCache"
@@ -214,6 +220,7 @@ class MatryoshkaCache(CompressedCache):
                 prefill=prefill,
                 seed=seed,
                 sliding_window=sliding_window,
+                max_tokens=max_tokens if sliding_window is None else None,
                 backend=backend,
             )
 

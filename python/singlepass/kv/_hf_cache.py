@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .._errors import message, require
 from ._functional import MAX_HEAD_DIM
-from ._store import held_nbytes
+from ._modes import lasting
+from ._segment import held_nbytes
+from ._steps import Planned
 
 try:
     import transformers
@@ -48,7 +51,7 @@ def compressed_kinds(sliding: bool) -> set[str]:
     return {"full_attention", "sliding_attention"} if sliding else {"full_attention"}
 
 
-class CompressedCache(Cache):
+class CompressedCache(Planned, Cache):
     """A cache whose full-attention layers are compressed, and its sliding ones if asked for; the others are those of
     transformers.
 
@@ -71,7 +74,37 @@ class CompressedCache(Cache):
                 layers.append(CompressedLayer(i, shared, self._undo, make, its_arguments.get("sliding_window")))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**its_arguments))
+        self._position: Tensor | None = None  # of a planned step's first token, int64 (1,)
         super().__init__(layers=layers)
+
+    def _check_plan(self, tokens: int) -> None:
+        where, remedy = f"{self.where}.planned", "Leave the step unplanned."
+        others = [type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer)]
+        require(not others, where, "compressed layers alone", f"{others[:1]}", remedy)
+        for layer in self.layers:
+            layer.require_settled()
+        ours, call = self.layers[0].runs_ours(), f'Call model.set_attn_implementation("{NAME}").'
+        require(ours, where, f'a model that runs the attention "{NAME}" on what a cache returns', "another", call)
+        require(not self.layers[0].inner.holds_padding, where, "a cache without padding", "one with some", remedy)
+
+    def _parts(self) -> list[Planned]:
+        return [layer.inner for layer in self.layers]
+
+    @lasting
+    def _plan(self, tokens: int) -> None:
+        if self._position is None:
+            self._position = torch.zeros(1, dtype=torch.int64, device=self.layers[0].device)
+        self._position.fill_(self.layers[0].inner.length - tokens)
+
+    def _fixed_tensors(self) -> list[Tensor]:
+        return [] if self._position is None else [self._position]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """How many tokens are cached; in a planned step those before it, as a tensor."""
+        return self._position if self._planned else super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return 0 if self._planned else super().get_query_offset(layer_idx)
 
     def _check_config(self, config: PreTrainedConfig, kinds: set[str]) -> tuple[list[str], list[dict[str, Any]]]:
         """The kinds of a model's layers and their arguments. Raises if it can't have such a cache."""
@@ -110,6 +143,7 @@ class CompressedCache(Cache):
     def nbytes(self) -> int:
         """Total bytes held, including layers that are not compressed and space allocated for more tokens."""
         parts = [[x.inner.tensors(), x.pending] if isinstance(x, CompressedLayer) else vars(x) for x in self.layers]
+        parts.append(self._fixed_tensors())
         return held_nbytes(x for x in tree_leaves(parts) if isinstance(x, Tensor))
 
     def crop(self, tokens_to_remove: int) -> None:

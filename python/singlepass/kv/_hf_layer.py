@@ -31,6 +31,7 @@ Inner = ZipCacheLayer | MatryoshkaLayer  # what holds a layer's tokens
 NAME = "singlepass"
 TRANSFORM = "singlepass_transform"  # an attribute of attention modules: what keys and values become without a cache
 _OF_PADDING = "singlepass_of_padding"  # an attribute of such masks
+_PLANNED = -1  # where keys begin, for masks of planned steps
 _CROP = (
     "Compressed tokens can't be removed: for prompt lookup and assisted decoding give the cache a window of as many "
     "tokens as there are candidates."
@@ -166,6 +167,10 @@ class CompressedLayer(CacheLayerMixin):
         continues = self.inner.length > 0 and tokens <= self.inner.window
         return min(tokens, self.inner.window) if continues or self.record_past else 0
 
+    def runs_ours(self) -> bool:
+        """As :meth:`Config.runs_ours`."""
+        return self._shared.runs_ours()
+
     def take(self) -> tuple[Tensor, Tensor]:
         """What the last update laid aside."""
         remedy = 'This model attends to them twice: call model.set_attn_implementation("sdpa").'
@@ -185,6 +190,11 @@ class CompressedLayer(CacheLayerMixin):
         """Attention of new tokens' queries, and the tokens cached: compressed at once if they are a prompt, else at
         first as they are."""
         inner, tokens = self.inner, k.shape[2]
+        if inner._planned:
+            remedy = "Leave it out: all tokens of a planned step are tokens."
+            require(mask is None, f"{self._shared.where}.planned", "no mask", "one of four dimensions", remedy)
+            inner.append(k, v)
+            return inner.attend(q, sinks=sinks)
         padding, is_plain, cached = self._read_mask(mask, q)
         self._undo.forget()
         if cached is not None:
@@ -246,6 +256,8 @@ class CompressedLayer(CacheLayerMixin):
         return self.inner.length + (0 if self.pending is None else self.pending[0].shape[2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.inner._planned:
+            return query_length, _PLANNED  # sizes stay the same, and no mask is made of them
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
@@ -335,6 +347,11 @@ def attention(
 
 def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' mask for "sdpa", which remembers whether it was made of the attention_mask of padding."""
+    if kwargs.get("kv_offset") == _PLANNED:
+        given, remedy = kwargs.get("attention_mask"), "Leave it out: all tokens of such a step are tokens."
+        contract, got = "no attention_mask in a planned step", None if given is None else tuple(given.shape)
+        require(given is None, f'attention "{NAME}"', contract, got, remedy)
+        return None
     mask = sdpa_mask(*args, **kwargs)
     if mask is not None and kwargs.get("attention_mask") is not None:
         setattr(mask, _OF_PADDING, True)

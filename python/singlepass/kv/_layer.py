@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compressed cache of one attention layer. The file is long because it is one class, with its documentation."""
+"""The compressed cache of one attention layer: what it promises, and what it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .._errors import message, require
+from .._errors import require
 from ._codec import Codec
-from ._functional import attend, check_exact, check_needs_no_gradient, check_queries
-from ._modes import Lasting, lasting
+from ._functional import check_exact, check_needs_no_gradient, check_queries
+from ._modes import lasting
 from ._options import (
     check_hides_newest,
     check_index,
@@ -23,12 +22,11 @@ from ._options import (
     check_options,
     without_padding,
 )
-from ._prompt import behind, causal_attention, rotate
-from ._saliency import prompt_saliency
-from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
+from ._prompt import causal_attention, rotate
+from ._segment import held_nbytes
 from ._state import check, pack
-from ._store import Compressed, held_nbytes
-from ._window import Window
+from ._steps import check_step
+from ._tokens import LayerTokens
 
 _OP = "ZipCacheLayer"
 _SAVED = (
@@ -37,14 +35,7 @@ _SAVED = (
 )
 
 
-class Held(NamedTuple):
-    """The newest tokens, and those before them."""
-
-    window: Window
-    compressed: Compressed
-
-
-class ZipCacheLayer(Lasting):
+class ZipCacheLayer(LayerTokens):
     """Compressed keys and values of one attention layer: salient tokens in more bits than regular ones, the newest ones
     uncompressed.
 
@@ -68,6 +59,9 @@ class ZipCacheLayer(Lasting):
         softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
         sliding_window: number of the newest tokens that a query sees, including its own; older ones are forgotten.
             Saliency ignores it. None: all tokens.
+        max_tokens: reserves room for so many tokens with the first ones, and lets steps be :meth:`planned`. None: room
+            grows by a quarter when it is full. With it, room grows too, if more tokens come, many short prompts, or
+            tokens without queries; that is logged once, and is an error in planned steps.
         backend: "native", "triton" or "eager"; None selects one.
 
     Attributes:
@@ -109,6 +103,7 @@ class ZipCacheLayer(Lasting):
         scale: float | None = None,
         softcap: float = 0.0,
         sliding_window: int | None = None,
+        max_tokens: int | None = None,
         backend: str | None = None,
     ):
         self.salient_ratio = salient_ratio
@@ -124,49 +119,24 @@ class ZipCacheLayer(Lasting):
         self.scale = scale
         self.softcap = softcap
         self.sliding_window = sliding_window
+        self.max_tokens = max_tokens
         self.backend = backend
         check_options(vars(self))
-        self.reset()
+        super().__init__()
 
     def reset(self) -> None:
-        """Removes all tokens."""
-        self.length = 0
-        self._draw = ProbeDraw((self.recent_probes, self.random_probes, self.max_probes), self.seed)
-        self._held: Held | None = None  # until the first tokens tell their shape
-
-    def _tokens(self) -> Held:
-        """All cached tokens, of which there must be some."""
-        if self._held is None:
-            raise ValueError(message(_OP, "cached tokens", "an empty cache", "Call append or prefill."))
-        return self._held
-
-    def _tokens_like(self, k: Tensor, v: Tensor) -> Held:
-        """All cached tokens, which are like these; there may be none yet."""
-        if self._held is None:
-            bits = {SALIENT: self.salient_bits, REGULAR: self.regular_bits}
-            compressed = Compressed(bits, self.codec, k, v, self.backend)
-            self._held = Held(Window(k, v, self.window, self._draw), compressed)
-        return self._held
-
-    @property
-    def window_length(self) -> int:
-        """How many of the cached tokens are in the window, uncompressed."""
-        return 0 if self._held is None else self._held.window.length
+        """Removes all tokens. Room for ``max_tokens`` is kept."""
+        self._clear()
 
     @property
     def dtype(self) -> torch.dtype | None:
         """Of the cached tokens; None as long as there are none."""
-        return None if self._held is None else self._held.window.keys.dtype
+        return None if self._held is None else self._held.window.room[0].dtype
 
     @property
     def batch(self) -> int | None:
         """How many sequences are cached; None as long as there are no tokens."""
-        return None if self._held is None else len(self._held.window.keys)
-
-    @property
-    def mixed(self) -> bool:
-        """Whether tokens have different numbers of bits, so that saliency is needed."""
-        return 0.0 < self.salient_ratio < 1.0 and self.salient_bits != self.regular_bits
+        return None if self._held is None else len(self._held.window.room[0])
 
     @property
     def nbytes(self) -> int:
@@ -176,15 +146,8 @@ class ZipCacheLayer(Lasting):
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are held."""
-        return [] if self._held is None else [t for part in self._held for t in part.tensors()]
-
-    @property
-    def holds_padding(self) -> bool:
-        """Whether some of the tokens were padding, which takes no room but has a place among the tokens."""
-        if self._held is None:
-            return False
-        window, compressed = self._held
-        return not window.takes(None) or compressed.has_padding()
+        held = self._spare if self._held is None else self._held
+        return [] if held is None else [t for part in held for t in part.tensors()]
 
     def __repr__(self) -> str:
         parts = [f"salient_ratio={self.salient_ratio}", f"bits=({self.salient_bits}, {self.regular_bits})"]
@@ -245,43 +208,13 @@ class ZipCacheLayer(Lasting):
         self._add_prompt(q, k, v, mask, keys, seen)
 
     def _check_prompt(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        self._require_unplanned("a prompt")
         check_new_tokens(_OP, k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
         if q is not None:
             check_queries(_OP, q, k)
             check_needs_no_gradient(_OP, q=q)
             require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
         check_mask(_OP, mask, (k.shape[0], k.shape[2]))
-
-    def _with_cached(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values of all tokens, cached and new, and which are no padding, bool (batch, tokens); None: all."""
-        if self.length == 0:
-            return k, v, mask
-        held = self.token_mask() if mask is not None or self.holds_padding else None
-        return behind(self._restore(k.dtype), held, k, v, mask)
-
-    def _add_prompt(
-        self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor, seen: Tensor | None
-    ) -> None:
-        """Compresses a prompt, whose saliency is that among all tokens: those of ``keys``, as far as ``seen``."""
-        tokens = k.shape[2]
-        unseen = 0 if self.sliding_window is None else max(tokens - self.sliding_window, 0)  # by later queries
-        if unseen:  # nor are the tokens before these
-            before = keys.shape[2] - tokens
-            q = None if q is None else q[:, :, unseen:]
-            k, v, keys = k[:, :, unseen:], v[:, :, unseen:], keys[:, :, before + unseen :]
-            mask = None if mask is None else mask[:, unseen:]
-            seen = None if seen is None else seen[:, before + unseen :]
-        saliency = None
-        if self.mixed and tokens and q is not None:
-            options = {"normalization": self.normalization, **self._logits}
-            saliency = prompt_saliency(q, keys, mask, seen, self._draw, **options)
-        self._flush()
-        if tokens:
-            if unseen:
-                self._tokens_like(k, v).compressed.skip(unseen)
-            self._compress(k, v, saliency, mask)
-            self.length += tokens
-            self._forget()
 
     @lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
@@ -301,6 +234,10 @@ class ZipCacheLayer(Lasting):
         k, v = without_padding(k, v, mask)
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
+        if self._planned:
+            check_step(_OP, k.shape[2], self._planned, mask)
+            self._tokens().window.write(k, v)
+            return
         window = self._tokens_like(k, v).window
         tokens = k.shape[2]
         done = 0
@@ -317,7 +254,7 @@ class ZipCacheLayer(Lasting):
     def reserve(self, tokens: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Where new tokens go, keys and values, for those who compute them there and then call :meth:`take`. None: they
         can't go there as they are, and :meth:`append` takes them."""
-        if self._held is None or mask is not None or self.codec.rotate:
+        if self._held is None or self._planned or mask is not None or self.codec.rotate:
             return None
         window = self._held.window
         fits = window.length + tokens <= self.window and window.takes(None)
@@ -332,51 +269,9 @@ class ZipCacheLayer(Lasting):
     def make_room(self, tokens: int) -> None:
         """Compresses the window unless it has room for so many tokens, or is empty: new ones are to stay in one
         window, from which they can be removed."""
+        self._require_unplanned("make_room")
         if self.window_length + tokens > self.window:
             self._flush()
-
-    def _flush(self) -> None:
-        """Compresses the window."""
-        if self.window_length == 0:
-            return
-        window = self._tokens().window
-        saliency: Tensor | None = None
-        unseen: int | Tensor = 0
-        if self.mixed:
-            saliency, unseen = window.saliency(self.normalization, **self._logits)
-        self._compress(window.keys, window.values, saliency, window.mask, unseen)
-        window.restart()
-        self._forget()
-
-    def _forget(self) -> None:
-        """Frees compressed tokens that no later query sees."""
-        if self._unseen:
-            self._tokens().compressed.forget(self._unseen)
-
-    @property
-    def _logits(self) -> dict[str, Any]:
-        """Options of :func:`attention_sums`."""
-        return {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
-
-    def _compress(
-        self, k: Tensor, v: Tensor, saliency: Tensor | None, mask: Tensor | None, unseen: int | Tensor = 0
-    ) -> None:
-        """Compresses tokens of that saliency, of which no probe saw the last ``unseen`` (of each sequence)."""
-        batch, _, tokens, _ = k.shape
-        total = torch.full((batch,), tokens, device=k.device) if mask is None else mask.sum(1)
-        if self.mixed and saliency is not None:
-            kinds, salient = classify(saliency, mask, self.salient_ratio, unseen)
-            if isinstance(unseen, Tensor):  # other shares of each sequence
-                slots = int(salient.max()), int((total - salient).max())
-            else:  # no shorter sequence has more of either
-                most = max(int(tokens * self.salient_ratio + 0.5), unseen)
-                slots = most, tokens - most
-        else:  # all in the same bits, or of unknown saliency
-            some = self.salient_ratio > 0.0
-            slots = (tokens, 0) if some else (0, tokens)
-            kinds, salient = all_of_kind(SALIENT if some else REGULAR, k, mask), total * int(some)
-        compressed = self._tokens_like(k, v).compressed
-        compressed.append(k, v, kinds, slots, salient, total, padded=mask is not None)
 
     # Using them
 
@@ -403,6 +298,10 @@ class ZipCacheLayer(Lasting):
         if self.codec.rotate:
             q = rotate(q)
         queries = q.shape[2]
+        if self._planned:
+            check_step(_OP, queries, self._planned, sliding_window)
+            out = self._attend_planned(q, sinks)
+            return rotate(out) if self.codec.rotate else out
         fits = queries <= max(window.length, 1)
         remedy = "Pass longer pieces to prefill, which appends and attends by itself."
         require(fits, _OP, f"at most {window.length} queries, whose tokens the window holds", queries, remedy)
@@ -423,62 +322,12 @@ class ZipCacheLayer(Lasting):
         out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
         return rotate(out) if self.codec.rotate else out
 
-    def _attend(self, q: Tensor, sliding_window: int | None, sinks: Tensor | None, newer: int) -> Tensor:
-        """The same, of queries after whose tokens there are ``newer`` ones; of one where the sliding window matters."""
-        window, compressed = self._tokens()
-        begin, end = self.length - window.length, window.length - newer
-        lowest, first = 0, None
-        if sliding_window is not None and begin + end > sliding_window:
-            oldest = begin + end - sliding_window
-            lowest = max(oldest - begin, 0)
-            first = compressed.first_slots(oldest)
-        out, lse = attend(
-            q,
-            compressed.pairs,
-            *window.room,
-            window.bounds(lowest, newer),
-            first=first,
-            sinks=sinks,
-            scale=self.scale,
-            softcap=self.softcap,
-            backend=self.backend,
-        )
-        place = end - q.shape[2]  # -1: right after a prompt, which is compressed already
-        sees_all = lowest == 0  # else it tells nothing of the window's first tokens
-        if self.mixed and sees_all and 0 <= place < end:
-            window.probes.add(q, lse, place)
-        return out
-
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
         added; zeros for padding, and for what is out of the sliding window."""
         window = self._tokens().window
         k, v = self._restore(window.keys.dtype)
         return (rotate(k), rotate(v)) if self.codec.rotate else (k, v)
-
-    def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All tokens as they are stored, in their order."""
-        window, compressed = self._tokens()
-        k, v = (x.new_zeros((*x.shape[:2], self.length, x.shape[3]), dtype=dtype) for x in window.room)
-        for held, out in zip(without_padding(window.keys, window.values, window.mask), (k, v), strict=True):
-            out[:, :, self.length - window.length :] = held
-        compressed.restore(k, v)
-        k[:, :, : self._unseen], v[:, :, : self._unseen] = 0.0, 0.0
-        return k, v
-
-    @property
-    def _unseen(self) -> int:
-        """How many of the oldest tokens no later query sees. Some are held still, with others of their block."""
-        return 0 if self.sliding_window is None else max(self.length - self.sliding_window, 0)
-
-    def token_mask(self) -> Tensor:
-        """bool (batch, length), false for padding, and for what is out of the sliding window."""
-        window, compressed = self._tokens()
-        mask = F.pad(compressed.mask(), (0, window.length), value=True)
-        if window.mask is not None:
-            mask[:, self.length - window.length :] = window.mask
-        mask[:, : self._unseen] = False
-        return mask
 
     @lasting
     def hide(self, mask: Tensor) -> None:
@@ -491,6 +340,7 @@ class ZipCacheLayer(Lasting):
             ValueError: an empty cache, another shape or dtype, or tokens with others after them. The cache is
                 unchanged.
         """
+        self._require_unplanned("hide")
         window, compressed = self._tokens()
         check_mask(_OP, mask, (len(window.keys), self.length))
         check_hides_newest(_OP, self.token_mask(), mask)
@@ -500,13 +350,6 @@ class ZipCacheLayer(Lasting):
         window.hide(mask[:, self.length - window.length :])
 
     # Changing the batch and the length
-
-    def _map_batch(self, function: Callable[[Tensor], Tensor], keep_room: bool = False) -> None:
-        """Applies a function to every tensor that has a row for each sequence."""
-        if self._held is not None:
-            window, compressed = self._held
-            window.map_batch(function, keep_room)
-            compressed.map_batch(function)
 
     @lasting
     def select_sequences(self, index: Tensor | Sequence[int]) -> None:
@@ -531,6 +374,7 @@ class ZipCacheLayer(Lasting):
         Raises:
             ValueError: more tokens than the window holds. The cache is unchanged.
         """
+        self._require_unplanned("drop_newest")
         fits = 0 <= tokens <= self.window_length
         contract = f"0 to {self.window_length} tokens, those that are not compressed yet"
         require(fits, _OP, contract, tokens, "Compressed tokens can't be removed; build the cache anew.")
@@ -552,12 +396,12 @@ class ZipCacheLayer(Lasting):
         Raises:
             ValueError: anything else. The cache is unchanged.
         """
-        compressed = check(saved, self._saved(), self.codec, self.backend)
+        check(saved, self._saved(), self.codec)
         self.reset()
-        if compressed is not None:
-            window = Window(saved["window_k"], saved["window_v"], self.window, self._draw)
+        if saved["window_k"] is not None:
+            window, compressed = self._tokens_like(saved["window_k"], saved["window_v"])
             window.load(saved)
-            self._held = Held(window, compressed)
+            compressed.load(saved["kinds"], saved["segments"], saved["forgotten"])
         self.length = saved["length"]
         self._draw.generator.set_state(saved["generator"])
 

@@ -39,6 +39,7 @@ def check_options(options: dict[str, Any]) -> None:
         count = options[name]
         fits = isinstance(count, int) and count >= 1
         require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
+    check_max_tokens(_OP, options["max_tokens"], options["sliding_window"])
     check_softcap(_OP, options["softcap"])
     seed, scale = options["seed"], options["scale"]
     require(isinstance(seed, int), _OP, "seed as a whole number", repr(seed), "Leave it out for 0.")
@@ -53,16 +54,24 @@ def check_options(options: dict[str, Any]) -> None:
     require(known, _OP, " or ".join(NORMALIZATIONS), repr(options["normalization"]), "Choose one of them.")
 
 
+def check_max_tokens(where: str, tokens: int | None, sliding_window: int | None) -> None:
+    """Raises unless it is a number of tokens to reserve room for, or None."""
+    fits = tokens is None or (type(tokens) is int and tokens >= 1)
+    require(fits, where, "max_tokens as a whole number, 1 or more, or None", repr(tokens), "None: room grows.")
+    fits, contract = tokens is None or sliding_window is None, "max_tokens or a sliding window"
+    require(fits, where, contract, "both", "Leave max_tokens out: a sliding window frees its room again.")
+
+
 def check_new_tokens(
     where: str, k: Tensor, v: Tensor, held: tuple[Tensor, Tensor] | None, codec: Codec, backend: str | None
 ) -> None:
     """Raises unless keys and values are tokens that a cache can take, behind those that it holds if there are some."""
-    if held is None or not (_alike(k, held[0]) and _alike(v, held[1]) and k.shape[2] == v.shape[2]):
+    if held is None or not (alike(k, held[0]) and alike(v, held[1]) and k.shape[2] == v.shape[2]):
         _check_anew(where, k, v, held, codec, backend)
     check_needs_no_gradient(where, k=k, v=v)
 
 
-def _alike(new: Tensor, held: Tensor) -> bool:
+def alike(new: Tensor, held: Tensor) -> bool:
     """Whether new tokens differ from those of a cache in nothing but their number."""
     same = isinstance(new, Tensor) and new.dim() == 4 and new.dtype == held.dtype and new.device == held.device
     return same and new.shape[:2] == held.shape[:2] and new.shape[3] == held.shape[3]

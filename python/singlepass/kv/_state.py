@@ -13,8 +13,9 @@ from ..reference.kv import unpack
 from ._codec import Codec
 from ._functional import check_queries
 from ._options import check_new_tokens
+from ._segment import Segment
 from ._selection import FILLER, REGULAR, SALIENT
-from ._store import Compressed, Segment
+from ._store import Compressed
 from ._window import Window
 
 _WHERE = "ZipCacheLayer.load_state_dict"
@@ -48,8 +49,8 @@ def pack(
     return saved | window.state() | {"forgotten": compressed.forgotten, "kinds": kinds, "segments": segments}
 
 
-def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend: str | None) -> Compressed | None:
-    """Raises unless it is what :func:`pack` gives for a layer with these options. Returns the compressed tokens."""
+def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec) -> None:
+    """Raises unless it is what :func:`pack` gives for a layer with these options."""
     require(isinstance(saved, dict) and set(saved) == _KEYS, _WHERE, "a saved cache", _shown(saved), _FOREIGN)
     for name in ("options", "segments"):
         _check(isinstance(saved[name], dict), f"a dictionary of {name}", type(saved[name]).__name__)
@@ -62,15 +63,13 @@ def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec, backend:
         present = [name for name in ("window_v", "window_counts", "kinds") if saved[name] is not None]
         present += [name for name in ("length", "forgotten", "queries", "segments") if saved[name]]
         _check(not present, "nothing without a window", present)
-        return None
+        return
     _check_tensors(saved, options["window"], codec)
     bits = {SALIENT: options["salient_bits"], REGULAR: options["regular_bits"]}
-    compressed = Compressed(bits, codec, k, v, backend)
+    compressed = Compressed(bits, codec, k, v, None)
     for kind, parts in saved["segments"].items():
         _check_segment(compressed.new_segment(kind), parts, k)
     _check_kinds(saved)
-    compressed.load(saved["kinds"], saved["segments"], saved["forgotten"])
-    return compressed
 
 
 def _shown(saved: Any) -> Any:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The newest tokens, uncompressed, and the probes among them, as they come one by one."""
+"""The newest tokens, uncompressed, and the probes among them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._saliency import attention_sums, mean_attention
+from ._probes import ProbeRows, Queries, WindowProbes
+from ._segment import grown
 from ._selection import ProbeDraw
-from ._store import grown
+from ._steps import keep_in_place, places_of, write_behind
 
 _MOST_BOUNDS = 1024
 
@@ -26,107 +26,6 @@ def _bounds(device: torch.device) -> Tensor:
         return torch.stack((torch.zeros_like(ends), ends), 1)
 
 
-@dataclass
-class Queries:
-    """Queries of tokens in a window.
-
-    Attributes:
-        places: where in the window those tokens stand, ascending.
-        q: (batch, query heads, queries, channels).
-        lse: float32 (batch, query heads, queries), of everything that they see.
-    """
-
-    places: list[int]
-    q: Tensor
-    lse: Tensor
-
-    def only(self, wanted: Callable[[int], bool]) -> Queries | None:
-        """Those at wanted places, in memory of their own: a part of a tensor would keep all of it. None: none."""
-        rows = [i for i, place in enumerate(self.places) if wanted(place)]
-        if len(rows) == len(self.places):
-            return self
-        if not rows:
-            return None
-        return Queries([self.places[i] for i in rows], self.q[:, :, rows], self.lse[:, :, rows])
-
-
-class WindowProbes:
-    """The queries that will tell how salient a window's tokens are.
-
-    Where a window ends is not known before it does, for a prompt may come at any time. So queries at random places are
-    laid aside, and the newest ones until there are newer. Those of tokens that are removed again leave no trace.
-
-    Attributes:
-        due: the random places.
-        newest: how many of the newest queries are laid aside, besides those of the last call.
-        queries: what is laid aside, in the order of places.
-    """
-
-    def __init__(self, due: Iterable[int], newest: int):
-        self.due = set(due)
-        self.newest = newest
-        self.queries: list[Queries] = []
-        self._settled = 0  # so many of the first stay, for they are at random places: they are not looked at again
-
-    def add(self, q: Tensor, lse: Tensor, begin: int) -> None:
-        """Lays aside a copy of the queries of neighbouring tokens, the first one's at place ``begin``, and their lse
-        itself; both as in Queries."""
-        # The newest before this call's stay, for transformers may remove all of this call's tokens.
-        recent = begin - self.newest
-        self._keep(lambda place: place < begin and (place in self.due or place >= recent), self._settled)
-        while self._settled < len(self.queries) and self.queries[self._settled].places[-1] < recent:
-            self._settled += 1
-        places = list(range(begin, begin + q.shape[2]))
-        self.queries.append(Queries(places, q.clone(memory_format=torch.contiguous_format), lse))
-
-    def saliency(
-        self, k: Tensor, mask: Tensor | None, newest: int, normalization: str, **options: Any
-    ) -> tuple[Tensor | None, int | Tensor]:
-        """Of the window's tokens, whose keys are k, by the probes at random places and so many of the newest.
-
-        Returns:
-            (batch, heads, tokens), infinity for tokens that no probe sees and 0 for padding, which ``mask`` (batch,
-            tokens) does not show; None if there are no probes. And how many tokens, the newest of a sequence, no probe
-            sees, of all or int64 (batch,).
-        """
-        tokens = k.shape[2]
-        self._keep(lambda place: place in self.due or place >= tokens - newest)
-        if not self.queries:
-            return None, tokens
-        places = [place for part in self.queries for place in part.places]
-        positions = torch.tensor(places, dtype=torch.int64, device=k.device)
-        q, lse = (torch.cat([getattr(part, name) for part in self.queries], 2) for name in ("q", "lse"))
-        unseen: int | Tensor = tokens - 1 - places[-1]
-        if mask is not None:
-            own = mask[:, positions]
-            lse = lse.masked_fill(~own[:, None], torch.inf)  # the queries of padding: exp(logit - lse) = 0
-            unseen = mask.sum(1) - 1 - torch.where(own, positions, -1).amax(1)
-        sums = attention_sums(q, k, positions, lse=lse, **options)
-        return mean_attention(sums, positions, mask, normalization), unseen
-
-    def keep_newest_of(self, length: int) -> None:
-        """Lays aside for good what is still there of the newest queries of the first ``length`` tokens."""
-        self.due.update(range(max(length - self.newest, 0), length))
-
-    def drop(self, length: int) -> None:
-        """Forgets the tokens after the first ``length``."""
-        self._keep(lambda place: place < length)
-
-    def _keep(self, wanted: Callable[[int], bool], begin: int = 0) -> None:
-        """Forgets all queries but those wanted, and those of the first ``begin`` calls."""
-        kept = [part.only(wanted) for part in self.queries[begin:]]
-        self.queries[begin:] = [part for part in kept if part is not None]
-        self._settled = min(self._settled, begin)
-
-    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Applies a function to every tensor that has a row for each sequence."""
-        self.queries = [Queries(part.places, function(part.q), function(part.lse)) for part in self.queries]
-
-    def tensors(self) -> list[Tensor]:
-        """All that it holds."""
-        return [t for part in self.queries for t in (part.q, part.lse)]
-
-
 class Window:
     """The newest tokens of a layer, uncompressed.
 
@@ -135,6 +34,7 @@ class Window:
         v: values likewise.
         size: maximum number of tokens.
         draw: of the random probes.
+        reserved: whether there is room for all of them from the beginning, and steps can be planned.
 
     Attributes:
         length: number of tokens of the longest sequence.
@@ -142,12 +42,22 @@ class Window:
             the same number.
         room: keys and values (batch, heads, tokens or more, channels), with room for more tokens.
         probes: the queries that will tell how salient the tokens are.
+        ends: where tokens begin and end in planned steps, int32 (batch, 2).
     """
 
-    def __init__(self, k: Tensor, v: Tensor, size: int, draw: ProbeDraw):
-        first, second = (x.new_zeros((*x.shape[:2], 0, x.shape[3])) for x in (k, v))
+    def __init__(self, k: Tensor, v: Tensor, size: int, draw: ProbeDraw, reserved: bool = False):
+        slots = size if reserved else 0
+        first, second = (x.new_zeros((*x.shape[:2], slots, x.shape[3])) for x in (k, v))
         self.room: tuple[Tensor, Tensor] = first, second
         self.size = size
+        self._draw, self._reserved = draw, reserved
+        self.ends = k.new_zeros((len(k) if reserved else 0, 2), dtype=torch.int32)
+        self._counted = 0  # of the tokens, so many are told by ``ends``
+        self._rows: ProbeRows | None = None  # once planned steps have probes
+        self.restart()
+
+    def clear(self, draw: ProbeDraw) -> None:
+        """Removes all tokens; the next probes are drawn otherwise."""
         self._draw = draw
         self.restart()
 
@@ -169,7 +79,12 @@ class Window:
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
         counts = [] if self.counts is None else [self.counts]
-        return [*self.room, *counts, *self.probes.tensors()]
+        rows = [] if self._rows is None else self._rows.tensors()
+        return [*self.room, self.ends, *counts, *self.probes.tensors(), *rows]
+
+    def fixed(self) -> list[Tensor]:
+        """What planned steps use."""
+        return [*self.room, self.ends, *([] if self._rows is None else self._rows.tensors())]
 
     @property
     def mask(self) -> Tensor | None:
@@ -223,6 +138,32 @@ class Window:
             self.counts = self.counts + (tokens if shown is None else shown)
         self.length += tokens
 
+    def plan(self, tokens: int, queries: Tensor | None) -> None:
+        """Counts tokens that :meth:`write` will add by itself, each of which has a place. ``queries``: like those that
+        :meth:`lay_aside` will lay aside; None: none will come."""
+        if self._counted != self.length:
+            self.ends.select(1, 1).fill_(self.length)
+        if queries is not None:
+            if self._rows is None:
+                self._rows = ProbeRows(self.size, len(self.probes.due), self.probes.newest, queries)
+            self.probes.plan(self.length, tokens, self._rows)
+        self.length += tokens
+        self._counted = self.length
+
+    def unplan(self, tokens: int) -> None:
+        """Removes the tokens planned last, of which some may have been written or none."""
+        self.drop_newest(tokens)
+        self._counted = -1
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Adds tokens that were planned."""
+        write_behind(self.room, self.ends, k, v)
+
+    def lay_aside(self, q: Tensor, lse: Tensor) -> None:
+        """Keeps the queries of the tokens written last, and what belongs to them, as in Queries."""
+        assert self._rows is not None
+        self._rows.add(q, lse, places_of(self.ends, q.shape[2], -q.shape[2]))
+
     def saliency(self, normalization: str, **options: Any) -> tuple[Tensor | None, int | Tensor]:
         """As :meth:`WindowProbes.saliency`, of its tokens."""
         return self.probes.saliency(self.keys, self.mask, self._draw.newest(self.length), normalization, **options)
@@ -241,10 +182,16 @@ class Window:
 
     def map_batch(self, function: Callable[[Tensor], Tensor], keep_room: bool = False) -> None:
         """Applies a function to every tensor that has a row for each sequence. Room for more tokens is kept or not."""
-        keys, values = self.room if keep_room else (self.keys, self.values)
-        self.room = function(keys), function(values)
-        self.counts = None if self.counts is None else function(self.counts)
         self.probes.map_batch(function)
+        self.counts = None if self.counts is None else function(self.counts)
+        if not self._reserved:
+            keys, values = self.room if keep_room else (self.keys, self.values)
+            self.room = function(keys), function(values)
+            return
+        keys, values = (keep_in_place(held, function(held)) for held in self.room)
+        self.room, self.ends = (keys, values), keep_in_place(self.ends, function(self.ends))
+        if self._rows is not None and len(self._rows) != len(self.ends):
+            self._rows = None
 
     def state(self) -> dict[str, Any]:
         """Copies of everything, as plain data and tensors."""
@@ -254,12 +201,16 @@ class Window:
             "window_k": self.keys.clone(),
             "window_v": self.values.clone(),
             "due": sorted(self.probes.due),
-            "queries": [(list(part.places), part.q.clone(), part.lse.clone()) for part in self.probes.queries],
+            "queries": self.probes.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state` gave, of which everything was checked."""
-        self.room, self.length = (state["window_k"].clone(), state["window_v"].clone()), state["window_length"]
+        self.length = state["window_length"]
+        keys, values = (grown(held, 2, 0, self.length) for held in self.room)
+        self.room = keys, values
+        self.keys.copy_(state["window_k"])
+        self.values.copy_(state["window_v"])
         self.counts = None if state["window_counts"] is None else state["window_counts"].clone()
         self.probes = WindowProbes(state["due"], self.probes.newest)
         self.probes.queries = [Queries(list(places), q.clone(), lse.clone()) for places, q, lse in state["queries"]]

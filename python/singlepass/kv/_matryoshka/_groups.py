@@ -38,7 +38,7 @@ class Projection:
         self.channels, self.ranks = matrices.shape[1], ranks
         self.order = [head for its in heads for head in its]
         self.bases = [matrices[its, :, :rank].contiguous() for its, rank in zip(heads, ranks, strict=True)]
-        self._transposed: list[Tensor] = []  # once they are asked for
+        self._transposed: list[Tensor] = []
         self._heads = [torch.tensor(its) for its in heads]
         whole = torch.eye(self.channels, dtype=matrices.dtype, device=matrices.device)
         self.is_identity = bool((matrices == whole).all())
@@ -46,8 +46,10 @@ class Projection:
     def settle(self, like: Tensor) -> None:
         """Chooses the dtype and the device for such vectors."""
         wide = torch.promote_types(like.dtype, torch.float32)
+        if self._transposed and self._transposed[0].dtype == wide and self._transposed[0].device == like.device:
+            return
         self.bases = [basis.to(like.device, wide) for basis in self.bases]
-        self._transposed = []
+        self._transposed = [basis.mT.contiguous() for basis in self.bases]
         self._heads = [heads.to(like.device) for heads in self._heads]
 
     def empty(self, x: Tensor) -> list[Tensor]:
@@ -80,8 +82,6 @@ class Projection:
         """A group's vectors (batch, n * its heads, tokens, channels)."""
         if self.is_identity:
             return F.pad(part, (0, self.channels - self.ranks[group]))
-        if not self._transposed:
-            self._transposed = [basis.mT.contiguous() for basis in self.bases]
         whole = part.new_empty((*part.shape[:3], self.channels))
         heads = list(range(len(self._heads[group])))
         ops.project_([last_dense(part)], [self._transposed[group]], None, None, [whole], heads=heads, backend=backend)
@@ -105,7 +105,9 @@ def project(
         backend: "native", "triton" or "eager"; None selects one.
     """
     places = [projection.empty(its) for projection, its in zip(projections, x, strict=True)] if to is None else list(to)
-    tokens, bases, out = list[Tensor](), list[Tensor](), list[Tensor]()
+    tokens: list[Tensor] = []
+    bases: list[Tensor] = []
+    out: list[Tensor] = []
     for i, (projection, its, place) in enumerate(zip(projections, x, places, strict=True)):
         if projection.is_identity and (i > 0 or rotary is None):
             projection.copy(its, place)

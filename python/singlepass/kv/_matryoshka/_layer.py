@@ -1,37 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The low-rank cache of one attention layer. The file is long because it is one class, with its documentation."""
+"""The low-rank cache of one attention layer: what it promises, and what it takes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._errors import message, require
+from ..._errors import require
 from .._codec import Codec
-from .._dense import DenseLayer
 from .._functional import FLOATS, check_exact, check_needs_no_gradient, check_queries
 from .._layer import ZipCacheLayer
-from .._modes import Lasting, lasting
+from .._modes import lasting
 from .._options import check_hides_newest, check_index, check_mask, check_new_tokens, without_padding
 from .._prompt import behind, causal_attention
-from .._store import held_nbytes
+from .._segment import held_nbytes
+from .._steps import check_step
 from ._bases import check_bases, check_ranks
-from ._groups import Group, Projection, Rotary, check_bits, check_rotary, project
+from ._groups import Group, Rotary, check_bits, check_rotary
+from ._tokens import GroupedTokens
 
 _OP = "MatryoshkaLayer"
 _FOREIGN = "Pass what state_dict() of a layer with the same bases, ranks and options gave."
 _ANY_WIDTH = Codec()  # projected vectors are what is quantised, whose ranks the constructor has checked
 PREFILLS = ("full", "truncated")
 
-Places = list[tuple[Tensor, Tensor]]  # of each group's keys and values
 
-
-class MatryoshkaLayer(Lasting):
+class MatryoshkaLayer(GroupedTokens):
     """Keys and values of one attention layer, projected on orthogonal bases of which each head keeps as many directions
     as its ranks say: a fraction of the memory, in as many bits as they came with, or in few.
 
@@ -56,6 +55,8 @@ class MatryoshkaLayer(Lasting):
         softcap: logits s become softcap * tanh(s / softcap); 0: no soft-capping.
         sliding_window: number of the newest tokens that a query sees, including its own; older ones are forgotten.
             None: all tokens.
+        max_tokens: reserves room for so many tokens with the first ones, and lets steps be :meth:`planned`. None: room
+            grows; see :class:`ZipCacheLayer`.
         backend: "native", "triton" or "eager"; None selects one.
 
     Attributes:
@@ -99,6 +100,7 @@ class MatryoshkaLayer(Lasting):
         scale: float | None = None,
         softcap: float = 0.0,
         sliding_window: int | None = None,
+        max_tokens: int | None = None,
         backend: str | None = None,
     ):
         for name, bases in (("key_bases", key_bases), ("value_bases", value_bases)):
@@ -111,88 +113,18 @@ class MatryoshkaLayer(Lasting):
         self.bits = check_bits(_OP, bits)
         self.salient_ratio, self.codec = salient_ratio, Codec() if codec is None else codec
         self.window, self.prefill_on, self.seed = window, prefill, seed
-        self.scale, self.softcap, self.sliding_window, self.backend = scale, softcap, sliding_window, backend
+        self.scale, self.softcap, self.sliding_window = scale, softcap, sliding_window
+        self.max_tokens, self.backend = max_tokens, backend
         self._bases = key_bases, value_bases
         self._ranks = keys, values
         ZipCacheLayer(**self._options())  # raises unless options are in range
         for rank in torch.cat(self._ranks).tolist() if self.bits is not None else ():
             self.codec.check_head_dim(_OP, rank)
-        self.reset()
-
-    def _new_groups(self) -> list[Group]:
-        """Empty ones."""
-        return [Group(heads, self._new_inner()) for heads in self._members().values()]
-
-    def _new_inner(self) -> ZipCacheLayer | DenseLayer:
-        if self.bits is None:
-            slack = max(self.window, (self.sliding_window or 0) // 4)
-            return DenseLayer(self._scale, self.softcap, self.sliding_window, slack, self.backend)
-        return ZipCacheLayer(**self._options())
-
-    def _members(self) -> dict[tuple[int, int], list[int]]:
-        """The heads of each pair of ranks, of keys and values."""
-        members: dict[tuple[int, int], list[int]] = {}
-        of_keys, of_values = (ranks.tolist() for ranks in self._ranks)
-        for head, ranks in enumerate(zip(of_keys, of_values, strict=True)):
-            members.setdefault(ranks, []).append(head)
-        return members
-
-    def _new_projections(self) -> tuple[Projection, Projection]:
-        """Of keys and of values."""
-        members = self._members()
-        keys, values = self._bases
-        heads, ranks = list(members.values()), list(zip(*members, strict=True))
-        return Projection(keys, heads, list(ranks[0])), Projection(values, heads, list(ranks[1]))
-
-    def _options(self) -> dict[str, Any]:
-        """Those of what holds quantised tokens."""
-        high, low = (4, 2) if self.bits is None else self.bits
-        return {
-            "salient_ratio": self.salient_ratio,
-            "salient_bits": high,
-            "regular_bits": low,
-            "codec": self.codec,
-            "window": self.window,
-            "seed": self.seed,
-            "scale": self._scale,
-            "softcap": self.softcap,
-            "sliding_window": self.sliding_window,
-            "backend": self.backend,
-        }
-
-    @property
-    def _scale(self) -> float:
-        """That of whole vectors, not of what is kept of them."""
-        return float(self._bases[0].shape[1] ** -0.5 if self.scale is None else self.scale)
+        super().__init__()
 
     def reset(self) -> None:
-        """Removes all tokens."""
-        self.length = 0
-        self._groups = self._new_groups()
-        self._projections = self._new_projections()
-        self._like: tuple[Tensor, Tensor] | None = None  # tokens' shape, dtype and device, once known
-
-    def _groups_for(self, k: Tensor, v: Tensor) -> list[Group]:
-        """The groups, ready for such tokens."""
-        if self._like is None:
-            self._like = k[:, :, :0].clone(), v[:, :, :0].clone()
-            self._settle(self._groups, self._like)
-        for group in self._groups:
-            group.inner.scale, group.inner.softcap = self._scale, self.softcap
-        return self._groups
-
-    def _settle(self, groups: list[Group], like: tuple[Tensor, Tensor]) -> None:
-        """Makes projections and empty groups fit tokens like these."""
-        for projection, x in zip(self._projections, like, strict=True):
-            projection.settle(x)
-        for i, group in enumerate(groups):
-            if isinstance(group.inner, DenseLayer):
-                group.inner.begin(*(p.empty(x)[i] for p, x in zip(self._projections, like, strict=True)))
-
-    def _check_held(self) -> tuple[Tensor, Tensor]:
-        if self._like is None:
-            raise ValueError(message(_OP, "cached tokens", "an empty cache", "Call append or prefill."))
-        return self._like
+        """Removes all tokens. Room for ``max_tokens`` is kept."""
+        self._clear()
 
     @property
     def window_length(self) -> int:
@@ -304,40 +236,13 @@ class MatryoshkaLayer(Lasting):
         self._store(q, self._project(k, v, places, rotary), mask, places is not None)
 
     def _check_prompt(self, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        self._require_unplanned("a prompt")
         self._check_new(k, v, mask)
         if q is not None:
             check_queries(_OP, q, k)
             check_needs_no_gradient(_OP, q=q)
             require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
             require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
-
-    def _places(self, k: Tensor, v: Tensor, mask: Tensor | None = None, prompt: bool = False) -> Places | None:
-        """Where the groups store such new tokens as they are; None if they are to be quantised first, or no later query
-        sees some of them."""
-        groups = self._groups_for(k, v)
-        if prompt and (self.bits is not None or k.shape[2] > (self.sliding_window or k.shape[2])):
-            return None
-        places = [place for group in groups if (place := group.inner.reserve(k.shape[2], mask)) is not None]
-        return places if len(places) == len(groups) else None
-
-    def _project(self, k: Tensor, v: Tensor, places: Places | None = None, rotary: Rotary | None = None) -> Places:
-        """What the groups keep of all heads' keys and values, in ``places`` if there are such."""
-        to = None if places is None else list(map(list, zip(*places, strict=True)))
-        return list(zip(*project(self._projections, (k, v), rotary, to, self.backend), strict=True))
-
-    def _project_queries(self, q: Tensor, rotary: Rotary | None = None) -> list[Tensor]:
-        return project(self._projections[:1], (q,), rotary, None, self.backend)[0]
-
-    def _store(self, q: Tensor | None, projected: Places, mask: Tensor | None, placed: bool) -> None:
-        """Adds a prompt, which may stand in its place already."""
-        mixed = q is not None and self._groups[0].inner.mixed
-        queries = self._project_queries(q) if q is not None and mixed else [None] * len(self._groups)
-        for group, its, (k, v) in zip(self._groups, queries, projected, strict=True):
-            if placed:
-                group.inner.take(k.shape[2], mask)
-            else:
-                group.inner.store(its, k, v, mask)
-        self.length += projected[0][0].shape[2]
 
     @lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None, *, rotary: Rotary | None = None) -> None:
@@ -354,6 +259,8 @@ class MatryoshkaLayer(Lasting):
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         self._check_new(k, v, mask)
+        if self._planned:
+            check_step(_OP, k.shape[2], self._planned, mask)
         rotary = check_rotary(_OP, rotary, k)
         k, v = without_padding(k, v, mask)
         places = self._places(k, v, mask)
@@ -362,11 +269,13 @@ class MatryoshkaLayer(Lasting):
                 group.inner.append(keys, values, mask)
             else:
                 group.inner.take(k.shape[2], mask)
-        self.length += k.shape[2]
+        if not self._planned:
+            self.length += k.shape[2]
 
     @lasting
     def make_room(self, tokens: int) -> None:
         """Makes sure that the next ``tokens`` tokens can be removed again together."""
+        self._require_unplanned("make_room")
         for group in self._groups:
             group.inner.make_room(tokens)
 
@@ -393,8 +302,12 @@ class MatryoshkaLayer(Lasting):
         check_needs_no_gradient(_OP, q=q)
         require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
-        most, remedy = max(self.window_length, 1), "Pass longer pieces to prefill, which adds and attends by itself."
-        require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
+        if self._planned:
+            check_step(_OP, q.shape[2], self._planned, None)
+        else:
+            most = max(self.window_length, 1)
+            remedy = "Pass longer pieces to prefill, which adds and attends by itself."
+            require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
         rotary = check_rotary(_OP, rotary, q)
         outs = []
         for group, its in zip(self._groups_for(k, v), self._project_queries(q, rotary), strict=True):
@@ -411,11 +324,6 @@ class MatryoshkaLayer(Lasting):
         """
         self._check_held()
         return self._back([group.inner.dequantize() for group in self._groups])
-
-    def _back(self, projected: Places) -> tuple[Tensor, Tensor]:
-        """Keys and values of all heads, from what the groups keep of them."""
-        keys, values = map(list, zip(*projected, strict=True))
-        return self._projections[0].back(keys, self.backend), self._projections[1].back(values, self.backend)
 
     def token_mask(self) -> Tensor:
         """bool (batch, length), false for padding.
@@ -437,6 +345,7 @@ class MatryoshkaLayer(Lasting):
             ValueError: an empty cache, another shape or dtype, or tokens with others after them. The cache is
                 unchanged.
         """
+        self._require_unplanned("hide")
         k, _ = self._check_held()
         check_mask(_OP, mask, (len(k), self.length))
         check_hides_newest(_OP, self.token_mask(), mask)
@@ -444,9 +353,6 @@ class MatryoshkaLayer(Lasting):
             group.inner.hide(mask)
 
     # Changing the batch and the length
-
-    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        self._like = None if self._like is None else (function(self._like[0]), function(self._like[1]))
 
     @lasting
     def select_sequences(self, index: Tensor | Sequence[int]) -> None:
@@ -474,6 +380,7 @@ class MatryoshkaLayer(Lasting):
         Raises:
             ValueError: more tokens than that. The cache is unchanged.
         """
+        self._require_unplanned("drop_newest")
         fits = 0 <= tokens <= self.window_length
         contract = f"0 to {self.window_length} tokens, those that can still be removed"
         require(fits, _OP, contract, tokens, "Build the cache anew, of fewer tokens.")
