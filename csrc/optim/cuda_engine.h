@@ -15,8 +15,8 @@ namespace singlepass::optim {
 
 inline constexpr int kThreads = 256;
 
+// What stochastic rounding of a tensor draws by. It stays in shared memory, because registers are what bounds a kernel.
 struct Rounding {
-  bool stochastic;
   uint64_t seed, stream;  // the Philox key, and the counter's high half: tensor and step
   int64_t offset;         // of the tensor's first element in the whole tensor
 };
@@ -40,8 +40,9 @@ __device__ __forceinline__ void round_stochastic(const float* values, int64_t i,
 
 // Rounds stochastically if that is wanted and the dtype is bfloat16, else to the nearest.
 template <int kWidth>
-__device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, int64_t i, const Rounding& rounding) {
-  if (dtype != DType::kBFloat16 || !rounding.stochastic) return singlepass::encode<kWidth>(values, dtype);
+__device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, int64_t i, bool stochastic,
+                                              const Rounding& rounding) {
+  if (dtype != DType::kBFloat16 || !stochastic) return singlepass::encode<kWidth>(values, dtype);
   uint16_t half[kWidth];
   round_stochastic<kWidth>(values, i, rounding, half);
   return pack<kWidth>(half);
@@ -56,7 +57,8 @@ struct Tile {
   const TensorRecord& t;
   const typename Rule::Coefficients& c;
   float factor;
-  Rounding rounding;
+  bool stochastic;
+  const Rounding& rounding;
   double squares[kNorms] = {};
 
   __device__ __forceinline__ static DType dtype(DType stored) { return kFloat32 ? DType::kFloat32 : stored; }
@@ -89,12 +91,12 @@ struct Tile {
       ((state[K][k] = s[K]), ...);
     }
 
-    const Rounding nearest = {};
     if constexpr (kAccess.writes & kParam) {
-      store(encode<kWidth>(param, dtype(t.param_dtype), i, rounding), dtype(t.param_dtype), t.param, i, kApart);
+      store(encode<kWidth>(param, dtype(t.param_dtype), i, stochastic, rounding), dtype(t.param_dtype), t.param, i,
+            kApart);
     }
     if constexpr (kAccess.writes >= kState) {
-      (store(encode<kWidth>(state[K], dtype(t.state_dtype[K]), i, nearest), dtype(t.state_dtype[K]), t.state[K], i,
+      (store(singlepass::encode<kWidth>(state[K], dtype(t.state_dtype[K])), dtype(t.state_dtype[K]), t.state[K], i,
              kApart),
        ...);
     }
@@ -158,21 +160,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // Stage 1: the coefficients take double precision, so one thread computes them.
   SINGLEPASS_SHARED(typename Rule::Coefficients, shared_coefficients);
+  SINGLEPASS_SHARED(Rounding, rounding);
   if (threadIdx.x == 0) {
     typename Rule::Coefficients c = device_coefficients<Rule>(t, hyper, options);
     if constexpr (pass == kUpdatePass && kHasNorms<Rule>) {
       Rule::apply_norms(hyper, c, table.norms + static_cast<int64_t>(chunk.tensor) * kNorms);
     }
     shared_coefficients = c;
+    if (options.stochastic_rounding) rounding = {options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id, t.offset};
   }
   __syncthreads();
   const typename Rule::Coefficients c = shared_coefficients;
 
   // Stage 2: the chunk's elements. Vectors come first, if all tensors are aligned, then what is left, one by one.
-  Tile<Rule, pass, kFloat32> tile = {t, c, grad_factor(options.maximize, options.grad_scale), {}};
-  if (options.stochastic_rounding) {
-    tile.rounding = {true, options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id, t.offset};
-  }
+  Tile<Rule, pass, kFloat32> tile = {t, c, grad_factor(options.maximize, options.grad_scale),
+                                     options.stochastic_rounding, rounding};
   constexpr TouchedStates<Rule, pass> kStatesTouched = {};
   const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
   const int64_t end = begin + table.shape.chunk < t.numel ? begin + table.shape.chunk : t.numel;
