@@ -41,13 +41,13 @@ class Ranks:
         self.connections: list[Connection] = []
         self.folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def run(self, module: str, name: str, arguments: dict[str, Any]) -> None:
+    def run(self, module: str, name: str, arguments: dict[str, Any], limit: float) -> None:
         """Runs the body of a test on all ranks, and fails with the tracebacks of all if it fails on one."""
         if not self.processes:
             self.start()
         for connection in self.connections:
             connection.send((module, name, arguments))
-        self._collect(LIMIT)
+        self._collect(limit)
 
     def start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -129,13 +129,13 @@ def serve(rank: int, size: int, folder: str) -> None:
         connection.send(report)
 
 
-def on_ranks(size: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def on_ranks(size: int, limit: float = LIMIT) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes the body of a test run on this many ranks at the same time."""
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(body)
         def test(request: pytest.FixtureRequest, **arguments: Any) -> None:
-            request.getfixturevalue("ranks")(size).run(body.__module__, body.__name__, arguments)
+            request.getfixturevalue("ranks")(size).run(body.__module__, body.__name__, arguments, limit)
 
         signature = inspect.signature(body)
         mine = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)

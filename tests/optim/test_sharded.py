@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +21,7 @@ from ..ranks import on_ranks
 from ..tolerances import assert_same_bits
 from .shards import EXACT, SHAPES, Twins, in_many_ways, mesh_of, place, rows, whole
 from .steps import normal
-from .test_groups import NAMES, groups_of, make
+from .test_groups import NAMES, OPTIONS, groups_of, make
 
 each_optimizer = pytest.mark.parametrize("name", NAMES)
 each_exact = pytest.mark.parametrize("name", EXACT)
@@ -117,6 +118,23 @@ def test_backends(name: str, backend: str) -> None:
     for step in range(1, 3):
         twins.step(step)
     twins.assert_same(exact=name in EXACT)
+
+
+@pytest.mark.parametrize("name", optim.__all__)
+@on_ranks(2)
+def test_zero_redundancy_optimizer(name: str) -> None:
+    """Whole tensors, each stepped by one rank, which sends it to the others. Not clipped: of that see docs/optim.md."""
+    params, twins = ([Parameter(normal(shape, 10 + i)) for i, shape in enumerate(SHAPES)] for _ in range(2))
+    options = {"lr": 1e-2, "weight_decay": 0.1} | OPTIONS.get(name, {})
+    optimizer = ZeroRedundancyOptimizer(params, optimizer_class=getattr(optim, name), **options)
+    expected = make(name, [{"params": twins}])
+    for step in range(1, 4):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad, q.grad = normal(p.shape, 100 * step + i), normal(q.shape, 100 * step + i)
+        optimizer.step()
+        expected.step()
+    for p, q in zip(params, twins, strict=True):
+        assert_same_bits(p, q)
 
 
 @each_exact
@@ -270,3 +288,19 @@ def test_no_operator_runs_on_dtensors(name: str) -> None:
     with DTensorOps() as ops:
         twins.optimizer.step()
     assert ops.seen == []
+
+
+@pytest.mark.deep("torch.compile")
+@pytest.mark.parametrize("name", ["AdamW", "LAMB"])
+@on_ranks(2, limit=600.0)
+def test_compiled_steps(name: str) -> None:
+    torch._dynamo.reset()
+    twins = Twins(name, mesh_of(2), rows, shapes=[(5, 7), (3,)])
+    for group in (*twins.optimizer.param_groups, *twins.twin.param_groups):
+        group["lr"] = torch.tensor(1e-2)
+    step_ = torch.compile(twins.optimizer.step, backend="aot_eager")
+    for step in range(1, 4):
+        twins.give_grads(step)
+        step_()
+        twins.twin.step()
+    twins.assert_same(exact=name in EXACT)
