@@ -141,6 +141,7 @@ def on_ranks(size: int, limit: float = LIMIT) -> Callable[[Callable[..., None]],
         mine = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         test.__signature__ = signature.replace(parameters=[mine, *signature.parameters.values()])  # type: ignore[attr-defined]
         test.body = body  # type: ignore[attr-defined]
-        return pytest.mark.xdist_group(f"ranks{size}")(test)
+        slow = pytest.mark.slow("the first one starts the processes")
+        return pytest.mark.xdist_group(f"ranks{size}")(slow(test))
 
     return decorate
