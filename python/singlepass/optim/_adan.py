@@ -83,7 +83,7 @@ class Adan(FusedOptimizer):
 
     def _clipping(self) -> tuple[float, float]:
         max_norm, _ = super()._clipping()
-        return max_norm, self.param_groups[-1]["eps"]  # the official code takes the last
+        return max_norm, self.param_groups[-1]["eps"] if max_norm > 0.0 else 0.0  # the official code takes the last
 
     def _state_dtype_of(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
         lossless = group["max_grad_norm"] == 0.0 and p.grad is not None and p.grad.dtype == torch.bfloat16
