@@ -92,7 +92,7 @@ def _saliency(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 CASES: dict[str, Case] = {
-    **{name: partial(_optimizer, getattr(optim, name)) for name in optim.__all__},
+    **{name: partial(_optimizer, getattr(optim, name)) for name in optim._OPTIMIZERS},
     "GroupRational": _rational,
     "quantize, dequantize": _codes,
     "probe_saliency": _saliency,

@@ -17,7 +17,7 @@ from .steps import Place, each_place
 from .trajectory import contents
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in optim.__all__),
+    *((name, {}) for name in optim._OPTIMIZERS),
     ("AdamW", {"amsgrad": True}),
     ("AdaBelief", {"fixed_decay": True}),
     ("SGDSaI", {"guard_gain": False}),

@@ -24,7 +24,7 @@ from .trajectory import make_params
 SHAPES = [(5, 7), (8,), (2, 3, 4, 4), (3, 3)]
 OPTIONS: dict[str, dict[str, Any]] = {"Adan": {"max_grad_norm": 0.0}, "LAMB": {"max_grad_norm": 0.0}}
 
-NAMES = [*optim.__all__, "SST"]
+NAMES = [*optim._OPTIMIZERS, "SST"]
 each_optimizer = pytest.mark.parametrize("name", NAMES)
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -183,3 +185,35 @@ def test_the_previous_gradient_survives_being_unscaled(dtype: torch.dtype, name:
 def test_gradscaler_leaves_unscaling_to_the_step() -> None:
     for name in CLASSES:
         assert optimizer_of(name, make_params(SHAPES))._step_supports_amp_scaling
+
+
+@each_class
+def test_unscaling_may_be_left_to_gradscaler(name: str) -> None:
+    """As torch's unfused optimizers do it: clipping in mixed precision by Lightning and Fabric asks for that."""
+    (p,), (q,) = make_params([(8,)]), make_params([(8,)])
+    optimizer = optimizer_of(name, [p], unscale_in_step=False)
+    plain = optimizer_of(name, [q])
+    assert plain._step_supports_amp_scaling is True
+    for copied in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert copied._step_supports_amp_scaling is False
+    seen = []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.append((p.grad.clone(), hasattr(o, "grad_scale"))))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        give_grads([p], step)
+        give_grads([q], step)
+        p.grad *= scaler.scale(torch.ones(()))  # a power of two: nothing is rounded
+        if step == 1:
+            p.grad[0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 1:
+            plain.step()
+            assert_same_bits(seen[-1][0], q.grad)
+    assert [scaled for _, scaled in seen] == [False, False]
+    assert_same_bits(p, q)
+
+
+def test_a_choice_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"AdamW: expected unscale_in_step True or False; got 1\."):
+        CLASSES["adamw"](make_params([(8,)]), unscale_in_step=1)

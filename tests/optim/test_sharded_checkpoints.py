@@ -30,7 +30,7 @@ from .shards import EXACT, Twins, assert_alike, in_many_ways, mesh_of, place, ro
 from .steps import normal
 from .test_groups import OPTIONS
 
-each_optimizer = pytest.mark.parametrize("name", optim.__all__)
+each_optimizer = pytest.mark.parametrize("name", optim._OPTIMIZERS)
 
 
 class Training:

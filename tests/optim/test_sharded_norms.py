@@ -224,7 +224,7 @@ def test_meshes_beside_each_other() -> None:
             assert torch.allclose(whole(p), q, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", optim.__all__)
+@pytest.mark.parametrize("name", optim._OPTIMIZERS)
 @on_ranks(2)
 def test_steps_without_any_gradient(name: str) -> None:
     twins = Twins(name, mesh_of(2), rows)

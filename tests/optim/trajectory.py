@@ -19,7 +19,7 @@ from ..simt.truth import Case
 from ..tolerances import assert_within
 from .steps import NAMES, allowance, exact, hyper_of, normal, rule_of
 
-CLASSES = {name.lower(): getattr(singlepass.optim, name) for name in singlepass.optim.__all__}
+CLASSES = {name.lower(): getattr(singlepass.optim, name) for name in singlepass.optim._OPTIMIZERS}
 
 
 def arguments_of(case: Case, state_dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class AdaBelief(FusedOptimizer):
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
+        unscale_in_step: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -86,5 +87,6 @@ class AdaBelief(FusedOptimizer):
             capturable=capturable,
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
+            unscale_in_step=unscale_in_step,
             backend=backend,
         )

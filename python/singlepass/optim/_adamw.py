@@ -58,6 +58,7 @@ class AdamW(FusedOptimizer):
         fused: bool | None = None,
         state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
+        unscale_in_step: bool = True,
         backend: str | None = None,
     ) -> None:
         remedy = "For gradients through a step, use torch.optim.AdamW."
@@ -69,6 +70,7 @@ class AdamW(FusedOptimizer):
             capturable=capturable,
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
+            unscale_in_step=unscale_in_step,
             backend=backend,
         )
 

@@ -36,8 +36,8 @@ class FusedOptimizer(Optimizer):
     _norms_follow_states: ClassVar[bool] = False
     _loading: ClassVar[type[Loading]] = Loading
 
-    # GradScaler then leaves unscaling and skipping to step(), through `grad_scale` and `found_inf`.
-    _step_supports_amp_scaling = True
+    # Where it is True, GradScaler leaves unscaling and skipping to step(), through `grad_scale` and `found_inf`.
+    _step_supports_amp_scaling: bool
 
     def __init__(
         self,
@@ -48,8 +48,12 @@ class FusedOptimizer(Optimizer):
         capturable: bool,
         state_dtype: torch.dtype | str | None,
         stochastic_rounding: bool,
+        unscale_in_step: bool,
         backend: str | None,
     ) -> None:
+        contract, remedy = "unscale_in_step True or False", "Pass one of them."
+        self._require(isinstance(unscale_in_step, bool), contract, repr(unscale_in_step), remedy)
+        self._step_supports_amp_scaling = unscale_in_step
         defaults = defaults | {
             "maximize": maximize,
             "capturable": capturable,
@@ -176,6 +180,9 @@ class FusedOptimizer(Optimizer):
         lines = super().__repr__().splitlines()
         drawn = any(group["stochastic_rounding"] for group in self.param_groups)
         return "\n".join(line for line in lines if drawn or not line.startswith("    seed: "))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_step_supports_amp_scaling": self._step_supports_amp_scaling}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

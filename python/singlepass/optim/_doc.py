@@ -13,6 +13,8 @@ _SHARED = """\
             torch.bfloat16, torch.float16. States of float64 parameters are float64.
         stochastic_rounding: round bfloat16 parameters up or down at random, without bias. The random bits (Philox)
             depend on ``torch.initial_seed()``, step, parameter and element. Other dtypes round to nearest.
+        unscale_in_step: whether ``GradScaler`` leaves unscaling and skipping to ``step()``, which costs no pass of its
+            own. Pass False for Lightning's and Fabric's clipping in mixed precision, which refuse that.
         backend: ``"native"``, ``"triton"`` or ``"eager"``; an error is raised if it cannot run. None selects the first
             that can.
 

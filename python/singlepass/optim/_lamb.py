@@ -59,6 +59,7 @@ class LAMB(FusedOptimizer):
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
+        unscale_in_step: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -75,5 +76,6 @@ class LAMB(FusedOptimizer):
             capturable=capturable,
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
+            unscale_in_step=unscale_in_step,
             backend=backend,
         )

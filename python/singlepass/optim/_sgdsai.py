@@ -73,6 +73,7 @@ class SGDSaI(FusedOptimizer):
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
+        unscale_in_step: bool = True,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -88,6 +89,7 @@ class SGDSaI(FusedOptimizer):
             capturable=capturable,
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
+            unscale_in_step=unscale_in_step,
             backend=backend,
         )
 

@@ -76,7 +76,7 @@ def training_nbytes(module: nn.Module, state_dtype: torch.dtype = torch.float32)
         >>> training_nbytes(torch.nn.Linear(512, 512, bias=False))["total"]
         4194304
         >>> training_nbytes(SSTLinear(512, 512, rank=32, bias=False))["total"]
-        2498560
+        2498568
     """
     counts = {"weights": 0, "gradients": 0, "states": 0}
     for p in module.parameters():

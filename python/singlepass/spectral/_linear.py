@@ -91,6 +91,8 @@ class SSTLinear(nn.Module):
         SSTLinear(in_features=64, out_features=32, rank=4, bias=True)
     """
 
+    weights_of_one_dimension = ("singular_values",)  # for singlepass.optim.param_groups: they decay
+
     bias: nn.Parameter | None
     frozen_u: nn.Parameter
     frozen_v: nn.Parameter

@@ -96,13 +96,16 @@ class SST(AdamW):
         state_dtype: dtype of new states: None for float32, ``"param"`` for the parameter's, or a dtype.
         stochastic_rounding: must be False. In place of layers in bfloat16, train layers in float32 with
             ``frozen_dtype=torch.bfloat16`` under ``torch.autocast``: what is trained is a small part of the memory.
+        unscale_in_step: whether ``GradScaler`` leaves unscaling and skipping to ``step()``. Pass False for Lightning's
+            and Fabric's clipping in mixed precision.
         backend: ``"native"``, ``"triton"`` or ``"eager"``; an error is raised if it cannot run. None selects the first
             that can.
 
-    Steps that a GradScaler skips count for the schedule. Groups have an entry ``sst_progress``, the position in the
-    schedule: with the model's state dict, training resumes bit for bit at any step, in whatever order the optimizer is
-    made, and both state dicts are loaded. The first draw is made in the constructor, but for layers that have been
-    drawn already, as those of a loaded model: their vectors go on being trained.
+    Steps that a GradScaler skips count for the schedule, unless it unscales itself. Groups have an entry
+    ``sst_progress``, the position in the schedule: with the model's state dict, training resumes bit for bit at any
+    step, in whatever order the optimizer is made, and both state dicts are loaded. The first draw is made in the
+    constructor, but for layers that have been drawn already, as those of a loaded model: their vectors go on being
+    trained.
 
     Given a model, the optimizer follows parameters that are replaced, as ``load_state_dict(assign=True)`` does it.
     Given parameters, it follows those of its layers alone.
@@ -150,6 +153,7 @@ class SST(AdamW):
         maximize: bool = False,
         state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
+        unscale_in_step: bool = True,
         backend: str | None = None,
     ) -> None:
         remedy = "Train float32 layers with frozen_dtype=torch.bfloat16 under torch.autocast."
@@ -178,7 +182,15 @@ class SST(AdamW):
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
         super().__init__(
-            params, lr, betas, eps, weight_decay, maximize=maximize, state_dtype=state_dtype, backend=backend
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            maximize=maximize,
+            state_dtype=state_dtype,
+            unscale_in_step=unscale_in_step,
+            backend=backend,
         )
         self._layers = self._find_layers()
         modules = self._layers if model is None else model.modules()

@@ -253,7 +253,7 @@ def test_scalars_of_another_dtype(name: str) -> None:
 
 
 @pytest.mark.parametrize("rounding", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("name", singlepass.optim.__all__)
+@pytest.mark.parametrize("name", singlepass.optim._OPTIMIZERS)
 def test_optimizers_end_to_end(name: str, rounding: bool) -> None:
     results = []
     for backend in ("native", "triton"):
