@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log
 
@@ -21,46 +22,72 @@ from singlepass.bench.kv.caches import (
 )
 from singlepass.bench.registry import Case
 
+from . import cut
+from .gpus import Gpu
 from .paths import Step
-from .plan import Plan, Work
+from .plan import Plan, Tail, Work, kernel
+from .roofline import resident
 
 THREADS, WARPS, ROWS, CHUNK = 128, 4, 4, 32  # csrc/kv/decode.h, decode_codes.h
-SPLITS, MIN_SLOTS, MIN_WINDOW_SLOTS = 64, 128, 32  # DecodeCut
 TILE, CHANNELS, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
-SPANS = 8  # that a pass of the merge's loop adds
+MAXIMA, PARTS, MERGED = 4 * 32, 32, 16  # splits that a pass of the merge's loops takes
 # RestoredShared::bytes: a tile of tokens, logits of each warp, weights and factors of rows, and queries.
 SHARED = 4 * (CHUNK * (THREADS + 4) + WARPS * ROWS * CHUNK + CHUNK * ROWS + ROWS + ROWS * WIDTH)
 SHAPE = {shape.name: shape for shape in SHAPES["cuda"]}
 GROUP = QUERY_HEADS // HEADS
 
 
-def plans(case: Case) -> list[Plan]:
-    return {DECODE: decode, SALIENCY: saliency}[case.op](case) if case.op in (DECODE, SALIENCY) else []
+def plans(case: Case, gpu: Gpu) -> list[Plan]:
+    if case.op == SALIENCY:
+        return saliency(case)
+    if case.op != DECODE:
+        return []
+    heads = SHAPE[case.size].batch * HEADS
+    return [decode(compressed(case), heads, case.bytes, case.dtype.itemsize, gpu)]
 
 
-def decode(case: Case) -> list[Plan]:
-    """The splits of all segments and of the window in one launch, and their sums, which come from the L2 cache and are
-    no part of the floor, in another."""
-    shape = SHAPE[case.size]
-    slots = shape.length - WINDOW
+def compressed(case: Case) -> tuple[Tokens, Tokens]:
+    """What ZipCache makes of the tokens before the window."""
+    slots = SHAPE[case.size].length - WINDOW
     salient = round(SALIENT_RATIO * slots)
-    split = -(-slots // (SPLITS * MIN_SLOTS)) * MIN_SLOTS
-    segments = (Segment(4, BLOCK, salient, split), Segment(2, REGULAR_BLOCK, slots - salient, split))
-    heads, window = shape.batch * HEADS, WINDOW // MIN_WINDOW_SLOTS
-    splits = sum(segment.splits for segment in segments) + window
-    itemsize = case.dtype.itemsize
-    work = [part for segment in segments for part in segment.work(splits, itemsize)]
-    work.append(window_work(window / splits, itemsize))
-    passed = Plan(
-        "kv/decode", f"decode_kernel<{WIDTH}, 1, {halves(itemsize)}>", tuple(work), case.bytes, heads * splits, THREADS,
-        "chunks", CHUNK * WIDTH * 2, SHARED,
+    return Tokens(4, BLOCK, salient), Tokens(2, REGULAR_BLOCK, slots - salient)
+
+
+def decode(tokens: Sequence[Tokens], heads: int, moved: float, itemsize: int, gpu: Gpu) -> Plan:
+    """The splits of all segments and of the window. The last block of each head sums them, a row in each warp: that
+    comes from the L2 cache, and is no part of the floor."""
+    name = f"decode_kernel<{WIDTH}, 1, {halves(itemsize)}>"
+    compiled = kernel("kv/decode", gpu.arch, name)
+    places = gpu.sms * resident(gpu, WARPS, compiled.registers, compiled.shared + SHARED)
+    stretches = (
+        *(cut.Stretch(part.slots, cut.UNIT, part.bits + 2) for part in tokens),
+        cut.Stretch(WINDOW, cut.WINDOW_UNIT, cut.RESTORED),
+    )
+    numbers = cut.splits(stretches, heads, places)
+    every = sum(numbers)
+    segments = [Segment(**vars(part), splits=n) for part, n in zip(tokens, numbers, strict=False)]
+    work = [part for segment in segments for part in segment.work(every, itemsize)]
+    work.append(window_work(WINDOW // CHUNK, numbers[-1], every, itemsize))
+    merged = Work((*work[0].steps, Step("rows", inside=merge_loops(gpu.arch))), merge_times(every, gpu.arch))
+    return Plan(
+        "kv/decode", name, tuple(work), moved, heads * every, THREADS, "chunks", CHUNK * WIDTH * 2, SHARED,
+        tail=Tail(merged, work[0], 1 / every),
     )  # fmt: skip
-    # A thread block sums a row: each warp a quarter of the splits.
-    steps = (Step("maxima", (("LDG.32", 1),)), Step("spans", (("LDG.128", SPANS),)))
-    times = {"maxima": splits / 32, "spans": splits / WARPS / SPANS}
-    merged = Work(steps, times, cached={"maxima": 1.0, "spans": 1.0})
-    rows = heads * GROUP
-    return [passed, Plan("kv/decode", "merge_kernel", (merged,), 0, rows, THREADS, "spans", SPANS * WIDTH)]
+
+
+def merge_loops(arch: str) -> tuple[Step, ...]:
+    """Of a row: over the maxima of splits, and over their results, 16 in flight. Lanes have the factors of 32, of which
+    the compiler makes a loop over both halves, but for sm_90."""
+    maxima = Step("maxima", (("LDG.32", MAXIMA // 32),))
+    if arch == "sm_90":
+        return maxima, Step("merged", (("LDG.128", PARTS), ("SHFL", PARTS)))
+    merged = Step("merged", (("LDG.128", MERGED), ("SHFL", MERGED)))
+    return maxima, Step("parts", (("LDG.32", 2),), inside=(merged,))
+
+
+def merge_times(splits: int, arch: str) -> dict[str, float]:
+    parts, merged = ceil(splits / PARTS), ceil(splits / MERGED)
+    return {"maxima": ceil(splits / MAXIMA), "parts": parts, "merged": merged / (2 if arch == "sm_90" else parts)}
 
 
 def queries(itemsize: int) -> Step:
@@ -74,22 +101,24 @@ def halves(itemsize: int) -> int:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Tokens of one bit width, of whose splits each warp takes a stretch."""
+class Tokens:
+    """Tokens of one bit width, in blocks."""
 
     bits: int
     block: int
     slots: int
-    split: int
+
+
+@dataclass(frozen=True)
+class Segment(Tokens):
+    """The same in splits, of which each warp takes a stretch."""
+
+    splits: int
 
     @property
-    def splits(self) -> int:
-        return -(-self.slots // self.split)
-
-    @property
-    def stretch(self) -> int:
-        """Tokens of a warp in a whole split."""
-        return self.split // WARPS
+    def stretch(self) -> float:
+        """Tokens of a warp, on average over the splits."""
+        return self.slots / self.splits / WARPS
 
     def work(self, splits: int, itemsize: int) -> list[Work]:
         """A warp's way through its stretch: queries, then chunks of each block's tokens.
@@ -98,21 +127,21 @@ class Segment:
         sums are rescaled. A pass of the loop is then of one of three kinds. Each is given as work of a share of the
         warps, all of whose passes are such: averages are the same.
         """
-        passes, blocks = self.stretch / CHUNK, max(1.0, self.stretch / self.block)
+        passes, blocks = self.stretch / CHUNK, 1 + (self.stretch - CHUNK) / self.block  # which begin anywhere
         kinds = (
             (passes - blocks, self.chunk(itemsize)),
             (blocks - 1, self.chunk(itemsize, enters=True)),
             (1, self.chunk(itemsize, enters=True, rescales=True)),
         )
-        tokens = self.slots / self.splits / WARPS
         times = {
             "search": ceil(log(self.slots / self.block + 1, 32)),
-            "blocks": tokens / self.stretch * blocks,
+            "blocks": blocks,
             "chunks": passes / blocks,
         }
         # Queries and the blocks' places are read by many.
         cached = {"search": 1.0, "queries": 1.0, "blocks": 1.0}
-        before = (Step("search", (("LDG.32", 1),), avoids=("STS.128", "LDS.64")), queries(itemsize))
+        elsewhere = ("STS.128", "LDS.64", "SHFL", "FMNMX", "FMNMX3")
+        before = (Step("search", (("LDG.32", 1),), avoids=elsewhere), queries(itemsize))
         share = self.splits / splits
         return [
             Work((*before, Step("blocks", inside=(chunk,))), times, share * count / passes, cached)
@@ -138,13 +167,15 @@ class Segment:
         return self.bits // 2
 
 
-def window_work(share: float, itemsize: int) -> Work:
-    """A warp's way through a tile of the window: a thread brings four vectors of eight channels of keys and of values
-    to shared memory. Products with queries are left out, as not every architecture has a loop for them."""
+def window_work(tiles: int, splits: int, every: int, itemsize: int) -> Work:
+    """A warp's way through some of the window's tiles, in so many of all splits: a thread brings four vectors of eight
+    channels of keys and of values to shared memory. Products with queries are left out, as not every architecture has a
+    loop for them."""
     loads = ("LDG.128", 4 * itemsize // 2)
     channels = Step("channels", (loads,))
     tile = Step("tile", (loads,), inside=(channels, Step("sums", (("FFMA", 16 * ROWS), ("LDS.32", 16)))))
-    return Work((queries(itemsize), tile), {"sums": CHUNK / 16}, share, cached={"queries": 1.0})
+    times = {"tile": tiles / splits, "sums": CHUNK / 16}
+    return Work((queries(itemsize), tile), times, splits / every, cached={"queries": 1.0})
 
 
 def saliency(case: Case) -> list[Plan]:

@@ -25,10 +25,10 @@ SCHEMA = 1
 PLANS = {"optim": optim.plans, "rational": rational.plans, "kv": kv.plans}
 
 
-def planned() -> Iterator[tuple[Case, list[Plan]]]:
-    """The benchmark's cases on GPUs whose launches are known here."""
+def planned(gpu: Gpu) -> Iterator[tuple[Case, list[Plan]]]:
+    """The benchmark's cases whose launches on a GPU are known here."""
     for case in cases(torch.device("cuda")):
-        found = PLANS[case.family](case) if case.family in PLANS else []
+        found = PLANS[case.family](case, gpu) if case.family in PLANS else []
         if found:
             yield case, found
 
@@ -55,7 +55,7 @@ def counts(compiled: Compiled) -> dict[str, Any]:
 def row(case: Case, compiled: dict[str, list[Compiled]]) -> dict[str, Any]:
     """A case on every GPU: the launches, one after the other."""
     of_case = {"family": case.family, "op": case.op, "size": case.size, "dtype": dtype_name(case.dtype)}
-    return of_case | {"gpus": {gpu.name: cell(gpu, case.bytes, compiled[gpu.arch]) for gpu in GPUS}}
+    return of_case | {"gpus": {gpu.name: cell(gpu, case.bytes, compiled[gpu.name]) for gpu in GPUS}}
 
 
 def cell(gpu: Gpu, floor_bytes: int, launches: list[Compiled]) -> dict[str, Any]:
@@ -94,9 +94,12 @@ def make(nvcc: str) -> dict[str, Any]:
         "rows": [],
     }
     kernels: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for case, plans in planned():
-        compiled = {arch: [plan.compiled(arch) for plan in plans] for arch in dict.fromkeys(gpu.arch for gpu in GPUS)}
-        out["rows"].append(row(case, compiled))
+    for everywhere in zip(*(planned(gpu) for gpu in GPUS), strict=True):
+        compiled = {
+            gpu.name: [plan.compiled(gpu.arch) for plan in plans]
+            for gpu, (_, plans) in zip(GPUS, everywhere, strict=True)
+        }
+        out["rows"].append(row(everywhere[0][0], compiled))
         for launches in compiled.values():
             kernels |= {(c.plan.source, c.kernel.plain_name, c.kernel.arch): counts(c) for c in launches}
     out["kernels"] = list(kernels.values())

@@ -9,6 +9,7 @@ from singlepass.bench.optim import models
 from singlepass.bench.optim.cases import RULES, Rule
 from singlepass.bench.registry import Case
 
+from .gpus import Gpu
 from .paths import Step
 from .plan import Plan, Work
 
@@ -40,7 +41,7 @@ def kernels(rule: Rule, dtype: torch.dtype) -> list[tuple[str, str]]:
     return [[update], [norm, update], [("optim/grad_norm", "grad_norm_kernel"), norm, update]][len(rule.passes) - 1]
 
 
-def plans(case: Case) -> list[Plan]:
+def plans(case: Case, _: Gpu) -> list[Plan]:
     """One launch for each pass over memory, on a block for each chunk of a tensor."""
     rule, model = RULE[case.op], MODELS[case.size]
     blocks = sum(-(-torch.Size(shape).numel() // CHUNK) for shape in model.shapes)

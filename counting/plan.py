@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path as FilePath
 
@@ -37,6 +37,22 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """What a share of the warps does more than `usual` says, by the way of `work`: those that find that all others of
+    theirs are done. The last of them do it after everything else."""
+
+    work: Work
+    usual: Work
+    share: float
+
+    @property
+    def both(self) -> tuple[tuple[float, Work], tuple[float, Work]]:
+        """Each with its sign. Loops that both have run no time at all."""
+        none = dict.fromkeys(self.usual.times, 0.0)
+        return (1.0, replace(self.work, times={**none, **self.work.times})), (-1.0, replace(self.usual, times=none))
+
+
+@dataclass(frozen=True)
 class Plan:
     """One launch.
 
@@ -44,6 +60,7 @@ class Plan:
     work: by kinds of warps; the hot loop is in the first. bytes: what must cross memory.
     threads, shared: of a block, the latter in bytes of dynamic shared memory.
     hot: the loop whose passes the budgets are about. elements: how many a pass of a warp works on.
+    tail: what comes after the work.
     """
 
     source: str
@@ -55,6 +72,7 @@ class Plan:
     hot: str
     elements: float
     shared: int = 0
+    tail: Tail | None = None
 
     def compiled(self, arch: str) -> Compiled:
         return Compiled(self, kernel(self.source, arch, self.kernel))
@@ -115,16 +133,28 @@ class Compiled:
         pipes: dict[str, float] = {}
         instructions = 0.0
         clocks = [0.0, 0.0]
-        for work in self.plan.work:
+        shares = [(work.share, work) for work in self.plan.work]
+        if self.plan.tail is not None:
+            shares += [(sign * self.plan.tail.share, work) for sign, work in self.plan.tail.both]
+        for share, work in shares:
             way = self.way(work)
             for n, memory in enumerate((gpu.latency, gpu.idle_latency)):
                 far = partial(work.latency, gpu.l2_latency, memory)
-                clocks[n] += work.share * way.clocks(work.times, far, SHORT_LATENCY)
+                clocks[n] += share * way.clocks(work.times, far, SHORT_LATENCY)
             for _, count, path in way.passes(work.times):
-                instructions += work.share * count * len(path.code)
+                instructions += share * count * len(path.code)
                 for pipe, number in path.pipes.items():
-                    pipes[pipe] = pipes.get(pipe, 0.0) + work.share * count * number
+                    pipes[pipe] = pipes.get(pipe, 0.0) + share * count * number
         return Warp(instructions, clocks[0], clocks[1], pipes)
+
+    def tail_clocks(self, gpu: Gpu) -> float:
+        """Of the tail alone, which reads the L2 cache."""
+        if self.plan.tail is None:
+            return 0.0
+        l2 = gpu.l2_latency
+        return sum(
+            sign * self.way(work).clocks(work.times, lambda _: l2, SHORT_LATENCY) for sign, work in self.plan.tail.both
+        )
 
     @property
     def shared(self) -> int:
@@ -133,5 +163,12 @@ class Compiled:
     def launch(self, gpu: Gpu) -> Launch:
         plan, k = self.plan, self.kernel
         return Launch(
-            plan.kernel, plan.bytes, plan.blocks, plan.threads // 32, k.registers, self.shared, self.warp(gpu)
+            plan.kernel,
+            plan.bytes,
+            plan.blocks,
+            plan.threads // 32,
+            k.registers,
+            self.shared,
+            self.warp(gpu),
+            self.tail_clocks(gpu),
         )

@@ -8,6 +8,7 @@ import torch
 from singlepass.bench.rational.activations import ACTIVATIONS, BACKWARD, GROUPS
 from singlepass.bench.registry import Case, Pass
 
+from .gpus import Gpu
 from .paths import Step
 from .plan import Plan, Work
 
@@ -17,7 +18,7 @@ ACTIVATION = {activation.name: activation for activation in ACTIVATIONS["cuda"]}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def plans(case: Case) -> list[Plan]:
+def plans(case: Case, _: Gpu) -> list[Plan]:
     """What csrc/rational/grid.h makes of x: tiles of whole groups of channels, and splits of the rows."""
     channels = ACTIVATION[case.size].shape[-1]
     items, group_vectors = case.elements // channels, channels // GROUPS // VECTOR

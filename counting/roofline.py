@@ -43,7 +43,7 @@ class Launch:
     """One kernel on one grid.
 
     bytes: what must cross memory. warps, shared: of a block, the latter in bytes. registers: of a thread. warp: the
-    average."""
+    average. tail: clocks of what the last block does after all others."""
 
     kernel: str
     bytes: float
@@ -52,6 +52,7 @@ class Launch:
     registers: int
     shared: int
     warp: Warp
+    tail: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,6 @@ def predict(gpu: Gpu, launch: Launch) -> Prediction:
             clocks += taken
             binding = max(found, key=lambda name: found[name])
             spent[binding] = spent.get(binding, 0.0) + taken
-    us = gpu.microseconds(clocks)
+    us = gpu.microseconds(clocks + launch.tail)
     binds = "launch" if us < LAUNCH_US else max(spent, key=lambda name: spent[name])
     return Prediction(us + LAUNCH_US, gpu.microseconds(gpu.clocks(launch.bytes)), binds)

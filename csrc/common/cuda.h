@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <stdexcept>
@@ -62,14 +63,26 @@ __device__ __forceinline__ T* global_memory(T* pointer) {
 namespace singlepass {
 
 // Where an op runs: `allocate` gives device memory, aligned to 16, that lives until what is launched has read it.
+// `tickets` gives so many numbers that are zero when what is launched next reads them, which leaves them at zero.
 struct Gpu {
   const char* op;  // its name, for errors
   cudaStream_t stream;
   std::function<void*(int64_t bytes)> allocate;
+  std::function<unsigned*(int64_t count)> tickets;
 };
 
 inline void check_cuda(const char* op, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(error));
+}
+
+// Thread blocks of a kernel that the current GPU runs at the same time.
+template <class... Params>
+int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes, const Gpu& gpu) {
+  int device = 0, processors = 0, blocks = 0;
+  check_cuda(gpu.op, cudaGetDevice(&device));
+  check_cuda(gpu.op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(gpu.op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+  return int64_t{processors} * std::max(1, blocks);
 }
 
 // Starts a kernel, or throws.

@@ -39,6 +39,7 @@ bool runs_on_codes(const Segment& s) {
 }
 
 DeviceDecode on_device(const Decode& p, int row_tile, const Gpu& gpu, const DecodeCut& cut) {
+  constexpr int64_t kRestored = 60;  // costs of a slot that is first decompressed to shared memory, as for DecodeCut
   DeviceDecode d = {};
   static_cast<DecodeArguments&>(d) = p;
   d.num_segments = static_cast<int>(p.segments.size());
@@ -46,26 +47,22 @@ DeviceDecode on_device(const Decode& p, int row_tile, const Gpu& gpu, const Deco
   d.vector_queries = are_vectors(p.q);
   d.vector_keys = are_vectors(p.window_k);
   d.vector_values = are_vectors(p.window_v);
+  d.vector_out = are_vectors(p.out);
   d.inverse_softcap = 1.0f / p.softcap;
   d.tiles = (p.rows() + row_tile - 1) / row_tile;
   d.value_tiles = (p.value_dim + kValueTile - 1) / kValueTile;
-  int64_t slots = 0;
   for (int i = 0; i < d.num_segments; ++i) {
     const Segment& s = d.segments[i] = p.segments[static_cast<size_t>(i)];
     d.on_codes[i] = runs_on_codes(s);
     d.largest[i] = largest_integer(s.keys.bits, p.head_dim);
-    slots += s.slots;
+    d.stretches[i] = {s.slots, cut.slots, d.on_codes[i] ? s.keys.bits + 2 : kRestored};  // a fewth for scales
   }
-  const int64_t splits = std::max<int64_t>(1, cut.splits / std::max<int64_t>(1, d.tiles));
-  d.split = (std::max<int64_t>(1, slots) + splits * cut.min_slots - 1) / (splits * cut.min_slots) * cut.min_slots;
-  d.window_split = cut.min_window_slots * std::max<int64_t>(1, d.tiles);
-  for (int i = 0; i < d.num_segments; ++i) {
-    d.segment_splits[i] = (d.segments[i].slots + d.split - 1) / d.split;
-    d.splits += d.segment_splits[i];
-  }
-  d.splits += std::max<int64_t>(1, (p.window_slots + d.window_split - 1) / d.window_split);
-  const int64_t numbers = d.batch * d.heads * d.tiles * d.splits * partial_size(d);
+  d.stretches[d.num_segments] = {p.window_slots, cut.window_slots, kRestored};
+  const int64_t merged = d.batch * d.heads * d.tiles;
+  d.splits = cut_stretches(d.stretches, d.num_segments + 1, merged * d.value_tiles, cut);
+  const int64_t numbers = merged * d.splits * partial_size(d);
   d.partials = static_cast<float*>(gpu.allocate(numbers * static_cast<int64_t>(sizeof(float))));
+  d.tickets = gpu.tickets(merged);
   return d;
 }
 
@@ -76,7 +73,8 @@ __device__ __forceinline__ void attend_to_codes(const DeviceDecode& p, const Wor
   SINGLEPASS_APART(kBits);
 }
 
-// Reads the codes of a split once and writes its partial result. Keys are read again for each tile of value channels.
+// Reads the codes of a split once and writes its partial result; the last block of a tile of rows merges those of all
+// splits. Keys are read again for each tile of value channels.
 template <int kWidth, int kGroups, int kHalves>
 __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, kGroups* kHalves))
     decode_kernel(const __grid_constant__ DeviceDecode p) {
@@ -93,21 +91,18 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, kGroups*
   } else {
     RestoredAttention<4 * kGroups>(p, work, *dynamic_shared<RestoredShared<4 * kGroups>>()).run();
   }
-}
-
-__global__ void __launch_bounds__(kDecodeThreads) merge_kernel(const __grid_constant__ DeviceDecode p) {
-  SINGLEPASS_SHARED(MergeShared, shared);
-  Merge(p, shared).run();
+  const unsigned blocks = static_cast<unsigned>(p.splits * p.value_tiles);
+  if (is_last_block(&p.tickets[work.head * p.tiles + work.tile], blocks)) merge(p, work);
 }
 
 template <int kWidth, int kGroups, int kHalves>
-void run(const Decode& p, const Gpu& gpu, const DecodeCut& cut) {
-  const DeviceDecode d = on_device(p, 4 * kGroups, gpu, cut);
+void run(const Decode& p, const Gpu& gpu, DecodeCut cut) {
+  const auto kernel = &decode_kernel<kWidth, kGroups, kHalves>;
   const size_t bytes = std::max(CodesShared<kGroups, kHalves>::bytes(p), RestoredShared<4 * kGroups>::bytes(p));
+  if (cut.places == 0) cut.places = resident_blocks(kernel, kDecodeThreads, bytes, gpu);
+  const DeviceDecode d = on_device(p, 4 * kGroups, gpu, cut);
   const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.splits * d.value_tiles));
-  launch(&decode_kernel<kWidth, kGroups, kHalves>, blocks, dim3(kDecodeThreads), bytes, gpu, d);
-  const dim3 rows(static_cast<unsigned>(d.batch * d.heads * d.rows()));
-  launch(&merge_kernel, rows, dim3(kDecodeThreads), 0, gpu, d);
+  launch(kernel, blocks, dim3(kDecodeThreads), bytes, gpu, d);
 }
 
 // Integers of float32 take both tiles of columns. Eight rows of long queries would not fit in shared memory.

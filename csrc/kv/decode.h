@@ -8,11 +8,12 @@
 #include "common/math.h"
 #include "common/raw.h"
 #include "common/reduce.h"
+#include "kv/decode_cut.h"
 #include "kv/problem.h"
 
-// How decode attention is divided: a thread block takes one tile of rows of one head, one split (a stretch of slots of
-// a segment, or of the window), and one tile of value channels. Rows are the queries of all query heads that share the
-// head of keys, one query head after another.
+// How decode attention is divided: a thread block takes one tile of rows of one head, one split of the slots of a
+// segment or of the window, and one tile of value channels. Rows are the queries of all query heads that share the head
+// of keys, one query head after another.
 namespace singlepass::kv {
 
 inline constexpr int kDecodeThreads = 128;
@@ -22,15 +23,15 @@ inline constexpr int kValueTile = 128;  // value channels, whose sums fit in reg
 struct DeviceDecode : DecodeArguments {
   Segment segments[kMaxSegments];
   int num_segments;
-  bool on_codes[kMaxSegments];                      // tensor cores multiply the codes themselves
-  float largest[kMaxSegments];                      // integer that a query becomes
-  bool vector_queries, vector_keys, vector_values;  // these, those of the window, can be loaded as vectors
+  bool on_codes[kMaxSegments];                                  // tensor cores multiply the codes themselves
+  float largest[kMaxSegments];                                  // integer that a query becomes
+  bool vector_queries, vector_keys, vector_values, vector_out;  // accessed as such; keys and values of the window
   float inverse_softcap;
   int row_tile;
-  int64_t split, window_split;           // slots in a split
-  int64_t segment_splits[kMaxSegments];  // splits of each segment
-  int64_t splits, tiles, value_tiles;    // of a head
-  float* partials;                       // (batch, heads, tiles, splits) of partial_size
+  Stretch stretches[kMaxSegments + 1];  // the segments, and then the window
+  int64_t splits, tiles, value_tiles;   // of a head
+  float* partials;                      // (batch, heads, tiles, splits) of partial_size
+  unsigned* tickets;                    // (batch, heads, tiles)
 };
 
 __device__ __forceinline__ int64_t larger(int64_t a, int64_t b) {
@@ -60,23 +61,25 @@ struct Work {
     };
     value_tile = next(p.value_tiles);
     tile = next(p.tiles);
-    split = next(p.splits);
-    head = index;
-    h = next(p.heads);
-    b = index;
-    int64_t at = split;
-    for (segment = 0; segment < p.num_segments && at >= p.segment_splits[segment]; ++segment)
-      at -= p.segment_splits[segment];
+    head = next(p.batch * p.heads);
+    split = index;
+    b = head / static_cast<unsigned>(p.heads);
+    h = head - b * static_cast<int>(p.heads);
+    int at = split;
+    for (segment = 0; at >= p.stretches[segment].splits; ++segment) at -= p.stretches[segment].splits;
+    const Stretch& stretch = p.stretches[segment];
+    int64_t first = 0, last = stretch.slots;
     if (segment == p.num_segments) {
-      const int64_t first = p.window[b * p.window_stride], last = p.window[b * p.window_stride + 1];
       segment = -1;
-      begin = static_cast<int>(larger(first, at * p.window_split));
-      end = static_cast<int>(smaller(last, (at + 1) * p.window_split));
-    } else {
-      const int64_t first = p.first == nullptr ? 0 : p.first[(segment * p.batch + b) * p.heads + h];
-      begin = static_cast<int>(larger(first, at * p.split));
+      first = p.window[b * p.window_stride], last = p.window[b * p.window_stride + 1];
+    } else if (p.first != nullptr) {
+      first = p.first[(segment * p.batch + b) * p.heads + h];
+    }
+    begin = static_cast<int>(larger(first, stretch.begin(at)));
+    end = static_cast<int>(smaller(last, stretch.begin(at + 1)));
+    if (segment >= 0) {
       const Segment& s = p.segments[segment];
-      end = static_cast<int>(smaller(s.blocks.used(), (at + 1) * p.split));
+      end = static_cast<int>(smaller(end, s.blocks.used()));  // slots from there on are room for more
       largest = p.largest[segment];
       inverse = 1.0f / largest;
       counts = s.blocks.counts.at(b, h);

@@ -3,99 +3,99 @@
 
 #include "kv/decode.h"
 #include "kv/limbs.h"
+#include "kv/runs.h"
 
-// Merges the splits of one row, a thread block for each. Warps take splits by turns, and are added in their order, so
-// that the sums are the same bits every time. A lane sums four channels.
+// Merges the splits of a tile of rows, in their order, so that the sums are the same bits every time. Each warp takes a
+// row by itself, and a lane sums four channels. Other thread blocks of the launch have written what is read.
 namespace singlepass::kv {
 
-struct MergeShared {
-  alignas(16) float sums[kDecodeWarps][kValueTile];
-  float factors[kDecodeThreads], row_sums[kDecodeThreads];  // of some splits
+inline constexpr int kMergeLoads = 16;  // in flight
+
+// The partial results of a row. What belongs to a split stands `stride` floats after what belongs to the one before.
+struct PartialRow {
+  const float *row_max, *row_sum, *out;
+  int64_t stride;
+
+  __device__ PartialRow(const DeviceDecode& p, const Work& work, int row) : stride(partial_size(p)) {
+    const Partial first(p, work.head, work.tile, 0);
+    row_max = first.row_max + row, row_sum = first.row_sum + row, out = first.out + row * p.value_dim;
+  }
 };
 
-class Merge {
- public:
-  __device__ __forceinline__ Merge(const DeviceDecode& p, MergeShared& shared)
-      : p_(p), shared_(shared), head_(blockIdx.x / static_cast<unsigned>(p.rows())) {
-    r_ = static_cast<int>(blockIdx.x - head_ * static_cast<unsigned>(p.rows()));
-    tile_ = r_ / p.row_tile;
-    row_ = r_ % p.row_tile;
+// The largest of `row_max` and of the splits' maxima, in every lane.
+__device__ __forceinline__ float max_of_splits(const PartialRow& row, int splits, float row_max) {
+  constexpr int kLoads = 4;
+#pragma unroll 1
+  for (int own = threadIdx.x % kWarp; own < splits; own += kLoads * kWarp) {
+    float x[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      const int split = own + k * kWarp;
+      x[k] = split < splits ? row.row_max[split * row.stride] : -INFINITY;
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) row_max = fmaxf(row_max, x[k]);
   }
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, offset));
+  }
+  return row_max;
+}
 
-  __device__ __forceinline__ void run() {
-    const int b = head_ / static_cast<unsigned>(p_.heads), h = head_ % static_cast<unsigned>(p_.heads);
-    const unsigned queries = static_cast<unsigned>(p_.queries), member = static_cast<unsigned>(r_) / queries;
-    const int64_t query_head = h * p_.group_size + member;
-    const float sink = p_.sinks == nullptr ? -INFINITY : p_.sinks[query_head];
-    const float row_max = largest(sink);
-    for (int64_t first = 0; first < p_.value_dim; first += kValueTile) {
-      const float total = sum(first, safe_max(row_max)) + exp_of_difference(sink, safe_max(row_max));
-      const int64_t channel = first + threadIdx.x;
-      if (channel < p_.value_dim) {
-        float out = 0.0f;
-        for (int w = 0; w < kDecodeWarps; ++w) out += shared_.sums[w][threadIdx.x];
-        out *= total == 0.0f ? 0.0f : 1.0f / total;
-        store(encode_any_nan<1>(&out, p_.out.dtype), p_.out.dtype, p_.out.at(b, query_head, r_ - member * queries),
-              channel);
+// The sum of four of the row's channels over all splits; `total` becomes that of the weights.
+__device__ __forceinline__ float4 sum_splits(const PartialRow& row, int splits, float base, int channel, bool any,
+                                             float& total) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  float4 out = {};
+  total = 0.0f;
+  for (int begin = 0; begin < splits; begin += kWarp) {
+    const int own = begin + lane;
+    const float factor = own < splits ? exp_of_difference(row.row_max[own * row.stride], base) : 0.0f;
+    if (own < splits) total = multiply_add(row.row_sum[own * row.stride], factor, total);
+    const float* from = row.out + begin * row.stride + channel;
+    for (int i = 0; i < kWarp && begin + i < splits; i += kMergeLoads) {
+      float4 x[kMergeLoads] = {};
+#pragma unroll
+      for (int k = 0; k < kMergeLoads; ++k, from += row.stride) {
+        if (any && begin + i + k < splits) x[k] = *reinterpret_cast<const float4*>(from);
       }
+#pragma unroll
+      for (int k = 0; k < kMergeLoads; ++k) {
+        const float weight = __shfl_sync(kAllLanes, factor, i + k);
+        out.x = multiply_add(x[k].x, weight, out.x), out.y = multiply_add(x[k].y, weight, out.y);
+        out.z = multiply_add(x[k].z, weight, out.z), out.w = multiply_add(x[k].w, weight, out.w);
+      }
+    }
+  }
+  for (int offset = 1; offset < kWarp; offset *= 2) total += __shfl_xor_sync(kAllLanes, total, offset);
+  return out;
+}
+
+__device__ __forceinline__ void merge(const DeviceDecode& p, const Work& work) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp), splits = static_cast<int>(p.splits);
+  for (int own = threadIdx.x / kWarp; own < work.rows(p); own += kDecodeWarps) {
+    const PartialRow row(p, work, own);
+    const int r = work.tile * p.row_tile + own;  // of the head
+    const unsigned queries = static_cast<unsigned>(p.queries), member = static_cast<unsigned>(r) / queries;
+    const int64_t query_head = work.h * p.group_size + member;
+    const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[query_head];
+    const float row_max = max_of_splits(row, splits, sink), base = safe_max(row_max);
+    for (int first = 0; first < p.value_dim; first += kValueTile) {
+      const int channel = first + 4 * lane;
+      const bool any = channel < p.value_dim;
+      float total;
+      const float4 sum = sum_splits(row, splits, base, channel, any, total);
+      total += exp_of_difference(sink, base);
+      const float scale = total == 0.0f ? 0.0f : 1.0f / total;
+      const float out[4] = {sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale};
+      char* const to = row_of(p, p.out, work.b, work.h, r) + channel * size_of(p.out.dtype);
+      if (any) store_run<4>(out, p.out.dtype, p.vector_out, to);
       if (channel == 0) {
-        p_.lse[(b * p_.heads * p_.group_size + query_head) * p_.queries + (r_ - member * queries)] =
+        p.lse[(work.b * p.heads * p.group_size + query_head) * p.queries + (r - member * queries)] =
             total == 0.0f ? -INFINITY : row_max + logf(total);
       }
-      __syncthreads();
     }
   }
-
- private:
-  __device__ __forceinline__ Partial part(int split) const { return Partial(p_, head_, tile_, split); }
-
-  // Each warp looks at all splits.
-  __device__ __forceinline__ float largest(float row_max) const {
-#pragma unroll 4
-    for (int split = threadIdx.x % kWarp; split < p_.splits; split += kWarp) {
-      row_max = fmaxf(row_max, part(split).row_max[row_]);
-    }
-    for (int offset = 1; offset < kWarp; offset *= 2) {
-      row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, offset));
-    }
-    return row_max;
-  }
-
-  // Weighted values from channel `first` on, in parts: shared_.sums, one for each warp. Returns the sum of weights.
-  __device__ __forceinline__ float sum(int64_t first, float row_max) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, splits = static_cast<int>(p_.splits);
-    const bool active = first + 4 * lane < p_.value_dim;
-    float total = 0.0f;
-    float4 out = {};
-    for (int begin = 0; begin < splits; begin += kDecodeThreads) {
-      const int own = begin + static_cast<int>(threadIdx.x), count = splits - begin;
-      float factor = 0.0f, row_sum = 0.0f;
-      if (own < splits) factor = exp_of_difference(part(own).row_max[row_], row_max), row_sum = part(own).row_sum[row_];
-      __syncthreads();
-      shared_.factors[threadIdx.x] = factor, shared_.row_sums[threadIdx.x] = row_sum * factor;
-      __syncthreads();
-#pragma unroll 8
-      for (int i = warp; i < (count < kDecodeThreads ? count : kDecodeThreads); i += kDecodeWarps) {
-        const float* from = part(begin + i).out + row_ * p_.value_dim + first;
-        const float4 x = active ? reinterpret_cast<const float4*>(from)[lane] : float4{};
-        const float weight = shared_.factors[i];
-        out.x = multiply_add(x.x, weight, out.x), out.y = multiply_add(x.y, weight, out.y);
-        out.z = multiply_add(x.z, weight, out.z), out.w = multiply_add(x.w, weight, out.w);
-      }
-      float sums = 0.0f;
-      for (int i = lane; i < kDecodeThreads; i += kWarp) sums += shared_.row_sums[i];
-      for (int offset = 1; offset < kWarp; offset *= 2) sums += __shfl_xor_sync(kAllLanes, sums, offset);
-      total += sums;
-    }
-    reinterpret_cast<float4*>(shared_.sums[warp])[lane] = out;
-    __syncthreads();
-    return total;
-  }
-
-  const DeviceDecode& p_;
-  MergeShared& shared_;
-  const unsigned head_;
-  int r_, tile_, row_;
-};
+}
 
 }  // namespace singlepass::kv

@@ -138,11 +138,12 @@ struct Projection {
 // Segments that decode takes on GPUs.
 inline constexpr size_t kMaxSegments = 4;
 
-// Into how many splits the slots of a head are cut. That depends on the shapes of one sequence alone, so that results
-// are the same bits in every batch and on every GPU.
+// What decides into how many splits the slots of a head are cut on a GPU (decode_cut.h). Costs are in units of a bit of
+// each channel of a slot; `start` and `merge` are those of a thread block and of merging one split.
 struct DecodeCut {
-  int64_t splits = 64;                             // about, for eight rows of queries; fewer for more
-  int64_t min_slots = 128, min_window_slots = 32;  // of a split
+  int64_t places = 0;                      // thread blocks that run at the same time; 0: as many as on this GPU
+  int64_t slots = 128, window_slots = 32;  // splits are multiples of them
+  int64_t start = 500, merge = 6;
 };
 
 void quantize(const CodecCall& p, const ParallelFor& parallel_for);
@@ -158,7 +159,8 @@ void dequantize(const CodecCall& p, const Gpu& gpu);
 // In two launches, or in one where the logarithms of sums are given.
 void saliency(const Saliency& p, const Gpu& gpu);
 
-// In two launches: a softmax over each split, then their merging in the order of splits.
+// In one launch: a softmax over each split; the last thread block of a head merges them in the order of splits. Results
+// are the same bits in every run on one kind of GPU.
 void decode(const Decode& p, const Gpu& gpu, const DecodeCut& cut = {});
 
 // In one launch for every 32 heads of keys and values.

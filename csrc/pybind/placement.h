@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <stdexcept>
@@ -46,18 +48,30 @@ inline ParallelFor parallel_for(int workers) {
 class SimtGpu {
  public:
   Gpu where(const char* op) {
-    return {op, nullptr, [this](int64_t bytes) {
+    return {op, nullptr,
+            [this](int64_t bytes) {
               return static_cast<void*>(memory_.emplace_back(static_cast<std::size_t>(bytes)).data());
+            },
+            [this](int64_t count) {
+              const simt::GuardedMemory& memory = tickets_.emplace_back(sizeof(unsigned) * static_cast<size_t>(count));
+              std::memset(memory.data(), 0, memory.bytes());
+              return reinterpret_cast<unsigned*>(memory.data());
             }};
   }
 
   void check_guards() const {
     for (const simt::GuardedMemory& memory : memory_)
       if (!memory.intact()) guards_overwritten("workspaces");
+    for (const simt::GuardedMemory& memory : tickets_) {
+      if (!memory.intact()) guards_overwritten("tickets");
+      const auto is_zero = [](unsigned char byte) { return byte == 0; };
+      if (!std::all_of(memory.data(), memory.data() + memory.bytes(), is_zero))
+        throw std::runtime_error("tickets were not left at zero");
+    }
   }
 
  private:
-  std::deque<simt::GuardedMemory> memory_;
+  std::deque<simt::GuardedMemory> memory_, tickets_;
 };
 
 }  // namespace singlepass::pybind

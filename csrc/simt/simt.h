@@ -23,11 +23,19 @@ namespace simt {
 
 constexpr std::uint64_t kMaxResidentBlocks = 4;
 
+// Of a launch.
+struct Shape {
+  std::int64_t blocks, threads, dynamic_bytes;
+};
+
 struct Device {
   std::mutex mutex;  // one launch at a time: threadIdx and its like are plain globals
   Random random{0};
   std::uint64_t launches = 0;
+  bool records = false;  // launches, which then do not run
+  std::vector<Shape> shapes;
   cudaError_t last_error = cudaSuccess;
+  int places = 8;  // thread blocks that run at the same time, as the device says: a processor for each
   std::map<const void*, std::size_t> dynamic_limit;  // by kernel, where cudaFuncSetAttribute raised it
 };
 
@@ -63,6 +71,11 @@ inline cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, std::size
   const cudaError_t error = check_launch(kernel, grid, block, dynamic_bytes);
   if (error != cudaSuccess) return device().last_error = error;
   ++device().launches;
+  if (device().records) {
+    const auto count = [](dim3 size) { return std::int64_t{size.x} * size.y * size.z; };
+    device().shapes.push_back({count(grid), count(block), static_cast<std::int64_t>(dynamic_bytes)});
+    return cudaSuccess;
+  }
   gridDim = grid;
   blockDim = block;
   Random& random = device().random;
@@ -148,6 +161,17 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   if (bytes < 0 || static_cast<std::size_t>(bytes) > simt::kMaxSharedBytes) return cudaErrorInvalidValue;
   simt::device().dynamic_limit[reinterpret_cast<const void*>(kernel)] = static_cast<std::size_t>(bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = simt::device().places;
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, std::size_t) {
+  *blocks = 1;
   return cudaSuccess;
 }
 

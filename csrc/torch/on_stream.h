@@ -3,7 +3,9 @@
 
 #include <cstring>
 #include <list>
+#include <map>
 #include <mutex>
+#include <tuple>
 #include <utility>
 
 #include "common/cuda.h"
@@ -18,6 +20,12 @@ inline Tensor device_memory(const Tensor& like, int64_t bytes) {
   if (bytes > 0) std::memset(memory.data_ptr(), 0xff, static_cast<size_t>(bytes));  // NaN: nothing may rely on zeros
 #endif
   return memory;
+}
+
+inline bool is_capturing(const Gpu& gpu) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(gpu.op, cudaStreamIsCapturing(gpu.stream, &status));
+  return status != cudaStreamCaptureStatusNone;
 }
 
 // Tables of tensors on the device by their contents, kept from one step to the next. An entry belongs to one stream:
@@ -60,12 +68,6 @@ class TableCache {
     optim::DeviceTable place() const { return optim::place_table(table, memory.data_ptr()); }
   };
 
-  static bool is_capturing(const Gpu& gpu) {
-    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    check_cuda(gpu.op, cudaStreamIsCapturing(gpu.stream, &status));
-    return status != cudaStreamCaptureStatusNone;
-  }
-
   static Entry make(const std::vector<optim::TensorRecord>& records, int state_count, optim::LaunchShape shape,
                     const Tensor& like, const Gpu& gpu) {
     const optim::HostTable table = optim::make_table(records, state_count, shape);
@@ -83,14 +85,59 @@ inline TableCache& table_cache() {
   return *cache;
 }
 
+// Numbers that are zero between launches, kept from one call to the next, which takes no time to clear them. As with
+// tables, an entry belongs to one stream: what is launched on it runs one after the other.
+class TicketCache {
+ public:
+  // At least so many, and the memory that they stand in, which the caller keeps until it has launched what uses them.
+  std::pair<unsigned*, Tensor> get(int64_t count, const Tensor& like, const Gpu& gpu) {
+    if (is_capturing(gpu)) return made(count, like, gpu);  // the graph owns the memory, and clears it at every replay
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Entry& entry = entries_[{like.get_device_index(), gpu.stream}];
+    if (entry.count < count) {
+      entry.count = std::max<int64_t>(count, kLeast);
+      std::tie(entry.tickets, entry.memory) = made(entry.count, like, gpu);
+    }
+    return {entry.tickets, entry.memory};
+  }
+
+ private:
+  static constexpr int64_t kLeast = 1024;
+
+  struct Entry {
+    int64_t count = 0;
+    unsigned* tickets = nullptr;
+    Tensor memory;
+  };
+
+  static std::pair<unsigned*, Tensor> made(int64_t count, const Tensor& like, const Gpu& gpu) {
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(unsigned));
+    const Tensor memory = device_memory(like, bytes);
+    check_cuda(gpu.op, cudaMemsetAsync(memory.data_ptr(), 0, static_cast<size_t>(bytes), gpu.stream));
+    return {static_cast<unsigned*>(memory.data_ptr()), memory};
+  }
+
+  std::mutex mutex_;
+  std::map<std::pair<int32_t, cudaStream_t>, Entry> entries_;
+};
+
+inline TicketCache& ticket_cache() {
+  static TicketCache* cache = new TicketCache;  // outlives CUDA's own clean-up at exit
+  return *cache;
+}
+
 // Runs ops on the device of `like`, on a stream. Memory that they ask for lives as long as this object, and then serves
 // what is launched on that stream later.
 class OnStream {
  public:
   OnStream(const char* op, const Tensor& like, cudaStream_t stream)
       : like_(like),
-        gpu_{op, stream, [this](int64_t bytes) { return kept_.emplace_back(device_memory(like_, bytes)).data_ptr(); }} {
-  }
+        gpu_{op, stream, [this](int64_t bytes) { return kept_.emplace_back(device_memory(like_, bytes)).data_ptr(); },
+             [this](int64_t count) {
+               const auto [tickets, memory] = ticket_cache().get(count, like_, gpu_);
+               kept_.push_back(memory);
+               return tickets;
+             }} {}
   OnStream(const OnStream&) = delete;
   OnStream& operator=(const OnStream&) = delete;
 

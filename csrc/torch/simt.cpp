@@ -26,3 +26,18 @@ STABLE_TORCH_LIBRARY_IMPL(SINGLEPASS_SIMT_NAMESPACE, CPU, m) {
 }
 
 }  // namespace singlepass::registration
+
+// For ctypes: what is launched on a GPU with so many places for thread blocks. It is recorded, and does not run.
+extern "C" {
+__attribute__((visibility("default"))) void simt_start_recording(int places) {
+  simt::Device& device = simt::device();
+  device.records = true, device.places = places;
+  device.shapes.clear();
+}
+__attribute__((visibility("default"))) std::int64_t simt_finish_recording(const simt::Shape** shapes) {
+  simt::Device& device = simt::device();
+  device.records = false, device.places = simt::Device().places;
+  *shapes = device.shapes.data();
+  return static_cast<std::int64_t>(device.shapes.size());
+}
+}

@@ -10,12 +10,15 @@ from itertools import product
 
 import torch
 
+from counting import cut
 from singlepass._ops import kv as ops
 
 from ..counting.traffic_row import BF16, FP32, NAMES, Row
 from ..samples import Sample
 from .inputs import Part, attention, quantized, tokens
 from .samples import decode
+
+PLACES = 8  # for thread blocks on the CPU (csrc/simt/simt.h)
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,13 @@ def attends(bits: tuple[int, ...], block: int, window: int, **codec: object) -> 
     return decode(attention(parts, **shape, slots=max(window, 1), window=((0, window),), **codec))
 
 
-def partials(splits: int) -> int:
-    """Bytes of what splits leave to be merged: for 2 heads, 4 rows of 128 channels, a maximum and a sum, in float32."""
-    return 2 * 4 * 2 * 4 * (128 + 2) * splits
+def partials(bits: tuple[int, ...], window: int, restored: bool = False) -> int:
+    """Bytes of what splits leave to be merged: for 2 heads, 4 rows of 128 channels, a maximum and a sum, in float32,
+    written and read."""
+    costs = [cut.RESTORED if restored else b + 2 for b in bits]
+    stretches = [cut.Stretch(512, cut.UNIT, cost) for cost in costs]
+    stretches.append(cut.Stretch(max(window, 1), cut.WINDOW_UNIT, cut.RESTORED))
+    return 2 * 4 * 2 * 4 * (128 + 2) * sum(cut.splits(stretches, 2, PLACES))
 
 
 def probes(dtype: torch.dtype) -> Sample:
@@ -84,11 +91,12 @@ def rows() -> Iterator[Row]:
         yield Row(ops.dequantize_, str(codec), partial(codec.sample, True), read={"out": 0.0})
     for bits, block in product(((8,), (4,), (2,), (4, 2)), (128, 32)):
         layout, shallow = f"{' and '.join(map(str, bits))} bits, blocks of {block}", (((4,), 128), ((2,), 32))
-        make, splits = partial(attends, bits, block, 0), 4 * len(bits) + 1
-        yield Row(ops.decode, layout, make, 2, partials(splits), deep=(bits, block) not in shallow)
+        make, deep = partial(attends, bits, block, 0), (bits, block) not in shallow
+        yield Row(ops.decode, layout, make, workspace=partials(bits, 0), deep=deep)
     grouped = partial(attends, (2,), 128, 0, separable=False, value_group=32)
-    yield Row(ops.decode, "2 bits, blocks of 128, groups of 32", grouped, 2, partials(5), deep=True)
-    yield Row(ops.decode, "window", partial(attends, (), 128, 128), 2, partials(4))
+    workspace = partials((2,), 0, restored=True)
+    yield Row(ops.decode, "2 bits, blocks of 128, groups of 32", grouped, workspace=workspace, deep=True)
+    yield Row(ops.decode, "window", partial(attends, (), 128, 128), workspace=partials((), 128))
     for dtype in (FP32, BF16):
         yield Row(ops.saliency, NAMES[dtype], partial(probes, dtype), 2, deep=dtype is FP32)
     for dtype, length in product((FP32, BF16), (1, 256)):
