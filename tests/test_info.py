@@ -62,6 +62,7 @@ def test_the_check_runs_every_op_and_class() -> None:
     assert ran == {(op, "native") for op in OPS if op != "stream_"}  # of the bench alone
     public = {
         *optim._OPTIMIZERS,
+        "clip_grad_norm_",
         "GroupRational",
         "quantize, dequantize",
         "probe_saliency",

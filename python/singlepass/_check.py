@@ -37,6 +37,14 @@ def _optimizer(cls: type[torch.optim.Optimizer], dtype: torch.dtype, device: str
     return [p]
 
 
+def _clipped(dtype: torch.dtype, device: str) -> list[Tensor]:
+    params = [torch.nn.Parameter(values.to(device, dtype)) for values in _random(2, 1000)]
+    for p in params:
+        p.grad = p.detach().clone()
+    norm = optim.clip_grad_norm_(params, 1.0)
+    return [norm, *(p.grad for p in params if p.grad is not None)]
+
+
 def _passes(module: torch.nn.Module, x: Tensor) -> list[Tensor]:
     """The result of a module and all gradients."""
     x.requires_grad_()
@@ -93,6 +101,7 @@ def _saliency(dtype: torch.dtype, device: str) -> list[Tensor]:
 
 CASES: dict[str, Case] = {
     **{name: partial(_optimizer, getattr(optim, name)) for name in optim._OPTIMIZERS},
+    "clip_grad_norm_": _clipped,
     "GroupRational": _rational,
     "quantize, dequantize": _codes,
     "probe_saliency": _saliency,

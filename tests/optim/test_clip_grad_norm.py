@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from singlepass._ops.optim import grad_norm
+from singlepass._ops.optim import grad_squares
 from singlepass.optim import clip_grad_norm_
 
 from .trajectory import give_grads, make_params
@@ -76,8 +76,8 @@ def test_other_norms_are_torchs(norm_type: float, foreach: bool | None) -> None:
 
 
 def test_the_norm_is_one_call_of_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, real = [], grad_norm.on
-    monkeypatch.setattr(grad_norm, "on", lambda backend: calls.append(backend) or real(backend))
+    calls, real = [], grad_squares.on
+    monkeypatch.setattr(grad_squares, "on", lambda backend: calls.append(backend) or real(backend))
     clip_grad_norm_(given(), 1.0)
     assert len(calls) == 1
 

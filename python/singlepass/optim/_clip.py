@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._errors import message, require
-from .._ops.optim import grad_norm
+from .._ops.optim import grad_squares
 
 _EPS = 1e-6  # torch's
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,5 +87,5 @@ def _by_device(grads: list[Tensor]) -> dict[torch.device, list[Tensor]]:
 def _norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm of all elements, on the first gradient's device."""
     first = grads[0].device
-    norms = [grad_norm(some)[0].to(first, non_blocking=True) for some in _by_device(grads).values()]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms).double()).float()
+    squares = [grad_squares(some).to(first, non_blocking=True) for some in _by_device(grads).values()]
+    return torch.cat(squares).sum().sqrt().float()
