@@ -41,7 +41,7 @@ def phase_rows(case: Case) -> Iterator[Row]:
 
 def shard_row(case: Case, layout: str, offset: int) -> Row:
     make = partial(step, case, Mix(BF16, BF16), torch.clone, seed=1, ids=[0], offsets=[offset])
-    return Row(rule_of(case), f"bfloat16, rounded stochastically, {layout}", make, warm=True)
+    return Row(rule_of(case), layout, make, warm=True)
 
 
 def normed(op: Op, dtype: torch.dtype, place: Place) -> Sample:
@@ -68,8 +68,8 @@ def rows() -> Iterator[Row]:
         if not case.label and rule_of(case).has_norms:
             yield from phase_rows(case)
         if case.id == "lion":
-            yield shard_row(case, "a shard", 8)
-            yield shard_row(case, "a shard that begins inside a Philox block", 3)
+            yield shard_row(case, "bfloat16, a shard rounded stochastically", 8)
+            yield shard_row(case, "element by element, a shard that begins inside a Philox block", 3)
     for op, dtype, place in product((ops.grad_squares, ops.grad_norm), (FP32, BF16), (torch.clone, misaligned)):
         layout = NAMES[dtype] + (", misaligned" if place is misaligned else "")
         yield Row(op, layout, partial(normed, op, dtype, place), sectors=beside(dtype, place), warm=True)
