@@ -63,7 +63,8 @@ def test_every_op_is_measured() -> None:
     from singlepass._ops import OPS
 
     measured = {op for case in registry.cases(CPU) for op in case.ops}
-    assert measured | {"stream_"} == set(OPS)
+    # The floor itself, and the kernel of grad_norm, which stops at its sum.
+    assert measured | {"stream_", "grad_squares"} == set(OPS)
 
 
 def test_cases_are_told_apart() -> None:

@@ -112,6 +112,7 @@ class HostBudget:
 
 _STEP = "one op over all parameters, and the learning rate as a tensor"
 _SCALES = "the same; whether a parameter's scale is known is found without reading it"
+_CLIPPING = "one op for the norm, a scale from it, and one call that multiplies all gradients"
 _TRAINED = "with the forward and the backward pass of what is around"
 _PRODUCTS = "the same, with matrix products"
 _ALONE = "one op, which makes its result"
@@ -132,6 +133,7 @@ HOST_BUDGETS = (
     HostBudget("optim.Lion.step", 1, 1, 0, 1, _STEP),
     HostBudget("optim.SGDSaI.step", 1, 11, 1, 1, _SCALES),
     HostBudget("optim.SST.step", 3, 3, 0, 3, _STEP),
+    HostBudget("optim.clip_grad_norm_", 1, 9, 1, 1, _CLIPPING),
     HostBudget("nn.GroupRational", 2, 6, 1, 0, _TRAINED),
     HostBudget("nn.GRKAN", 2, 18, 1, 0, _TRAINED),
     HostBudget("nn.KATMLP", 4, 30, 1, 0, _TRAINED),

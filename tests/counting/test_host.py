@@ -18,6 +18,7 @@ from .exceptions import faults
 
 Call = Callable[[], object]
 HEADS, WIDTH, TOKENS = 2, 32, 64
+OPTIMIZERS = [name for name in dir(optim) if isinstance(getattr(optim, name), type)]
 
 
 def step(name: str) -> Call:
@@ -26,6 +27,13 @@ def step(name: str) -> Call:
     for p in params:
         p.grad = torch.randn_like(p)
     return getattr(optim, name)(params, lr=1e-3).step
+
+
+def clipping() -> Call:
+    params = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return lambda: optim.clip_grad_norm_(params, 1.0)
 
 
 def spectral_step() -> Call:
@@ -116,8 +124,9 @@ def rational_arguments() -> dict[str, Tensor]:
 
 
 ENTRIES: dict[str, Callable[[], Call]] = {
-    **{f"optim.{name}.step": (lambda name=name: step(name)) for name in dir(optim) if name != "SST"},
+    **{f"optim.{name}.step": (lambda name=name: step(name)) for name in OPTIMIZERS if name != "SST"},
     "optim.SST.step": spectral_step,
+    "optim.clip_grad_norm_": clipping,
     "nn.GroupRational": lambda: trained(nn.GroupRational(64), 4, 64),
     "nn.GRKAN": lambda: trained(nn.GRKAN(64, 64), 4, 64),
     "nn.KATMLP": lambda: trained(nn.KATMLP(64), 4, 64),
@@ -157,7 +166,8 @@ def test_a_call_keeps_its_budget(budget: HostBudget) -> None:
 @pytest.mark.slow("imports Transformers, where that is installed")
 def test_every_entry_has_a_budget() -> None:
     assert [budget.entry for budget in HOST_BUDGETS] == list(ENTRIES)
-    called = {f"functional.{name}" for name in functional.__all__} | {f"optim.{name}.step" for name in dir(optim)}
+    called = {f"functional.{name}" for name in functional.__all__} | {f"optim.{name}.step" for name in OPTIMIZERS}
+    called |= {f"optim.{name}" for name in dir(optim) if name.startswith("clip_")}
     called |= {f"nn.{name}" for name in nn.__all__ if hasattr(getattr(nn, name), "forward")}
     called |= {f"kv.{name}" for name in kv.__all__ if hasattr(getattr(kv, name), "attend")}
     assert called == {entry.partition(",")[0] for entry in ENTRIES}

@@ -120,7 +120,7 @@ def test_backends(name: str, backend: str) -> None:
     twins.assert_same(exact=name in EXACT)
 
 
-@pytest.mark.parametrize("name", optim.__all__)
+@pytest.mark.parametrize("name", optim._OPTIMIZERS)
 @on_ranks(2)
 def test_zero_redundancy_optimizer(name: str) -> None:
     """Whole tensors, each stepped by one rank, which sends it to the others. Not clipped: of that see docs/optim.md."""
