@@ -112,7 +112,8 @@ class Environment:
     def check(self):
         status, output = self.run("-m", "pip", "check")
         if status:
-            raise SystemExit(f"{output}make: expected packages that fit together; got the above. See locks/.")
+            remedy = f"Remove {self.folder}, which an installation may have left half-done, and run make again."
+            raise SystemExit(f"{output}make: expected packages that fit together; got the above. {remedy}")
 
 
 def settings_of_cgroup(controller, *names):

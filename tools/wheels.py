@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD, DIST = ROOT / "build" / "wheels", ROOT / "dist"
-TORCH = {"12": "torch==2.10.0", "13": "torch==2.14.1"}  # the newest on package indexes that is built with it
+TORCH = {"12": "torch==2.10.0", "13": "torch==2.14.1"}  # which package indexes have built with that CUDA version
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 OF_TORCH = ("libtorch*.so", "libc10*.so", "libcudart.so.*")  # are there when the libraries are loaded
 INFO = Path("singlepass", "build_info.json")
@@ -52,18 +52,17 @@ def python_for(cuda: str) -> Path:
     return folder / "bin" / "python"
 
 
-def toolkit_for(cuda: str) -> Path:
+def toolkit_for(cuda: str) -> tuple[Path, str]:
+    """The toolkit of this CUDA major version, and the name of its version: cu124."""
     home = os.environ.get("CUDA_HOME")
-    if home:
-        said = run(Path(home, "bin", "nvcc"), "--version")
-        if f"release {cuda}." not in said:
-            text = f"wheels: expected a CUDA {cuda} toolkit; got CUDA_HOME={home}. Unset it to have one put together."
-            raise SystemExit(text)
-        return Path(home)
-    toolkit = ROOT / "build" / f"cuda-{cuda}"
-    if not toolkit.exists():
+    toolkit = Path(home or ROOT / "build" / f"cuda-{cuda}")
+    if not home and not toolkit.exists():
         run(sys.executable, ROOT / "tools" / "cuda_toolkit.py", cuda, toolkit)
-    return toolkit
+    found = re.search(r"release (\d+)\.(\d+)", run(toolkit / "bin" / "nvcc", "--version"))
+    if found is None or found[1] != cuda:
+        text = f"wheels: expected a CUDA {cuda} toolkit; got CUDA_HOME={home}. Unset it to have one put together."
+        raise SystemExit(text)
+    return toolkit, f"cu{found[1]}{found[2]}"
 
 
 def commit_time() -> str:
@@ -80,10 +79,7 @@ def build(kind: str, local: bool) -> Path:
     python: str | Path = sys.executable
     version = kind
     if cuda:
-        python, toolkit = python_for(cuda), toolkit_for(cuda)
-        found = re.search(r"release (\d+)\.(\d+)", run(toolkit / "bin" / "nvcc", "--version"))
-        assert found is not None
-        version = f"cu{found[1]}{found[2]}"
+        python, (toolkit, version) = python_for(cuda), toolkit_for(cuda)
         settings |= {"CUDA_HOME": str(toolkit), "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"}
     settings["SINGLEPASS_LOCAL_VERSION"] = version if local else ""
     pip = (python, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-build-isolation", "--no-deps")

@@ -17,9 +17,8 @@ struct TensorRecord {
   const float* scale;  // the rule's scalar of this tensor; null where Rule::kScaled is false
   int64_t numel;
   int64_t columns;  // of rows that a step may not cut; 0 where it may cut anywhere
-  int64_t
-      offset;  // of the first element in the whole tensor, of which this may be a shard: where its random numbers begin
-  uint32_t id;  // names the tensor's stream of random numbers
+  int64_t offset;   // of its first element in the whole tensor, of which it may be a shard: for random numbers
+  uint32_t id;      // names the tensor's stream of random numbers
   DType param_dtype, grad_dtype, state_dtype[kMaxStates];
 };
 

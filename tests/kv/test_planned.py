@@ -228,6 +228,7 @@ def test_what_has_no_place_in_a_step(name: str) -> None:
     q, k, v = drawn(40)
     layer = LAYERS[name](max_tokens=40)
     layer.prefill(*part((q, k, v), 0, 20))
+    saved = layer.state_dict()
     with raises("expected the 1 tokens that were planned; got 2"), layer.planned():
         layer.append(*part((k, v), 20, 22))
     with raises("expected a planned step of tokens alone; got a mask"), layer.planned():
@@ -245,6 +246,10 @@ def test_what_has_no_place_in_a_step(name: str) -> None:
         lambda: layer.repeat_sequences(2),
         lambda: end_early(layer, None),  # a step within a step
         layer.reset,
+        layer.dequantize,
+        layer.token_mask,
+        layer.state_dict,
+        lambda: layer.load_state_dict(saved),
     ]
     for call in calls:
         with raises("Layer: expected append and attend alone within a planned step; got"), layer.planned():

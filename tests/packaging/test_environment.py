@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -13,6 +12,8 @@ from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
+
+from .tool import tool
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -67,12 +68,7 @@ def test_documentation_is_built_beside_tests_and_not_for_them(python: str) -> No
 
 @pytest.fixture
 def environment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool("environment")
 
 
 def test_every_python_that_is_let_in_has_locks(environment: ModuleType) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -14,17 +13,15 @@ from types import ModuleType
 
 import pytest
 
+from .tool import tool
+
 INFO = "singlepass/build_info.json"
 
 
 @pytest.fixture
-def wheels(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/wheels.py, which writes to a folder of the test."""
-    spec = importlib.util.spec_from_file_location("wheels", root / "tools" / "wheels.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = tool("wheels")
     monkeypatch.setattr(module, "BUILD", tmp_path / "build")
     monkeypatch.setattr(module, "DIST", tmp_path / "dist")
     return module
@@ -95,7 +92,7 @@ def test_a_toolkit_of_another_version_is_refused(
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert wheels.toolkit_for("13") == tmp_path
+    assert wheels.toolkit_for("13") == (tmp_path, "cu130")
     with pytest.raises(SystemExit, match=rf"expected a CUDA 12 toolkit; got CUDA_HOME={tmp_path}\. Unset it"):
         wheels.toolkit_for("12")
 

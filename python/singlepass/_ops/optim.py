@@ -91,8 +91,8 @@ class StepOp(Op):
             remedy = "Count elements from the whole tensor's first."
             check(min(offsets) >= 0, "offsets of 0 or more", min(offsets), remedy)
         check(phase in (0, 1, 2), "phase 0, 1 or 2", phase, "Leave it at 0 for a whole step.")
-        # The compiler compares a number that it does not know with numbers alone, and puts it into no text.
-        if (norms is not None) if phase == 0 else (norms is None):
+        misplaced = norms is not None if phase == 0 else norms is None
+        if misplaced:  # torch.compile may not know the phase, and puts into no text what it does not know
             got = f"{'none' if norms is None else 'some'} in phase {phase}"
             check(False, "norms in phases 1 and 2, and only there", got, "Pass one tensor to both.")
         if norms is not None:

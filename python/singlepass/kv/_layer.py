@@ -325,6 +325,7 @@ class ZipCacheLayer(LayerTokens):
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were
         added; zeros for padding, and for what is out of the sliding window."""
+        self._require_unplanned("dequantize")
         window = self._tokens().window
         k, v = self._restore(window.keys.dtype)
         return (rotate(k), rotate(v)) if self.codec.rotate else (k, v)
@@ -386,6 +387,7 @@ class ZipCacheLayer(LayerTokens):
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything cached, for ``torch.save``."""
+        self._require_unplanned("state_dict")
         window, compressed = (None, None) if self._held is None else self._held
         return pack(self._saved(), self.length, window, compressed, self._draw.generator)
 

@@ -211,7 +211,7 @@ class LayerTokens(Planned, Lasting):
 
     @property
     def _logits(self) -> dict[str, Any]:
-        """Options of :func:`attention_sums`."""
+        """Options of attention, and of :func:`attention_sums`."""
         return {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
 
     def _compress(
@@ -267,8 +267,7 @@ class LayerTokens(Planned, Lasting):
         """As :func:`decode_attention` gives it, over the tokens of the window within ``bounds`` and the segments' slots
         from ``first`` on."""
         window, compressed = self._tokens()
-        options: dict[str, Any] = {"scale": self.scale, "softcap": self.softcap, "backend": self.backend}
-        return attend(q, compressed.pairs, *window.room, bounds, first=first, sinks=sinks, **options)
+        return attend(q, compressed.pairs, *window.room, bounds, first=first, sinks=sinks, **self._logits)
 
     def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All tokens as they are stored, in their order."""
@@ -304,6 +303,7 @@ class LayerTokens(Planned, Lasting):
 
     def token_mask(self) -> Tensor:
         """bool (batch, length), false for padding, and for what is out of the sliding window."""
+        self._require_unplanned("token_mask")
         window, compressed = self._tokens()
         mask = F.pad(compressed.mask(), (0, window.length), value=True)
         if window.mask is not None:

@@ -170,9 +170,8 @@ def kat_from_vit(
     (GPT-2), or stand in a torch.nn.Sequential that leads back to the width of its input (torchvision; with an
     activation that has a table); they become ``fc1`` and ``fc2``. Or: ``dense`` and ``intermediate_act_fn`` only (ViT
     of Transformers); ``dense`` stays. The ``Conv1D`` layers of GPT-2 become torch.nn.Linear, with copies of their
-    weights, transposed. Gated units, such as
-    SwiGLU, stay as they are. The activation is recognised by its values. Dropout moves to where KAT has it: before fc1
-    instead of after fc2.
+    weights, transposed. Gated units, such as SwiGLU, stay as they are. The activation is recognised by its values.
+    Dropout moves to where KAT has it: before fc1 instead of after fc2.
 
     Args:
         model: any module that contains such MLPs.

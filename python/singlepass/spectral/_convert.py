@@ -16,7 +16,6 @@ from ._watch import warn
 Model = TypeVar("Model", bound=nn.Module)
 Place = tuple[str, nn.Module, str, nn.Module]
 
-# Names under which models keep the layer behind their last hidden state.
 #: Names of the layers that make a model's outputs, which :func:`convert` leaves alone by default.
 HEADS = ("lm_head", "embed_out", "output_projection", "head", "classifier", "score", "qa_outputs")
 

@@ -322,6 +322,7 @@ class MatryoshkaLayer(GroupedTokens):
         Raises:
             ValueError: an empty cache.
         """
+        self._require_unplanned("dequantize")
         self._check_held()
         return self._back([group.inner.dequantize() for group in self._groups])
 
@@ -331,6 +332,7 @@ class MatryoshkaLayer(GroupedTokens):
         Raises:
             ValueError: an empty cache.
         """
+        self._require_unplanned("token_mask")
         self._check_held()
         return self._groups[0].inner.token_mask()
 
@@ -392,6 +394,7 @@ class MatryoshkaLayer(GroupedTokens):
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything cached, for ``torch.save``. The bases are not among it."""
+        self._require_unplanned("state_dict")
         groups = [group.inner.state_dict() for group in self._groups]
         like = None if self._like is None else tuple(x.clone() for x in self._like)
         return {"options": self._saved(), "length": self.length, "like": like, "groups": groups}
@@ -404,6 +407,7 @@ class MatryoshkaLayer(GroupedTokens):
             ValueError: anything else. The cache is unchanged.
         """
         where = f"{_OP}.load_state_dict"
+        self._require_unplanned("load_state_dict")
         keys = {"options", "length", "like", "groups"}
         fits = isinstance(saved, dict) and set(saved) == keys
         require(fits, where, f"a dictionary of {sorted(keys)}", type(saved).__name__, _FOREIGN)
