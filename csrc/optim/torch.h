@@ -17,27 +17,32 @@ namespace singlepass::registration {
 
 using optim::TensorRecord;
 
-// What an engine needs of a step. `kept` owns gradients that had to be copied to their parameters' layout, `like` is
-// any of the parameters.
+// What an engine needs of a step. `kept` owns gradients that had to be copied to their parameters' layout.
 struct Step {
   std::vector<TensorRecord> records;
-  const Tensor* like = nullptr;
   optim::StepOptions options = {};
   Tensors kept;
 };
 
 struct StepArguments {
-  std::string op;
+  const std::string& op;
   const Tensors& params;
   const Tensors& grads;
   std::vector<const Tensors*> states;
   const Tensors* scales;
   const Tensors& steps;
-  const Tensor& lr;
-  bool maximize;
   std::optional<int64_t> seed;
   const std::vector<int64_t>& ids;
   const std::vector<int64_t>& offsets;
+};
+
+// What steps share whose tensors are given and steps whose addresses are; `like` is any of the parameters.
+struct OptionArguments {
+  const std::string& op;
+  const Tensor& like;
+  const Tensor& lr;
+  bool maximize;
+  std::optional<int64_t> seed;
   const std::optional<Tensor>& grad_scale;
   const std::optional<Tensor>& found_inf;
 };
@@ -83,12 +88,39 @@ inline float* scalar_of_tensor(const StepArguments& a, const char* role, const T
   return const_cast<float*>(value);
 }
 
-inline optim::Scalar lr_of(const StepArguments& a) {
+inline optim::Scalar lr_of(const OptionArguments& a) {
   if (a.lr.numel() != 1) fail(a.op, "lr as one number; got ", a.lr.numel(), ". Use a tensor of no dimensions.");
-  if (!a.lr.is_cpu()) return {0.0, scalar_pointer(a.op, "lr", std::optional<Tensor>(a.lr), a.params[0])};
+  if (!a.lr.is_cpu()) return {0.0, scalar_pointer(a.op, "lr", std::optional<Tensor>(a.lr), a.like)};
   if (a.lr.scalar_type() == ScalarType::Double) return {*static_cast<const double*>(a.lr.const_data_ptr()), nullptr};
   if (a.lr.scalar_type() == ScalarType::Float) return {*static_cast<const float*>(a.lr.const_data_ptr()), nullptr};
   fail(a.op, "lr of float32 or float64; got ", torch::headeronly::toString(a.lr.scalar_type()), ". Convert it.");
+}
+
+inline optim::StepOptions options_of(const OptionArguments& a) {
+  optim::StepOptions options = {};
+  options.lr = lr_of(a);
+  options.grad_scale = scalar_pointer(a.op, "grad_scale", a.grad_scale, a.like);
+  options.found_inf = scalar_pointer(a.op, "found_inf", a.found_inf, a.like);
+  options.seed = static_cast<uint64_t>(a.seed.value_or(0));
+  options.maximize = a.maximize;
+  options.stochastic_rounding = a.seed.has_value();
+  return options;
+}
+
+// Zeros, padding too: records are compared byte by byte.
+inline std::vector<TensorRecord> empty_records(size_t count) {
+  std::vector<TensorRecord> records(count);
+  if (count > 0) std::memset(static_cast<void*>(records.data()), 0, count * sizeof(TensorRecord));
+  return records;
+}
+
+// Refuses tensors whose memory was freed.
+inline void check_memory(const std::string& op, const TensorRecord& r, int states) {
+  bool all = r.param != nullptr && r.grad != nullptr;
+  for (int k = 0; k < states; ++k) all = all && r.state[k] != nullptr;
+  if (!all && r.numel > 0) {
+    fail(op, "parameters, gradients and states with memory; got one whose memory was freed. Step before it is freed.");
+  }
 }
 
 inline Step make_step(const StepArguments& a) {
@@ -99,15 +131,12 @@ inline Step make_step(const StepArguments& a) {
   if (!a.steps.empty() || a.seed.has_value()) check_count(a, "steps", a.steps.size());
   if (a.seed.has_value()) check_count(a, "ids", a.ids.size());
   if (a.seed.has_value() && !a.offsets.empty()) check_count(a, "offsets", a.offsets.size());
-  if (a.params.empty()) return step;
 
-  step.like = &a.params[0];
-  step.records.resize(a.params.size());
+  step.records = empty_records(a.params.size());
   step.kept.reserve(a.params.size());
   for (size_t i = 0; i < a.params.size(); ++i) {
     const Tensor& p = a.params[i];
     TensorRecord& r = step.records[i];
-    std::memset(static_cast<void*>(&r), 0, sizeof(r));  // records are compared byte by byte
     check_strided(a, "parameters", p);
     check_device(a.op, "parameters", p, a.params[0]);
     if (!is_dense(p)) {
@@ -134,34 +163,87 @@ inline Step make_step(const StepArguments& a) {
         fail(a.op, "offsets of 0 or more; got ", r.offset, ". Count elements from the whole tensor's first.");
       }
     }
+    check_memory(a.op, r, static_cast<int>(a.states.size()));
   }
-  step.options.lr = lr_of(a);
-  step.options.grad_scale = scalar_pointer(a.op, "grad_scale", a.grad_scale, a.params[0]);
-  step.options.found_inf = scalar_pointer(a.op, "found_inf", a.found_inf, a.params[0]);
-  step.options.seed = static_cast<uint64_t>(a.seed.value_or(0));
-  step.options.maximize = a.maximize;
-  step.options.stochastic_rounding = a.seed.has_value();
   return step;
 }
 
+// The address of a tensor, from what stands for it.
+using Reader = void* (*)(void*);
+
+// The tensors of a step as whoever calls keeps them: list after list, as many in each as `layout` has columns.
+class Addresses {
+ public:
+  Addresses(const std::string& op, int64_t tensors, const Tensor& layout, int64_t reader)
+      : words_(reinterpret_cast<void* const*>(tensors)), reader_(reinterpret_cast<Reader>(reader)) {
+    const bool fits = layout.is_cpu() && layout.scalar_type() == ScalarType::Long && layout.dim() == 2 &&
+                      layout.size(0) == kRows && layout.is_contiguous();
+    if (!fits) {
+      fail(op, "a contiguous int64 layout of shape (", int{kRows}, ", tensors) on the CPU; got ",
+           torch::headeronly::toString(layout.scalar_type()), " of shape ", shape_of(layout), ". Pass lists instead.");
+    }
+    layout_ = static_cast<const int64_t*>(layout.const_data_ptr());
+    count_ = layout.size(1);
+  }
+
+  // As make_step: parameters, gradients, `states` states, scales if `scaled`, steps if `counted`.
+  std::vector<TensorRecord> records(const std::string& op, int states, bool scaled, bool counted) const {
+    std::vector<TensorRecord> records = empty_records(count_);
+    for (int64_t i = 0; i < count_; ++i) {
+      TensorRecord& r = records[i];
+      int64_t list = 0;
+      r.param = at(list++, i);
+      r.grad = at(list++, i);
+      for (int k = 0; k < states; ++k) r.state[k] = at(list++, i);
+      if (scaled) r.scale = static_cast<const float*>(at(list++, i));
+      if (counted) r.step = static_cast<float*>(at(list++, i));
+      r.numel = row(kElements)[i];
+      r.id = static_cast<uint32_t>(row(kIds)[i]);
+      r.offset = row(kOffsets)[i];
+      const uint64_t dtypes = static_cast<uint64_t>(row(kDTypes)[i]);
+      r.param_dtype = static_cast<DType>(dtypes & 0xff);
+      r.grad_dtype = static_cast<DType>(dtypes >> 8 & 0xff);
+      for (int k = 0; k < states; ++k) r.state_dtype[k] = static_cast<DType>(dtypes >> (16 + 8 * k) & 0xff);
+      check_memory(op, r, states);
+    }
+    return records;
+  }
+
+ private:
+  enum { kElements, kIds, kOffsets, kDTypes, kRows };
+
+  const int64_t* row(int which) const { return layout_ + which * count_; }
+
+  void* at(int64_t list, int64_t i) const {
+    void* const word = words_[list * count_ + i];
+    return reader_ == nullptr ? word : reader_(word);
+  }
+
+  void* const* words_;
+  Reader reader_;
+  const int64_t* layout_;
+  int64_t count_;
+};
+
 // The passes to make of a rule without norms: all.
-inline optim::Phase phase_of(const StepArguments&) {
+inline optim::Phase phase_of(const std::string&, const Tensor&, size_t) {
   return {};
 }
 
 // Of a rule with norms: all in phase 0, one in phases 1 and 2, where `norms` is what the first writes for the second.
-inline optim::Phase phase_of(const StepArguments& a, const std::optional<Tensor>& norms, int64_t phase) {
-  if (phase < 0 || phase > 2) fail(a.op, "phase 0, 1 or 2; got ", phase, ". Leave it at 0 for a whole step.");
+inline optim::Phase phase_of(const std::string& op, const Tensor& like, size_t tensors,
+                             const std::optional<Tensor>& norms, int64_t phase) {
+  if (phase < 0 || phase > 2) fail(op, "phase 0, 1 or 2; got ", phase, ". Leave it at 0 for a whole step.");
   if (norms.has_value() != (phase != 0)) {
-    fail(a.op, "norms in phases 1 and 2, and only there; got ", norms.has_value() ? "some" : "none", " in phase ",
-         phase, ". Pass one tensor to both.");
+    fail(op, "norms in phases 1 and 2, and only there; got ", norms.has_value() ? "some" : "none", " in phase ", phase,
+         ". Pass one tensor to both.");
   }
   if (phase == 0) return {};
-  const int64_t count = static_cast<int64_t>(a.params.size());
-  check_device(a.op, "norms", *norms, a.params[0]);
+  const int64_t count = static_cast<int64_t>(tensors);
+  check_device(op, "norms", *norms, like);
   if (norms->scalar_type() != ScalarType::Double || norms->dim() != 2 || norms->size(0) != count ||
       norms->size(1) != optim::kNorms || !norms->is_contiguous()) {
-    fail(a.op, "contiguous float64 norms of shape (", count, ", ", optim::kNorms, "); got ",
+    fail(op, "contiguous float64 norms of shape (", count, ", ", optim::kNorms, "); got ",
          torch::headeronly::toString(norms->scalar_type()), " of shape ", shape_of(*norms), ". Use torch.empty.");
   }
   return {phase == 1, phase == 2, static_cast<double*>(norms->data_ptr())};
@@ -180,6 +262,9 @@ struct ListArgument {
 // What the schemas of rules with norms have in the end.
 template <class Rule>
 using PhaseTypes = std::conditional_t<optim::kHasNorms<Rule>, std::tuple<std::optional<Tensor>, int64_t>, std::tuple<>>;
+
+template <class Rule>
+inline constexpr bool kHasPlain = requires { typename Rule::Plain; };
 
 template <class Rule>
 inline constexpr size_t kLists = Rule::kStates + (Rule::kScaled ? 1 : 0);
@@ -202,25 +287,47 @@ struct StepOp<Backend, Rule, std::index_sequence<K...>, std::tuple<H...>, std::t
       states.pop_back();
     }
     bool plain = false;
-    if constexpr (requires { typename Rule::Plain; }) {
+    if constexpr (kHasPlain<Rule>) {
       plain = states.back()->empty();
       if (plain) states.pop_back();
     }
     const std::string op = op_name<Rule>();
-    const StepArguments arguments = {op,       params, grads, states,  scales,     steps,    lr,
-                                     maximize, seed,   ids,   offsets, grad_scale, found_inf};
-    const Step step = make_step(arguments);
+    Step step = make_step({op, params, grads, states, scales, steps, seed, ids, offsets});
     if (step.records.empty()) return;
-    const optim::Phase phase = phase_of(arguments, phased...);
-    const Backend on(op.c_str(), *step.like);
-    if constexpr (requires { typename Rule::Plain; }) {
-      if (plain) return run<typename Rule::Plain>(on, step, {hyper...}, phase);
+    step.options = options_of({op, params[0], lr, maximize, seed, grad_scale, found_inf});
+    run(op, params[0], step, phase_of(op, params[0], params.size(), phased...), plain, hyper...);
+  }
+
+  // The same for `lists` lists of tensors that are like those of a step that was checked: whoever calls answers for it.
+  // Rules that may be plain count steps, so the number of lists says which are there.
+  static void call_at(Tensor like, Tensor layout, Tensor lr, int64_t tensors, int64_t lists, H... hyper, int64_t reader,
+                      bool maximize, std::optional<int64_t> seed, std::optional<Tensor> grad_scale,
+                      std::optional<Tensor> found_inf, P... phased) {
+    const std::string op = op_name<Rule>();
+    constexpr int64_t kAll = 3 + static_cast<int64_t>(kLists<Rule>);
+    const bool one_less = lists == kAll - 1;
+    if (lists != kAll && !one_less) fail(op, kAll - 1, " or ", int64_t{kAll}, " lists; got ", lists, ". Pass tensors.");
+    const bool plain = kHasPlain<Rule> && one_less;
+    const int states = plain ? Rule::kStates - 1 : Rule::kStates;
+    Step step;
+    step.records = Addresses(op, tensors, layout, reader).records(op, states, Rule::kScaled, plain || !one_less);
+    if (step.records.empty()) return;
+    step.options = options_of({op, like, lr, maximize, seed, grad_scale, found_inf});
+    run(op, like, step, phase_of(op, like, step.records.size(), phased...), plain, hyper...);
+  }
+
+  // `plain` where the state is missing that the rule has and its plain one has not.
+  static void run(const std::string& op, const Tensor& like, const Step& step, const optim::Phase& phase,
+                  [[maybe_unused]] bool plain, H... hyper) {
+    const Backend on(op.c_str(), like);
+    if constexpr (kHasPlain<Rule>) {
+      if (plain) return run_rule<typename Rule::Plain>(on, step, {hyper...}, phase);
     }
-    run<Rule>(on, step, {hyper...}, phase);
+    run_rule<Rule>(on, step, {hyper...}, phase);
   }
 
   template <class R>
-  static void run(const Backend& on, const Step& step, const typename R::Hyper& hyper, const optim::Phase& phase) {
+  static void run_rule(const Backend& on, const Step& step, const typename R::Hyper& hyper, const optim::Phase& phase) {
     optim::step<R>(on.table(step.records, R::kStates), hyper, step.options, on.where(), phase);
   }
 };
@@ -228,14 +335,13 @@ struct StepOp<Backend, Rule, std::index_sequence<K...>, std::tuple<H...>, std::t
 // Records of gradients alone.
 inline std::vector<TensorRecord> grad_records(const char* op, const Tensors& grads, Tensors& kept) {
   if (grads.empty()) fail(op, "at least one gradient; got none. Leave out the call.");
-  std::vector<TensorRecord> records(grads.size());
+  std::vector<TensorRecord> records = empty_records(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     check_device(op, "gradients", grads[i], grads[0]);
     if (grads[i].layout() != torch::headeronly::Layout::Strided) {
       fail(op, "strided gradients; got a sparse one. Use torch.Tensor.to_dense.");
     }
     kept.push_back(is_dense(grads[i]) ? grads[i] : torch::stable::contiguous(grads[i]));
-    std::memset(static_cast<void*>(&records[i]), 0, sizeof(TensorRecord));
     records[i].grad = kept[i].data_ptr();
     records[i].grad_dtype = dtype_of(op, "gradients", kept[i]);
     records[i].numel = kept[i].numel();
@@ -267,10 +373,11 @@ Tensor grad_norm(Tensors grads, double max_norm, double eps, std::optional<Tenso
 
 template <class Backend, class Rule, class Library>
 void register_step(Library& m) {
-  if constexpr (requires { typename Rule::Plain; }) {
+  if constexpr (kHasPlain<Rule>) {
     if constexpr (std::is_same_v<Rule, typename Rule::Plain>) return;  // runs under the op of the rule with a maximum
   }
   m.impl(op_name<Rule>().c_str(), TORCH_BOX((&StepOp<Backend, Rule>::call)));
+  m.impl((op_name<Rule>() + ".at").c_str(), TORCH_BOX((&StepOp<Backend, Rule>::call_at)));
 }
 
 template <class Backend, class Library>

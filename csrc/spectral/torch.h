@@ -79,23 +79,12 @@ inline SpectralStep spectral_step(const Tensors& params, const Tensors& grads, c
   }
   const std::vector<int64_t> none;
   SpectralStep call;
-  call.step = make_step({op,
-                         params,
-                         grads,
-                         {&exp_avg, &exp_avg_sq},
-                         nullptr,
-                         steps,
-                         lr,
-                         maximize,
-                         std::nullopt,
-                         none,
-                         none,
-                         grad_scale,
-                         found_inf});
+  call.step = make_step({op, params, grads, {&exp_avg, &exp_avg_sq}, nullptr, steps, std::nullopt, none, none});
+  if (params.empty()) return call;
   for (size_t i = 0; i < call.step.records.size(); ++i) {
     call.step.records[i].columns = params[i].dim() == 2 ? params[i].size(1) : 0;
   }
-  call.options = {call.step.options, project};
+  call.options = {options_of({op, params[0], lr, maximize, std::nullopt, grad_scale, found_inf}), project};
   return call;
 }
 

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor
 
 from singlepass import optim, spectral
-from singlepass.optim import _buckets
+from singlepass.optim import _caller
 from singlepass.optim._base import FusedOptimizer
 
 from ..tolerances import assert_same_bits
@@ -223,14 +223,14 @@ def test_memory_dtype_and_layout_of_a_parameter_may_change(name: str) -> None:
 @pytest.mark.parametrize("guards", [True, False], ids=["guards", "python"])
 def test_what_makes_tensors_alike(guards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torch's own guards, and by what takes their place where a release has none."""
-    assert _buckets.TensorGuards is not None, "this torch has them under another name: look for it"
+    assert _caller.TensorGuards is not None, "this torch has them under another name: look for it"
     if not guards:
-        monkeypatch.setattr(_buckets, "TensorGuards", None)
+        monkeypatch.setattr(_caller, "TensorGuards", None)
 
     def tensors() -> list[Tensor]:
         return [Parameter(torch.zeros(4, 6)), Parameter(torch.zeros(6, 6)), Parameter(torch.zeros(3))]
 
-    check = _buckets.alike(tensors())
+    check = _caller.alike(tensors())
     with torch.no_grad():
         assert check(tensors())
         others: list[Tensor] = [
@@ -248,7 +248,7 @@ def test_what_makes_tensors_alike(guards: bool, monkeypatch: pytest.MonkeyPatch)
         moved[1].data = torch.arange(36.0).view(6, 6).mT
         assert not check(moved)
         wrapped = [Parameter(TwoTensor(torch.zeros(4), torch.zeros(4))) for _ in range(2)]
-        assert _buckets.alike(wrapped[:1])(wrapped[1:])
+        assert _caller.alike(wrapped[:1])(wrapped[1:])
 
 
 @each_optimizer

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 
 from singlepass._ops import OPS, Op
+from singlepass._ops.optim import StepOp
 
 from .build import MODULE_FOLDER, build, build_counting
 
@@ -33,7 +34,9 @@ def _define(name: str) -> torch.library.Library:
     path = library(name)  # may skip the test
     defined = torch.library.Library(f"singlepass_{name}", "DEF")
     for op in OPS.values():
-        defined.define(str(op.overload._schema).partition("::")[2], tags=tuple(op.overload.tags))
+        for overload_name in op.overload.overloadpacket.overloads():
+            declared = getattr(op.overload.overloadpacket, overload_name)
+            defined.define(str(declared._schema).partition("::")[2], tags=tuple(declared.tags))
         defined.impl(op.name, op.on("eager"), "CompositeExplicitAutograd")  # as in the package
     torch.ops.load_library(path)
     return defined
@@ -49,5 +52,8 @@ def overload(op: Op, name: str = "simt") -> Callable[..., Any]:
 def in_place_of_native() -> Iterator[None]:
     """Native implementations are these, as on a GPU they would be CUDA's."""
     find = Op.on
-    with mock.patch.object(Op, "on", lambda op, backend: overload(op) if backend == "native" else find(op, backend)):
+    with (
+        mock.patch.object(Op, "on", lambda op, backend: overload(op) if backend == "native" else find(op, backend)),
+        mock.patch.object(StepOp, "at", lambda op: overload(op).overloadpacket.at),
+    ):
         yield

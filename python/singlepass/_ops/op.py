@@ -67,7 +67,7 @@ class Op:
         self.family, self.used_by, self.dtypes = family, used_by, dtypes
         self.typed, self.has_triton = typed, has_triton
         self.__doc__ = f"{schema}\n\n{doc}"
-        _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
+        define(schema)
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _no_results, lib=_library)
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._functions: dict[str, Callable[..., Any]] = {"native": self.overload}
@@ -159,6 +159,10 @@ class Op:
                 return backend
             reasons.append(f"{backend}: {reason}")
         raise AssertionError("eager runs everywhere")
+
+
+def define(schema: str) -> None:
+    _library.define(schema, tags=(torch.Tag.needs_exact_strides,))
 
 
 def bind() -> None:

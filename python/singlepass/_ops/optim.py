@@ -17,6 +17,16 @@ hyperparameters and what all rules share by keyword. Lists have one tensor per p
 * ``grad_scale``: float32, 0-dim or of one element, on the parameters' device; gradients are divided by it.
 * ``found_inf``: likewise; where it is not zero the step changes nothing, the counters included.
 
+Native steps can also be called by addresses (:meth:`StepOp.at`), which costs the host far less than lists of tensors:
+
+* ``like``: any of the parameters, for its device.
+* ``layout``: int64, contiguous, (4, parameters), on the CPU: elements; ``ids``; ``offsets``; and dtypes, a byte for
+  each of param, grad and states from the lowest on: 0 float32, 1 bfloat16, 2 float16. All lists have one memory order.
+* ``tensors``: where the addresses stand, list after list as above, scales and steps included; ``lists`` says how many
+  lists there are. With a ``reader``, the address of a C function ``void*(void*)``, what it makes addresses of.
+
+Whoever calls it answers for what stands there.
+
 Rules with norms of whole tensors can make their two passes apart, so that norms of shards are added up in between:
 
 * ``phase``: 0 for a whole step, 1 for the norm pass alone, 2 for the update alone, which counts the step.
@@ -27,13 +37,13 @@ Rules with norms of whole tensors can make their two passes apart, so that norms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .._errors import require
-from .op import Op
+from .op import Op, define
 
 RULES: dict[str, StepOp] = {}  # by the rule's name
 
@@ -66,17 +76,27 @@ class StepOp(Op):
         self.lists = states + ((scale,) if scale else ())  # between grads and steps
         self.hyper = {name: kind for kind, name in map(str.split, hyper.split(","))}  # "float" or "bool", by name
         lists = "".join(f"Tensor({'bcde'[k]}!)[] {name}, " for k, name in enumerate(states))
+        scaling = "Tensor? grad_scale=None, Tensor? found_inf=None"
+        scaling += ", Tensor(g!)? norms=None, int phase=0" if has_norms else ""
         super().__init__(
             "optim",
             f"{rule}_step_(Tensor(a!)[] params, Tensor[] grads, {lists}{f'Tensor[] {scale}, ' if scale else ''}"
             f"Tensor(f!)[] steps, Tensor lr, *, {hyper}, bool maximize=False, int? seed=None, int[] ids=[], "
-            "int[] offsets=[], Tensor? grad_scale=None, Tensor? found_inf=None"
-            f"{', Tensor(g!)? norms=None, int phase=0' if has_norms else ''}) -> ()",
+            f"int[] offsets=[], {scaling}) -> ()",
             None,
             f"One step of {used_by} over lists of tensors, in place.",
             used_by=used_by,
         )
+        define(
+            f"{self.name}.at(Tensor(a!) like, Tensor layout, Tensor lr, *, int tensors, int lists, {hyper}, "
+            f"int reader=0, bool maximize=False, int? seed=None, {scaling}) -> ()"
+        )
         RULES[rule] = self
+
+    def at(self) -> Callable[..., None]:
+        """The native step that takes addresses in the place of lists."""
+        overload: Callable[..., None] = self.overload.overloadpacket.at
+        return overload
 
     def check_shards(
         self, params: Sequence[Tensor], seed: int | None, offsets: Sequence[int], norms: Tensor | None, phase: int

@@ -294,44 +294,51 @@ class FusedOptimizer(Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        states = [self._state_of(p, group, names) for p in bucket.owners]
+        states = self._states_of(bucket, group, names)
         grad_scale, found_inf = to_device(grad_scale, bucket.device), to_device(found_inf, bucket.device)
         scaling = {"grad_scale": grad_scale, "found_inf": found_inf}
-        self._run(bucket, group, names, states, hyper | {"maximize": group["maximize"]} | scaling)
+        self._run(bucket, group, states, hyper | {"maximize": group["maximize"]} | scaling)
         if not torch.compiler.is_compiling():
             # Kernels write behind autograd's back: a graph that still needs the old values must notice.
             torch.autograd.graph.increment_version(bucket.owners)
 
     def _run(
-        self,
-        bucket: Bucket,
-        group: dict[str, Any],
-        names: tuple[str, ...],
-        states: list[dict[str, Any]],
-        options: dict[str, Any],
+        self, bucket: Bucket, group: dict[str, Any], states: dict[str, list[Tensor]], options: dict[str, Any]
     ) -> None:
         """Calls the op of the bucket's role."""
-        lists = [[s[name] for s in states] if name in names else [] for name in self.rule.states]
+        lists = [states.get(name, []) for name in self.rule.states]
         if bucket.has_parts:
             lists = [list(map(local, values)) for values in lists]
         if self.rule.scale is not None:
-            lists.append([s[self.rule.scale] for s in states])
+            lists.append(states[self.rule.scale])
+        lists = [bucket.params, bucket.grads, *lists, states.get("step", [])]
         stochastic = group["stochastic_rounding"]
-        self.rule.on(bucket.backend)(
-            bucket.params,
-            bucket.grads,
-            *lists,
-            [s["step"] for s in states] if self._has_step(group) else [],
-            self._lr(group, bucket.device),
-            seed=group["seed"] if stochastic else None,
-            ids=bucket.ids if stochastic else [],
-            offsets=bucket.offsets if stochastic else [],
-            **options,
-        )
+        options["seed"] = group["seed"] if stochastic else None
+        options["ids"] = bucket.ids if stochastic else []
+        options["offsets"] = bucket.offsets if stochastic else []
+        lr = self._lr(group, bucket.device)
+        if bucket.caller is None:
+            self.rule.on(bucket.backend)(*lists, lr, **options)
+        else:
+            bucket.caller.step(self.rule, lists, lr, **options)
 
     def _has_step(self, group: dict[str, Any]) -> bool:
         """Whether the op counts steps, for its rule or for what it draws."""
         return self.rule.counts or group["stochastic_rounding"]
+
+    def _states_of(self, bucket: Bucket, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, list[Tensor]]:
+        """The states of a bucket's parameters by name, with what is missing made."""
+        keys = names if self.rule.scale is None else (*names, self.rule.scale)
+        if self._has_step(group):
+            keys = (*keys, "step")
+        if not torch.compiler.is_compiling():
+            states = [self.state[p] for p in bucket.owners]
+            try:
+                return {key: [state[key] for state in states] for key in keys}
+            except KeyError:
+                pass
+        states = [self._state_of(p, group, names) for p in bucket.owners]
+        return {key: [state[key] for state in states] for key in keys}
 
     def _state_of(self, p: Tensor, group: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         """The parameter's state, with what is missing made."""

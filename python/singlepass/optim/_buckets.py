@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +11,12 @@ from torch import Tensor
 
 from .._errors import message, require
 from .._ops import requested
+from ._caller import Caller, Check, alike
 from ._checks import check_parameter
 from ._shards import check_placed_alike, has_shards, local, offset_of, specs
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
-
-# torch.compile's own check of its inputs: four times as fast as the same in Python, but not a public name.
-TensorGuards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-TensorGuards = getattr(TensorGuards, "TensorGuards", None)
-
-Check = Callable[[list[Tensor]], bool]
 
 
 @dataclass
@@ -34,6 +28,7 @@ class Bucket:
     device: torch.device
     role: str  # not empty for parameters that a subclass steps in another way
     has_parts: bool = False  # whether some of the parameters are DTensors
+    caller: Caller | None = None  # of a native op, in every step; None in a compiled one
     positions: list[int] = field(default_factory=list)  # among the group's parameters that have gradients
     ids: list[int] = field(default_factory=list)  # positions in the optimizer
     offsets: list[int] = field(default_factory=list)  # of this rank's parts, by which elements draw random numbers
@@ -46,8 +41,8 @@ class Sorter:
     """Makes the buckets of each step, and remembers how each group was sorted in the last one.
 
     What is remembered holds no tensor, so that nothing outlives its step here, and is used again only if all that it
-    was derived from is as it was: which parameters there are, their types, dtypes, devices and layouts, their
-    gradients' dtypes and layouts, and the backend that is asked for. Groups may be edited in any way between steps.
+    was derived from is as it was: which parameters there are, their and their gradients' types, dtypes, devices, shapes
+    and strides, and the backend that is asked for. Groups may be edited in any way between steps.
     """
 
     def __init__(self) -> None:
@@ -68,24 +63,18 @@ class Sorter:
         if torch.compiler.is_compiling():  # the compiler's guards take the place of ours
             self.has_sorted = True
             return _sorted(optimizer, group, owners, grads, first_id, present, backend)
-        kinds = [type(g) for g in grads]
         params, parts, placed = owners, grads, None
-        if any(map(has_shards, set(kinds))):
+        if any(map(has_shards, set(map(type, grads)))):
             params, parts, placed = list(map(local, owners)), list(map(local, grads)), specs((*owners, *grads))
-        facts = (
-            [id(p) for p in owners],
-            kinds,
-            placed,
-            [g.dtype for g in parts],
-            [g.layout for g in parts],
-            (present, first_id, backend, group["stochastic_rounding"]),
-        )
+        facts = (list(map(id, owners)), placed, (present, first_id, backend, group["stochastic_rounding"]))
         known, are_alike, buckets = self._known.get(index, (None, alike([]), []))
-        if known != facts or not are_alike(params):
+        if known != facts or not are_alike([*params, *parts]):
             self.has_sorted = True
             buckets = _sorted(optimizer, group, owners, grads, first_id, present, backend)
+            for bucket in buckets:
+                bucket.caller = Caller() if bucket.backend == "native" else None
             templates = [replace(bucket, owners=[], params=[], grads=[]) for bucket in buckets]
-            self._known[index] = facts, alike(params), templates
+            self._known[index] = facts, alike([*params, *parts]), templates
             return buckets
         if len(buckets) == 1:
             return [replace(buckets[0], owners=list(owners), params=list(params), grads=parts)]
@@ -129,19 +118,6 @@ def _sorted(
         bucket.grads.append(g)
         optimizer._follow(owner)
     return list(buckets.values())
-
-
-def alike(tensors: list[Tensor]) -> Check:
-    """A check whether tensors have the types, dtypes, devices, sizes and strides of these, without holding these."""
-    if TensorGuards is not None:
-        guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        return lambda others: bool(guards.check(*others))
-
-    def facts(some: list[Tensor]) -> list[tuple[Any, ...]]:
-        return [(type(t), t.dtype, t.device, t.shape, t.stride()) for t in some]
-
-    expected = facts(tensors)
-    return lambda others: facts(others) == expected
 
 
 def _check_gradient(where: str, p: Tensor, g: Tensor) -> None:

@@ -325,19 +325,20 @@ class SST(AdamW):
         super()._step_bucket(bucket, group, names, hyper, grad_scale, found_inf)
 
     def _run(
-        self,
-        bucket: Bucket,
-        group: dict[str, Any],
-        names: tuple[str, ...],
-        states: list[dict[str, Any]],
-        options: dict[str, Any],
+        self, bucket: Bucket, group: dict[str, Any], states: dict[str, list[Tensor]], options: dict[str, Any]
     ) -> None:
         if not bucket.role:
-            super()._run(bucket, group, names, states, options)
+            super()._run(bucket, group, states, options)
             return
-        lists = ([state[name] for state in states] for name in (*names, "step"))
         step = self._op(bucket.role).on(bucket.backend)
-        step(bucket.params, bucket.grads, *lists, self._lr(group, bucket.device), project=self.project, **options)
+        step(
+            bucket.params,
+            bucket.grads,
+            *states.values(),
+            self._lr(group, bucket.device),
+            project=self.project,
+            **options,
+        )
 
     def _end_round(self) -> None:
         """Decomposes again what has drifted."""
