@@ -110,6 +110,22 @@ def test_a_mask_is_not_taken_for_what_it_was() -> None:
     assert error(both_ways, want) > 0.1
 
 
+@pytest.mark.parametrize("implementation", ["singlepass", "sdpa"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_another_prompt_without_reset(implementation: str, batch: int) -> None:
+    """``generate`` takes the tokens of a short prompt for those that the cache holds, and has none left."""
+    model = build()
+    model.set_attn_implementation(implementation)
+    cache = ZipCache(model.config)
+    greedy(model, prompt(1, 30), 4, cache=cache)
+    held, other = cache.get_seq_length(), prompt(batch, 12)
+    with pytest.raises(ValueError, match=rf"^ZipCache: expected new tokens; got none after the {held} "):
+        greedy(model, other, 4, cache=cache, attention_mask=torch.ones_like(other))
+    assert cache.get_seq_length() == held
+    cache.reset()
+    greedy(model, other, 4, cache=cache, attention_mask=torch.ones_like(other))
+
+
 def test_wrong_attention() -> None:
     """Tokens that the attention function never got are missed at the next update, not lost silently."""
     model = build()

@@ -258,7 +258,9 @@ class CompressedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.inner._planned:
             return query_length, _PLANNED  # sizes stay the same, and no mask is made of them
-        return self.get_seq_length() + query_length, 0
+        held, remedy = self.get_seq_length(), "Pass the whole conversation, or call reset() before another."
+        require(query_length > 0, self._shared.where, "new tokens", f"none after the {held} that it holds", remedy)
+        return held + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
