@@ -201,7 +201,9 @@ def kat_from_vit(
     op = "kat_from_vit"
     found = _find(model)
     contract = "a model with MLPs of two linear layers around an activation and no gate, as timm and transformers build"
-    require(len(found) > 0, op, contract, type(model).__name__, "Put singlepass.nn.KATMLP in place of its MLPs.")
+    done = any(isinstance(module, KATMLP | KATIntermediate) for module in model.modules())
+    remedy = "It has been converted already." if done else "Put singlepass.nn.KATMLP in place of its MLPs."
+    require(len(found) > 0, op, contract, type(model).__name__, remedy)
     replaced = ((e.name, m) for e in found for m in (e.module, e.parts.fc1, e.parts.fc2) if m and not _stays(m))
     require_own_calls(op, replaced)
     made = []
