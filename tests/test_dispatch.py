@@ -124,6 +124,8 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OP.rejection("native", "cuda") == "not built"
     assert OP.rejection("triton", "cuda") == "triton is not installed"
     assert OPS["stream_"].rejection("triton", "cuda") == "there is no Triton kernel for this op"
+    everywhere = {op.rejection("triton", "cpu") for op in OPS.values()}  # one line of `singlepass info`, not two
+    assert everywhere == {"Triton kernels run on cuda, not on cpu"}
     assert OP.rejection("eager", "anything") is None
 
 

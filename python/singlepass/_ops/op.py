@@ -140,11 +140,11 @@ class Op:
             if not _native.has_kernel(self.name, device_type):
                 return f"the native library for {device_type} has no kernel for this op"
             return None
-        if not self.has_triton:
-            return "there is no Triton kernel for this op"
         interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
         if device_type != "cuda" and not interpreted:
             return f"Triton kernels run on cuda, not on {device_type}"
+        if not self.has_triton:
+            return "there is no Triton kernel for this op"
         return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
     def _first_usable(self, device_type: str, dtypes: Collection[torch.dtype]) -> str:
