@@ -298,7 +298,7 @@ def test_lorentz_layers_are_not_merged() -> None:
 
 def test_bad_conversions_leave_the_model_alone() -> None:
     for arguments, text in (
-        ({"rank": 17}, "convert: .*: expected a rank from 1 to 16"),
+        ({"rank": 17}, "convert: layer .*: expected a rank from 1 to 16"),
         ({"rank": 2, "skip": ["*"]}, "convert: expected torch.nn.Linear or Conv1D layers inside the model"),
         ({"rank": 2, "gradient": "x"}, "gradient among"),
         ({"rank": 2, "backend": "x"}, "backend among"),
@@ -310,7 +310,7 @@ def test_bad_conversions_leave_the_model_alone() -> None:
         assert not spectral_names(model)
     model = Model()
     model.shared.weight.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="convert: shared: expected a finite weight"):
+    with pytest.raises(ValueError, match="convert: layer shared: expected a finite weight"):
         convert(model, 2)
     assert not spectral_names(model)
     with pytest.raises(ValueError, match="merge: expected a model with SSTLinear layers"):

@@ -104,9 +104,9 @@ def convert(
     layers: dict[int, SSTLinear] = {}
     for name, _, _, module in found:
         linear = linears[id(module)]
-        rank_of(f"{where}: {name}", rank, min(linear.in_features, linear.out_features))
+        rank_of(f"{where}: layer {name}", rank, min(linear.in_features, linear.out_features))
         finite = bool(linear.weight.isfinite().all())
-        require(finite, f"{where}: {name}", "a finite weight", "infinities or NaNs", "Mend the weight first.")
+        require(finite, f"{where}: layer {name}", "a finite weight", "infinities or NaNs", "Mend the weight first.")
     for key, linear in linears.items():
         layers[key] = SSTLinear.from_linear(
             linear, rank, frozen_dtype=frozen_dtype, gradient=gradient, evaluation=evaluation, backend=backend
