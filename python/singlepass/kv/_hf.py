@@ -39,8 +39,8 @@ class ZipCache(CompressedCache):
     Args:
         config: ``model.config`` itself: through it the cache sees which attention runs.
         salient_ratio: fraction of the tokens compressed together that are kept in ``salient_bits``.
-        salient_bits, regular_bits, codec, window: of every :class:`ZipCacheLayer`. Scale and softcap are the model's.
-        recent_probes, random_probes, max_probes, normalization, seed, backend: of every :class:`ZipCacheLayer`.
+        salient_bits, regular_bits, codec, window: see :class:`ZipCacheLayer`. Scale and softcap are the model's.
+        recent_probes, random_probes, max_probes, normalization, seed, backend: see :class:`ZipCacheLayer`.
         compress_sliding: whether layers with sliding windows are compressed too, for models with large ones (Mistral,
             Phi-3: up to 4,096 tokens).
         max_tokens: reserves room for so many tokens of each sequence, and lets steps be :meth:`planned`, so that they

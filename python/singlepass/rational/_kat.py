@@ -44,7 +44,7 @@ class GRKAN(nn.Module):
 
     Args:
         in_features, out_features, bias: of the linear layer.
-        groups, init, form, degrees, dropout, numerator_groups, denominator_groups, backend: of :class:`GroupRational`.
+        groups, init, form, degrees, dropout, numerator_groups, denominator_groups, backend: see :class:`GroupRational`.
         device, dtype: of all parameters; without dtype, coefficients are float32.
 
     Shapes: (..., in_features) to (..., out_features).
