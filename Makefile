@@ -34,6 +34,7 @@ PYTEST_RUN = OMP_NUM_THREADS=1 CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) TRITON_CACHE_D
   python -m pytest -n $(JOBS) --dist loadgroup --durations 10
 
 help:
+	@echo 'make setup        what all others begin with: .venv, and the package built into it'
 	@echo 'make test         check the style, build, and run the tests of every day: minutes (PYTEST="-k lion" chooses)'
 	@echo 'make test-deep    what takes longer: sanitizers, cubins of all architectures, long property runs'
 	@echo 'make test-release what is run by hand before a release: other torches, clean environments; downloads gigabytes'
