@@ -11,15 +11,26 @@ namespace singlepass {
 
 inline constexpr int kVector = 8;
 
-// How a block divides elements into vectors: eight neighbours for each lane or, spread, two runs of four, the second as
-// far behind the first as the first ones of a warp reach. For float32, whose vectors are two accesses each: spread, the
-// lanes of a warp are neighbours in both, which then touch half as many sectors, and only whole warps have vectors.
+// How a run of elements divides into vectors: eight neighbours each or, spread, four of the run's first half and the
+// four that stand as far into the second. For float32, whose vectors are two accesses each: spread, the lanes of a warp
+// are neighbours in both, which then touch half as many sectors.
 struct Vectors {
   bool spread;
+  int64_t run = kWarp * kVector;  // a row, or what else a vector may not leave; without such, a warp's vectors
 
-  SINGLEPASS_HD constexpr int apart() const { return spread ? kWarp * kVector / 2 : kVector / 2; }
+  // From one vector of a run to the next.
+  SINGLEPASS_HD constexpr int step() const { return spread ? kVector / 2 : kVector; }
 
-  // The elements that vectors take are a multiple of this.
+  // Vectors of a run begin before this.
+  SINGLEPASS_HD constexpr int64_t end() const { return spread ? run / 2 : run; }
+
+  // From the first to the second four of a vector.
+  SINGLEPASS_HD constexpr int64_t apart() const { return spread ? run / 2 : kVector / 2; }
+
+  // From the first to the k-th element of a vector.
+  SINGLEPASS_HD constexpr int64_t offset(int k) const { return k < kVector / 2 ? k : k - kVector / 2 + apart(); }
+
+  // Where whole warps go through many runs: the elements that vectors take are a multiple of this.
   SINGLEPASS_HD constexpr int unit() const { return spread ? kWarp * kVector : kVector; }
 
   // Where the thread's first vector begins. The next begins blockDim.x * kVector elements further on.
@@ -44,10 +55,10 @@ __device__ __forceinline__ void store_four(const uint32_t* bits, char* address) 
   *reinterpret_cast<uint4*>(address) = {bits[0], bits[1], bits[2], bits[3]};
 }
 
-// apart: from the first to the second run of four of a vector of float32.
+// apart: Vectors::apart() of float32.
 template <int kWidth>
 __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, Raw<kWidth>& raw,
-                                     int apart = kVector / 2) {
+                                     int64_t apart = kVector / 2) {
   const char* address = global_memory(static_cast<const char*>(base) + i * size_of(dtype));
   if constexpr (kWidth == 1) {
     raw.bits[0] = dtype == DType::kFloat32 ? *reinterpret_cast<const uint32_t*>(address)
@@ -60,7 +71,7 @@ __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, R
 
 template <int kWidth>
 __device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void* base, int64_t i,
-                                      int apart = kVector / 2) {
+                                      int64_t apart = kVector / 2) {
   char* address = global_memory(static_cast<char*>(base) + i * size_of(dtype));
   if constexpr (kWidth == 1) {
     if (dtype == DType::kFloat32) {

@@ -13,15 +13,18 @@
 // If channels are neighbours in memory (inner = 1), a thread block covers a tile of columns: whole groups, or a part of
 // one. A thread keeps its column, a vector of channels of one group, and goes down the rows (the outer dimension).
 // Otherwise a thread block covers one channel, and its threads go through the channel's planes (the inner dimension).
+// So a run of elements that divides into vectors is a group's channels, or a plane.
 namespace singlepass::rational {
 
 struct Grid {
   int width;          // elements of a vector
+  int step;           // elements from one vector of a run to the next
   int columns, rows;  // of a thread block: thread t has column t % columns and row t / columns
   int threads;        // columns * rows, rounded up to whole warps
   bool planes;
   int groups_per_tile;    // groups that a thread block covers
   int span;               // columns of a thread block that belong to one group
+  int64_t run;            // elements of a run
   int64_t group_vectors;  // inner = 1: vectors of a group in a row
   int64_t parts;          // tiles that share a group
   int64_t tiles;          // thread blocks side by side, which together cover all channels
@@ -47,10 +50,17 @@ inline bool fits_vectors(const Problem& p) {
   return std::all_of(std::begin(views), std::end(views), [&](const View& view) { return fits_vectors(p, view); });
 }
 
+// Whether vectors are spread over their runs.
+SINGLEPASS_HD constexpr bool spreads(DType dtype, int width) {
+  return width == kVector && dtype == DType::kFloat32;
+}
+
 inline Grid make_grid(const Problem& p, int width, const LaunchShape& shape) {
   Grid g = {};
   g.width = width;
   g.planes = p.inner != 1;
+  g.run = g.planes ? p.inner : p.group_size();
+  g.step = width == 1 ? 1 : Vectors{spreads(p.dtype, width)}.step();
   g.groups_per_tile = 1;
   g.columns = 1;
   if (g.planes) {

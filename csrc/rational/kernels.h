@@ -15,9 +15,11 @@ struct Variant {
   static constexpr Form form = kForm;
   static constexpr int M = kM, N = kN, width = kWidth;
   static constexpr bool fused = kFused;
+  static constexpr bool spread = kDType >= 0 && spreads(static_cast<DType>(kDType), kWidth);
   __device__ __forceinline__ static DType dtype(const Problem& p) {
     return kDType < 0 ? p.dtype : static_cast<DType>(kDType);
   }
+  __device__ __forceinline__ static Vectors vectors(const Grid& g) { return {spread, g.run}; }
 };
 
 // A thread's place in the grid: the first channel of its vector, the group of this channel, and the items (vectors
@@ -44,7 +46,7 @@ struct Place {
       part = tile % g.parts;
       group = first_group + column / g.span;
       const int64_t vector = part * g.columns + column % g.span;
-      channel = (group * g.group_vectors + vector) * g.width;
+      channel = group * g.run + vector * g.step;
       active = active && group < p.groups() && vector < g.group_vectors;
     }
     item = static_cast<int64_t>(blockIdx.y) * g.rows + row;
@@ -58,7 +60,7 @@ struct Item {
 
   __device__ __forceinline__ Item(const Grid& g, const Place& place, int64_t item) : channel(place.channel) {
     outer = g.planes ? item / g.plane_vectors : item;
-    inner = g.planes ? (item - outer * g.plane_vectors) * g.width : 0;
+    inner = g.planes ? (item - outer * g.plane_vectors) * g.step : 0;
   }
   __device__ __forceinline__ int64_t offset(const View& view) const {
     return outer * view.outer_stride + channel * view.channel_stride + inner;
@@ -69,15 +71,18 @@ struct Item {
 };
 
 template <class V>
-__device__ __forceinline__ void read(const Problem& p, const View& view, const Item& item, float* values) {
+__device__ __forceinline__ void read(const Problem& p, const Grid& g, const View& view, const Item& item,
+                                     float* values) {
   Raw<V::width> raw;
-  load(view.data, V::dtype(p), item.offset(view), raw);
+  load(view.data, V::dtype(p), item.offset(view), raw, V::vectors(g).apart());
   decode(raw, V::dtype(p), values);
 }
 
 template <class V>
-__device__ __forceinline__ void write(const Problem& p, const View& view, const Item& item, const float* values) {
-  store(encode_any_nan<V::width>(values, V::dtype(p)), V::dtype(p), view.data, item.offset(view));
+__device__ __forceinline__ void write(const Problem& p, const Grid& g, const View& view, const Item& item,
+                                      const float* values) {
+  store(encode_any_nan<V::width>(values, V::dtype(p)), V::dtype(p), view.data, item.offset(view),
+        V::vectors(g).apart());
 }
 
 // Loads the bias of the thread's channels; 0 without a bias. A vector along a plane has a single channel.
@@ -86,22 +91,35 @@ __device__ __forceinline__ void read_bias(const Problem& p, const Grid& g, const
 #pragma unroll
   for (int k = 0; k < V::width; ++k) {
     const bool present = V::fused && place.active && p.bias.data != nullptr;
-    bias[k] = present ? table_entry(p.bias, 0, place.channel + (g.planes ? 0 : k)) : 0.0f;
+    bias[k] = present ? table_entry(p.bias, 0, place.channel + (g.planes ? 0 : V::vectors(g).offset(k))) : 0.0f;
   }
 }
 
-// Draws the dropout factors (0 or the scale) of the vector that begins at `element`. Eight elements share one block of
+// Draws the dropout factors (0 or the scale) of kCount neighbours from `element` on. Eight elements share one block of
 // Philox: element i takes 16 bits, half i % 2 of word i % 8 / 2.
-template <class V>
+template <int kCount>
 __device__ __forceinline__ void draw_factors(const Dropout& dropout, uint64_t element, float* factors) {
   const Philox4 random = philox4x32(dropout.seed, element / kVector, 0);
 #pragma unroll
-  for (int k = 0; k < V::width; ++k) {
-    const int lane = V::width == 1 ? static_cast<int>(element % kVector) : k;
+  for (int k = 0; k < kCount; ++k) {
+    const int lane = k + (kCount == kVector ? 0 : static_cast<int>(element % kVector));
     const uint32_t low = lane < 2 ? random.word[0] : random.word[1];
     const uint32_t high = lane < 6 ? random.word[2] : random.word[3];
     const uint32_t word = lane < 4 ? low : high;
     factors[k] = (lane % 2 == 0 ? word & 0xffffu : word >> 16) < dropout.threshold ? 0.0f : dropout.scale;
+  }
+}
+
+// Those of a vector.
+template <class V>
+__device__ __forceinline__ void draw_factors(const Dropout& dropout, const Problem& p, const Grid& g, const Item& item,
+                                             float* factors) {
+  const uint64_t element = item.element(p);
+  if constexpr (V::spread) {
+    draw_factors<kVector / 2>(dropout, element, factors);
+    draw_factors<kVector / 2>(dropout, element + V::vectors(g).apart(), factors + kVector / 2);
+  } else {
+    draw_factors<V::width>(dropout, element, factors);
   }
 }
 
@@ -135,9 +153,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, cons
   for (int64_t i = place.item; i < g.items; i += place.stride) {
     const Item item(g, place, i);
     float x[V::width], gate[V::width], y[V::width];
-    read<V>(p, p.x, item, x);
+    read<V>(p, g, p.x, item, x);
     const bool gated = V::fused && p.gate.data != nullptr;
-    if (gated) read<V>(p, p.gate, item, gate);
+    if (gated) read<V>(p, g, p.gate, item, gate);
 #pragma unroll
     for (int k = 0; k < V::width; ++k) {
       const float z = V::fused && p.bias.data != nullptr ? x[k] + bias[k] : x[k];
@@ -145,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, cons
     }
     if (V::fused && dropout.threshold > 0) {
       float factors[V::width];
-      draw_factors<V>(dropout, item.element(p), factors);
+      draw_factors<V>(dropout, p, g, item, factors);
 #pragma unroll
       for (int k = 0; k < V::width; ++k) y[k] = keep(y[k], factors[k]);
     }
@@ -153,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, cons
 #pragma unroll
       for (int k = 0; k < V::width; ++k) y[k] *= gate[k];
     }
-    write<V>(p, p.y, item, y);
+    write<V>(p, g, p.y, item, y);
   }
 }
 
@@ -206,7 +224,7 @@ __device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place,
   for (int k = 0; k < V::width; ++k) {
     double sum = 0.0;
     for (int r = 0; r < g.rows; ++r) sum += block.value[k][r * g.columns + place.column];
-    row[place.channel + k] = sum;
+    row[place.channel + V::vectors(g).offset(k)] = sum;
   }
 }
 
@@ -228,27 +246,27 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
   for (int64_t i = place.active ? place.item : g.items; i < g.items; i += place.stride) {
     const Item item(g, place, i);
     float x[V::width], grad[V::width], grad_x[V::width];
-    read<V>(p, p.x, item, x);
-    read<V>(p, p.grad, item, grad);
+    read<V>(p, g, p.x, item, x);
+    read<V>(p, g, p.grad, item, grad);
     if (V::fused && p.bias.data != nullptr) {
 #pragma unroll
       for (int k = 0; k < V::width; ++k) x[k] += bias[k];
     }
     if (V::fused && dropout.threshold > 0) {
       float factors[V::width];
-      draw_factors<V>(dropout, item.element(p), factors);
+      draw_factors<V>(dropout, p, g, item, factors);
 #pragma unroll
       for (int k = 0; k < V::width; ++k) grad[k] = keep(grad[k], factors[k]);
     }
     if (V::fused && p.gate.data != nullptr) {
       float gate[V::width], grad_gate[V::width];
-      read<V>(p, p.gate, item, gate);
+      read<V>(p, g, p.gate, item, gate);
 #pragma unroll
       for (int k = 0; k < V::width; ++k) {
         grad_gate[k] = grad[k] * evaluate<V>(c, x[k], dropout.seed, item.element(p) + k);
         grad[k] *= gate[k];
       }
-      write<V>(p, p.grad_gate, item, grad_gate);
+      write<V>(p, g, p.grad_gate, item, grad_gate);
     }
     // Each vector is summed by itself before it is added to the thread's sums: shorter chains of additions round less.
     Sums<float, V::M, V::N> own = {};
@@ -265,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
     for (int k = 0; k <= V::M; ++k) sums.a[k] += own.a[k];
 #pragma unroll
     for (int k = 0; k <= V::N; ++k) sums.b[k] += own.b[k];
-    write<V>(p, p.grad_x, item, grad_x);
+    write<V>(p, g, p.grad_x, item, grad_x);
   }
 
   // Stage 2: sums over the thread block, through shared memory.

@@ -10,6 +10,8 @@ template <int kDType>
 struct Variant {
   static constexpr int width = kDType < 0 ? 1 : kVector;
   static constexpr int bytes = kDType > 0 ? 2 : 4;  // of an element, at most
+  static constexpr bool spread = kDType == 0;
+  static constexpr int step = width == 1 ? 1 : Vectors{spread}.step();  // from one vector of a run to the next
   __device__ __forceinline__ static DType dtype(DType stored) {
     return kDType < 0 ? stored : static_cast<DType>(kDType);
   }

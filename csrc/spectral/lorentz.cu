@@ -22,21 +22,25 @@ template <class V, bool kBackward>
 class Row {
  public:
   __device__ __forceinline__ Row(const Lorentz& p, int64_t row)
-      : p_(p), dtype_(V::dtype(p.dtype)), begin_(row * p.columns), lane_(static_cast<int>(threadIdx.x) % kWarp) {
+      : p_(p),
+        dtype_(V::dtype(p.dtype)),
+        vectors_{V::spread, p.columns},
+        begin_(row * p.columns),
+        lane_(static_cast<int>(threadIdx.x) % kWarp) {
 #pragma unroll
     for (int v = 0; v < kHeld; ++v) {
-      if (element(v) < p.columns) read(element(v), z_[v], grad_[kBackward ? v : 0]);
+      if (element(v) < vectors_.end()) read(element(v), z_[v], grad_[kBackward ? v : 0]);
     }
   }
 
-  // Calls body(i, z, grad) for the lane's elements, V::width neighbours from element i on at a time.
+  // Calls body(i, z, grad) for the lane's elements, a vector that begins at element i at a time.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
 #pragma unroll
     for (int v = 0; v < kHeld; ++v) {
-      if (element(v) < p_.columns) give(element(v), z_[v], grad_[kBackward ? v : 0], body);
+      if (element(v) < vectors_.end()) give(element(v), z_[v], grad_[kBackward ? v : 0], body);
     }
-    for (int64_t i = element(kHeld); i < p_.columns; i += kWarp * V::width) {
+    for (int64_t i = element(kHeld); i < vectors_.end(); i += kWarp * V::step) {
       Raw<V::width> z, grad;
       read(i, z, grad);
       give(i, z, grad, body);
@@ -53,17 +57,17 @@ class Row {
   }
 
   __device__ __forceinline__ void write(int64_t i, const float* values) const {
-    store(encode_any_nan<V::width>(values, dtype_), dtype_, p_.out, begin_ + i);
+    store(encode_any_nan<V::width>(values, dtype_), dtype_, p_.out, begin_ + i, vectors_.apart());
   }
 
  private:
   static constexpr int kHeld = kHeldByLane / V::width;
 
-  __device__ __forceinline__ int64_t element(int v) const { return (v * kWarp + lane_) * V::width; }
+  __device__ __forceinline__ int64_t element(int v) const { return (v * kWarp + lane_) * V::step; }
 
   __device__ __forceinline__ void read(int64_t i, Raw<V::width>& z, Raw<V::width>& grad) const {
-    load(p_.z, dtype_, begin_ + i, z);
-    if constexpr (kBackward) load(p_.grad, dtype_, begin_ + i, grad);
+    load(p_.z, dtype_, begin_ + i, z, vectors_.apart());
+    if constexpr (kBackward) load(p_.grad, dtype_, begin_ + i, grad, vectors_.apart());
   }
 
   template <class Body>
@@ -77,6 +81,7 @@ class Row {
 
   const Lorentz& p_;
   const DType dtype_;
+  const Vectors vectors_;
   const int64_t begin_;
   const int lane_;
   Raw<V::width> z_[kHeld], grad_[kBackward ? kHeld : 1];

@@ -21,10 +21,10 @@ struct Cut {
 };
 
 // The sums of all threads, (rows of threads, elements of a vector, columns of threads). Neighbouring threads write to
-// neighbouring banks.
-template <int kWidth>
+// neighbouring banks; what is added to a row lets half a warp read neighbouring columns of q from different ones.
+template <int kWidth, int kStep>
 struct TileSums {
-  double value[kRows][kWidth][kColumns];
+  double value[kRows][kWidth][kColumns + kWarp / 2 / kStep];
 };
 
 // Rows that a thread loads together, so that their loads are all in flight at once.
@@ -33,16 +33,16 @@ constexpr int kBatch = 8 / V::bytes;
 
 // kBatch rows of a thread: adds q * t to its sums and writes q * s.
 template <class V>
-__device__ __forceinline__ void scale_batch(const Scale& p, int64_t row, int64_t end, int64_t column, const float* s,
-                                            float* sums) {
+__device__ __forceinline__ void scale_batch(const Scale& p, const Vectors& vectors, int64_t row, int64_t end,
+                                            int64_t column, const float* s, float* sums) {
   Raw<V::width> q[kBatch<V>], t[kBatch<V>];
   const DType q_dtype = V::dtype(p.q.dtype), t_dtype = V::dtype(p.t.dtype);
 #pragma unroll
   for (int j = 0; j < kBatch<V>; ++j) {
     const int64_t r = row + j * kRows;
     if (r >= end) break;
-    load(p.q.data, q_dtype, r * p.q.stride + column, q[j]);
-    load(p.t.data, t_dtype, r * p.t.stride + column, t[j]);
+    load(p.q.data, q_dtype, r * p.q.stride + column, q[j], vectors.apart());
+    load(p.t.data, t_dtype, r * p.t.stride + column, t[j], vectors.apart());
   }
 #pragma unroll
   for (int j = 0; j < kBatch<V>; ++j) {
@@ -56,28 +56,31 @@ __device__ __forceinline__ void scale_batch(const Scale& p, int64_t row, int64_t
       sums[k] += q_values[k] * t_values[k];
       q_values[k] *= s[k];
     }
-    store(encode_any_nan<V::width>(q_values, q_dtype), q_dtype, p.q.data, r * p.q.stride + column);
+    store(encode_any_nan<V::width>(q_values, q_dtype), q_dtype, p.q.data, r * p.q.stride + column, vectors.apart());
   }
 }
 
 // Runs on a grid of (tiles of columns, stretches of rows).
 template <class V>
 __global__ void __launch_bounds__(kThreads, 2) scale_kernel(const Scale p, const Cut cut) {
-  SINGLEPASS_SHARED(TileSums<V::width>, tile);
+  using Sums = TileSums<V::width, V::step>;
+  SINGLEPASS_SHARED(Sums, tile);
   const int own_column = static_cast<int>(threadIdx.x) % kColumns, own_row = static_cast<int>(threadIdx.x) / kColumns;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kColumns * V::width, column = first + own_column * V::width;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kColumns * V::width, column = first + own_column * V::step;
+  const int64_t columns = p.values - first < kColumns * V::width ? p.values - first : kColumns * V::width;
+  const Vectors vectors = {V::spread, columns};
   const int64_t begin = blockIdx.y * cut.rows, end = begin + cut.rows < p.tokens ? begin + cut.rows : p.tokens;
   // Stage 1: each thread goes down its rows.
   double totals[V::width] = {};
-  if (column < p.values) {
+  if (own_column * V::step < vectors.end()) {
     float s[V::width];
 #pragma unroll
-    for (int k = 0; k < V::width; ++k) s[k] = p.s[column + k];
+    for (int k = 0; k < V::width; ++k) s[k] = p.s[column + vectors.offset(k)];
     for (int64_t unit = begin + own_row; unit < end; unit += kScaleRows * kRows) {
       const int64_t unit_end = unit + kScaleRows * kRows < end ? unit + kScaleRows * kRows : end;
       float sums[V::width] = {};
       for (int64_t row = unit; row < unit_end; row += kBatch<V> * kRows) {
-        scale_batch<V>(p, row, unit_end, column, s, sums);
+        scale_batch<V>(p, vectors, row, unit_end, column, s, sums);
       }
 #pragma unroll
       for (int k = 0; k < V::width; ++k) totals[k] += sums[k];
@@ -87,9 +90,12 @@ __global__ void __launch_bounds__(kThreads, 2) scale_kernel(const Scale p, const
 #pragma unroll
   for (int k = 0; k < V::width; ++k) tile.value[own_row][k][own_column] = totals[k];
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < kColumns * V::width && first + i < p.values; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < columns; i += kThreads) {
+    const int half = i >= vectors.end(), place = i - half * static_cast<int>(vectors.end());  // in a half of its own
     double sum = 0.0;
-    for (int row = 0; row < kRows; ++row) sum += tile.value[row][i % V::width][i / V::width];
+    for (int row = 0; row < kRows; ++row) {
+      sum += tile.value[row][half * V::step + place % V::step][place / V::step];
+    }
     cut.sums[blockIdx.y * p.values + first + i] = sum;
   }
 }
@@ -97,7 +103,8 @@ __global__ void __launch_bounds__(kThreads, 2) scale_kernel(const Scale p, const
 // Adds the partial sums of the stretches, for kColumns columns. Each row of threads adds every kRows-th stretch; then
 // the sums of these rows are added in their order.
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const Scale p, const Cut cut) {
-  SINGLEPASS_SHARED(TileSums<1>, tile);
+  using Sums = TileSums<1, 1>;
+  SINGLEPASS_SHARED(Sums, tile);
   const int own_column = static_cast<int>(threadIdx.x) % kColumns, own_row = static_cast<int>(threadIdx.x) / kColumns;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + own_column;
   double sum = 0.0;

@@ -6,8 +6,7 @@
 #include "spectral/swap.h"
 
 // A warp exchanges one active row with one frozen row, two blocks of kBlock columns at a time. Sixteen lanes share a
-// block, which has one factor if frozen rows are int8 codes. Each lane has eight of its columns; with vectors, these
-// are neighbours.
+// block, which has one factor if frozen rows are int8 codes. Each lane has eight of its columns: a vector, if it can.
 namespace singlepass::spectral {
 namespace {
 
@@ -26,16 +25,21 @@ struct Piece {
 template <bool kVectors>
 struct Columns {
   int64_t begin, end;  // the first column of the block, and the end of the row
+  Vectors vectors;     // of the block
+
+  __device__ __forceinline__ Columns(int64_t begin, int64_t end, bool spread)
+      : begin(begin), end(end), vectors{spread, end - begin < kBlock ? end - begin : kBlock} {}
 
   __device__ __forceinline__ int64_t at(int k) const {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    return begin + (kVectors ? lane * kVector + k : lane + k * kLanes);
+    return begin + (kVectors ? lane * vectors.step() + vectors.offset(k) : lane + k * kLanes);
   }
+  __device__ __forceinline__ bool has_vector() const { return at(0) < begin + vectors.end(); }
 
   __device__ __forceinline__ void read(const void* base, DType dtype, int64_t row, float* values) const {
     if constexpr (kVectors) {
       Raw<kVector> raw = {};
-      if (at(0) < end) load(base, dtype, row + at(0), raw);
+      if (has_vector()) load(base, dtype, row + at(0), raw, vectors.apart());
       decode(raw, dtype, values);
     } else {
 #pragma unroll
@@ -49,7 +53,7 @@ struct Columns {
 
   __device__ __forceinline__ void write(const float* values, void* base, DType dtype, int64_t row) const {
     if constexpr (kVectors) {
-      if (at(0) < end) store(encode<kVector>(values, dtype), dtype, base, row + at(0));
+      if (has_vector()) store(encode<kVector>(values, dtype), dtype, base, row + at(0), vectors.apart());
     } else {
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
@@ -61,7 +65,11 @@ struct Columns {
   __device__ __forceinline__ void read_codes(const int8_t* codes, float factor, float* values) const {
     int8_t code[kVector] = {};
     if constexpr (kVectors) {
-      if (at(0) < end) {
+      if (has_vector() && vectors.spread) {
+        const uint32_t words[2] = {*reinterpret_cast<const uint32_t*>(codes + at(0)),
+                                   *reinterpret_cast<const uint32_t*>(codes + at(kVector / 2))};
+        memcpy(code, words, sizeof(words));
+      } else if (has_vector()) {
         const uint2 words = *reinterpret_cast<const uint2*>(codes + at(0));
         memcpy(code, &words, sizeof(words));
       }
@@ -82,7 +90,12 @@ struct Columns {
     if constexpr (kVectors) {
       uint2 words;
       memcpy(&words, code, sizeof(words));
-      if (at(0) < end) *reinterpret_cast<uint2*>(codes + at(0)) = words;
+      if (has_vector() && vectors.spread) {
+        *reinterpret_cast<uint32_t*>(codes + at(0)) = words.x;
+        *reinterpret_cast<uint32_t*>(codes + at(kVector / 2)) = words.y;
+      } else if (has_vector()) {
+        *reinterpret_cast<uint2*>(codes + at(0)) = words;
+      }
     } else {
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
@@ -109,8 +122,10 @@ template <bool kVectors>
 __device__ __forceinline__ void swap_row(const Swap& pair, int64_t place, int64_t row) {
   const int64_t n = pair.columns, active = place * n, frozen = row * n;
   const int half = static_cast<int>(threadIdx.x) % kWarp / kLanes;
+  const bool spread =
+      pair.active_dtype == DType::kFloat32 && (pair.scales != nullptr || pair.frozen_dtype == DType::kFloat32);
   for (int64_t begin = 0; begin < n; begin += 2 * kBlock) {
-    const Columns<kVectors> columns = {begin + half * kBlock, n};
+    const Columns<kVectors> columns(begin + half * kBlock, n, spread);
     float leaving[kVector], coming[kVector];
     columns.read(pair.active, pair.active_dtype, active, leaving);
     if (pair.scales == nullptr) {

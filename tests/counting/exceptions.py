@@ -49,7 +49,6 @@ _PARTNERS = (
 _FIRST = "every lane asks for the first element of its row, too"
 _PROJECTS = "a row's gradient and parameter are read for their product, then for the step"
 _KEYS = "values are read for their sum, then for the key of each"
-_COLUMNS = "lanes read a tile of sums at a stride of 256 bytes"
 
 _WORDS = "a lane takes 8 bytes of each row of codes, as tensor cores do, and a token's scales are two halves"
 _TILE_LOADS = "a tile of keys is loaded, decoded and packed anew for each tile of probes"
@@ -78,7 +77,6 @@ EXCEPTIONS = (
     Excess("lars_step_: misaligned", BYTES, 1.4, _NORMS),
     Excess("lars_step_: bfloat16*", BYTES, 1.286, _NORMS),
     # Rational activations.
-    Excess("rational*: float32*", SECTORS, 2.0, _HALVES),
     Excess("rational_backward: float32", WAVEFRONTS, 1.383, _SUMS),
     Excess("rational_backward: bfloat16", WAVEFRONTS, 1.383, _SUMS),
     Excess("rational_backward: float32, fused", WAVEFRONTS, 1.27, _SUMS),
@@ -126,11 +124,6 @@ EXCEPTIONS = (
     Excess("lorentz: bfloat16", REPEATS, 1.031, _FIRST),
     Excess("lorentz_backward: float32", REPEATS, 1.021, _FIRST),
     Excess("lorentz_backward: bfloat16", REPEATS, 1.042, _FIRST),
-    Excess("spectral_scale_: float32", SECTORS, 2.0, _HALVES),
-    Excess("spectral_scale_: *", WAVEFRONTS, 4.306, _COLUMNS),
-    Excess("lorentz*: float32", SECTORS, 1.98, _HALVES),
-    Excess("spectral_swap_: float32", SECTORS, 2.0, _HALVES),
-    Excess("spectral_swap_: int8", SECTORS, 1.8, _HALVES),
     # Instructions of compiled kernels.
     Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", NARROW, 1.0, _PARTIAL_SUMS),
     Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", DIVISIONS, 1.0, _PARTIAL_SUMS),
