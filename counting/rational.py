@@ -13,7 +13,7 @@ from .paths import Step
 from .plan import Plan, Work
 
 VECTOR, SUMS = 8, 11  # SUMS: of coefficients' gradients, by group
-THREADS, FORWARD_ITEMS, BACKWARD_ITEMS, BACKWARD_BLOCKS, PARTIAL_BYTES = 256, 4, 16, 2112, 1 << 20  # LaunchShape
+THREADS, FORWARD_ITEMS, BACKWARD_ITEMS, BLOCKS, PARTIAL_BYTES = 256, 4, 16, 2112, 1 << 20  # LaunchShape
 ACTIVATION = {activation.name: activation for activation in ACTIVATIONS["cuda"]}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -35,10 +35,12 @@ def plans(case: Case, _: Gpu) -> list[Plan]:
         work = (Work((step,), {"items": items / (splits * rows)}),)
         return Plan("rational/rational", name, work, moved.bytes, tiles * splits, threads, "items", 32 * VECTOR)
 
-    found = [main("forward", 1, -(-items // (rows * FORWARD_ITEMS)), case.passes[0])]
+    def useful(least: int) -> int:
+        return min(-(-items // (rows * least)), -(-BLOCKS // tiles))
+
+    found = [main("forward", 1, useful(FORWARD_ITEMS), case.passes[0])]
     if case.op == BACKWARD:
-        useful, wanted = -(-items // (rows * BACKWARD_ITEMS)), -(-BACKWARD_BLOCKS // tiles)
-        splits = min(useful, wanted, PARTIAL_BYTES // (8 * GROUPS * SUMS))
+        splits = min(useful(BACKWARD_ITEMS), PARTIAL_BYTES // (8 * GROUPS * SUMS))
         found += [main("backward", 2, splits, case.passes[1]), reduction(splits)]
     return found
 
@@ -47,10 +49,10 @@ def reduction(splits: int) -> Plan:
     """A block for each coefficient: one numerator for all groups, whose six blocks have the most to add, and a
     denominator for each."""
     shared, own = SUMS - 5, 4 * GROUPS
-    step = Step("partials", (("LDG.64", 1), ("MUFU", 1)))
+    step = Step("partials", (("LDG.128", 1),))
     work = tuple(
-        Work((step,), {"partials": splits * groups / THREADS}, count / (shared + own), cached={"partials": 1.0})
+        Work((step,), {"partials": splits * groups / (2 * THREADS)}, count / (shared + own), cached={"partials": 1.0})
         for count, groups in ((shared, GROUPS), (own, 1))
     )
     read = 8 * splits * GROUPS * SUMS
-    return Plan("rational/rational", "reduce_kernel", work, read, shared + own, THREADS, "partials", 32)
+    return Plan("rational/rational", "reduce_kernel", work, read, shared + own, THREADS, "partials", 2 * 32)

@@ -23,14 +23,18 @@ struct Grid {
   int threads;        // columns * rows, rounded up to whole warps
   bool planes;
   int groups_per_tile;    // groups that a thread block covers
+  int parts;              // tiles that share a group
   int span;               // columns of a thread block that belong to one group
   int64_t run;            // elements of a run
   int64_t group_vectors;  // inner = 1: vectors of a group in a row
-  int64_t parts;          // tiles that share a group
   int64_t tiles;          // thread blocks side by side, which together cover all channels
   int64_t plane_vectors;  // vectors of a plane; 1 if inner = 1
   int64_t items;          // vectors of a column, or of all planes of a channel
   int64_t splits;         // thread blocks that share the items of a column
+  int64_t slots;          // of a group's partial sums: a slot for each of its thread blocks, and an even number
+  int64_t outer_step, inner_step;  // planes: from an item of a thread to its next, in planes and in vectors of a plane
+  int rounds;                      // items of a thread; a rest of the threads takes one more
+  int64_t rest;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -64,7 +68,7 @@ inline Grid make_grid(const Problem& p, int width, const LaunchShape& shape) {
   g.groups_per_tile = 1;
   g.columns = 1;
   if (g.planes) {
-    g.parts = p.group_size();
+    g.parts = static_cast<int>(p.group_size());
     g.tiles = p.channels;
     g.plane_vectors = p.inner / width;
   } else {
@@ -73,7 +77,7 @@ inline Grid make_grid(const Problem& p, int width, const LaunchShape& shape) {
     // A group wider than a thread block is shared by several; of narrower groups, a thread block takes as many as fit,
     // in equal shares.
     if (g.group_vectors > shape.threads) {
-      g.parts = ceil_div(g.group_vectors, shape.threads);
+      g.parts = static_cast<int>(ceil_div(g.group_vectors, shape.threads));
       g.columns = static_cast<int>(ceil_div(g.group_vectors, g.parts));
       g.tiles = p.groups() * g.parts;
     } else {
@@ -92,33 +96,49 @@ inline Grid make_grid(const Problem& p, int width, const LaunchShape& shape) {
   return g;
 }
 
-// The second dimension of a CUDA grid has at most 65535 thread blocks.
+// The second dimension of a CUDA grid has at most 65535 thread blocks. No memory holds 2^31 items for each thread.
 inline void set_splits(Grid& g, int64_t splits) {
   g.splits = std::clamp<int64_t>(splits, 1, 65535);
+  g.slots = ceil_div(g.parts * g.splits, 2) * 2;
+  const int64_t threads = g.splits * g.rows;  // of a column
+  g.outer_step = threads / std::max<int64_t>(1, g.plane_vectors);
+  g.inner_step = threads % std::max<int64_t>(1, g.plane_vectors);
+  g.rounds = static_cast<int>(g.items / threads);
+  g.rest = g.items % threads;
+}
+
+// From an item of a thread to its next the address moves by `step`, and by `skip` where that is in a later plane than
+// outer_step says.
+inline Problem with_steps(Problem p, const Grid& g) {
+  for (View* view : {&p.x, &p.gate, &p.y, &p.grad, &p.grad_x, &p.grad_gate}) {
+    if (view->data == nullptr) continue;
+    view->step = size_of(p.dtype) * (g.outer_step * view->outer_stride + g.inner_step * g.step);
+    view->skip = size_of(p.dtype) * (view->outer_stride - g.plane_vectors * g.step);
+  }
+  return p;
 }
 
 // Partial sums of a group: the gradients of a_0 to a_M, then of b_0 to b_N.
 template <int M, int N>
 inline constexpr int kSums = M + 1 + N + 1;
 
+// As many splits as are useful (so many items at least for each thread) and wanted (shape.blocks in all).
+inline int64_t useful_splits(const Grid& g, int items, const LaunchShape& shape) {
+  return std::min(ceil_div(g.items, int64_t{g.rows} * items), ceil_div(shape.blocks, std::max<int64_t>(1, g.tiles)));
+}
+
 inline Grid forward_grid(const Problem& p, int width, const LaunchShape& shape) {
   Grid g = make_grid(p, width, shape);
-  set_splits(g, ceil_div(g.items, int64_t{g.rows} * shape.forward_items));
+  set_splits(g, useful_splits(g, shape.forward_items, shape));
   return g;
 }
 
-// Partial sums of a split, in doubles: for coefficients, and for channels if there is a bias.
-inline int64_t partial_count(const Problem& p, const Grid& g, int sums) {
-  return p.groups() * g.parts * sums + (p.bias.data == nullptr ? 0 : p.channels);
-}
-
-// As many splits as are useful (enough items for each thread), wanted (backward_blocks in all) and affordable (memory
-// of the partial sums).
+// The same as far as partial sums have room: of a split, in doubles, for coefficients and for channels with a bias.
 inline Grid backward_grid(const Problem& p, int width, int sums, const LaunchShape& shape) {
   Grid g = make_grid(p, width, shape);
-  const int64_t useful = ceil_div(g.items, int64_t{g.rows} * shape.backward_items);
-  const int64_t affordable = shape.partial_bytes / (8 * std::max<int64_t>(1, partial_count(p, g, sums)));
-  set_splits(g, std::min({useful, ceil_div(shape.backward_blocks, std::max<int64_t>(1, g.tiles)), affordable}));
+  const int64_t count = p.groups() * g.parts * sums + (p.bias.data == nullptr ? 0 : p.channels);
+  const int64_t affordable = shape.partial_bytes / (8 * std::max<int64_t>(1, count));
+  set_splits(g, std::min(useful_splits(g, shape.backward_items, shape), affordable));
   return g;
 }
 

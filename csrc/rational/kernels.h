@@ -27,62 +27,89 @@ struct Variant {
 struct Place {
   bool active;
   int column, row;
-  int64_t first_group;           // of the thread block
-  int64_t group, part, channel;  // part: which of the thread blocks that share the group
-  int64_t item, stride;          // the first item, and the step to the next one
+  int64_t first_group;     // of the thread block
+  int64_t group, channel;  // of the thread
+  int part;                // which of the thread blocks that share the group
+  int items;               // how many the thread takes
+  int64_t outer, vector;   // of an item, the first to begin with: its plane, and which vector of the plane it is
 
   __device__ Place(const Problem& p, const Grid& g) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int64_t tile = blockIdx.x;
+    const int thread = static_cast<int>(threadIdx.x), tile = static_cast<int>(blockIdx.x);
     column = thread % g.columns;
     row = thread / g.columns;
     active = row < g.rows;
+    part = tile % g.parts;
+    const int64_t item = static_cast<int64_t>(blockIdx.y) * g.rows + row;
     if (g.planes) {
       channel = tile;
-      group = first_group = tile / p.group_size();
-      part = tile % p.group_size();
+      group = first_group = tile / g.parts;
+      outer = item / g.plane_vectors;
+      vector = item % g.plane_vectors;
     } else {
-      first_group = tile / g.parts * g.groups_per_tile;
-      part = tile % g.parts;
+      first_group = static_cast<int64_t>(tile / g.parts) * g.groups_per_tile;
       group = first_group + column / g.span;
-      const int64_t vector = part * g.columns + column % g.span;
-      channel = group * g.run + vector * g.step;
-      active = active && group < p.groups() && vector < g.group_vectors;
+      const int64_t of_group = static_cast<int64_t>(part) * g.columns + column % g.span;
+      channel = group * g.run + of_group * g.step;
+      active = active && group < p.groups() && of_group < g.group_vectors;
+      outer = item;
+      vector = 0;
     }
-    item = static_cast<int64_t>(blockIdx.y) * g.rows + row;
-    stride = g.splits * g.rows;
+    items = active ? g.rounds + (item < g.rest ? 1 : 0) : 0;
+  }
+
+  // The number of the item's first element.
+  __device__ __forceinline__ uint64_t element(const Problem& p, const Grid& g) const {
+    return static_cast<uint64_t>((outer * p.channels + channel) * p.inner + vector * g.step);
   }
 };
 
-// One vector of elements: where it begins in each tensor, and the number of its first element.
-struct Item {
-  int64_t outer, channel, inner;
+// The thread's vectors of one tensor. From item to item its address moves on by additions alone.
+template <class V>
+class Stream {
+ public:
+  __device__ __forceinline__ Stream(const Problem& p, const Grid& g, const Place& place, const View& view)
+      : dtype_(V::dtype(p)), apart_(V::vectors(g).apart()), view_(view), address_(static_cast<char*>(view.data)) {
+    if (view.data == nullptr) return;
+    address_ += size_of(dtype_) *
+                (place.outer * view.outer_stride + place.channel * view.channel_stride + place.vector * g.step);
+  }
 
-  __device__ __forceinline__ Item(const Grid& g, const Place& place, int64_t item) : channel(place.channel) {
-    outer = g.planes ? item / g.plane_vectors : item;
-    inner = g.planes ? (item - outer * g.plane_vectors) * g.step : 0;
+  __device__ __forceinline__ void read(float* values) const {
+    Raw<V::width> raw;
+    load(address_, dtype_, 0, raw, apart_);
+    decode(raw, dtype_, values);
   }
-  __device__ __forceinline__ int64_t offset(const View& view) const {
-    return outer * view.outer_stride + channel * view.channel_stride + inner;
+
+  __device__ __forceinline__ void write(const float* values) const {
+    store(encode_any_nan<V::width>(values, dtype_), dtype_, address_, 0, apart_);
   }
-  __device__ __forceinline__ uint64_t element(const Problem& p) const {
-    return static_cast<uint64_t>((outer * p.channels + channel) * p.inner + inner);
-  }
+
+  __device__ __forceinline__ void next() { address_ += view_.step; }
+  __device__ __forceinline__ void skip_plane() { address_ += view_.skip; }
+
+ private:
+  const DType dtype_;
+  const int64_t apart_;
+  const View& view_;
+  char* address_;
 };
 
-template <class V>
-__device__ __forceinline__ void read(const Problem& p, const Grid& g, const View& view, const Item& item,
-                                     float* values) {
-  Raw<V::width> raw;
-  load(view.data, V::dtype(p), item.offset(view), raw, V::vectors(g).apart());
-  decode(raw, V::dtype(p), values);
-}
-
-template <class V>
-__device__ __forceinline__ void write(const Problem& p, const Grid& g, const View& view, const Item& item,
-                                      const float* values) {
-  store(encode_any_nan<V::width>(values, V::dtype(p)), V::dtype(p), view.data, item.offset(view),
-        V::vectors(g).apart());
+// Goes on to the thread's next item. It may be one plane later than the steps say.
+template <class... Streams>
+__device__ __forceinline__ void next_item(const Grid& g, Place& place, Streams&... streams) {
+  if (g.planes) {
+    SINGLEPASS_APART(0);  // else both cases take the additions of planes, times zero
+    place.vector += g.inner_step;
+    if (place.vector >= g.plane_vectors) {
+      SINGLEPASS_APART(1);
+      place.vector -= g.plane_vectors;
+      ++place.outer;
+      (streams.skip_plane(), ...);
+    }
+  }
+  --place.items;
+  place.outer += g.outer_step;
+  (streams.next(), ...);
 }
 
 // Loads the bias of the thread's channels; 0 without a bias. A vector along a plane has a single channel.
@@ -112,9 +139,7 @@ __device__ __forceinline__ void draw_factors(const Dropout& dropout, uint64_t el
 
 // Those of a vector.
 template <class V>
-__device__ __forceinline__ void draw_factors(const Dropout& dropout, const Problem& p, const Grid& g, const Item& item,
-                                             float* factors) {
-  const uint64_t element = item.element(p);
+__device__ __forceinline__ void draw_factors(const Dropout& dropout, const Grid& g, uint64_t element, float* factors) {
   if constexpr (V::spread) {
     draw_factors<kVector / 2>(dropout, element, factors);
     draw_factors<kVector / 2>(dropout, element + V::vectors(g).apart(), factors + kVector / 2);
@@ -143,27 +168,27 @@ __device__ __forceinline__ float evaluate(const Coefficients<float, V::M, V::N>&
 // and goes through its items, one vector at a time.
 template <class V>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, const Grid g) {
-  const Place place(p, g);
+  Place place(p, g);
   if (!place.active) return;
   const Coefficients<float, V::M, V::N> c = coefficients<V::M, V::N>(p, place.group);
   const Dropout dropout = V::fused ? p.dropout() : Dropout{};
   float bias[V::width];
   read_bias<V>(p, g, place, bias);
 
-  for (int64_t i = place.item; i < g.items; i += place.stride) {
-    const Item item(g, place, i);
+  Stream<V> x_stream(p, g, place, p.x), gate_stream(p, g, place, p.gate), y_stream(p, g, place, p.y);
+  const bool gated = V::fused && p.gate.data != nullptr;
+  while (place.items > 0) {
     float x[V::width], gate[V::width], y[V::width];
-    read<V>(p, g, p.x, item, x);
-    const bool gated = V::fused && p.gate.data != nullptr;
-    if (gated) read<V>(p, g, p.gate, item, gate);
+    x_stream.read(x);
+    if (gated) gate_stream.read(gate);
 #pragma unroll
     for (int k = 0; k < V::width; ++k) {
       const float z = V::fused && p.bias.data != nullptr ? x[k] + bias[k] : x[k];
-      y[k] = evaluate<V>(c, z, dropout.seed, item.element(p) + k);
+      y[k] = evaluate<V>(c, z, dropout.seed, place.element(p, g) + k);
     }
     if (V::fused && dropout.threshold > 0) {
       float factors[V::width];
-      draw_factors<V>(dropout, p, g, item, factors);
+      draw_factors<V>(dropout, g, place.element(p, g), factors);
 #pragma unroll
       for (int k = 0; k < V::width; ++k) y[k] = keep(y[k], factors[k]);
     }
@@ -171,7 +196,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Problem p, cons
 #pragma unroll
       for (int k = 0; k < V::width; ++k) y[k] *= gate[k];
     }
-    write<V>(p, g, p.y, item, y);
+    y_stream.write(y);
+    next_item(g, place, x_stream, gate_stream, y_stream);
   }
 }
 
@@ -182,12 +208,13 @@ struct BlockSums {
 };
 
 // Adds the partial sums of the threads of each group that the thread block covers. A warp computes one sum after
-// another, in a fixed order. partials: (splits, groups, parts, kCount).
+// another, in a fixed order. partials: (kCount, groups, slots), where slot (part, split) is this thread block's.
 template <int kCount>
 __device__ void reduce_groups(const Problem& p, const Grid& g, const Place& place, const BlockSums<kCount>& block,
                               double* partials) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const unsigned members = static_cast<unsigned>(g.span * g.rows), span = static_cast<unsigned>(g.span);
+  const int64_t slot = place.part * g.splits + blockIdx.y;
   for (int task = warp; task < kCount * g.groups_per_tile; task += warps) {
     const int index = task % kCount, local = task / kCount;
     double sum = 0.0;
@@ -197,7 +224,9 @@ __device__ void reduce_groups(const Problem& p, const Grid& g, const Place& plac
     for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(kAllLanes, sum, offset);
     const int64_t group = place.first_group + local;
     if (lane == 0 && group < p.groups()) {
-      partials[((blockIdx.y * p.groups() + group) * g.parts + place.part) * kCount + index] = sum;
+      double* const own = partials + (index * p.groups() + group) * g.slots + slot;
+      *own = sum;
+      if (slot + 2 == g.slots && g.parts * g.splits < g.slots) own[1] = 0.0;
     }
   }
 }
@@ -233,7 +262,7 @@ __device__ void reduce_bias(const Problem& p, const Grid& g, const Place& place,
 template <class V>
 __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
     backward_kernel(const Problem p, const Grid g, double* partials, double* bias_partials) {
-  const Place place(p, g);
+  Place place(p, g);
   Coefficients<float, V::M, V::N> c = {};
   if (place.active) c = coefficients<V::M, V::N>(p, place.group);
   const Dropout dropout = V::fused || V::form == Form::kD ? p.dropout() : Dropout{};
@@ -243,37 +272,39 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
 
   // Stage 1: each thread goes through its items. The gradient of y first goes back through dropout and gate; f(x),
   // which grad_gate needs, is computed again.
-  for (int64_t i = place.active ? place.item : g.items; i < g.items; i += place.stride) {
-    const Item item(g, place, i);
+  Stream<V> x_stream(p, g, place, p.x), grad_stream(p, g, place, p.grad), grad_x_stream(p, g, place, p.grad_x);
+  Stream<V> gate_stream(p, g, place, p.gate), grad_gate_stream(p, g, place, p.grad_gate);
+  const bool gated = V::fused && p.gate.data != nullptr;
+  while (place.items > 0) {
     float x[V::width], grad[V::width], grad_x[V::width];
-    read<V>(p, g, p.x, item, x);
-    read<V>(p, g, p.grad, item, grad);
+    x_stream.read(x);
+    grad_stream.read(grad);
     if (V::fused && p.bias.data != nullptr) {
 #pragma unroll
       for (int k = 0; k < V::width; ++k) x[k] += bias[k];
     }
     if (V::fused && dropout.threshold > 0) {
       float factors[V::width];
-      draw_factors<V>(dropout, p, g, item, factors);
+      draw_factors<V>(dropout, g, place.element(p, g), factors);
 #pragma unroll
       for (int k = 0; k < V::width; ++k) grad[k] = keep(grad[k], factors[k]);
     }
-    if (V::fused && p.gate.data != nullptr) {
+    if (gated) {
       float gate[V::width], grad_gate[V::width];
-      read<V>(p, g, p.gate, item, gate);
+      gate_stream.read(gate);
 #pragma unroll
       for (int k = 0; k < V::width; ++k) {
-        grad_gate[k] = grad[k] * evaluate<V>(c, x[k], dropout.seed, item.element(p) + k);
+        grad_gate[k] = grad[k] * evaluate<V>(c, x[k], dropout.seed, place.element(p, g) + k);
         grad[k] *= gate[k];
       }
-      write<V>(p, g, p.grad_gate, item, grad_gate);
+      grad_gate_stream.write(grad_gate);
     }
     // Each vector is summed by itself before it is added to the thread's sums: shorter chains of additions round less.
     Sums<float, V::M, V::N> own = {};
 #pragma unroll
     for (int k = 0; k < V::width; ++k) {
       if constexpr (V::form == Form::kD) {
-        grad_x[k] = noisy_gradients(c, x[k], grad[k], dropout.seed, item.element(p) + k, own);
+        grad_x[k] = noisy_gradients(c, x[k], grad[k], dropout.seed, place.element(p, g) + k, own);
       } else {
         grad_x[k] = gradients<V::form>(c, x[k], grad[k], own);
       }
@@ -283,7 +314,8 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
     for (int k = 0; k <= V::M; ++k) sums.a[k] += own.a[k];
 #pragma unroll
     for (int k = 0; k <= V::N; ++k) sums.b[k] += own.b[k];
-    write<V>(p, g, p.grad_x, item, grad_x);
+    grad_x_stream.write(grad_x);
+    next_item(g, place, x_stream, grad_stream, grad_x_stream, gate_stream, grad_gate_stream);
   }
 
   // Stage 2: sums over the thread block, through shared memory.
@@ -300,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, V::fused ? 2 : 3)
 
 // Adds the partial sums of all thread blocks in a fixed order and writes the gradients. The first thread blocks take
 // one coefficient each; in the others, each thread takes the bias of one channel.
-__global__ void __launch_bounds__(kThreads) reduce_kernel(const Problem p, const Grid g, int numerator_sums, int sums,
+__global__ void __launch_bounds__(kThreads) reduce_kernel(const Problem p, const Grid g, int numerator_sums,
                                                           const double* partials, const double* bias_partials) {
   const int64_t numerators = p.numerator.rows * p.numerator.columns;
   const int64_t coefficients = numerators + p.denominator.rows * p.denominator.columns;
@@ -319,12 +351,14 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const Problem p, const
   const int64_t row = entry / table.columns;
   const int64_t column = entry % table.columns;
   const int first = is_numerator ? 0 : numerator_sums + (p.form == Form::kC ? 0 : 1);
-  // A row of coefficients that all groups share gets the sums of all groups.
-  const int64_t per_split = (table.rows == 1 ? p.groups() : 1) * g.parts;
+  // A row of coefficients that all groups share gets the sums of all groups, which follow each other.
+  const int64_t count = table.rows == 1 ? p.groups() * g.slots : g.slots;
+  const double* const own = partials + ((first + column) * p.groups() + row) * g.slots;
   double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < g.splits * per_split; i += blockDim.x) {
-    const int64_t slot = i / per_split * p.groups() * g.parts + row * g.parts + i % per_split;
-    sum += partials[slot * sums + first + column];
+#pragma unroll 4
+  for (int64_t i = 2 * threadIdx.x; i < count; i += 2 * blockDim.x) {
+    const double2 two = *reinterpret_cast<const double2*>(own + i);
+    sum += two.x + two.y;
   }
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;

@@ -14,6 +14,7 @@ namespace singlepass::rational {
 struct View {
   void* data;
   int64_t outer_stride, channel_stride;
+  int64_t step = 0, skip = 0;  // bytes, which launchers set: grid.h says what for
 };
 
 // A few numbers per group: `rows` is the number of groups, or 1 if all share them; `columns` per row.
@@ -54,10 +55,10 @@ struct Problem {
 // How many blocks a launch is cut into, in the direction that is free. It depends on shapes alone, so that sums are the
 // same on every GPU.
 struct LaunchShape {
-  int threads = 256;           // at most; a multiple of 32
-  int forward_items = 4;       // per thread, each of them a vector
-  int backward_items = 16;     // at least, per thread: they share the block's last sums
-  int backward_blocks = 2112;  // about, where there is enough to do: more make the chains of additions shorter
+  int threads = 256;        // at most; a multiple of 32
+  int forward_items = 4;    // at least, per thread, each of them a vector: they share the thread's start
+  int backward_items = 16;  // the same, and they share the block's last sums
+  int blocks = 2112;        // about, where there is enough to do: more make the chains of additions shorter
   int64_t partial_bytes = 1 << 20;
 };
 

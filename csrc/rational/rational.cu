@@ -84,24 +84,24 @@ void forward(const Problem& p, const Gpu& gpu, const LaunchShape& shape) {
   if (p.numel() == 0) return;
   const Grid g = forward_grid(p, width(p), shape);
   const dim3 blocks(static_cast<unsigned>(g.tiles), static_cast<unsigned>(g.splits));
-  launch(pick<PickForward>(p), blocks, dim3(g.threads), 0, gpu, p, g);
+  launch(pick<PickForward>(p), blocks, dim3(g.threads), 0, gpu, with_steps(p, g), g);
 }
 
 void backward(const Problem& p, const Gpu& gpu, const LaunchShape& shape) {
   Grid g = backward_grid(p, width(p), sums(p), shape);
-  const int64_t count = g.splits * partial_count(p, g, sums(p));
-  double* const partials = static_cast<double*>(gpu.allocate(count * static_cast<int64_t>(sizeof(double))));
-  double* const bias_partials = partials + g.splits * p.groups() * g.parts * sums(p);
+  const int64_t count = sums(p) * p.groups() * g.slots, bias_count = p.bias.data == nullptr ? 0 : g.splits * p.channels;
+  double* const partials = static_cast<double*>(gpu.allocate((count + bias_count) * int64_t{sizeof(double)}));
+  double* const bias_partials = partials + count;
   if (p.numel() == 0) {
-    g.splits = 0;  // reduce_kernel then writes zeros
+    g.splits = g.slots = 0;  // reduce_kernel then writes zeros
   } else {
     const dim3 blocks(static_cast<unsigned>(g.tiles), static_cast<unsigned>(g.splits));
-    launch(pick<PickBackward>(p), blocks, dim3(g.threads), 0, gpu, p, g, partials, bias_partials);
+    launch(pick<PickBackward>(p), blocks, dim3(g.threads), 0, gpu, with_steps(p, g), g, partials, bias_partials);
   }
   const int64_t coefficients = p.numerator.rows * p.numerator.columns + p.denominator.rows * p.denominator.columns;
   const int64_t channels = p.bias.data == nullptr ? 0 : ceil_div(p.channels, shape.threads);
   launch(&reduce_kernel, dim3(static_cast<unsigned>(coefficients + channels)), dim3(shape.threads), 0, gpu, p, g,
-         numerator_sums(p), sums(p), partials, bias_partials);
+         numerator_sums(p), partials, bias_partials);
 }
 
 }  // namespace singlepass::rational

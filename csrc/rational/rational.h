@@ -111,7 +111,7 @@ SINGLEPASS_HD T gradients(const Coefficients<T, M, N>& c, T x, T g, Sums<T, M, N
   const T r = reciprocal(q);
   const T f = p * r;
   const T scaled = g * r;
-  const T dx = scaled * (dp - f * dq);
+  const T dx = scaled * multiply_add(-f, dq, dp);
 
   const T h = form == Form::kA ? -f * scaled : with_sign_of(inside, -f * scaled);
   sums.a[0] = sums.a[0] + scaled;

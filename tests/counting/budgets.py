@@ -48,8 +48,8 @@ _ROOTS = "the same, with a square root and a division by IEEE's rules"
 _SMALL = "the same in bfloat16, which is rounded in six instructions"
 _NORM = "one float64 operation for each square: a fused one rounds as two do, because products of floats are exact"
 _FORWARD = "at most 4 x 6.9 instructions for each element of 4 bytes on an H200; a thread's start counts, too"
-_BACKWARD = "arithmetic alone is 37 instructions for each element; the H200 has 41"
-_REDUCE = "few: reads partial sums"
+_BACKWARD = "arithmetic alone is 37 instructions for each element; the H200 has 41, the A100 29 of its float32 lanes"
+_REDUCE = "few: reads partial sums, two at a time"
 _DECODE = "0.54 bytes for each code in 4 bits, for which an H200 has 3.7 instructions; two limbs of integers"
 _HALVES = "the same with four limbs, as a second integer takes what the first leaves over"
 _SALIENCY = "half the rate of tensor cores: 20 instructions for each logit of 128 channels, on an H100"
@@ -78,11 +78,11 @@ BUDGETS = (
     Budget("optim/LARS/gpt2-small/bfloat16", 0, 64, 4, 11.5, 14, _NORM, doubles=2, conversions=2),
     Budget("optim/LARS/gpt2-small/bfloat16", 1, 94, 2, 26, 29, _SMALL),
     Budget("optim/SGDSaI/gpt2-small/bfloat16", 0, 94, 2, 26, 29, _SMALL),
-    Budget("rational/rational_backward/128x197x3072/float32", 0, 40, 8, 14.5, 23, _FORWARD),
-    Budget("rational/rational_backward/128x197x3072/float32", 1, 80, 4, 49, 50, _BACKWARD),
-    Budget("rational/rational_backward/128x197x3072/bfloat16", 0, 40, 8, 16, 23, _FORWARD),
-    Budget("rational/rational_backward/128x197x3072/bfloat16", 1, 80, 4, 50, 54, _BACKWARD),
-    Budget("rational/rational_backward/128x197x3072/bfloat16", 2, 32, 8, 64, None, _REDUCE, doubles=1),
+    Budget("rational/rational_backward/128x197x3072/float32", 0, 32, 8, 13.6, 14.8, _FORWARD),
+    Budget("rational/rational_backward/128x197x3072/float32", 1, 80, 4, 43, 44, _BACKWARD),
+    Budget("rational/rational_backward/128x197x3072/bfloat16", 0, 32, 8, 13.9, 15, _FORWARD),
+    Budget("rational/rational_backward/128x197x3072/bfloat16", 1, 80, 4, 44.5, 45.5, _BACKWARD),
+    Budget("rational/rational_backward/128x197x3072/bfloat16", 2, 32, 8, 5.2, None, _REDUCE, doubles=1),
     Budget("kv/kv_decode/8x32768/bfloat16", 0, 128, 4, 1.36, 2.3, _DECODE, tensor=2),
     Budget("kv/kv_decode/8x32768/float32", 0, 168, 3, 1.85, 3.1, _HALVES, tensor=4),
     Budget("kv/kv_saliency/1x8192/bfloat16", 0, 154, 3, 20, None, _SALIENCY, tensor=64),

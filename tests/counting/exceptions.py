@@ -53,7 +53,6 @@ _KEYS = "values are read for their sum, then for the key of each"
 _WORDS = "a lane takes 8 bytes of each row of codes, as tensor cores do, and a token's scales are two halves"
 _TILE_LOADS = "a tile of keys is loaded, decoded and packed anew for each tile of probes"
 _PROBES = "a row's probe and query head are found by a division, for each tile"
-_PARTIAL_SUMS = "one partial sum at a time, found by a division"
 _LAID_ASIDE = "the token's key and value go into the window, and its query is laid aside as a probe"
 _PROBE = "the token's query is laid aside as a probe"
 
@@ -125,8 +124,6 @@ EXCEPTIONS = (
     Excess("lorentz_backward: float32", REPEATS, 1.021, _FIRST),
     Excess("lorentz_backward: bfloat16", REPEATS, 1.042, _FIRST),
     # Instructions of compiled kernels.
-    Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", NARROW, 1.0, _PARTIAL_SUMS),
-    Excess("rational/rational_backward/128x197x3072/bfloat16 2 *", DIVISIONS, 1.0, _PARTIAL_SUMS),
     Excess("kv/kv_decode/8x32768/* 0 *", NARROW, 20.0, _WORDS),
     Excess("kv/kv_saliency/1x8192/bfloat16 0 *", INSTRUCTIONS, 43.5, _TILE_LOADS),
     Excess("kv/kv_saliency/1x8192/bfloat16 1 *", INSTRUCTIONS, 50.4, _TILE_LOADS),

@@ -227,6 +227,15 @@ def test_launch_shapes_change_sums_alone(core: ModuleType) -> None:
             assert_same_bits(elementwise[0], other)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("inner", [40, 49])
+def test_threads_that_go_through_many_planes(core: ModuleType, inner: int, dtype: str) -> None:
+    """Some of their steps end one plane later than others."""
+    for fused in ({}, {"bias": True, "gate": True, "threshold": 20000}):
+        run = Run(core, Case("A", dtype, outer=23, channels=2, inner=inner, rows=(2, 1), **fused))
+        check_all(run, run.options("simt", threads=32, blocks=2))
+
+
 def test_both_engines_drop_the_same_elements(core: ModuleType) -> None:
     """The rest may differ in the last bits: the CPU has fused multiply-adds, the kernels on it have not."""
     total, number = 0, 0
