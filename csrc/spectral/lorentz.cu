@@ -126,7 +126,7 @@ __device__ __forceinline__ double map_row(const Lorentz& p, int64_t index) {
 // A thread block owns kLorentzRows rows, which its warps share. In the backward pass it writes their part of the
 // gradient of log_scale.
 template <class V, bool kBackward>
-__global__ void __launch_bounds__(kThreads) lorentz_kernel(const Lorentz p, double* partials) {
+__global__ void __launch_bounds__(kThreads, 2) lorentz_kernel(const Lorentz p, double* partials) {
   const int64_t begin = blockIdx.x * kLorentzRows, warp = threadIdx.x / kWarp;
   const int64_t end = begin + kLorentzRows < p.rows ? begin + kLorentzRows : p.rows;
   double sum = 0.0;
