@@ -29,7 +29,7 @@ from .plan import Plan, Tail, Work, kernel
 from .roofline import resident
 
 THREADS, WARPS, ROWS, CHUNK = 128, 4, 4, 32  # csrc/kv/decode.h, decode_codes.h
-TILE, CHANNELS, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
+TILE, UNIT, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
 MAXIMA, PARTS, MERGED = 4 * 32, 32, 16  # splits that a pass of the merge's loops takes
 # RestoredShared::bytes: a tile of tokens, logits of each warp, weights and factors of rows, and queries.
 SHARED = 4 * (CHUNK * (THREADS + 4) + WARPS * ROWS * CHUNK + CHUNK * ROWS + ROWS + ROWS * WIDTH)
@@ -188,24 +188,23 @@ def saliency(case: Case) -> list[Plan]:
     spans = -(-tiles // of_span)
     seen = (1 + TILE / probes) / 2
     parts = 1 if case.dtype.itemsize == 2 else 3
-    times = {"channels": WIDTH / CHANNELS, "maxima": spans, "totals": spans}
-    # Six products of three parts each; a 16-bit number is decoded, and packed again.
-    does = (("HMMA", 16), ("LDG.128", 4), ("0xffff0000+", 16)) if parts == 1 else (("HMMA", 6 * 16), ("LDG.128", 8))
-    channels = Step("channels", does, avoids=("HADD2.F32",))
-    merged = (
-        Step("maxima", (("LDG.32", 1), ("MUFU", 0), ("HMMA", 0), ("BAR", 0))),
-        Step("totals", (("LDG.64", 1), ("MUFU", 1), ("HMMA", 0), ("BAR", 0))),
-    )
-    sums = Work((Step("tiles", (("SHFL", 4),), inside=(channels,)),), times | {"tiles": of_span * seen})
-    # The first two warps of a block merge the spans' sums, a row in each lane.
-    cached = {"maxima": 1.0, "totals": 1.0}
-    columns = tuple(
-        Work((Step("tiles", (("MUFU+", 32),), inside=inside),), times | {"tiles": row_tiles * seen}, 0.5, cached)
-        for inside in ((*merged, channels), (channels,))
-    )
+    # The keys of a tile or, in the second pass, its queries, whose places are in shared memory; the other stays there.
+    # Three parts are brought anew for every unit of channels, which makes six products of them.
+    units = WIDTH / UNIT
+    times = {"channels": 1.0, "rows": 2.0, "units": units} if parts == 1 else {"channels": units}
+
+    def way(marks: tuple[tuple[str, int], ...], places: int) -> tuple[Step, ...]:
+        rows = Step("rows", (("LDG.128", 4), ("STS.128", 4), ("LDS.64", places)))
+        channels = Step("channels", inside=(rows, Step("units", (("HMMA", 16),))))
+        if parts == 3:
+            channels = Step("channels", (("HMMA", 6 * 16), ("LDG.128", 8)))
+        return (Step("tiles", marks, avoids=("MUFU.TANH",), inside=(channels,)),)
+
+    sums = Work(way((("SHFL", 4),), 0), times | {"tiles": of_span * seen})
+    columns = Work(way((("MUFU+", 32),), 4), times | {"tiles": row_tiles * seen})
 
     def plan(kernel: str, work: tuple[Work, ...], number: int, blocks: int) -> Plan:
         name = f"{kernel}_kernel<{parts}, (DType)1>"
         return Plan("kv/saliency", name, work, case.passes[number].bytes, blocks, THREADS, "tiles", TILE * TILE / WARPS)
 
-    return [plan("sums", (sums,), 0, heads * row_tiles * spans), plan("columns", columns, 1, heads * tiles)]
+    return [plan("sums", (sums,), 0, heads * row_tiles * spans), plan("columns", (columns,), 1, heads * tiles)]

@@ -85,10 +85,10 @@ BUDGETS = (
     Budget("rational/rational_backward/128x197x3072/bfloat16", 2, 32, 8, 5.2, None, _REDUCE, doubles=1),
     Budget("kv/kv_decode/8x32768/bfloat16", 0, 128, 4, 1.36, 2.3, _DECODE, tensor=2),
     Budget("kv/kv_decode/8x32768/float32", 0, 168, 3, 1.85, 3.1, _HALVES, tensor=4),
-    Budget("kv/kv_saliency/1x8192/bfloat16", 0, 154, 3, 20, None, _SALIENCY, tensor=64),
-    Budget("kv/kv_saliency/1x8192/bfloat16", 1, 148, 3, 20, None, _SALIENCY, tensor=64),
-    Budget("kv/kv_saliency/1x8192/float32", 0, 144, 3, 84, None, _PARTS, tensor=384),
-    Budget("kv/kv_saliency/1x8192/float32", 1, 150, 3, 90, None, _PARTS, tensor=384),
+    Budget("kv/kv_saliency/1x8192/bfloat16", 0, 158, 3, 19, None, _SALIENCY, tensor=64),
+    Budget("kv/kv_saliency/1x8192/bfloat16", 1, 166, 3, 17, None, _SALIENCY, tensor=64),
+    Budget("kv/kv_saliency/1x8192/float32", 0, 162, 3, 69, None, _PARTS, tensor=384),
+    Budget("kv/kv_saliency/1x8192/float32", 1, 176, 2, 63, None, _PARTS, tensor=384),
 )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .budgets import COPIED, DIVISIONS, INSTRUCTIONS, NARROW
+from .budgets import COPIED, NARROW
 from .traffic_row import BYTES, REPEATS, SECTORS, WAVEFRONTS
 
 TOLERANCE = 0.01  # up to which a count is what stands here
@@ -37,7 +37,6 @@ _EXTREMES = "a lane writes and reads the extremes of its 16 channels one by one 
 _GROUPS = "a lane goes through a group of 32 channels in shared memory, all lanes in one bank (encode_groups)"
 _GROUP_SCALES = "a lane writes the scales of its group alone"
 _SCALES = "a lane reads the scales or factors of its 16 channels one by one"
-_OPERANDS = "a lane writes the 16 channels of its row one by one (bring)"
 _ENCODES = "a thread block reads its tokens for their extremes or factors, then to encode them"
 _SPLITS = "each split reads the queries"
 _FOLDS = f"{_SPLITS}, and each warp the scales of its blocks: of 128 tokens, here two to four warps share one (enter)"
@@ -51,8 +50,6 @@ _PROJECTS = "a row's gradient and parameter are read for their product, then for
 _KEYS = "values are read for their sum, then for the key of each"
 
 _WORDS = "a lane takes 8 bytes of each row of codes, as tensor cores do, and a token's scales are two halves"
-_TILE_LOADS = "a tile of keys is loaded, decoded and packed anew for each tile of probes"
-_PROBES = "a row's probe and query head are found by a division, for each tile"
 _LAID_ASIDE = "the token's key and value go into the window, and its query is laid aside as a probe"
 _PROBE = "the token's query is laid aside as a probe"
 
@@ -106,10 +103,8 @@ EXCEPTIONS = (
     Excess("kv_decode: 2 bits, blocks of 128, groups of 32", REPEATS, 11.77, _RESTORES),
     Excess("kv_decode: window", REPEATS, 1.045, _SPLITS),
     Excess("kv_saliency: *", BYTES, 1.99, _SOFTMAX),
-    Excess("kv_saliency: *", REPEATS, 2.667, _TILES),
-    Excess("kv_saliency: *", SECTORS, 2.0, _HALVES),
-    Excess("kv_saliency: float32", WAVEFRONTS, 1.516, _OPERANDS),
-    Excess("kv_saliency: bfloat16", WAVEFRONTS, 1.674, _OPERANDS),
+    Excess("kv_saliency: float32", REPEATS, 2.667, _TILES),
+    Excess("kv_saliency: bfloat16", REPEATS, 1.833, _TILES),
     Excess("kv_project_: float32, 1 token", REPEATS, 1.169, _PARTNERS),
     Excess("kv_project_: float32, 256 tokens", REPEATS, 2.0, _PARTNERS),
     Excess("kv_project_: bfloat16, 256 tokens", REPEATS, 2.222, _PARTNERS),
@@ -125,9 +120,6 @@ EXCEPTIONS = (
     Excess("lorentz_backward: bfloat16", REPEATS, 1.042, _FIRST),
     # Instructions of compiled kernels.
     Excess("kv/kv_decode/8x32768/* 0 *", NARROW, 20.0, _WORDS),
-    Excess("kv/kv_saliency/1x8192/bfloat16 0 *", INSTRUCTIONS, 43.5, _TILE_LOADS),
-    Excess("kv/kv_saliency/1x8192/bfloat16 1 *", INSTRUCTIONS, 50.4, _TILE_LOADS),
-    Excess("kv/kv_saliency/1x8192/*", DIVISIONS, 1.0, _PROBES),
     # The host.
     Excess("kv.ZipCacheLayer", COPIED, 3.0, _LAID_ASIDE),
     Excess("kv.MatryoshkaLayer, 4 and 2 bits", COPIED, 1.0, _PROBE),
