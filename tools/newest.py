@@ -16,7 +16,7 @@ from rich.table import Table
 
 FOLDER = ".venv-newest"
 RESULT = ROOT / "build" / "newest.xml"
-BUILDING = ("setuptools", "ninja", "numpy")
+BUILDING = ("pip>=25.1", "setuptools", "ninja", "numpy")  # from 25.1 on, pip knows dependency groups
 OPTIMIZERS = ("tests/optim/test_oracles.py", "tests/bench/test_cases.py")
 TABLES = ("tests/bench", "tests/examples")
 DIGITS = ("tests/examples/test_train_digits.py", "tests/examples/test_train_kat_digits.py")
@@ -33,6 +33,7 @@ TESTS = {  # what we use of other packages -> the tests that touch it
     "accelerate": ("tests/spectral/test_usage.py",),
     "adabelief-pytorch": OPTIMIZERS,
     "cmake": CORE,
+    "expecttest": ("tests/optim/test_torch_database.py",),
     "hypothesis": (
         "tests/kv/test_properties.py",
         "tests/optim/test_properties.py",
@@ -47,6 +48,7 @@ TESTS = {  # what we use of other packages -> the tests that touch it
     "pytest": ("tests/packaging", "tests/test_ops.py"),
     "pytest-xdist": ("tests/test_ops.py",),
     "pytorch-optimizer": OPTIMIZERS,
+    "pyyaml": ("tests/packaging/test_workflows.py",),
     "rich": TABLES,
     "scikit-learn": DIGITS,
     "scipy": ("tests/rational/test_fit.py",),
@@ -74,12 +76,16 @@ def outcomes(tests: tuple[str, ...], results: list[tuple[str, str]]) -> Counter[
 
 
 def needed() -> set[str]:
-    """Names in the extras that tests need."""
-    extras = re.search(
-        r"^\[project\.optional-dependencies\]\n(.*?)^dev = ", (ROOT / "pyproject.toml").read_text(), re.M | re.S
-    )
-    assert extras is not None
-    return set(re.findall(r'"([\w-]+)', extras[1])) - {"singlepass"}
+    """Names in the group of what tests need, and in the extras in it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+    def named(name: str) -> str:
+        found = re.search(rf"^{name} = \[(.*?)\]$", text, re.M | re.S)
+        assert found is not None
+        return found[1]
+
+    extras = [extra for some in re.findall(r"singlepass\[(.*?)\]", named("test")) for extra in some.split(",")]
+    return set(re.findall(r'"([\w-]+)', "".join(map(named, ("test", *extras))))) - {"singlepass"}
 
 
 def run(environment: Environment, tests: list[str], jobs: str) -> list[tuple[str, str]]:
@@ -96,13 +102,12 @@ def run(environment: Environment, tests: list[str], jobs: str) -> list[tuple[str
 
 def main(torch: str, jobs: str) -> None:
     if missing := needed() - set(TESTS):
-        fail("tests for every package of the extras", ", ".join(sorted(missing)), "Add them to tools/newest.py.")
+        fail("tests for every package that tests need", ", ".join(sorted(missing)), "Add them to tools/newest.py.")
     environment, before = Environment(FOLDER), locked()
     environment.create()
     environment.pip("install", "-q", "--upgrade", torch, *BUILDING)
-    environment.pip(
-        "install", "-q", "--upgrade", "--upgrade-strategy=eager", "--no-build-isolation", torch, "-e", ".[test]"
-    )
+    options = ("--upgrade", "--upgrade-strategy=eager", "--no-build-isolation")
+    environment.pip("install", "-q", *options, torch, "-e", ".", "--group", "test")
     after = installed(environment)
     moved = [name for name in before if name in after and after[name] != before[name]]
     tests = sorted({test for name in moved for test in TESTS.get(name, ())})

@@ -30,13 +30,13 @@ def pins(name: str) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def needed(extra: str, python: str) -> list[Requirement]:
-    """What an extra names, and the extras in it."""
+def needed(name: str, python: str) -> list[Requirement]:
+    """What an extra or a group names, and the extras and groups in it."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(rf"^{extra} = (\[.*?\]$)", text, re.M | re.S)
+    listed = re.search(rf"^{name} = (\[.*?\]$)", text, re.M | re.S)
     assert listed is not None
-    found = []
-    for item in map(Requirement, re.findall(r'"([^"]+)"', listed[1])):
+    found = [r for group in re.findall(r'\{include-group = "([^"]+)"\}', listed[1]) for r in needed(group, python)]
+    for item in map(Requirement, re.findall(r'"([^"]+)"', re.sub(r"\{.*?\}", "", listed[1]))):
         if item.marker is not None and not item.marker.evaluate({"python_version": python}):
             continue
         found += [r for e in item.extras for r in needed(e, python)] if item.name == "singlepass" else [item]
@@ -44,12 +44,12 @@ def needed(extra: str, python: str) -> list[Requirement]:
 
 
 @each_python
-@pytest.mark.parametrize("extra", ["dev", "bench", "docs"])
-def test_locks_hold_what_the_extras_name(python: str, extra: str) -> None:
-    lock = pins(f"{'' if extra == 'dev' else f'{extra}-'}py{python.replace('.', '')}.txt")
-    for requirement in [*needed(extra, python), *map(Requirement, ("setuptools>=77", "ninja", "numpy"))]:
+@pytest.mark.parametrize("kind", ["dev", "bench", "docs"])
+def test_locks_hold_what_is_named(python: str, kind: str) -> None:
+    lock = pins(f"{'' if kind == 'dev' else f'{kind}-'}py{python.replace('.', '')}.txt")
+    for requirement in [*needed(kind, python), *map(Requirement, ("setuptools>=77", "ninja", "numpy"))]:
         assert requirement.specifier.contains(lock[requirement.name]), requirement
-    assert not [name for name in lock if re.match(r"torch$|nvidia-|cuda-", name)]
+    assert not [name for name in lock if re.match(r"torch$|nvidia-|cuda-|singlepass", name)]
 
 
 @each_python
@@ -64,6 +64,20 @@ def test_documentation_is_built_beside_tests_and_not_for_them(python: str) -> No
     docs, dev = (pins(f"{kind}py{python.replace('.', '')}.txt") for kind in ("docs-", ""))
     assert not [name for name in docs.keys() & dev.keys() if docs[name] != dev[name]]
     assert not {"furo", "myst-parser", "sphinx"} & dev.keys()
+
+
+def test_what_users_can_choose_needs_no_group(root: Path) -> None:
+    """Extras are published with the package, groups are not."""
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    extras = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    assert re.findall(r"^(\w+) = ", extras, re.M) == ["bench", "examples", "fit", "kv", "smollm2"]
+
+
+def test_newer_releases_of_what_tests_need_are_put_to_tests_that_are_there(root: Path) -> None:
+    newest = tool("newest")
+    assert newest.needed() == {r.name for python in PYTHONS for r in needed("test", python)}
+    assert newest.needed() <= newest.TESTS.keys()
+    assert not [test for tests in newest.TESTS.values() for test in tests if not (root / test).exists()]
 
 
 @pytest.fixture
