@@ -2,8 +2,8 @@
 """Builds wheels into dist/. `make wheel CUDA=...` and `make wheels` run it, in make's environment.
 
     wheels.py cpu|cu12|cu13     one, whose local version says for what it is: 0.1.0+cpu, +cu124, +cu130
-    wheels.py release           what a release has: +cpu, and one without a local version with the libraries of both
-                                CUDA versions, of which the one that fits torch is loaded
+    wheels.py release           what a release has: +cpu, one without a local version with the libraries of both CUDA
+                                versions, of which the one that fits torch is loaded, and the sources
 
 A CUDA library is built with a torch of its CUDA version, in an environment of its own under build/, and with the
 toolkit in CUDA_HOME if that is of the version, else with one put together out of packages.
@@ -119,13 +119,23 @@ def publishable(wheel: Path) -> Path:
     return Path(shutil.move(repaired, DIST / repaired.name))
 
 
+def sdist() -> Path:
+    """The sources in dist/, from which an installer without a wheel for its system builds."""
+    folder = BUILD / "sdist"
+    shutil.rmtree(folder, ignore_errors=True)
+    run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder)
+    (archive,) = folder.iterdir()
+    DIST.mkdir(exist_ok=True)
+    return Path(shutil.move(archive, DIST / archive.name))
+
+
 def main(kind: str) -> None:
     if kind == "release":
-        made = [build("cpu", local=True), merge(build("cu13", local=False), build("cu12", local=False))]
+        wheels = [build("cpu", local=True), merge(build("cu13", local=False), build("cu12", local=False))]
+        made = [*map(publishable, wheels), sdist()]
     else:
-        made = [build(kind, local=True)]
-    for wheel in made:
-        path = publishable(wheel)
+        made = [publishable(build(kind, local=True))]
+    for path in made:
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
 
 
