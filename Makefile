@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make test` and `make bench` set up what they need in .venv and do again only what has changed since.
 .DELETE_ON_ERROR:
-.PHONY: bench clean core docs format gpu-bundle gpu-model gpu-proof help lint locks release setup test test-deep test-newest test-release wheel wheels
+.PHONY: bench clean core docs format gpu-bundle gpu-model gpu-proof help hub lint locks release setup test test-deep test-newest test-release wheel wheels
 
 PYTHON ?= python3
 # The one pin of torch. What else is installed stands in locks/, and fits this torch.
 TORCH ?= torch==2.13.0
 # Workers of pytest, and files compiled at the same time: as the CPUs and the memory that make may use allow.
 JOBS ?= $(shell $(PYTHON) tools/environment.py jobs)
-# What a wheel is for: cpu, cu12 or cu13.
+# What a wheel or a variant for the Hub is for: cpu, cu12 or cu13.
 CUDA ?= cpu
 # Doors that a release need not pass, such as tests that CI has just run.
 WITHOUT ?=
@@ -50,6 +50,7 @@ help:
 	@echo 'make lint         ruff, mypy and clang-format, without changing a file; make format mends what they can mend'
 	@echo 'make locks        move locks/ to the newest releases that fit $(TORCH)'
 	@echo 'make wheel        a wheel in dist/ for CUDA=cpu (the default), cu12 or cu13; make wheels: what a release has'
+	@echo 'make hub          a variant for the Hugging Face Hub in build/hub/, for CUDA=cpu (the default), cu12 or cu13'
 	@echo 'make release      make a release ready in dist/, door by door, and publish nothing; says what is missing'
 	@echo 'make clean        remove what building has left; $(VENV) stays'
 
@@ -143,6 +144,10 @@ wheel: $(PACKAGES)
 
 wheels: $(PACKAGES)
 	@python tools/wheels.py release
+
+# What the package kernels loads.
+hub: $(PACKAGES)
+	@python tools/hub.py $(CUDA)
 
 release: $(PACKAGES)
 	@python tools/release.py '$(TORCH)' $(WITHOUT)

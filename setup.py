@@ -142,7 +142,20 @@ def sources_of(device: str, folders: list[str]) -> list[str]:
     """The kernels of a device, by their suffix, and what registers them with PyTorch."""
     suffix = {"cpu": ".cpp", "cuda": ".cu"}[device]
     kernels = [path for folder in folders for path in sorted((CSRC / folder).glob(f"*{suffix}"))]
-    return [str(path) for path in [*kernels, CSRC / "torch" / f"{device}.cpp"]]
+    return [str(path) for path in [*kernels, registration(device)]]
+
+
+def registration(device: str) -> Path:
+    """The source that registers a device's kernels. Another namespace compiles this one anew, and no kernel."""
+    source, namespace = CSRC / "torch" / f"{device}.cpp", os.environ.get("SINGLEPASS_NAMESPACE")
+    if not namespace:
+        return source
+    if not re.fullmatch(r"[a-z]\w*", namespace, re.ASCII):
+        raise SystemExit(f"SINGLEPASS_NAMESPACE: expected a name such as singlepass_2; got {namespace!r}. Unset it.")
+    wrapped = Path("build", "namespaces", namespace, source.name)
+    wrapped.parent.mkdir(parents=True, exist_ok=True)
+    wrapped.write_text(f'#define SINGLEPASS_NAMESPACE {namespace}\n#include "torch/{source.name}"\n')
+    return wrapped
 
 
 def libraries() -> tuple[list[Extension], dict[str, object]]:

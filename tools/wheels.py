@@ -70,12 +70,12 @@ def commit_time() -> str:
     return run("git", "log", "-1", "--format=%ct").strip()
 
 
-def build(kind: str, local: bool) -> Path:
-    """A wheel as setuptools makes it, for a CUDA version or the CPU alone."""
+def build(kind: str, local: bool, **settings: str) -> Path:
+    """A wheel as setuptools makes it, for a CUDA version or the CPU alone. More settings are variables of the build."""
     folder = BUILD / kind
     shutil.rmtree(folder, ignore_errors=True)
     cuda = kind.removeprefix("cu") if kind != "cpu" else ""
-    settings = {"SOURCE_DATE_EPOCH": commit_time(), "SINGLEPASS_WITH_CUDA": "1" if cuda else "0"}
+    settings |= {"SOURCE_DATE_EPOCH": commit_time(), "SINGLEPASS_WITH_CUDA": "1" if cuda else "0"}
     python: str | Path = sys.executable
     version = kind
     if cuda:

@@ -8,6 +8,11 @@
 #include "spectral/torch.h"
 #include "torch/stream.h"
 
+// That of the ops, under which Python declares them: the name of the package.
+#ifndef SINGLEPASS_NAMESPACE
+#define SINGLEPASS_NAMESPACE singlepass
+#endif
+
 namespace singlepass::registration {
 namespace {
 
@@ -30,7 +35,7 @@ class Cpu {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(singlepass, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINGLEPASS_NAMESPACE, CPU, m) {
   register_kv<Cpu>(m);
   register_optim<Cpu>(m);
   register_rational<Cpu>(m);

@@ -10,6 +10,11 @@
 #include "torch/on_stream.h"
 #include "torch/stream.h"
 
+// That of the ops, under which Python declares them: the name of the package.
+#ifndef SINGLEPASS_NAMESPACE
+#define SINGLEPASS_NAMESPACE singlepass
+#endif
+
 namespace singlepass::registration {
 namespace {
 
@@ -30,7 +35,7 @@ class Cuda : public OnStream {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(singlepass, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINGLEPASS_NAMESPACE, CUDA, m) {
   register_kv<Cuda>(m);
   register_optim<Cuda>(m);
   register_rational<Cuda>(m);

@@ -17,7 +17,7 @@ class Simt : public OnStream {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(SINGLEPASS_SIMT_NAMESPACE, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(SINGLEPASS_NAMESPACE, CPU, m) {
   register_kv<Simt>(m);
   register_optim<Simt>(m);
   register_rational<Simt>(m);

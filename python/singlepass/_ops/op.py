@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import _native
 from .._errors import message
 
-NAMESPACE = "singlepass"
+NAMESPACE = __name__.partition(".")[0]  # singlepass, unless a loader imports the package under another name
 BACKENDS = ("native", "triton", "eager")
 ENV = "SINGLEPASS_BACKEND"
 OPS: dict[str, Op] = {}  # all ops, by name
