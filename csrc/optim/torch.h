@@ -53,7 +53,7 @@ inline void check_count(const StepArguments& a, const char* role, size_t count) 
 }
 
 inline void check_strided(const StepArguments& a, const char* role, const Tensor& t) {
-  if (t.layout() != torch::headeronly::Layout::Strided) {
+  if (!is_strided(t)) {
     fail(a.op, "strided ", role,
          "; got a sparse one. Use torch.Tensor.to_dense, or an optimizer for sparse gradients.");
   }
@@ -338,7 +338,7 @@ inline std::vector<TensorRecord> grad_records(const char* op, const Tensors& gra
   std::vector<TensorRecord> records = empty_records(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     check_device(op, "gradients", grads[i], grads[0]);
-    if (grads[i].layout() != torch::headeronly::Layout::Strided) {
+    if (!is_strided(grads[i])) {
       fail(op, "strided gradients; got a sparse one. Use torch.Tensor.to_dense.");
     }
     kept.push_back(is_dense(grads[i]) ? grads[i] : torch::stable::contiguous(grads[i]));

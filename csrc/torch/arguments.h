@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -50,6 +51,13 @@ inline DType dtype_of(const std::string& op, const char* role, const Tensor& t) 
       fail(op, role, " of float32, bfloat16 or float16; got ", torch::headeronly::toString(t.scalar_type()),
            ". Use backend=\"eager\" for other dtypes.");
   }
+}
+
+// Tensor::layout() is younger than torch 2.10, whose headers the libraries are also built with.
+inline bool is_strided(const Tensor& t) {
+  int32_t layout = -1;
+  aoti_torch_get_layout(t.get(), &layout);
+  return layout == aoti_torch_layout_strided();
 }
 
 // Whether the strides order the elements of a tensor without gaps and overlaps.
