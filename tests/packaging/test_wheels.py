@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -82,6 +83,14 @@ def test_what_is_published_is_tagged_for_the_systems_of_torch(
         same = files - {f"singlepass-{version}.dist-info/{name}" for name in ("WHEEL", "RECORD")}
         assert all(repaired.read(name) == original.read(name) for name in same)
     assert wheels.publishable(wheel).read_bytes() == data
+
+
+def test_sources_of_a_release_have_all_that_is_built_and_no_test(wheels: ModuleType, root: Path) -> None:
+    with tarfile.open(wheels.sdist()) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    built = {path.relative_to(root).as_posix() for path in (root / "csrc").rglob("*.*") if path.is_file()}
+    assert built | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
+    assert not [name for name in names if name.startswith("tests/") or name.endswith((".so", "build_info.json"))]
 
 
 def test_a_toolkit_of_another_version_is_refused(
