@@ -137,8 +137,8 @@ def main(torch: str, *without: str) -> None:
         if door.__name__ not in without:
             print(f"release: {door.__name__}", flush=True)
             door(torch)
-    number = written_version()
-    print(f"{number} is ready in dist/. To publish it: git tag v{number} && git push origin v{number}")
+    number, left_out = written_version(), f", {', '.join(without)} left out" if without else ""
+    print(f"{number} is ready in dist/{left_out}. To publish it: git tag v{number} && git push origin v{number}")
 
 
 if __name__ == "__main__":

@@ -91,8 +91,9 @@ def test_again_it_repeats_neither_tests_nor_builds_of_the_same_commit(release: M
     assert ("make", "wheels") in ran
 
 
-def test_doors_can_be_left_out_by_name(release: ModuleType, ran: Ran) -> None:
+def test_doors_can_be_left_out_by_name(release: ModuleType, ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
     release.main(TORCH, "tests", "locks")
+    assert "1.2.0 is ready in dist/, tests, locks left out. " in capsys.readouterr().out
     assert ("make", "wheels") in ran
     assert not [command for command in ran if command[0] in (".ci/run", release.sys.executable)]
     assert "got test. Name one of them" in says(release, lambda torch: release.main(torch, "test"))
