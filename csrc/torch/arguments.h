@@ -15,6 +15,11 @@
 
 #include "common/dtype.h"
 
+#ifdef __GLIBCXX__
+// Of GCC 11, and so younger than manylinux_2_28: made part of the libraries, for compilers that do not inline it.
+template std::string std::basic_stringbuf<char>::str() const&;
+#endif
+
 // What registrations share: checks of what memory safety needs, with messages of one shape,
 // `<op>: expected <contract>; got <value>. <remedy>`.
 namespace singlepass::registration {
