@@ -125,7 +125,7 @@ def test_a_rank_that_cannot_go_on(name: str, options: dict[str, Any]) -> None:
         twins.params[0].grad = twins.twins[0].grad  # whole, and not a DTensor
     if mine or communicates:
         contract = (
-            "a gradient placed as its parameter" if mine else "every rank to take the step; got an exception on another"
+            "a gradient placed as its parameter" if mine else "every rank to take part; got an exception on another"
         )
         with pytest.raises(RuntimeError, match=contract):
             twins.optimizer.step()

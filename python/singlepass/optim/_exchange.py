@@ -30,10 +30,13 @@ class Layout:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.facts = _facts(params)
-        self.divided = [ranks_of(p) for p in params]
+        ranks = [ranks_of(p) for p in params]
+        self.divided = [divided for divided, _ in ranks]
         self.kinds = list(dict.fromkeys(self.divided))  # of parameters that are divided over the same ranks
         self.kind_of = list(map(self.kinds.index, self.divided))
         self.groups = list(dict.fromkeys(group for groups in self.divided for group in groups))
+        copies = dict.fromkeys(group for _, groups in ranks for group in groups)
+        self.replicas = [group for group in copies if group not in self.groups]  # who have nothing to add up
         self.device = next(
             p.device for p, groups in zip(params, self.divided, strict=True) if groups or not self.groups
         )
@@ -70,7 +73,7 @@ class Verdict:
 
 
 class Exchange:
-    """The sums of one step, as a context that tells the other ranks of an exception.
+    """The sums of one step, or of one clipping, as a context that tells the other ranks of an exception.
 
     ``rounds`` says what is to be added up, in order: the columns of a table, and whether it has a row for each kind of
     parameters instead of each parameter. All ranks have the same rounds. With the first one that comes after it, each
@@ -137,6 +140,8 @@ class Exchange:
                 table.copy_(summed)
             else:
                 table[rows] = summed
+        for group in layout.replicas:
+            torch.distributed.all_reduce(flags, group=group)
         return flags
 
 
@@ -177,25 +182,25 @@ def _is_debugging() -> bool:
 
 def _check_agreement(optimizer: FusedOptimizer, params: Sequence[Tensor]) -> None:
     """Raises ValueError, on every rank, for hyperparameters that differ over ranks."""
-    mine: dict[str, Any] = {"the number of groups": len(optimizer.param_groups)}
+    found: dict[str, Any] = {"the number of groups": len(optimizer.param_groups)}
     for i, group in enumerate(optimizer.param_groups):
-        mine[f"the number of parameters in group {i}"] = len(group["params"])
+        found[f"the number of parameters in group {i}"] = len(group["params"])
         for key in (key for key in optimizer.defaults if key in group and key != "backend"):
             value = group[key]
-            mine[f"{key} of group {i}"] = float(value) if isinstance(value, Tensor) else value
+            found[f"{key} of group {i}"] = float(value) if isinstance(value, Tensor) else value
+    known = {key: [repr(value)] for key, value in found.items()}  # each with all values that ranks have
     for ranks in dict.fromkeys(ranks for p in params if is_sharded(p) for ranks in p.device_mesh.get_all_groups()):
-        theirs: list[Any] = [None] * torch.distributed.get_world_size(ranks)
-        torch.distributed.all_gather_object(theirs, mine, group=ranks)
-        for key in mine:
-            values = [their.get(key) for their in theirs]
-            got = ", ".join(map(repr, values))
-            require(values.count(values[0]) == len(values), optimizer._name, f"{key} alike on all ranks", got, _ALIKE)
+        heard: list[Any] = [None] * torch.distributed.get_world_size(ranks)
+        torch.distributed.all_gather_object(heard, known, group=ranks)
+        known = {key: list(dict.fromkeys(value for one in heard for value in one.get(key, ()))) for key in known}
+    for key, values in known.items():  # once all groups have spoken: a rank that raised before would miss in the next
+        require(len(values) == 1, optimizer._name, f"{key} alike on all ranks", ", ".join(values), _ALIKE)
 
 
 def _failure(where: str) -> RuntimeError:
     """What the ranks raise that could have gone on."""
     remedy = "Its own error says why; nothing was changed."
-    return RuntimeError(message(where, "every rank to take the step", "an exception on another rank", remedy))
+    return RuntimeError(message(where, "every rank to take part", "an exception on another rank", remedy))
 
 
 def has_dtensors(params: Sequence[Tensor]) -> bool:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._errors import require
+from .._ops import Op
 from .._ops.optim import grad_norm, grad_squares
 from ..reference.optim import finish_grad_norm
 from ._buckets import Bucket, has_values, is_wrapper
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # The buckets of a step, each with its group, the names of its states, and the rule's hyperparameters.
 Steps = list[tuple[Bucket, dict[str, Any], tuple[str, ...], dict[str, Any]]]
+
+# Gradients that one call takes, with the backend that is asked for and the kind of their parameters.
+Parts = list[tuple[list[Tensor], str | None, int]]
 
 
 def measure(
@@ -35,21 +39,19 @@ def measure(
     looks = grad_scale is not None and found_inf is None
     if max_norm == 0.0 and not looks:
         return grad_scale, exchange.add_up(exchange.table(), found_inf)
-    parts = list(_parts(buckets, exchange))
+    parts = _parts(buckets, exchange)
     if not parts and exchange.is_alone:
         return grad_scale, found_inf
     if len(parts) == 1 and exchange.is_alone:
         (grads, backend, _) = parts[0]
         scale = to_device(grad_scale, grads[0].device)
-        run = grad_norm.on(_chosen(grads, backend))
+        run = _chosen(grad_norm, grads, backend)
         _, divisor, nonfinite = run(grads, max_norm=max_norm, eps=eps, grad_scale=scale)
         return divisor, nonfinite if looks else found_inf
     plain = not any(is_wrapper(g) for grads, _, _ in parts for g in grads)
     remedy = "Give them to optimizers of their own, or pass max_grad_norm=0."
     require(plain, where, "one type of parameters for the norm of all gradients", "several", remedy)
-    table = exchange.table() if not exchange.is_alone else parts[0][0][0].new_zeros((1, 1), dtype=torch.float64)
-    for grads, backend, kind in parts:
-        table[kind] += grad_squares.on(_chosen(grads, backend))(grads).to(table.device, non_blocking=True)
+    table = squares_of(parts, exchange)
     nonfinite = (~table.sum().isfinite()).float()
     found_inf = nonfinite if looks else found_inf
     if not exchange.is_alone:
@@ -57,6 +59,20 @@ def measure(
     scale = to_device(grad_scale, table.device)
     _, divisor, _ = finish_grad_norm(table.sum(), max_norm=max_norm, eps=eps, grad_scale=scale)
     return divisor, found_inf
+
+
+def squares_of(parts: Parts, exchange: Exchange) -> Tensor:
+    """Sums of squares in float64: of each part or, where ranks add them up, as the table of their next round."""
+    table = None if exchange.is_alone else exchange.table()
+    device = parts[0][0][0].device if table is None else table.device
+    squares = [
+        _chosen(grad_squares, grads, backend)(grads).to(device, non_blocking=True) for grads, backend, _ in parts
+    ]
+    if table is None:
+        return torch.cat(squares)
+    for (_, _, kind), some in zip(parts, squares, strict=True):
+        table[kind] += some
+    return table
 
 
 def add_up_norms(
@@ -99,8 +115,7 @@ def to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device, non_blocking=True)
 
 
-def _parts(buckets: list[Bucket], exchange: Exchange) -> Iterator[tuple[list[Tensor], str | None, int]]:
-    """Gradients that one call takes, with the backend that is asked for and the kind of their parameters."""
+def _parts(buckets: list[Bucket], exchange: Exchange) -> Parts:
     parts: dict[tuple[torch.device, str | None, bool, int], list[Tensor]] = {}
     for bucket in buckets:
         kinds = exchange.kinds(bucket.ids)
@@ -111,9 +126,8 @@ def _parts(buckets: list[Bucket], exchange: Exchange) -> Iterator[tuple[list[Ten
             wrapped = is_wrapper(g)
             wanted = "eager" if wrapped else bucket.asked
             parts.setdefault((bucket.device, wanted, wrapped, kind), []).append(g)
-    for (_, wanted, _, kind), grads in parts.items():
-        yield grads, wanted, kind
+    return [(grads, wanted, kind) for (_, wanted, _, kind), grads in parts.items()]
 
 
-def _chosen(grads: list[Tensor], backend: str | None) -> str:
-    return grad_norm.choose(grads[0].device.type, {g.dtype for g in grads}, backend)
+def _chosen(op: Op, grads: list[Tensor], backend: str | None) -> Callable[..., Any]:
+    return op.on(op.choose(grads[0].device.type, {g.dtype for g in grads}, backend))

@@ -39,7 +39,7 @@ def _arrived(t: Tensor) -> Tensor:
     return t if wait is None else wait()
 
 
-def specs(tensors: Iterable[Tensor]) -> list[object]:
+def specs(tensors: Iterable[Tensor]) -> list[Any]:
     """Mesh and placements of each, as objects that are equal if these are; None of plain tensors."""
     # In a fifth of the time that the public properties take, which are read where something is derived from them.
     return [getattr(t, "_spec", None) for t in tensors]
@@ -74,16 +74,22 @@ def _described(t: Tensor) -> str:
 
 
 def _placement(t: Tensor) -> Any:
-    return (t.device_mesh, t.placements) if is_sharded(t) else None
+    (spec,) = specs([t])
+    return None if spec is None else (spec.mesh, spec.placements)
 
 
-def ranks_of(p: Tensor) -> tuple[ProcessGroup, ...]:
-    """The groups of ranks that a parameter is divided over: one for each dimension of its mesh that does."""
-    if not is_sharded(p) or p.device_mesh.get_coordinate() is None:
-        return ()
-    sizes = zip(p.placements, p.device_mesh.shape, strict=True)
-    dims = [dim for dim, (placement, size) in enumerate(sizes) if size > 1 and not placement.is_replicate()]
-    return tuple(map(p.device_mesh.get_group, dims))
+def ranks_of(p: Tensor) -> tuple[tuple[ProcessGroup, ...], tuple[ProcessGroup, ...]]:
+    """The groups of ranks that a parameter is divided over, and those that hold copies: one for each dimension of its
+    mesh that has several ranks."""
+    if not is_sharded(p):
+        return (), ()
+    mesh = p.device_mesh
+    if mesh.get_coordinate() is None:
+        return (), ()
+    sizes = zip(p.placements, mesh.shape, strict=True)
+    copies = {dim: placement.is_replicate() for dim, (placement, size) in enumerate(sizes) if size > 1}
+    divided = tuple(mesh.get_group(dim) for dim, is_copy in copies.items() if not is_copy)
+    return divided, tuple(mesh.get_group(dim) for dim, is_copy in copies.items() if is_copy)
 
 
 def offset_of(p: Tensor) -> int:
