@@ -38,8 +38,11 @@ class Doctests:
 
     @staticmethod
     def pytest_ignore_collect(collection_path: Path) -> bool | None:
-        needs_transformers = collection_path.parts[-3:-1] == ("singlepass", "kv") and collection_path.name[:3] == "_hf"
-        return True if needs_transformers and find_spec("transformers") is None else None
+        parts = collection_path.parts[-3:]
+        needs_transformers = parts[:2] == ("singlepass", "kv") and parts[-1].startswith("_hf")
+        needs_timm = parts == ("singlepass", "optim", "_timm.py")
+        needed = "transformers" if needs_transformers else "timm" if needs_timm else ""
+        return True if needed and find_spec(needed) is None else None
 
 
 class Sample:

@@ -38,6 +38,7 @@ def _needed(block: str) -> set[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")  # of DataLoaders, on a machine without a GPU
+@pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning")  # which proposes workers, a logger and more
 @pytest.mark.parametrize(("page", "line", "block"), _blocks())
 def test_block_runs_alone(page: str, line: int, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a namespace of its own, as it is when it is copied."""
@@ -58,7 +59,7 @@ def test_block_runs_alone(page: str, line: int, block: str, tmp_path: Path, monk
 
 def test_every_guide_of_a_family_has_blocks() -> None:
     pages = {param.values[0] for param in _blocks()}  # type: ignore[attr-defined]
-    assert pages >= {"README.md", "kv.md", "optim.md", "rational.md", "recipes.md", "spectral.md"}
+    assert pages >= {"README.md", "kv.md", "optim.md", "rational.md", "spectral.md", "training.md"}
 
 
 def _anchors(text: str) -> set[str]:

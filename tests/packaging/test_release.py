@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 FLOOR, NEWEST = "torch==2.10.0", "torch"
+WITH_TORCHVISION = ("torch==2.14.1", "torchvision==0.29.1", "timm", "lightning")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 pytestmark = pytest.mark.release("each test sets up an environment of its own, with a torch of up to three gigabytes")
@@ -41,6 +42,16 @@ def test_one_wheel_serves_every_torch(wheel: Path, tmp_path: Path, torch: str) -
     python = fresh(tmp_path, torch, "numpy", wheel)
     assert "_C_cpu.so" in run(python, "-m", "singlepass", "info", "--check", folder=tmp_path)
     run(python, "-m", "pip", "check", folder=tmp_path)
+
+
+def test_training_under_timm_and_lightning(root: Path, wheel: Path, tmp_path: Path) -> None:
+    """timm needs torchvision, which does not import with the torch of `make test`. Blocks of the guides run too."""
+    python = fresh(tmp_path, *WITH_TORCHVISION, f"singlepass[test] @ {wheel.as_uri()}")
+    chosen = ["python/singlepass/optim/_timm.py", "tests/examples/test_documents.py"]
+    chosen += [f"tests/optim/test_{name}.py" for name in ("timm", "lightning")]
+    printed = run(python, "-m", "pytest", "-m", "", "-k", "timm or lightning or training.md", *chosen, folder=root)
+    assert " passed" in printed
+    assert "skipped" not in printed
 
 
 def test_the_same_commit_gives_the_same_cpu_wheel_in_every_folder(root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """Fused optimizers: drop-in :class:`torch.optim.Optimizer` subclasses whose steps read and write each tensor once.
 
 :func:`param_groups` sorts a model's parameters by weight decay, and :func:`clip_grad_norm_` clips their gradients.
+:func:`register_with_timm` makes the optimizers known to timm.
 ``SST``, the optimizer of sparse spectral training, is :class:`singlepass.spectral.SST`.
 """
 
@@ -17,6 +18,7 @@ from ._lamb import LAMB
 from ._lars import LARS
 from ._lion import Lion
 from ._sgdsai import SGDSaI
+from ._timm import register_with_timm
 
 __all__ = [
     "LAMB",
@@ -29,6 +31,7 @@ __all__ = [
     "SGDSaI",
     "clip_grad_norm_",
     "param_groups",
+    "register_with_timm",
 ]
 
 _OPTIMIZERS = tuple(name for name in __all__ if isinstance(globals()[name], type))
