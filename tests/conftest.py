@@ -131,10 +131,17 @@ def _simt_places(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+_started: dict[int, Ranks] = {}
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Ranks]]:
+def ranks() -> Callable[[int], Ranks]:
     """The processes of tests on several ranks, by their number."""
-    started: dict[int, Ranks] = {}
-    yield lambda size: started.setdefault(size, Ranks(size))
-    for some in started.values():
-        some.stop()
+    return lambda size: _started.setdefault(size, Ranks(size))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Ends processes after the last test in a row that needs them: the threads of their groups never sleep."""
+    if nextitem is None or nextitem.get_closest_marker("xdist_group") != item.get_closest_marker("xdist_group"):
+        for some in _started.values():
+            some.stop()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that run in several processes, the ranks of one group: started once, for all tests of a session.
+"""Tests that run in several processes, the ranks of one group: started once, for all tests in a row that need them.
 
 @on_ranks(2)
 def test_something(name: str) -> None:
