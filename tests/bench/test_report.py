@@ -90,6 +90,18 @@ def test_a_rival_left_out_can_only_fail_a_bar(good_run: Run, make_row: MakeRow) 
     assert verdicts(good_run)["time over torch.compile", "Lion"] is False
 
 
+def test_many_small_adamw_is_compared_with_torchs(make_row: MakeRow, make_run: MakeRun) -> None:
+    rows = [
+        make_row("AdamW", "native", 4.0, size="1000x1000"),
+        make_row("AdamW", "torch-fused", 2.1, size="1000x1000"),
+        make_row("Lion", "native", 4.0, size="1000x1000"),
+        make_row("Lion", "torch-fused-adamw", 2.2, size="1000x1000", column="yardstick"),
+    ]
+    grid = tables.family_grid(make_run(rows), "optim", "float32", size="1000x1000")
+    column = grid.head.index("torch fused AdamW")
+    assert [line[column].split()[0] for line in grid.lines] == ["2.10", "2.20"]
+
+
 def test_many_small_tensors(make_row: MakeRow, make_run: MakeRun) -> None:
     rows = [
         make_row("Lion", "native", 4.0, size="1000x1000"),
