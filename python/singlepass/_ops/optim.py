@@ -17,7 +17,7 @@ hyperparameters and what all rules share by keyword. Lists have one tensor per p
 * ``grad_scale``: float32, 0-dim or of one element, on the parameters' device; gradients are divided by it.
 * ``found_inf``: likewise; where it is not zero the step changes nothing, the counters included.
 
-Native steps can also be called by addresses (:meth:`StepOp.at`), which costs the host far less than lists of tensors:
+Native steps can also be called by addresses (:meth:`StepOp.at`), which costs the host less than lists of tensors:
 
 * ``like``: any of the parameters, for its device.
 * ``layout``: int64, contiguous, (4, parameters), on the CPU: elements; ``ids``; ``offsets``; and dtypes, a byte for

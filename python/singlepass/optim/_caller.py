@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls native step ops by addresses, since passing lists of tensors takes the host longer than all else."""
+"""Calls native step ops by the addresses of tensors: each tensor that is passed in a list costs the host time."""
 
 from __future__ import annotations
 
