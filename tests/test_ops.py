@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._library.simple_registry import singleton
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from singlepass._ops import OPS
 from singlepass._ops.op import NAMESPACE
@@ -93,6 +94,22 @@ def test_opcheck(name: str, device: str) -> None:
     assert samples, f"tests/{op.family}/samples.py has no arguments for {name}"
     for sample in samples:
         torch.library.opcheck(op.overload, sample.arguments, sample.options)
+
+
+@each_op
+def test_memory_that_was_freed_is_refused(name: str) -> None:
+    """By native ops, as sharding frees what it has gathered: of each tensor in turn."""
+    op = OPS[name]
+    for sample in (sample for sample in FAMILIES[op.family].samples("cpu") if sample.op is op):
+        for i in range(len(tree_leaves((sample.arguments, sample.options)))):
+            leaves, spec = tree_flatten((sample.arguments, sample.options))
+            leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            if not isinstance(leaves[i], torch.Tensor) or leaves[i].numel() == 0:
+                continue
+            arguments, options = tree_unflatten(leaves, spec)
+            leaves[i].untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match=f"^{name}: expected .* whose memory was freed"):
+                op.overload(*arguments, **options)
 
 
 @each_op

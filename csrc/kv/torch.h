@@ -21,6 +21,7 @@ inline kv::Tokens tokens_of(const char* op, const char* role, const Tensor& t) {
     fail(op, role, " (batch, heads, tokens, channels) whose channels are neighbours; got ", shape_of(t),
          ". Call .contiguous().");
   }
+  check_memory(op, role, t);
   const int64_t head_dim = t.size(3);
   if (head_dim < 16 || head_dim > kMaxHeadDim || head_dim % 16 != 0) {
     fail(op, role, " of 16, 32, ..., ", kMaxHeadDim, " channels; got ", head_dim, ". Pad channels with zeros.");
@@ -41,7 +42,7 @@ inline void check_layout(const char* op, const char* role, const Tensor& t, Scal
     fits = t.size(k) == 1 || t.stride(k) == expected;
     expected *= t.size(k);
   }
-  if (fits) return;
+  if (fits) return check_memory(op, role, t);
   std::ostringstream wanted;
   for (size_t k = 0; k < shape.size(); ++k) {
     wanted << (k == 0 ? "" : ", ");
@@ -273,6 +274,7 @@ inline kv::Tokens turns_of(const char* op, const char* role, const Tensor& t, co
     fail(op, role, " (batch or 1, tokens, an even number of channels) for x ", shape_of(x), ", dense in the last; got ",
          shape_of(t), ". Pass what rotary embeddings give.");
   }
+  check_memory(op, role, t);
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, role, t), t.size(0) == 1 ? 0 : t.stride(0), 0,
           t.stride(1)};
 }

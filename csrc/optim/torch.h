@@ -90,6 +90,7 @@ inline float* scalar_of_tensor(const StepArguments& a, const char* role, const T
 
 inline optim::Scalar lr_of(const OptionArguments& a) {
   if (a.lr.numel() != 1) fail(a.op, "lr as one number; got ", a.lr.numel(), ". Use a tensor of no dimensions.");
+  check_memory(a.op, "lr", a.lr);
   if (!a.lr.is_cpu()) return {0.0, scalar_pointer(a.op, "lr", std::optional<Tensor>(a.lr), a.like)};
   if (a.lr.scalar_type() == ScalarType::Double) return {*static_cast<const double*>(a.lr.const_data_ptr()), nullptr};
   if (a.lr.scalar_type() == ScalarType::Float) return {*static_cast<const float*>(a.lr.const_data_ptr()), nullptr};
@@ -114,15 +115,6 @@ inline std::vector<TensorRecord> empty_records(size_t count) {
   return records;
 }
 
-// Refuses tensors whose memory was freed.
-inline void check_memory(const std::string& op, const TensorRecord& r, int states) {
-  bool all = r.param != nullptr && r.grad != nullptr;
-  for (int k = 0; k < states; ++k) all = all && r.state[k] != nullptr;
-  if (!all && r.numel > 0) {
-    fail(op, "parameters, gradients and states with memory; got one whose memory was freed. Step before it is freed.");
-  }
-}
-
 inline Step make_step(const StepArguments& a) {
   Step step;
   check_count(a, "gradients", a.grads.size());
@@ -143,6 +135,8 @@ inline Step make_step(const StepArguments& a) {
       fail(a.op, "dense parameters without overlap; got strides that leave gaps. Use backend=\"eager\".");
     }
     const Tensor& g = aligned_grad(a, i, step);
+    check_memory(a.op, "parameters", p);
+    check_memory(a.op, "gradients", g);
     r.param = p.data_ptr();
     r.grad = g.data_ptr();
     r.numel = p.numel();
@@ -151,6 +145,7 @@ inline Step make_step(const StepArguments& a) {
     for (size_t k = 0; k < a.states.size(); ++k) {
       const Tensor& s = (*a.states[k])[i];
       check_state(a, p, s);
+      check_memory(a.op, "states", s);
       r.state[k] = s.data_ptr();
       r.state_dtype[k] = dtype_of(a.op, "states", s);
     }
@@ -163,7 +158,6 @@ inline Step make_step(const StepArguments& a) {
         fail(a.op, "offsets of 0 or more; got ", r.offset, ". Count elements from the whole tensor's first.");
       }
     }
-    check_memory(a.op, r, static_cast<int>(a.states.size()));
   }
   return step;
 }
@@ -192,19 +186,19 @@ class Addresses {
     for (int64_t i = 0; i < count_; ++i) {
       TensorRecord& r = records[i];
       int64_t list = 0;
-      r.param = at(list++, i);
-      r.grad = at(list++, i);
-      for (int k = 0; k < states; ++k) r.state[k] = at(list++, i);
-      if (scaled) r.scale = static_cast<const float*>(at(list++, i));
-      if (counted) r.step = static_cast<float*>(at(list++, i));
       r.numel = row(kElements)[i];
+      const auto next = [&](int64_t elements) { return at(op, list++, i, elements); };
+      r.param = next(r.numel);
+      r.grad = next(r.numel);
+      for (int k = 0; k < states; ++k) r.state[k] = next(r.numel);
+      if (scaled) r.scale = static_cast<const float*>(next(1));
+      if (counted) r.step = static_cast<float*>(next(1));
       r.id = static_cast<uint32_t>(row(kIds)[i]);
       r.offset = row(kOffsets)[i];
       const uint64_t dtypes = static_cast<uint64_t>(row(kDTypes)[i]);
       r.param_dtype = static_cast<DType>(dtypes & 0xff);
       r.grad_dtype = static_cast<DType>(dtypes >> 8 & 0xff);
       for (int k = 0; k < states; ++k) r.state_dtype[k] = static_cast<DType>(dtypes >> (16 + 8 * k) & 0xff);
-      check_memory(op, r, states);
     }
     return records;
   }
@@ -214,9 +208,13 @@ class Addresses {
 
   const int64_t* row(int which) const { return layout_ + which * count_; }
 
-  void* at(int64_t list, int64_t i) const {
+  void* at(const std::string& op, int64_t list, int64_t i, int64_t elements) const {
     void* const word = words_[list * count_ + i];
-    return reader_ == nullptr ? word : reader_(word);
+    void* const address = reader_ == nullptr ? word : reader_(word);
+    if (address == nullptr && elements > 0) {
+      fail(op, "tensors with memory; got one whose memory was freed. Call the op before that.");
+    }
+    return address;
   }
 
   void* const* words_;
@@ -241,6 +239,7 @@ inline optim::Phase phase_of(const std::string& op, const Tensor& like, size_t t
   if (phase == 0) return {};
   const int64_t count = static_cast<int64_t>(tensors);
   check_device(op, "norms", *norms, like);
+  check_memory(op, "norms", *norms);
   if (norms->scalar_type() != ScalarType::Double || norms->dim() != 2 || norms->size(0) != count ||
       norms->size(1) != optim::kNorms || !norms->is_contiguous()) {
     fail(op, "contiguous float64 norms of shape (", count, ", ", optim::kNorms, "); got ",
@@ -341,6 +340,7 @@ inline std::vector<TensorRecord> grad_records(const char* op, const Tensors& gra
     if (!is_strided(grads[i])) {
       fail(op, "strided gradients; got a sparse one. Use torch.Tensor.to_dense.");
     }
+    check_memory(op, "gradients", grads[i]);
     kept.push_back(is_dense(grads[i]) ? grads[i] : torch::stable::contiguous(grads[i]));
     records[i].grad = kept[i].data_ptr();
     records[i].grad_dtype = dtype_of(op, "gradients", kept[i]);

@@ -89,6 +89,7 @@ struct RationalCall {
 inline Table table_of(const char* op, const char* role, const Tensor& t, const Tensor& x, int64_t rows, int64_t fewest,
                       int64_t most) {
   check_device(op, role, t, x);
+  check_memory(op, role, t);
   const int64_t columns = t.size(t.dim() - 1);
   if (!t.is_contiguous() || columns < fewest || columns > most) {
     fail(op, "a contiguous ", role, " of ", fewest, " to ", most, " columns; got shape ", shape_of(t),
@@ -103,6 +104,7 @@ inline void check_like_x(const RationalArguments& a, const char* role, const Ten
     fail(a.op, role, " of x's shape and dtype, ", shape_of(a.x), "; got ", shape_of(t), " of ",
          torch::headeronly::toString(t.scalar_type()), ". Convert it.");
   }
+  check_memory(a.op, role, t);
 }
 
 inline void check_tables(const RationalArguments& a, int64_t channels) {
@@ -135,6 +137,7 @@ inline RationalCall rational_call(const RationalArguments& a) {
   p.channels = channels;
   p.inner = Order::count(y, call.order.inner);
   p.dtype = dtype_of(a.op, "x", a.x);
+  check_memory(a.op, "x", a.x);
   p.form = static_cast<rational::Form>(a.form);
   p.dropout_threshold = std::min(static_cast<uint32_t>(a.dropout * 65536.0 + 0.5), 65535u);
   const int64_t constant = p.form == rational::Form::kC ? 1 : 0;
@@ -150,6 +153,7 @@ inline RationalCall rational_call(const RationalArguments& a) {
     check_like_x(a, "gate", *a.gate);
     p.gate = call.view(*a.gate);
   }
+  if (a.seed.has_value()) check_memory(a.op, "seed", *a.seed);
   if (p.needs_seed()) {
     if (!a.seed.has_value() || a.seed->numel() != 1 || a.seed->scalar_type() != ScalarType::Long) {
       fail(a.op, "a seed of one int64 for form D and for dropout; got ", a.seed.has_value() ? "another" : "none",

@@ -19,6 +19,7 @@ inline Tensor new_sums(const Tensor& like, int64_t count) {
 inline Tensor as_floats(const char* op, const char* role, const Tensor& t, const Tensor& like) {
   check_device(op, role, t, like);
   dtype_of(op, role, t);
+  check_memory(op, role, t);
   return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
 }
 
@@ -33,6 +34,7 @@ inline spectral::Matrix matrix_of(const char* op, const char* role, const Tensor
     fail(op, role, " of shape ", shape_of(like), " with rows of contiguous elements; got ", shape_of(t),
          ". Make it contiguous.");
   }
+  check_memory(op, role, t);
   return {t.data_ptr(), dtype_of(op, role, t), t.stride(0)};
 }
 
@@ -109,6 +111,7 @@ inline SampleCall sample_call(const Tensors& s, const std::vector<int64_t>& rank
       fail(op, "s of one dimension and a rank from 1 to its size; got ", shape_of(s[i]), " and ", ranks[i],
            ". Choose another rank.");
     }
+    check_memory(op, "s", s[i]);
     call.kept.push_back(torch::stable::contiguous(s[i]));
     call.exchanges.push_back(torch::stable::new_empty(s[i], {ranks[i]}, ScalarType::Long));
     call.layers.push_back({call.kept[i].const_data_ptr(), dtype_of(op, "s", s[i]), count, ranks[i], ids[i],
@@ -139,6 +142,7 @@ inline spectral::Swap swap_pair(const Tensor& active, const Tensor& frozen, cons
     fail(op, "float32 scales of shape (", frozen.size(0), ", ", factors, "); got ", shape_of(scales),
          ". Make them with the codes.");
   }
+  for (const Tensor* t : {&active, &frozen, &scales, &exchange}) check_memory(op, "tensors", *t);
   return {active.data_ptr(),
           frozen.data_ptr(),
           coded ? static_cast<float*>(scales.data_ptr()) : nullptr,
@@ -176,6 +180,8 @@ inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor
   const int64_t columns = z.dim() == 0 ? 0 : z.size(z.dim() - 1);
   if (columns < 2) fail(op, "rows of at least two elements; got ", shape_of(z), ". The first is the time.");
   if (log_scale.numel() != 1) fail(op, "log_scale as one element; got ", shape_of(log_scale), ". Reshape it.");
+  check_memory(op, "z", z);
+  if (grad != nullptr) check_memory(op, "grad", *grad);
   const int64_t rows = z.numel() / columns;
   const Tensor dense = torch::stable::contiguous(z);
   LorentzCall call = {

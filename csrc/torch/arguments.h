@@ -110,6 +110,12 @@ inline void check_device(const std::string& op, const char* role, const Tensor& 
   }
 }
 
+// Refuses a tensor whose memory was freed, as sharding frees what it has gathered.
+inline void check_memory(const std::string& op, const char* role, const Tensor& t) {
+  if (t.const_data_ptr() != nullptr || t.numel() == 0) return;
+  fail(op, role, " with memory; got ", shape_of(t), " whose memory was freed. Call the op before that.");
+}
+
 // One float of a caller's tensor, on the device of `like`, or null.
 inline const float* scalar_pointer(const std::string& op, const char* role, const std::optional<Tensor>& t,
                                    const Tensor& like) {
@@ -119,6 +125,7 @@ inline const float* scalar_pointer(const std::string& op, const char* role, cons
     fail(op, role, " as one float32; got ", t->numel(), " of ", torch::headeronly::toString(t->scalar_type()),
          ". Convert it.");
   }
+  check_memory(op, role, *t);
   return static_cast<const float*>(t->const_data_ptr());
 }
 

@@ -24,6 +24,7 @@ inline StreamPointers stream_pointers(const Tensors& reads, const Tensors& updat
   for (const Tensors* list : {&reads, &updates}) {
     for (const Tensor& t : *list) {
       check_device("stream_", "tensors", t, first);
+      check_memory("stream_", "tensors", t);
       if (t.scalar_type() != ScalarType::Float || !t.is_contiguous() || t.numel() != result.n) {
         fail("stream_", "contiguous float32 tensors of one size, ", result.n, "; got ", t.numel(), " elements of ",
              torch::headeronly::toString(t.scalar_type()), ". Convert them.");
