@@ -173,6 +173,26 @@ def test_draws_depend_on_the_seed_alone() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(taken[0], taken[2], strict=True))
 
 
+def test_layers_made_on_meta() -> None:
+    """Memory that was never filled may say anything about draws: factors that are set were not drawn."""
+    layer, other = SSTLinear(12, 10, 3), SSTLinear(12, 10, 3, device="meta")
+    with pytest.raises(ValueError, match="expected layers that have values; got layers on meta"):
+        SST(other)
+    other.to_empty(device="cpu").draws.fill_(94184599350064)
+    with pytest.raises(ValueError, match=r"drawn 0 to 2147483647 times; got \[94184599350064\]. A model made on meta"):
+        SST(other)
+    other.set_factors(*layer.factors())
+    with torch.no_grad():
+        other.bias.copy_(layer.bias)
+    for each in (layer, other):
+        SST(each)
+    for name, value in layer.state_dict().items():
+        assert_same_bits(other.state_dict()[name], value, name)
+    assert layer.draws == 1
+    layer.reset_parameters()
+    assert layer.draws == 0
+
+
 def test_sampling_prefers_large_values_where_asked() -> None:
     counts = {}
     for sampling in ("singular_values", "mixed", "uniform"):

@@ -207,11 +207,10 @@ class SSTLinear(nn.Module):
         finite = bool(weight.isfinite().all())
         require(finite, "SSTLinear", "a finite weight", "infinities or NaNs", "Mend the weight first.")
         self.set_factors(*decompose(weight))
-        self.draws.zero_()
 
     @torch.no_grad()
     def set_factors(self, u: Tensor, s: Tensor, v: Tensor) -> None:
-        """Takes U (k, m), s (k,) and V (k, n); the first ``rank`` become active."""
+        """Takes U (k, m), s (k,) and V (k, n); the first ``rank`` become active, and count as not drawn."""
         self.singular_values.copy_(s)
         self.active_u.copy_(u[: self.rank])
         self.active_v.copy_(v[: self.rank])
@@ -219,6 +218,7 @@ class SSTLinear(nn.Module):
             stored, scales = freeze(rows, self.frozen_dtype)
             getattr(self, f"frozen_{name}").copy_(stored)
             getattr(self, f"scales_{name}").copy_(scales)
+        self.draws.zero_()
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
