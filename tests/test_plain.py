@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd import gradgradcheck
+from torch.autograd import forward_ad, gradgradcheck
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
@@ -96,6 +96,26 @@ def test_kernels_are_differentiated_once(name: str) -> None:
     (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"expected to be differentiated once; .*\. Pass backend=.eager., plain"):
         first.sum().backward()
+
+
+@each_module
+def test_tangents_of_incoming_gradients_are_not_lost(name: str) -> None:
+    """Kernels know nothing of them; plain PyTorch, whose gradients are linear in the incoming one, takes them along."""
+    module, x = module_of(name, backend="native"), input_of()
+    y = module(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(RuntimeError, match="expected plain tensors and reverse mode for kernels; got a tangent"):
+            torch.autograd.grad(y, x, dual)
+    module, x = module_of(name, torch.float64, "eager"), input_of(torch.float64)
+    inputs = [x, *trained(module).values()]
+    y = module(x)
+    tangent = torch.linspace(-1.0, 1.0, y.numel(), dtype=y.dtype).view_as(y)
+    with forward_ad.dual_level():
+        grads = torch.autograd.grad(y, inputs, forward_ad.make_dual(torch.ones_like(y), tangent))
+        tangents = [forward_ad.unpack_dual(grad).tangent for grad in grads]
+    for got, want in zip(tangents, torch.autograd.grad(module(x), inputs, tangent), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @each_module

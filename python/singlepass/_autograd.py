@@ -21,18 +21,18 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
     """What goes on here that asks for PyTorch's own operators, if anything does."""
-    if torch.onnx.is_in_onnx_export():
-        return "an export to ONNX"
-    if torch.compiler.is_compiling():
-        return None
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch.jit.is_tracing():
+        if torch.onnx.is_in_onnx_export():
+            return "an export to ONNX"
+        return None if compiling else "torch.jit.trace"
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func"
-    if torch.jit.is_tracing():
-        return "torch.jit.trace"
-    if any(_is_dtensor(t) for t in tensors):
-        return "a DTensor"
-    if any(t is not None and unpack_dual(t).tangent is not None for t in tensors):
-        return "a tangent of forward mode"
+    for t in tensors:
+        if _is_dtensor(t):
+            return "a DTensor"
+        if t is not None and unpack_dual(t).tangent is not None:
+            return "a tangent of forward mode"
     return None
 
 
@@ -56,12 +56,6 @@ def must_be_plain(where: str, requested: str | None, *tensors: Tensor | None) ->
     whole = what != "a DTensor" or all(t is None or _is_dtensor(t) for t in tensors)
     require(whole, where, "DTensors alone, or none", "some", "Distribute the module's parameters and its input alike.")
     return True
-
-
-def refuse_tangent(where: str, grad: Tensor) -> None:
-    """Raises RuntimeError where a kernel would drop a tangent of forward mode: results would look constant."""
-    if unpack_dual(grad).tangent is not None:
-        raise RuntimeError(message(where, _CONTRACT, "a tangent of forward mode", PLAIN))
 
 
 def gradients_to_differentiate(run: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
@@ -91,11 +85,19 @@ class _OnlyOnce(torch.autograd.Function):
         raise RuntimeError(ctx.text)
 
 
-def only_once(where: str, grads: Iterable[Tensor | None], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients that raise where they are differentiated.
+def gradients_once(
+    where: str, backend: str, run: Callable[[], Iterable[Tensor | None]], grad: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What ``run`` computes of the gradient ``grad``, raising where it is differentiated: with create_graph=True a
+    gradient that looked constant would make second derivatives silently wrong.
 
-    With create_graph=True a gradient that looked constant would make second derivatives silently wrong.
+    Raises:
+        RuntimeError: a tangent of forward mode, which a kernel would drop: its results would look constant.
     """
+    if backend != "eager" and unpack_dual(grad).tangent is not None:
+        raise RuntimeError(message(where, _CONTRACT, "a tangent of forward mode", PLAIN))
     if not is_differentiated_again():
-        return tuple(grads)
-    return tuple(None if g is None else _OnlyOnce.apply(where, g, *inputs) for g in grads)
+        return tuple(run())
+    with torch.no_grad():
+        grads = tuple(run())
+    return tuple(None if g is None else _OnlyOnce.apply(where, g, grad, *inputs) for g in grads)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autograd import gradients_to_differentiate, is_differentiated_again, only_once
+from .._autograd import gradients_once, gradients_to_differentiate, is_differentiated_again
 from .._ops import spectral as ops
 from ..reference.spectral import decode
 
@@ -167,7 +167,8 @@ class SSTProduct(torch.autograd.Function):
             run = partial(plain_product, bias=None, frozen=tuple(frozen), gradient=gradient)
             bias = g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None
             return *gradients_to_differentiate(run, grad, x, active_u, active_v, s), bias, *[None] * 7
-        with torch.no_grad():
+
+        def gradients() -> tuple[Tensor | None, ...]:
             segments = _segments(active_u, active_v, s, tuple(frozen), x.dtype)
             if evaluation == "materialized":
                 grads = _gradients_from_weight(g, rows, segments, saved[8], needed)
@@ -177,14 +178,16 @@ class SSTProduct(torch.autograd.Function):
             if gradient == "default":
                 values = s[: active_u.shape[0]].unsqueeze(-1)
                 grad_u, grad_v = (None if t is None else t * values for t in (grad_u, grad_v))
-            cast = (
+            return (
                 None if grad_x is None else grad_x.view(x.shape),
                 None if grad_u is None else grad_u.to(active_u.dtype),
                 None if grad_v is None else grad_v.to(active_v.dtype),
                 None if grad_s is None else grad_s.to(s.dtype),
                 g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None,
             )
-        return *only_once("sst_linear", cast, grad, x, active_u, active_v, s), *[None] * 7
+
+        found = gradients_once("sst_linear", backend, gradients, grad, x, active_u, active_v, s)
+        return *found, *[None] * 7
 
 
 # Of x, active_u, active_v and s, where wanted; those of the vectors are enhanced: without s.
