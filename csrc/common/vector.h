@@ -84,6 +84,29 @@ SINGLEPASS_HD V across_lanes(const V (&v)[8], const Op& op) {
             __builtin_shufflevector(quads[0], quads[1], 4, 5, 6, 7, 12, 13, 14, 15));
 }
 
+// The same of sixteen vectors of sixteen.
+template <class V, class Op>
+SINGLEPASS_HD V across_lanes(const V (&v)[16], const Op& op) {
+  V pairs[8], quads[4], octets[2];
+  for (int i = 0; i < 8; ++i) {
+    const V &a = v[2 * i], &b = v[2 * i + 1];
+    pairs[i] = op(__builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29),
+                  __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const V &a = pairs[2 * i], &b = pairs[2 * i + 1];
+    quads[i] = op(__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                  __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  }
+  // From here on four lanes stay together.
+  const auto fold = [&op](const V& a, const V& b) __attribute__((always_inline)) {
+    return op(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+  };
+  for (int i = 0; i < 2; ++i) octets[i] = fold(quads[2 * i], quads[2 * i + 1]);
+  return fold(octets[0], octets[1]);
+}
+
 // The same for one.
 template <class V, class Op>
 SINGLEPASS_HD auto across_lanes(V v, const Op& op) {

@@ -28,6 +28,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kPiece = 128;  // tokens of a block that share one step of the online softmax
+constexpr int64_t kStep = 16;    // tokens whose keys are multiplied while as many of the next piece come
 constexpr int64_t kSpan = 2048;  // slots of a split
 
 // Slots of a segment, or, if segment is -1, the window.
@@ -188,9 +189,9 @@ class Worker {
   void piece(const Segment& s, int64_t block, int64_t slot, int64_t n, Partial& to) {
     if (s.keys.axis == Axis::kChannel) {
       fold_queries(s.keys, s.keys.scales_at(b_, h_, slot, block));
-      multiply_keys(s.keys, slot, n);
+      multiply_keys(s, slot, n);
     } else if (per_token(s.keys)) {
-      multiply_keys(s.keys, slot, n);
+      multiply_keys(s, slot, n);
       read_steps(s.keys, slot, n);
       for (int64_t r = 0; r < p_.rows(); ++r) {
         apply_steps(&scores_[r * kPiece], steps_.data(), minima_.data(), queries_.folded[r].bias, n);
@@ -198,15 +199,21 @@ class Worker {
     } else {
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);
+        prefetch_next_piece(s, slot + t, count);
         dot(q_.data(), p_.rows(), restored(s.keys, slot + t, count, p_.head_dim), count, p_.head_dim, &scores_[t],
             kPiece);
       }
     }
-    const int64_t next = slot + n, coming = std::min(kPiece, s.slots - next);
-    prefetch(s.keys.codes_at(b_, h_, next), coming * s.keys.bytes());
     cap_scores(n);
     weigh(scores_.data(), p_.rows(), n, kPiece, to.row_max, to.row_sum, shifts_.data());
     weighted_values(s.values, block, slot, n, to);
+  }
+
+  // Asks for what stands a piece after these tokens: little by little, since processors wait where too much is asked
+  // for.
+  void prefetch_next_piece(const Segment& s, int64_t slot, int64_t count) const {
+    const int64_t next = slot + kPiece, coming = std::min(count, s.slots - next);
+    prefetch(s.keys.codes_at(b_, h_, next), coming * s.keys.bytes());
     prefetch(s.values.codes_at(b_, h_, next), coming * s.values.bytes());
   }
 
@@ -224,12 +231,17 @@ class Worker {
   }
 
   // scores_ = (q s) . n of n tokens, and q . m added where that is the same for all of them.
-  void multiply_keys(const Packed& keys, int64_t slot, int64_t n) {
-    const Rows codes = {keys.codes_at(b_, h_, slot), keys.bits};
-    if (as_integers_) {
-      dot(queries_.integers.data(), p_.rows(), codes, n, p_.head_dim, integer_sums_.data(), kPiece);
-    } else {
-      dot(queries_.floats.data(), p_.rows(), codes, n, p_.head_dim, scores_.data(), kPiece);
+  void multiply_keys(const Segment& s, int64_t slot, int64_t n) {
+    const Packed& keys = s.keys;
+    for (int64_t t = 0; t < n; t += kStep) {
+      const int64_t count = std::min(kStep, n - t);
+      prefetch_next_piece(s, slot + t, count);
+      const Rows codes = {keys.codes_at(b_, h_, slot + t), keys.bits};
+      if (as_integers_) {
+        dot(queries_.integers.data(), p_.rows(), codes, count, p_.head_dim, &integer_sums_[t], kPiece);
+      } else {
+        dot(queries_.floats.data(), p_.rows(), codes, count, p_.head_dim, &scores_[t], kPiece);
+      }
     }
     for (int64_t r = 0; r < p_.rows(); ++r) {
       const float bias = keys.axis == Axis::kChannel ? queries_.folded[r].bias : 0.0f;

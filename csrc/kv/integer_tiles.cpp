@@ -14,8 +14,6 @@
 namespace singlepass::kv {
 namespace {
 
-using Sums8 = IntegerLanes<8>::Sums;
-
 template <class V, class T>
 SINGLEPASS_HD V load_lanes(const T* from) {
   V v;
@@ -42,19 +40,11 @@ SINGLEPASS_HD V plane_of(V bytes, int p) {
   return (bytes >> static_cast<int16_t>(p * kBits)) & static_cast<int16_t>((1 << kBits) - 1);
 }
 
-SINGLEPASS_HD Sums8 half_sums(Sums8 v) {
-  return v;
-}
-
-SINGLEPASS_HD Sums8 half_sums(IntegerLanes<16>::Sums v) {
-  return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-
 // Adds the products of kRows queries with kTokens tokens, for the places that lanes of `bytes` hold.
 template <class Integers, int kRows, int kBits, int kTokens>
 SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places,
-                              const typename Integers::Words (&bytes)[kTokens], typename Integers::Sums (&sums)[8]) {
+                              const typename Integers::Words (&bytes)[kTokens],
+                              typename Integers::Sums (&sums)[Integers::kSums]) {
   using Words = typename Integers::Words;
   for (int p = 0; p < 8 / kBits; ++p) {
     Words tokens[kTokens];
@@ -68,19 +58,19 @@ SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places
   }
 }
 
-// Dot products of kRows queries with all tokens, 8 / kRows tokens at a time, so that up to eight sums stay in
-// registers. Each sum is a vector, whose lanes are added at the end.
+// Dot products of kRows queries with all tokens, some tokens at a time, so that their sums stay in registers: as many
+// as a vector has lanes. Each sum is a vector, whose lanes are added at the end.
 template <class Integers, int kRows, int kBits>
 SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t count, int64_t head_dim, int32_t* to,
                             int64_t stride) {
   using Bytes = typename Integers::Bytes;
-  constexpr int kTokens = 8 / kRows;
+  constexpr int kTokens = Integers::kSums / (kRows == 3 ? 4 : kRows);
   constexpr int64_t kPlaces = Integers::kWords;
   const int64_t places = head_dim * kBits / 8;
   for (int64_t t = 0; t < count; t += kTokens) {
     const uint8_t* rows[kTokens];  // the last token stands in for those after it
     for (int i = 0; i < kTokens; ++i) rows[i] = codes + (t + i < count ? t + i : count - 1) * places;
-    typename Integers::Sums sums[8] = {};
+    typename Integers::Sums sums[Integers::kSums] = {};
     typename Integers::Words bytes[kTokens];
     int64_t w = 0;
     for (; w + kPlaces <= places; w += kPlaces) {
@@ -101,9 +91,7 @@ SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t coun
       }
       add_places<Integers, kRows, kBits, kTokens>(q + w, head_dim, places, bytes, sums);
     }
-    Sums8 halves[8];
-    for (int k = 0; k < 8; ++k) halves[k] = half_sums(sums[k]);
-    const Sums8 result = across_lanes(halves, Add{});
+    const typename Integers::Sums result = across_lanes(sums, Add{});
     for (int r = 0; r < kRows; ++r) {
       memcpy(to + r * stride + t, reinterpret_cast<const int32_t*>(&result) + r * kTokens, kTokens * sizeof(int32_t));
     }
@@ -241,10 +229,8 @@ SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void fold_rows(const floa
                                                                       Folded* results) {
   using Bits = IntegerLanes<kLanes>::Sums;
   const auto larger = [](Bits a, Bits b) __attribute__((always_inline)) { return a > b ? a : b; };
-  Vector sums[8];
-  Bits tops[8];  // magnitudes, which are in the order of their bits, NaN after infinity
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) sums[r] = Vector{}, tops[r] = Bits{};
+  Vector sums[kRows] = {};
+  Bits tops[kRows] = {};  // magnitudes, which are in the order of their bits, NaN after infinity
   const int64_t end = (n + kFoldPad - 1) / kFoldPad * kFoldPad;
   for (int64_t i = 0; i < end; i += kLanes) {
     const Vector step = load_up_to(steps + i, n - i), minimum = load_up_to(minima + i, n - i);
@@ -256,7 +242,10 @@ SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void fold_rows(const floa
       store_vector(product, products + r * stride + i);
     }
   }
-  const Vector biases = across_lanes(sums, Add{}), top = bit_cast<Vector>(across_lanes(tops, larger));
+  Vector all_sums[8] = {};
+  Bits all_tops[8] = {};
+  for (int r = 0; r < kRows; ++r) all_sums[r] = sums[r], all_tops[r] = tops[r];
+  const Vector biases = across_lanes(all_sums, Add{}), top = bit_cast<Vector>(across_lanes(all_tops, larger));
   const Vector zero = {}, no_number = zero + std::numeric_limits<float>::quiet_NaN(), usual = top / largest;
   const Vector row_steps = top < 0x1p-100f ? zero : top < std::numeric_limits<float>::infinity() ? usual : no_number;
   const Vector ups = row_steps > 0.0f ? largest / top : zero;

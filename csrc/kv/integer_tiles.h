@@ -30,7 +30,7 @@ void from_integers(const int32_t* sums, int64_t n, float step, float bias, float
 void add_integers(const int32_t* sums, int64_t n, float step, float bias, const float* channels, float factor,
                   float* out);
 
-// sums[r * stride + t] = q_r . token_t. May write sums up to the next multiple of 8 tokens.
+// sums[r * stride + t] = q_r . token_t. May write sums up to the next multiple of 16 tokens.
 void dot(const int16_t* q, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim, int32_t* sums,
          int64_t stride);
 
