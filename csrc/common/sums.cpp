@@ -2,6 +2,7 @@
 #include "common/sums.h"
 
 #include "common/macros.h"
+#include "common/prefetch.h"
 
 // The product of two floats is exact in double precision: a fused addition gives the same bits as two operations.
 namespace singlepass {
@@ -10,10 +11,12 @@ namespace {
 constexpr int kWidth = 16;
 
 template <class Product>
-SINGLEPASS_HD double sum_of(int64_t n, const Product& product) {
+SINGLEPASS_HD double sum_of(const float* a, const float* b, int64_t n, const Product& product) {
   double lanes[kWidth] = {};
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
+    prefetch_ahead<kWidth * sizeof(float)>(a + i);
+    if (a != b) prefetch_ahead<kWidth * sizeof(float)>(b + i);
     for (int k = 0; k < kWidth; ++k) lanes[k] += product(i + k);
   }
   for (int k = 0; i + k < n; ++k) lanes[k] += product(i + k);
@@ -25,11 +28,11 @@ SINGLEPASS_HD double sum_of(int64_t n, const Product& product) {
 }  // namespace
 
 SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD double dot(const float* a, const float* b, int64_t n) {
-  return sum_of(n, [=](int64_t i) { return static_cast<double>(a[i]) * b[i]; });
+  return sum_of(a, b, n, [=](int64_t i) { return static_cast<double>(a[i]) * b[i]; });
 }
 
 SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD double sum_of_squares(const float* a, int64_t n) {
-  return sum_of(n, [=](int64_t i) {
+  return sum_of(a, a, n, [=](int64_t i) {
     const double v = a[i];
     return v * v;
   });

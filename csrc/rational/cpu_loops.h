@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/prefetch.h"
 #include "common/vector.h"
 #include "rational/rational.h"
 
@@ -69,18 +70,6 @@ SINGLEPASS_HD void store_two(const Two<V>& v, BFloat16* chunk, int lane) {
   memcpy(chunk + 2 * lane, &words, sizeof(words));
 }
 
-// Asks for the chunk that far ahead: the processor's own prefetching stops at every page.
-inline constexpr uintptr_t kBytesAhead = 4096;
-inline constexpr uintptr_t kCacheLine = 64;
-
-template <class S>
-SINGLEPASS_HD void prefetch_ahead(const S* chunk) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(chunk) + kBytesAhead;
-  for (uintptr_t byte = 0; byte < kChunk * sizeof(S); byte += kCacheLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte));
-  }
-}
-
 // A chunk of which only n elements are there: the others are zeros, and are not stored.
 template <class S>
 struct PartOfChunk {
@@ -103,8 +92,8 @@ SINGLEPASS_HD void values_by(const Coefficients<float, M, N>& coefficients, cons
   const Coefficients<V, M, N> c = spread<V>(coefficients);
   int64_t i = 0;
   for (; i + kChunk <= n; i += kChunk) {
-    prefetch_ahead(x + i);
-    prefetch_ahead(y + i);
+    prefetch_ahead<kChunk * sizeof(S)>(x + i);
+    prefetch_ahead<kChunk * sizeof(S)>(y + i);
     values_of_chunk<V, form>(c, x + i, y + i);
   }
   if (i < n) {
@@ -139,9 +128,9 @@ SINGLEPASS_HD void gradients_by(const Coefficients<float, M, N>& coefficients, c
       int64_t i = begin;
       for (; i + kChunk <= end; i += kChunk) {
         if (lane == 0) {
-          prefetch_ahead(x + i);
-          prefetch_ahead(g + i);
-          prefetch_ahead(dx + i);
+          prefetch_ahead<kChunk * sizeof(S)>(x + i);
+          prefetch_ahead<kChunk * sizeof(S)>(g + i);
+          prefetch_ahead<kChunk * sizeof(S)>(dx + i);
         }
         gradients_of_chunk<V, form>(c, x + i, g + i, dx + i, lane, s);
       }
