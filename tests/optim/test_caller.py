@@ -133,6 +133,13 @@ def exchanged(optimizer: FusedOptimizer, params: list[Parameter]) -> None:
     c.data, d.data = d.data, c.data
 
 
+def in_another_order(optimizer: FusedOptimizer, params: list[Parameter]) -> None:
+    """States, which then no longer have the order of the parameters."""
+    states = list(optimizer.state.items())
+    optimizer.state.clear()
+    optimizer.state.update(reversed(states))
+
+
 def counts_replaced(optimizer: FusedOptimizer, params: list[Parameter]) -> None:
     for p in params:
         if "step" in optimizer.state[p]:
@@ -168,6 +175,7 @@ CHANGES: dict[str, Callable[[FusedOptimizer, list[Parameter]], None]] = {
         change.__name__: change
         for change in (
             exchanged,
+            in_another_order,
             counts_replaced,
             rounded,
             grads_in_another_order,

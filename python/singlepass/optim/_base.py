@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -332,7 +333,10 @@ class FusedOptimizer(Optimizer):
         if self._has_step(group):
             keys = (*keys, "step")
         if not torch.compiler.is_compiling():
-            states = [self.state[p] for p in bucket.owners]
+            if len(self.state) == len(bucket.owners) and all(map(is_, self.state, bucket.owners)):
+                states = list(self.state.values())  # without the hash of each tensor
+            else:
+                states = [self.state[p] for p in bucket.owners]
             try:
                 return {key: [state[key] for state in states] for key in keys}
             except KeyError:

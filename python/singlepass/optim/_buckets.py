@@ -54,17 +54,17 @@ class Sorter:
         group = optimizer.param_groups[index]
         self.has_sorted &= index > 0
         all_grads = [p.grad for p in group["params"]]
-        grads = [g for g in all_grads if g is not None]
-        owners, present = group["params"], None
-        if len(grads) < len(all_grads):
+        kinds = set(map(type, all_grads))
+        owners, grads, present = group["params"], all_grads, None
+        if type(None) in kinds:
             present = [i for i, g in enumerate(all_grads) if g is not None]
-            owners = [owners[i] for i in present]
+            owners, grads = [owners[i] for i in present], [all_grads[i] for i in present]
         backend = requested(group["backend"])
         if torch.compiler.is_compiling():  # the compiler's guards take the place of ours
             self.has_sorted = True
             return _sorted(optimizer, group, owners, grads, first_id, present, backend)
         params, parts, placed = owners, grads, None
-        if any(map(has_shards, set(map(type, grads)))):
+        if any(map(has_shards, kinds)):
             params, parts, placed = list(map(local, owners)), list(map(local, grads)), specs((*owners, *grads))
         facts = (list(map(id, owners)), placed, (present, first_id, backend, group["stochastic_rounding"]))
         known, are_alike, buckets = self._known.get(index, (None, alike([]), []))
