@@ -31,7 +31,8 @@ STYLES = {
     | _REST
     | {"peer": ("its matrix products alone", "#c9b3d9")},
 }
-TITLES = {m.name: m.title for m in (models.GPT2_SMALL, models.VIT_B16, models.MANY_SMALL, models.TENSORS_300)}
+MODELS = (models.GPT2_SMALL, models.VIT_B16, models.MANY_SMALL, models.ONE_ELEMENT, models.TENSORS_300)
+TITLES = {model.name: model.title for model in MODELS}
 TITLES |= {model.name: model.title for model in map(models.gpt2_blocks, models.BLOCK_COUNTS)}
 TITLES |= {a.name: a.title for some in activations.ACTIVATIONS.values() for a in some}
 TITLES |= {shape.name: shape.title for some in caches.SHAPES.values() for shape in some}

@@ -96,7 +96,8 @@ class Case:
 
     ops: the registered ops that are measured. passes: the traffic of the one-pass floor. flops: arithmetic of one call.
     elements: elements of the input (parameters, for an optimizer; x, for an activation); their bytes are `input_bytes`.
-    tensors: how many tensors the call works on.
+    tensors: how many tensors the call works on. warm: whether a call finds them in the CPU's cache, left there by
+    another one: where it is asked what a call costs the host.
     """
 
     family: str
@@ -111,6 +112,7 @@ class Case:
     tensors: int
     inputs: Callable[[torch.device], Any]
     providers: tuple[Provider, ...] = field(repr=False)
+    warm: bool = False
 
     @property
     def name(self) -> str:

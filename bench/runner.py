@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -152,7 +152,8 @@ class Runner:
             row.startup_s, row.extra_bytes = self._start(provider, step)
             steps[provider.name] = step
             rows.append(row)
-        samples = timing.measure(steps, timing.clock(self.device, case.bytes), self.effort)
+        effort = replace(self.effort, max_reps=timing.WARM_REPS) if case.warm else self.effort
+        samples = timing.measure(steps, timing.clock(self.device, case.bytes, case.warm), effort)
         for row in rows:
             row.ms, row.floor_ms = samples[row.provider].summary(), samples[FLOOR].summary()
             if self.device.type == "cuda":

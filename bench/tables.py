@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from .checks import Check
 from .grid import Grid, number, size_of, times
 from .kv import caches
+from .optim.models import ONE_ELEMENT
 from .rational import activations
 from .registry import FAMILIES
 from .results import Row, Run
@@ -99,7 +100,10 @@ def family_grid(run: Run, family: str, dtype: str, **want: str) -> Grid:
     """Milliseconds of one call by each provider, and multiples of its floor; ours, torch's and peers' first."""
     words, rows = WORDS[family], run.find(family=family, dtype=dtype, **want)
     columns = {"native": "**singlepass**", words.torch[0]: words.torch[1]}
-    if family == "optim" and any(row.column == "yardstick" for row in rows):
+    yardsticks = {row.provider for row in rows if row.column == "yardstick"}
+    if family == "optim" and "python-op" in yardsticks:
+        columns["yardstick"] = "op in Python"
+    elif family == "optim" and yardsticks:
         columns = {"native": "**singlepass**", "yardstick": "torch fused AdamW"}
     if run.machine["kind"] == "cuda":
         columns = {"native": "**singlepass**", "triton": "Triton"} | columns
@@ -189,7 +193,8 @@ def summary_grid(run_of: Callable[[str], Run | None]) -> Grid:
             ours = fastest([row for row in some if row.column in ("native", "triton")])
             if ours is None or not ours.times_floor:
                 continue
-            floors.append(ours.times_floor)
+            if ours.size != ONE_ELEMENT.name:  # whose step is not bound by what it moves
+                floors.append(ours.times_floor)
             rivals = [] if key[0] in WORDS[family].no_rivals else some
             torchs = fastest([row for row in rivals if row.column == WORDS[family].torch[0]])
             best = fastest([row for row in rivals if row.column in WORDS[family].rivals])
@@ -199,7 +204,7 @@ def summary_grid(run_of: Callable[[str], Run | None]) -> Grid:
                 against_rivals.append(best.times_floor / ours.times_floor)
                 if against_rivals[-1] < 0.98:
                     losses.append(f"{title_of(ours)}: {times(against_rivals[-1])} of {best.provider}")
-        if floors:
+        if floors or against_rivals:
             shown = "; ".join(losses[:3]) + (f"; {len(losses) - 3} more" if len(losses) > 3 else "")
             line = [spread(values) for values in (against_torch, against_rivals, floors)]
             grid.lines.append([family, *line, shown or "none"])

@@ -31,6 +31,8 @@ class Effort:
 
 QUICK = Effort(min_reps=3, max_reps=30, seconds=1.0)
 FULL = Effort(min_reps=5, max_reps=100, seconds=2.0)
+# Calls of warm cases, which take less than a millisecond: fewer would all fall into one mood of a shared machine.
+WARM_REPS = 500
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,23 @@ class Samples:
 
 
 class CpuClock:
-    """Wall time. Inputs much larger than the cache keep it cold by themselves; others need `flush`."""
+    """Wall time. Inputs much larger than the cache keep it cold by themselves; others need a flush. `warm` asks for the
+    opposite: a call ahead."""
 
     warmup = 0  # the runner's calls ahead are enough
 
-    def __init__(self, working_set: int) -> None:
+    def __init__(self, working_set: int, warm: bool = False) -> None:
         cache = last_level_cache_bytes()
-        self._flush = torch.zeros(FLUSHED_CACHES * cache // 4) if working_set < 8 * cache else None
+        flushes = working_set < 8 * cache and not warm
+        self._flush = torch.zeros(FLUSHED_CACHES * cache // 4) if flushes else None
+        self._warm = warm
 
-    def flush(self) -> None:
+    def ahead(self, run: Callable[[], object]) -> None:
+        """Brings the cache into the state that a call is timed in."""
         if self._flush is not None:
             self._flush.add_(1.0)
+        if self._warm:
+            run()
 
     def time(self, run: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -77,7 +85,7 @@ class CudaClock:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         self._flush = torch.zeros(FLUSHED_CACHES * cache // 4, device=device)
 
-    def flush(self) -> None:
+    def ahead(self, run: Callable[[], object]) -> None:
         self._flush.zero_()
 
     def time(self, run: Callable[[], object]) -> float:
@@ -92,8 +100,8 @@ class CudaClock:
 Clock = CpuClock | CudaClock
 
 
-def clock(device: torch.device, working_set: int) -> Clock:
-    return CudaClock(device) if device.type == "cuda" else CpuClock(working_set)
+def clock(device: torch.device, working_set: int, warm: bool = False) -> Clock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock(working_set, warm)
 
 
 def measure(steps: Mapping[str, Step], clock: Clock, effort: Effort) -> dict[str, Samples]:
@@ -110,7 +118,7 @@ def measure(steps: Mapping[str, Step], clock: Clock, effort: Effort) -> dict[str
         begin = time.perf_counter()
         steps[name].before(calls[name])
         calls[name] += 1
-        clock.flush()
+        clock.ahead(steps[name].run)
         seconds = clock.time(steps[name].run)
         spent[name] += time.perf_counter() - begin
         return seconds

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..probe import Probe
 from ..registry import Case, Pass, Provider, Tier, dtype_name, fitting
-from . import models, peers
+from . import models, peers, python_op
 from .compiled import by_tensor, compiled, whole_step
 from .steps import MakeOptimizer, MakeRunner, gate, inputs, prepare
 
@@ -134,12 +134,14 @@ def providers(rule: Rule, model: models.Model, dtype: torch.dtype) -> tuple[Prov
                 first_calls=peer.first_calls,
             )
         )
-    if model is models.MANY_SMALL:
-        if rule is not ADAMW:
-            adamw = partial(torch.optim.AdamW, **ADAMW.arguments, fused=True)
-            options: dict[str, Any] = {"truth": own(ADAMW, "eager"), "differs": peer_differs(dtype, None)}
-            found.append(provider("torch-fused-adamw", "yardstick", Tier.FUSED, adamw, **options))
-        return tuple(p for p in found if p.tier != Tier.SLOW)  # a graph of a thousand tensors compiles for many minutes
+    if model is models.MANY_SMALL and rule is not ADAMW:
+        adamw = partial(torch.optim.AdamW, **ADAMW.arguments, fused=True)
+        options: dict[str, Any] = {"truth": own(ADAMW, "eager"), "differs": peer_differs(dtype, None)}
+        found.append(provider("torch-fused-adamw", "yardstick", Tier.FUSED, adamw, **options))
+    if model is models.ONE_ELEMENT:
+        found.append(python_op.provider(footprint))
+    if model in (models.MANY_SMALL, models.ONE_ELEMENT):
+        return tuple(p for p in found if p.tier != Tier.SLOW)  # a graph of so many tensors compiles for many minutes
     for name, tier, compile_update in (
         ("compile", Tier.COMPILED, by_tensor),
         ("compile-whole", Tier.SLOW, whole_step),
@@ -160,6 +162,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         for model in sizes:
             for rule in RULES:
                 yield case(rule, model, dtype)
+    if device.type == "cpu":
+        yield case(ADAMW, models.ONE_ELEMENT, torch.float32)
 
 
 # The order in which optimizers are measured where time is short.
@@ -199,4 +203,5 @@ def case(rule: Rule, model: models.Model, dtype: torch.dtype) -> Case:
         tensors=len(model.shapes),
         inputs=partial(inputs, model, dtype),
         providers=providers(rule, model, dtype),
+        warm=model is models.ONE_ELEMENT,
     )

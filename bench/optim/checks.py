@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 from ..bars import SHARE_OF_COPY, Check, fastest, ours, ratio, select, time_over
 from ..results import Row, Run
-from .models import GPT2_SMALL, MANY_SMALL, TENSORS_300, VIT_B16
+from .models import GPT2_SMALL, MANY_SMALL, ONE_ELEMENT, TENSORS_300, VIT_B16
 
 # CPU
 TIMES_FLOOR = 1.2
 TIMES_EAGER = 3.0
 TIMES_FUSED_ADAMW_MANY = 2.0
+TIMES_PYTHON_OP = 2.0
 # GPU
 LARGE_ELEMENTS = 100_000_000
 HOST_MICROSECONDS = 100.0
@@ -50,6 +51,8 @@ def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
         yield extra_memory(case, native)
     elif size == MANY_SMALL.name:
         yield over("time over torch fused AdamW", "torch-fused", TIMES_FUSED_ADAMW_MANY)
+    elif size == ONE_ELEMENT.name:
+        yield over("time over an op in Python", "python-op", TIMES_PYTHON_OP)
 
 
 def cuda(run: Run, rows: list[Row]) -> Iterator[Check]:

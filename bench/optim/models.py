@@ -61,5 +61,7 @@ BLOCK_COUNTS = (12, 8, 4, 2, 1)
 GPT2_SMALL = Model("gpt2-small", "GPT-2 small (124M parameters)", tuple(gpt2()))
 VIT_B16 = Model("vit-b16", "ViT-B/16 (87M parameters)", tuple(vit()))
 MANY_SMALL = Model("1000x1000", "1,000 tensors of 1,000 elements", ((1000,),) * 1000)
+# So little to compute that a step is what it costs the host.
+ONE_ELEMENT = Model("300x1", "300 tensors of one element", ((1,),) * 300)
 # Enough parameters to fill a GPU and enough tensors to show the cost of launching one kernel for each.
 TENSORS_300 = Model("300-tensors", "300 tensors, 123M parameters", ((640, 640),) * 300)

@@ -8,7 +8,7 @@ import torch
 
 from singlepass.bench import registry
 from singlepass.bench.optim import cases as optim
-from singlepass.bench.optim import models, peers
+from singlepass.bench.optim import models, peers, python_op
 from singlepass.bench.optim.steps import gate, prepare
 from singlepass.bench.registry import COLUMNS, Pass
 
@@ -44,6 +44,7 @@ def test_pass_counts_updates_twice() -> None:
         (models.GPT2_SMALL, 148, 124_439_808),
         (models.VIT_B16, 152, 86_567_656),
         (models.MANY_SMALL, 1000, 1_000_000),
+        (models.ONE_ELEMENT, 300, 300),
         (models.TENSORS_300, 300, 122_880_000),
     ],
     ids=lambda value: getattr(value, "name", None),
@@ -103,12 +104,33 @@ def test_gate_stops_nan() -> None:
     assert not adamw_gate(lr=float("inf")).agrees
 
 
-@pytest.mark.parametrize("case", [c for c in registry.cases(CPU) if c.size == "1000x1000"], ids=lambda case: case.op)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in registry.cases(CPU) if c.size in ("1000x1000", "300x1")],
+    ids=lambda case: f"{case.op}-{case.size}",
+)
 def test_providers_compute_what_they_claim(case: registry.Case) -> None:
     """Ours, torch's and the peers agree with the reference, except where it is said how they differ."""
     for provider in case.providers:
         if provider.why_not(CPU) is None:
             assert provider.gate(CPU).agrees or provider.differs, provider.name
+
+
+def test_the_op_in_python_takes_the_lists_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.Tensor, ...]] = []
+    monkeypatch.setattr(python_op, "nothing", lambda *lists, **_: seen.append(lists))
+    python_op.library.cache_clear()
+    data = optim.inputs(models.Model("small", "", ((1,), (2, 3))), torch.float32, CPU)
+    step = python_op.prepare(data)
+    for i in range(2):
+        step.before(i)
+        step.run()
+    for (params, grads, first, second, maximum, steps, _), expected in zip(seen, data.grads, strict=True):
+        assert all(a is b for a, b in zip(grads, expected, strict=True))
+        assert not maximum
+        assert [t.shape for t in params] == [t.shape for t in first] == [t.shape for t in second] == [(1,), (2, 3)]
+        assert [t.shape for t in steps] == [(), ()]
+    python_op.library.cache_clear()
 
 
 def test_missing_peer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ class FakeClock:
 
     warmup = 2
 
-    def flush(self) -> None:
+    def ahead(self, run: Callable[[], object]) -> None:
         pass
 
     def time(self, run) -> float:
@@ -52,7 +52,7 @@ def test_slow_steps_leave_first(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
     class SlowFlush(FakeClock):
-        def flush(self) -> None:
+        def ahead(self, run: Callable[[], object]) -> None:
             now[0] += 0.5
 
         def time(self, run: Callable[[], float]) -> float:
@@ -82,6 +82,15 @@ def test_small_inputs_are_flushed_from_the_cache() -> None:
     cache = timing.last_level_cache_bytes()
     assert timing.CpuClock(cache)._flush is not None
     assert timing.CpuClock(100 * cache)._flush is None
+
+
+@pytest.mark.parametrize(("warm", "ahead"), [(False, []), (True, ["call"])])
+def test_a_warm_clock_calls_once_ahead(small_buffers: None, warm: bool, ahead: list[str]) -> None:
+    log: list[str] = []
+    clock = timing.CpuClock(1, warm)
+    clock.ahead(lambda: log.append("call"))
+    assert log == ahead
+    assert (clock._flush is None) == warm
 
 
 def test_sweeps_of_one_size_are_the_pass_itself() -> None:

@@ -112,6 +112,22 @@ def test_many_small_tensors(make_row: MakeRow, make_run: MakeRun) -> None:
     assert verdicts(run) == {("time over torch fused AdamW", "Lion"): False}
 
 
+def test_a_step_of_one_element_is_compared_with_an_op_in_python(make_row: MakeRow, make_run: MakeRun) -> None:
+    def run(ms: float) -> Run:
+        rows = [
+            make_row("AdamW", "native", ms, size="300x1"),
+            make_row("AdamW", "torch-fused", 9.0, size="300x1"),
+            make_row("AdamW", "python-op", 1.0, size="300x1", column="yardstick"),
+        ]
+        return make_run(rows)
+
+    assert verdicts(run(2.0)) == {("time over an op in Python", "AdamW"): True}
+    assert verdicts(run(2.02)) == {("time over an op in Python", "AdamW"): False}
+    grid = tables.family_grid(run(2.0), "optim", "float32", size="300x1")
+    assert grid.head[1:] == ["**singlepass**", "torch", "op in Python"]
+    assert [value.split()[0] for value in grid.lines[0][1:]] == ["2.00", "9.00", "1.00"]
+
+
 def test_gpu_bars(make_row: MakeRow, make_run: MakeRun) -> None:
     def found(ms: float, **values: float) -> dict[str, bool | None]:
         facts = {"launches": 1, "host_us": 60.0} | values
