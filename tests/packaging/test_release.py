@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
 
 FLOOR, NEWEST = "torch==2.10.0", "torch"
+PAIRS = (("3.10", FLOOR), ("3.11", "torch==2.13.0"), ("3.12", NEWEST), ("3.13", NEWEST))
 WITH_TORCHVISION = ("torch==2.14.1", "torchvision==0.29.1", "timm", "lightning")
+PIP = "pip>=25.1"  # knows dependency groups
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 pytestmark = pytest.mark.release("each test sets up an environment of its own, with a torch of up to three gigabytes")
@@ -29,24 +30,35 @@ def run(*command: str | Path, folder: Path, **settings: str) -> str:
     return done.stdout
 
 
-def fresh(folder: Path, *requirements: str | Path) -> Path:
+def interpreter(version: str) -> str:
+    """The path of this Python. A name on PATH may be one that starts nothing."""
+    code = f"python{version} -c 'import sys; print(sys.executable)'"
+    found = subprocess.run(["sh", "-c", code], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"no python{version} on PATH")
+    return found.stdout.strip()
+
+
+def fresh(folder: Path, *requirements: str | Path, of: str = sys.executable) -> Path:
     """The Python of a new environment with these packages."""
-    venv.create(folder / "environment", with_pip=True, symlinks=True)
+    run(of, "-m", "venv", "environment", folder=folder)
     python = folder / "environment" / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", *requirements, folder=folder)
+    run(python, "-m", "pip", "install", "-q", PIP, folder=folder)
+    printed = run(python, "-m", "pip", "install", "-q", *requirements, folder=folder)
+    assert "does not provide the extra" not in printed  # of which pip only warns
     return python
 
 
-@pytest.mark.parametrize("torch", [FLOOR, NEWEST])
-def test_one_wheel_serves_every_torch(wheel: Path, tmp_path: Path, torch: str) -> None:
-    python = fresh(tmp_path, torch, "numpy", wheel)
+@pytest.mark.parametrize(("version", "torch"), PAIRS)
+def test_one_wheel_serves_every_python_and_torch(wheel: Path, tmp_path: Path, version: str, torch: str) -> None:
+    python = fresh(tmp_path, torch, "numpy", wheel, of=interpreter(version))
     assert "_C_cpu.so" in run(python, "-m", "singlepass", "info", "--check", folder=tmp_path)
     run(python, "-m", "pip", "check", folder=tmp_path)
 
 
 def test_training_under_timm_and_lightning(root: Path, wheel: Path, tmp_path: Path) -> None:
     """timm needs torchvision, which does not import with the torch of `make test`. Blocks of the guides run too."""
-    python = fresh(tmp_path, *WITH_TORCHVISION, f"singlepass[test] @ {wheel.as_uri()}")
+    python = fresh(tmp_path, *WITH_TORCHVISION, wheel, "--group", f"{root / 'pyproject.toml'}:test")
     chosen = ["python/singlepass/optim/_timm.py", "tests/examples/test_documents.py"]
     chosen += [f"tests/optim/test_{name}.py" for name in ("timm", "lightning")]
     printed = run(python, "-m", "pytest", "-m", "", "-k", "timm or lightning or training.md", *chosen, folder=root)
@@ -87,8 +99,7 @@ def test_a_wheel_with_the_cuda_library(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_a_fresh_clone_passes_its_tests(root: Path, tmp_path: Path, python: str) -> None:
     """In a path with a space."""
-    if subprocess.run(["sh", "-c", f"python{python} -c pass"], capture_output=True).returncode:
-        pytest.skip(f"no python{python} on PATH")
+    path = interpreter(python)
     clone = tmp_path / "a clone"
     run("git", "clone", "-q", root, clone, folder=tmp_path)
     outside = [part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != Path(sys.executable).parent]
@@ -96,4 +107,4 @@ def test_a_fresh_clone_passes_its_tests(root: Path, tmp_path: Path, python: str)
         "PATH": os.pathsep.join(outside),
         "PYTEST": "tests/optim tests/simt/test_common.py tests/packaging/test_wheel.py",
     }
-    assert " passed" in run("make", "test", f"PYTHON=python{python}", folder=clone, **settings).splitlines()[-1]
+    assert " passed" in run("make", "test", f"PYTHON={path}", folder=clone, **settings).splitlines()[-1]
