@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -84,10 +85,19 @@ class LorentzLinear(SSTLinear):
             backend=backend,
             weight=weight,
         )
-        self.k, self.offset, self.activation = k, offset, activation
+        self.k, self.offset, self.scale, self.activation = k, offset, scale, activation
         self.dropout = nn.Dropout(dropout)
-        log_scale = torch.tensor(scale, device=device, dtype=self.active_u.dtype).log()
+        log_scale = torch.empty((), device=device, dtype=self.active_u.dtype)
         self.log_scale = nn.Parameter(log_scale, requires_grad=train_scale)
+        self._reset_scale()
+
+    def reset_parameters(self) -> None:
+        """Initialises as torch.nn.Linear does, and log_scale by the initial scale."""
+        super().reset_parameters()
+        self._reset_scale()
+
+    def _reset_scale(self) -> None:
+        nn.init.constant_(self.log_scale, math.log(self.scale))
 
     @classmethod
     def from_linear(

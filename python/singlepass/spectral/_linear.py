@@ -143,7 +143,7 @@ class SSTLinear(nn.Module):
         offset = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", offset)
         if weight is None:
-            self.reset_parameters()
+            SSTLinear.reset_parameters(self)  # of a subclass, parameters are still missing
         else:
             self.set_weight(weight)
             self._reset_bias()
