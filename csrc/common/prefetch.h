@@ -7,17 +7,20 @@
 
 namespace singlepass {
 
-inline constexpr uintptr_t kCacheLine = 64;
+inline constexpr int64_t kCacheLine = 64;
 inline constexpr uintptr_t kBytesAhead = 4096;
 
-// For loops over memory on the CPU: asks for kBytes that stand a page further on. The processor's own prefetching stops
-// at every page. Nothing happens where there is no memory.
-template <uintptr_t kBytes>
-SINGLEPASS_HD void prefetch_ahead(const void* from) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(from) + kBytesAhead;
-  for (uintptr_t byte = 0; byte < kBytes; byte += kCacheLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte));
+// On the CPU: asks for bytes that are read or written later. Nothing happens where there is no memory.
+SINGLEPASS_HD void prefetch(uintptr_t from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(i)));
   }
+}
+
+// For loops over memory: what stands a page further on. The processor's own prefetching stops at every page.
+template <int64_t kBytes>
+SINGLEPASS_HD void prefetch_ahead(const void* from) {
+  prefetch(reinterpret_cast<uintptr_t>(from) + kBytesAhead, kBytes);
 }
 
 }  // namespace singlepass

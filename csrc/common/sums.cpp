@@ -10,13 +10,13 @@ namespace {
 
 constexpr int kWidth = 16;
 
-template <class Product>
-SINGLEPASS_HD double sum_of(const float* a, const float* b, int64_t n, const Product& product) {
+// The sum of product(0) to product(n - 1), which reads `from`.
+template <class Product, class... Floats>
+SINGLEPASS_HD double sum_of(int64_t n, const Product& product, const Floats*... from) {
   double lanes[kWidth] = {};
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    prefetch_ahead<kWidth * sizeof(float)>(a + i);
-    if (a != b) prefetch_ahead<kWidth * sizeof(float)>(b + i);
+    (prefetch_ahead<kWidth * sizeof(float)>(from + i), ...);
     for (int k = 0; k < kWidth; ++k) lanes[k] += product(i + k);
   }
   for (int k = 0; i + k < n; ++k) lanes[k] += product(i + k);
@@ -28,14 +28,17 @@ SINGLEPASS_HD double sum_of(const float* a, const float* b, int64_t n, const Pro
 }  // namespace
 
 SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD double dot(const float* a, const float* b, int64_t n) {
-  return sum_of(a, b, n, [=](int64_t i) { return static_cast<double>(a[i]) * b[i]; });
+  return sum_of(n, [=](int64_t i) { return static_cast<double>(a[i]) * b[i]; }, a, b);
 }
 
 SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD double sum_of_squares(const float* a, int64_t n) {
-  return sum_of(a, a, n, [=](int64_t i) {
-    const double v = a[i];
-    return v * v;
-  });
+  return sum_of(
+      n,
+      [=](int64_t i) {
+        const double v = a[i];
+        return v * v;
+      },
+      a);
 }
 
 }  // namespace singlepass

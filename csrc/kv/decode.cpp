@@ -6,6 +6,7 @@
 
 #include "common/convert.h"
 #include "common/math.h"
+#include "common/prefetch.h"
 #include "common/vector.h"
 #include "kv/integer_tiles.h"
 #include "kv/problem.h"
@@ -60,11 +61,6 @@ struct Partial {
 void clear(const Decode& p, Partial& to) {
   std::fill(to.row_max, to.row_max + p.rows(), -kInfinity);
   std::fill(to.row_sum, to.row_sum + p.rows() * (1 + p.value_dim), 0.0f);
-}
-
-// Asks for bytes that are read later.
-void prefetch(const uint8_t* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 // to = x * steps. Returns x . minima.
@@ -213,8 +209,9 @@ class Worker {
   // for.
   void prefetch_next_piece(const Segment& s, int64_t slot, int64_t count) const {
     const int64_t next = slot + kPiece, coming = std::min(count, s.slots - next);
-    prefetch(s.keys.codes_at(b_, h_, next), coming * s.keys.bytes());
-    prefetch(s.values.codes_at(b_, h_, next), coming * s.values.bytes());
+    for (const Packed* packed : {&s.keys, &s.values}) {
+      prefetch(reinterpret_cast<uintptr_t>(packed->codes_at(b_, h_, next)), coming * packed->bytes());
+    }
   }
 
   // q s and q . m, with the scales of a block's channels; without them, s = m = 1.
