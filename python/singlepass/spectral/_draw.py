@@ -6,8 +6,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._errors import require
 from .._ops import spectral as ops
 from ._linear import SSTLinear
+
+_MOST_DRAWS = 2**31 - 1
+
+
+def draws_of(layers: list[SSTLinear]) -> set[int]:
+    """How often vectors of these layers were drawn, which their buffers say.
+
+    Raises:
+        ValueError: layers on meta, or counts that cannot be, of memory that nobody filled.
+    """
+    remedy = "A model made on meta has to be filled first: by reset_parameters() of its modules, or a state dict."
+    meta = any(layer.draws.is_meta for layer in layers)
+    require(not meta, "SST", "layers that have values", "layers on meta", remedy)
+    drawn = {int(layer.draws) for layer in layers}
+    contract = f"layers whose vectors were drawn 0 to {_MOST_DRAWS} times"
+    require(min(drawn) >= 0 and max(drawn) <= _MOST_DRAWS, "SST", contract, sorted(drawn), remedy)
+    return drawn
 
 
 def draw_vectors(

@@ -16,14 +16,13 @@ from ..optim._base import Bucket, Work
 from ..optim._exchange import Exchange
 from ..optim._shards import is_sharded
 from ._decompose import decompose, drift
-from ._draw import draw_vectors
+from ._draw import draw_vectors, draws_of
 from ._linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
 from ._loading import SSTLoading
 from ._schedule import PROGRESS, SAMPLINGS, Progress, check_schedule, warmup_factor
 
 _VECTORS = ("active_u", "active_v")
 _TRAINED = ("singular_values", *_VECTORS)
-_MOST_DRAWS = 2**31 - 1
 # What a copy of the optimizer takes along beside what every optimizer does.
 _SETTINGS = (
     "_layers",
@@ -199,21 +198,11 @@ class SST(AdamW):
         self._note_roles()
         most = max(-(-len(layer.singular_values) // layer.rank) for layer in self._layers)
         self.iterations_per_round = most if iterations_per_round is None else iterations_per_round
-        drawn = self._drawn()
+        drawn = draws_of(self._layers)
         self.progress.draws = max(drawn)
         if len(drawn) > 1 or drawn == {0}:
             self._begin_iteration()
         self._note_progress()
-
-    def _drawn(self) -> set[int]:
-        """How often vectors of the layers were drawn."""
-        remedy = "A model made on meta has to be filled first: by reset_parameters() of its modules, or a state dict."
-        meta = any(layer.draws.is_meta for layer in self._layers)
-        require(not meta, "SST", "layers that have values", "layers on meta", remedy)
-        drawn = {int(layer.draws) for layer in self._layers}
-        contract = f"layers whose vectors were drawn 0 to {_MOST_DRAWS} times"
-        require(min(drawn) >= 0 and max(drawn) <= _MOST_DRAWS, "SST", contract, sorted(drawn), remedy)
-        return drawn
 
     def _find_layers(self) -> list[SSTLinear]:
         """The layers of all parameters, in their order."""
@@ -297,7 +286,7 @@ class SST(AdamW):
         self._note_progress()
 
     def _check_draws(self) -> None:
-        drawn = sorted({int(layer.draws) for layer in self._layers})
+        drawn = sorted(draws_of(self._layers))
         contract = f"layers whose vectors are those of draw {self.progress.draws}, as the loaded state says"
         remedy = "Load the model's state dict that was saved with it."
         require(drawn == [self.progress.draws], "SST", contract, f"draw {', '.join(map(str, drawn))}", remedy)
