@@ -12,6 +12,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from ._errors import message, require
 
+TANGENT = "a tangent of forward mode"
 PLAIN = 'Pass backend="eager", plain PyTorch, for that.'
 
 
@@ -31,9 +32,14 @@ def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
     for t in tensors:
         if _is_dtensor(t):
             return "a DTensor"
-        if t is not None and unpack_dual(t).tangent is not None:
-            return "a tangent of forward mode"
+        if has_tangent(t):
+            return TANGENT
     return None
+
+
+def has_tangent(t: Tensor | None) -> bool:
+    """Whether a tensor has a derivative of forward mode, of which kernels know nothing: they would drop it."""
+    return t is not None and not torch.compiler.is_compiling() and unpack_dual(t).tangent is not None
 
 
 def _is_dtensor(t: Tensor | None) -> bool:
@@ -92,10 +98,10 @@ def gradients_once(
     gradient that looked constant would make second derivatives silently wrong.
 
     Raises:
-        RuntimeError: a tangent of forward mode, which a kernel would drop: its results would look constant.
+        RuntimeError: ``grad`` has a tangent of forward mode, and the backend is a kernel.
     """
-    if backend != "eager" and unpack_dual(grad).tangent is not None:
-        raise RuntimeError(message(where, _CONTRACT, "a tangent of forward mode", PLAIN))
+    if backend != "eager" and has_tangent(grad):
+        raise RuntimeError(message(where, _CONTRACT, TANGENT, PLAIN))
     if not is_differentiated_again():
         return tuple(run())
     with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from singlepass.kv import Codec, ZipCacheLayer
 from singlepass.kv._store import REGULAR
@@ -277,6 +278,15 @@ def test_gradients_are_refused() -> None:
         for call in its:
             with pytest.raises(ValueError, match=text):
                 call()
+            assert_same(layer.state_dict(), before)
+    q_plain, k_plain, v_plain = (t.detach() for t in (q, k, v))
+    with forward_ad.dual_level():
+        dual = {"q": (layer.attend, (forward_ad.make_dual(q_plain, q_plain),))}
+        dual["k"] = layer.append, (forward_ad.make_dual(k_plain, k_plain), v_plain)
+        dual["v"] = layer.append, (k_plain, forward_ad.make_dual(v_plain, v_plain))
+        for name, (method, tensors) in dual.items():
+            with pytest.raises(ValueError, match=f"{name} that needs no gradient; got a tangent of forward mode"):
+                method(*tensors)
             assert_same(layer.state_dict(), before)
     with torch.no_grad():
         layer.append(k, v)

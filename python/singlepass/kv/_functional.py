@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autograd import TANGENT, has_tangent
 from .._errors import message, require
 from .._ops import kv as ops
 
@@ -222,12 +223,11 @@ def check_queries(op: str, q: Tensor, k: Tensor) -> None:
 
 
 def check_needs_no_gradient(op: str, **tensors: Tensor) -> None:
-    """Raises if a gradient is wanted of a tensor, which compressed tokens can't give."""
+    """Raises if a derivative is wanted of a tensor, which compressed tokens can't give."""
     for name, x in tensors.items():
-        wanted = torch.is_grad_enabled() and x.requires_grad
-        require(
-            not wanted, op, f"{name} that needs no gradient", "requires_grad=True", "Call it under torch.no_grad()."
-        )
+        contract, wanted = f"{name} that needs no gradient", torch.is_grad_enabled() and x.requires_grad
+        require(not wanted, op, contract, "requires_grad=True", "Call it under torch.no_grad().")
+        require(not has_tangent(x), op, contract, TANGENT, "Call it outside of forward mode.")
 
 
 def check_softcap(op: str, softcap: float) -> None:

@@ -11,7 +11,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .._errors import message
+from .._autograd import TANGENT, has_tangent
+from .._errors import message, require
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,6 +56,12 @@ class _Cut(torch.autograd.Function):
 
 
 def cut(out: Tensor, *sources: Tensor) -> Tensor:
-    """``out``, of which asking for a gradient raises if it came of tensors that need one."""
+    """``out``, of which asking for a gradient raises if it came of tensors that need one.
+
+    Raises:
+        ValueError: some of these have tangents of forward mode.
+    """
+    plain = not any(map(has_tangent, sources))
+    require(plain, "singlepass.kv", "no derivative through compressed tokens", TANGENT, "Train without the cache.")
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
     return _Cut.apply(out, *sources) if needed else out
