@@ -26,6 +26,7 @@ struct RandomStream {
   uint64_t start;
 };
 
+// At most kTile elements.
 SINGLEPASS_TARGET_CLONES void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStream& random);
 
 template <class Rule, Pass pass, size_t... K>
@@ -81,6 +82,19 @@ struct TileView {
   bool buffered() const { return dtype != DType::kFloat32; }
 };
 
+// Rounds elements [start, start + n) of a parameter to its dtype, from floats: stochastically if that is wanted and the
+// dtype is bfloat16, else to the nearest.
+inline void narrow_param(const float* from, const TensorRecord& t, int64_t start, int64_t n,
+                         const StepOptions& options) {
+  void* const to = at(t.param, t.param_dtype, start);
+  if (!options.stochastic_rounding || t.param_dtype != DType::kBFloat16) return narrow(from, to, t.param_dtype, n);
+  for (int64_t i = 0; i < n; i += kTile) {
+    const RandomStream random = {options.seed, t.id, static_cast<uint32_t>(*t.step),
+                                 static_cast<uint64_t>(t.offset + start + i)};
+    narrow_stochastic(from + i, at(to, t.param_dtype, i), std::min(kTile, n - i), random);
+  }
+}
+
 template <class Rule, Pass pass>
 void run_chunk(const TensorRecord& t, const typename Rule::Coefficients& c, const StepOptions& options, int64_t index,
                double* squares) {
@@ -116,15 +130,7 @@ void run_chunk(const TensorRecord& t, const typename Rule::Coefficients& c, cons
         narrow(states[k], at(t.state[k], t.state_dtype[k], start), t.state_dtype[k], n);
       }
     }
-    if ((kAccess.writes & kParam) && p.buffered()) {
-      if (options.stochastic_rounding && p.dtype == DType::kBFloat16) {
-        const RandomStream random = {options.seed, t.id, static_cast<uint32_t>(*t.step),
-                                     static_cast<uint64_t>(t.offset + start)};
-        narrow_stochastic(p.values, p.memory, n, random);
-      } else {
-        narrow(p.values, p.memory, p.dtype, n);
-      }
-    }
+    if ((kAccess.writes & kParam) && p.buffered()) narrow_param(p.values, t, start, n, options);
   }
 }
 

@@ -21,6 +21,11 @@ struct Rounding {
   int64_t offset;         // of the tensor's first element in the whole tensor
 };
 
+// Of a tensor that counts its steps.
+__device__ __forceinline__ Rounding rounding_of(const TensorRecord& t, const StepOptions& options) {
+  return {options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id, t.offset};
+}
+
 // Rounds to bfloat16 at random. Element i of the whole tensor takes 16 random bits: half i % 2 of word (i % 8) / 2 of
 // Philox block i / 8. A vector begins at a block.
 template <int kWidth>
@@ -167,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Rule::apply_norms(hyper, c, table.norms + static_cast<int64_t>(chunk.tensor) * kNorms);
     }
     shared_coefficients = c;
-    if (options.stochastic_rounding) rounding = {options.seed, static_cast<uint64_t>(*t.step) << 32 | t.id, t.offset};
+    if (options.stochastic_rounding) rounding = rounding_of(t, options);
   }
   __syncthreads();
   const typename Rule::Coefficients c = shared_coefficients;

@@ -90,7 +90,8 @@ struct StepSettings {
   double lr;
   bool lr_on_device, project, maximize;
   std::optional<float> grad_scale, found_inf;
-  int repeats;  // steps over the same gradients and one table
+  std::optional<std::uint64_t> seed;  // rounds bfloat16 parameters stochastically; their ids are their positions
+  int repeats;                        // steps over the same gradients and one table
 };
 
 std::tuple<Arrays, Arrays, Arrays, std::vector<float>> spectral_step(
@@ -110,6 +111,7 @@ std::tuple<Arrays, Arrays, Arrays, std::vector<float>> spectral_step(
     record.state[1] = v.data();
     steps.push_back(arena.add(std::optional<float>(a.steps[i])));
     record.step = steps.back()->get();
+    record.id = static_cast<std::uint32_t>(i);
     record.numel = p.numel();
     record.columns = p.shape().size() == 2 ? p.shape()[1] : 0;
     record.param_dtype = p.dtype();
@@ -129,6 +131,8 @@ std::tuple<Arrays, Arrays, Arrays, std::vector<float>> spectral_step(
   step.shared.grad_scale = grad_scale == nullptr ? nullptr : grad_scale->get();
   step.shared.found_inf = found_inf == nullptr ? nullptr : found_inf->get();
   step.shared.maximize = settings.maximize;
+  step.shared.seed = settings.seed.value_or(0);
+  step.shared.stochastic_rounding = settings.seed.has_value();
   step.project = settings.project;
   const spectral::Rule::Hyper values = std::make_from_tuple<spectral::Rule::Hyper>(hyper);
   if (options.simt()) {
@@ -235,9 +239,10 @@ void define_step(py::module_& m) {
       .def(py::init<Arrays, Arrays, Arrays, Arrays, std::vector<float>>(), py::arg("params"), py::arg("grads"),
            py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("steps"));
   py::class_<StepSettings>(m, "SpectralStep", "What a step is to do.")
-      .def(py::init<double, bool, bool, bool, std::optional<float>, std::optional<float>, int>(), py::arg("lr"),
-           py::kw_only(), py::arg("lr_on_device"), py::arg("project"), py::arg("maximize"), py::arg("grad_scale"),
-           py::arg("found_inf"), py::arg("repeats"));
+      .def(py::init<double, bool, bool, bool, std::optional<float>, std::optional<float>, std::optional<std::uint64_t>,
+                    int>(),
+           py::arg("lr"), py::kw_only(), py::arg("lr_on_device"), py::arg("project"), py::arg("maximize"),
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("seed"), py::arg("repeats"));
   m.def("spectral_step", &spectral_step, py::arg("tensors"), py::arg("hyper"), py::arg("settings"), py::arg("options"),
         "Parameters, both states and steps, of copies of the tensors.");
 }

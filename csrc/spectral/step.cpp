@@ -44,7 +44,6 @@ class Spans {
       c_ = optim::coefficients_of<Rule>(t, hyper_, lr.device == nullptr ? lr.value : *lr.device);
     }
     TensorRecord r = part(t, span);
-    void* const stored = r.param;
     const bool rows = t.columns > 0;
     if (t.param_dtype != DType::kFloat32) widen_into(params_, r.param, r.param_dtype, span.count);
     float* p = static_cast<float*>(r.param);
@@ -58,7 +57,7 @@ class Spans {
     } else {
       clamp(p, span.count);
     }
-    if (p != stored) narrow(p, stored, t.param_dtype, span.count);
+    if (t.param_dtype != DType::kFloat32) narrow_param(p, t, span.begin, span.count, options);
   }
 
  private:

@@ -19,13 +19,15 @@ struct LaunchOptions {
   int held;  // elements of a row that shared memory has room for: all, or a multiple of Vectors::unit()
 };
 
-// One row, or a chunk of singular values: all elements of `t`.
+// One row, or a chunk of singular values: all elements of `t`, which begins with element `first` of its tensor.
 template <bool kFloat32>
 class Span {
  public:
-  __device__ __forceinline__ Span(const TensorRecord& t, const Rule::Coefficients& c, float factor, int held)
-      : t_(t), c_(c), factor_(factor), held_(held) {
-    vectors_end_ = optim::is_aligned<Rule>(t) ? t.numel - t.numel % Vectors{kFloat32}.unit() : 0;
+  __device__ __forceinline__ Span(const TensorRecord& t, int64_t first, const Rule::Coefficients& c, float factor,
+                                  int held, bool stochastic, const optim::Rounding& rounding)
+      : t_(t), first_(first), c_(c), factor_(factor), held_(held), stochastic_(stochastic), rounding_(rounding) {
+    const bool has_vectors = optim::is_aligned<Rule>(t) && (!stochastic || first % kVector == 0);
+    vectors_end_ = has_vectors ? t.numel - t.numel % Vectors{kFloat32}.unit() : 0;
   }
 
   // Projects the gradient: from here on, update() subtracts its part along the row, (g . p) p.
@@ -154,7 +156,7 @@ class Span {
   template <int kWidth>
   __device__ __forceinline__ void write_param(int64_t i, const Element<kWidth>& e) const {
     const DType to = dtype(t_.param_dtype);
-    store(encode<kWidth>(e.p, to), to, t_.param, i, kApart);
+    store(optim::encode<kWidth>(e.p, to, first_ + i, stochastic_, rounding_), to, t_.param, i, kApart);
   }
 
   // Where element i is held. A vector is two float4. Of eight neighbours, first come the low ones of all vectors, then
@@ -187,9 +189,12 @@ class Span {
   }
 
   const TensorRecord& t_;
+  const int64_t first_;
   const Rule::Coefficients& c_;
   const float factor_;
   const int held_;
+  const bool stochastic_;
+  const optim::Rounding& rounding_;
   int64_t vectors_end_;
   bool projects_ = false;
   float along_ = 0.0f;
@@ -216,7 +221,11 @@ __global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
 
   // The coefficients take double precision, so one thread computes them.
   SINGLEPASS_SHARED(Rule::Coefficients, shared_coefficients);
-  if (threadIdx.x == 0) shared_coefficients = optim::device_coefficients<Rule>(t, hyper, shared);
+  SINGLEPASS_SHARED(optim::Rounding, rounding);
+  if (threadIdx.x == 0) {
+    shared_coefficients = optim::device_coefficients<Rule>(t, hyper, shared);
+    if (shared.stochastic_rounding) rounding = optim::rounding_of(t, shared);
+  }
   __syncthreads();
   const Rule::Coefficients c = shared_coefficients;
 
@@ -228,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
   move(part, begin);
   for (int64_t first = begin; first < end; first += step, move(part, step)) {
     part.numel = end - first < step ? end - first : step;
-    Span<kFloat32> span(part, c, factor, options.held);
+    Span<kFloat32> span(part, first, c, factor, options.held, shared.stochastic_rounding, rounding);
     if (t.columns == 0) {
       span.make_not_negative();
     } else {

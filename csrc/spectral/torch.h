@@ -68,8 +68,8 @@ struct SpectralStep {
 
 inline SpectralStep spectral_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avg,
                                   const Tensors& exp_avg_sq, const Tensors& steps, const Tensor& lr, bool project,
-                                  bool maximize, const std::optional<Tensor>& grad_scale,
-                                  const std::optional<Tensor>& found_inf) {
+                                  bool maximize, std::optional<int64_t> seed, const std::vector<int64_t>& ids,
+                                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf) {
   const std::string op = "spectral_step_";
   if (steps.size() != params.size()) {
     fail(op, "as many steps as parameters, ", params.size(), "; got ", steps.size(), ". Pass one for each.");
@@ -81,12 +81,12 @@ inline SpectralStep spectral_step(const Tensors& params, const Tensors& grads, c
   }
   const std::vector<int64_t> none;
   SpectralStep call;
-  call.step = make_step({op, params, grads, {&exp_avg, &exp_avg_sq}, nullptr, steps, std::nullopt, none, none});
+  call.step = make_step({op, params, grads, {&exp_avg, &exp_avg_sq}, nullptr, steps, seed, ids, none});
   if (params.empty()) return call;
   for (size_t i = 0; i < call.step.records.size(); ++i) {
     call.step.records[i].columns = params[i].dim() == 2 ? params[i].size(1) : 0;
   }
-  call.options = {options_of({op, params[0], lr, maximize, std::nullopt, grad_scale, found_inf}), project};
+  call.options = {options_of({op, params[0], lr, maximize, seed, grad_scale, found_inf}), project};
   return call;
 }
 
@@ -222,9 +222,10 @@ Tensor spectral_scale_(Tensor q, Tensor t, Tensor s) {
 template <class Backend>
 void spectral_step_(Tensors params, Tensors grads, Tensors exp_avg, Tensors exp_avg_sq, Tensors steps, Tensor lr,
                     double beta1, double beta2, double eps, double weight_decay, bool project, bool maximize,
-                    std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf) {
+                    std::optional<int64_t> seed, std::vector<int64_t> ids, std::optional<Tensor> grad_scale,
+                    std::optional<Tensor> found_inf) {
   const SpectralStep call =
-      spectral_step(params, grads, exp_avg, exp_avg_sq, steps, lr, project, maximize, grad_scale, found_inf);
+      spectral_step(params, grads, exp_avg, exp_avg_sq, steps, lr, project, maximize, seed, ids, grad_scale, found_inf);
   if (call.step.records.empty()) return;
   const Backend on("spectral_step_", params[0]);
   const auto& table = on.table(call.step.records, spectral::Rule::kStates, spectral::kStepShape);

@@ -61,6 +61,7 @@ class Step:
     grad_scale: float | None = None
     found_inf: float | None = None
     lr_on_device: bool = False
+    seed: int | None = None  # of stochastic rounding
 
     @property
     def hyper(self) -> tuple[float, float, float, float]:
@@ -79,7 +80,7 @@ class Tensors:
 
     def run(self, core: ModuleType, step: Step, place: Any, repeats: int = 1) -> Tensors:
         arrays = core.SpectralTensors(self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.steps)
-        names = ("lr_on_device", "project", "maximize", "grad_scale", "found_inf")
+        names = ("lr_on_device", "project", "maximize", "grad_scale", "found_inf", "seed")
         settings = core.SpectralStep(step.lr, repeats=repeats, **{name: getattr(step, name) for name in names})
         params, exp_avg, exp_avg_sq, steps = core.spectral_step(arrays, step.hyper, settings, place)
         return Tensors(params, self.grads, exp_avg, exp_avg_sq, steps)

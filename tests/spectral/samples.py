@@ -35,6 +35,8 @@ def samples(device: str) -> Iterator[Sample]:
     counts = [torch.zeros((), device=device) for _ in params]
     hyper = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
     yield Sample(ops.step_, (*lists, counts, torch.tensor(0.1)), hyper)
+    halves = [[t.bfloat16() for t in values] for values in lists]
+    yield Sample(ops.step_, (*halves, counts, torch.tensor(0.1)), hyper | {"seed": 3, "ids": [0, 1]})
     draws = {"ranks": [2], "ids": [0], "seed": 1, "draw": 0, "uniform": 0.5}
     yield Sample(ops.sample, ([random(6).abs()],), draws)
     exchange = torch.tensor([-1, 3], device=device)

@@ -126,7 +126,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": -1}, "seed in"),
     "schedule": ({"rank_schedule": 3}, "a callable rank_schedule"),
     "scheduled rank": ({"rank_schedule": lambda draw: 13}, "a rank from 1 to 12"),
-    "rounding": ({"stochastic_rounding": True}, "stochastic_rounding=False; got True. Train float32 layers"),
     "lr": ({"lr": -1.0}, r"lr in \[0, inf\)"),
     "betas": ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\)"),
 }

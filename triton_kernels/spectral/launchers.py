@@ -69,7 +69,11 @@ _buckets: Cache[list[tuple[_Kind, Table]]] = Cache()
 
 
 def _make_buckets(
-    params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]], steps: Sequence[Tensor]
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Sequence[Tensor]],
+    steps: Sequence[Tensor],
+    ids: Sequence[int],
 ) -> list[tuple[_Kind, Table]]:
     """Checks what memory safety needs and builds the tables. Gradients are contiguous already."""
     op = "spectral_step_"
@@ -99,7 +103,8 @@ def _make_buckets(
             warps=tiles[tile],
         )
         addresses = tuple(t.data_ptr() for t in tensors)
-        record = Record(addresses, p.numel(), step=steps[i].data_ptr(), chunk_size=length)
+        tensor_id = ids[i] if ids else 0
+        record = Record(addresses, p.numel(), step=steps[i].data_ptr(), id=tensor_id, chunk_size=length)
         records.setdefault(kind, []).append(record)
     return [(kind, make_table(rows, device)) for kind, rows in records.items()]
 
@@ -119,6 +124,8 @@ def step_(
     weight_decay: float,
     project: bool = False,
     maximize: bool = False,
+    seed: int | None = None,
+    ids: Sequence[int] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -127,7 +134,8 @@ def step_(
     if not params:
         return
     states = [exp_avg, exp_avg_sq]
-    require_lengths(op, params, (grads, *states, steps))
+    ids = ids if seed is not None else ()  # which only random numbers need
+    require_lengths(op, params, (grads, *states, steps, *([ids] if seed is not None else [])))
     device = params[0].device
     a_lr = address_of_lr(op, lr, device)
     a_grad_scale = require_scalar(op, "grad_scale", grad_scale, device)
@@ -138,16 +146,17 @@ def step_(
             grads = [laid_out_like(op, g, p) for g, p in zip(grads, params, strict=True)]
         buckets = _buckets.get(
             tuple(map(Tensor.data_ptr, grads)),
-            (*map(identities, (params, grads, *states, steps)), layout, *map(layouts, states)),
+            (*map(identities, (params, grads, *states, steps)), layout, *map(layouts, states), tuple(ids)),
             device,
-            lambda: _make_buckets(params, grads, states, steps),
+            lambda: _make_buckets(params, grads, states, steps, ids),
         )
         for kind, table in buckets:
             step_kernel[(table.chunk_count,)](
                 *(table.records, table.chunks, table.tickets),
                 *(beta1, beta2, eps, weight_decay, log_of(beta1), log_of(beta2)),
-                *(0.0 if a_lr else lr.item(), -1.0 if maximize else 1.0, a_lr, a_grad_scale, a_found_inf),
-                *(kind.storages, kind.rows, kind.is_long, project and kind.rows, kind.is_aligned, kind.tile),
+                *(0.0 if a_lr else lr.item(), -1.0 if maximize else 1.0, a_lr, a_grad_scale, a_found_inf, seed or 0),
+                *(kind.storages, kind.rows, kind.is_long, project and kind.rows),
+                *(seed is not None and kind.storages[0] == "bf16", kind.is_aligned, kind.tile),
                 **LAUNCH_OPTIONS | {"num_warps": kind.warps},
             )
 

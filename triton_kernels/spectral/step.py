@@ -10,17 +10,20 @@ import triton
 import triton.language as tl
 
 from .._common import (
+    bfloat16_bits_stochastic,
     double,
     gradient_factor,
     is_last_program,
     learning_rate,
     load,
     load_scalar,
+    random_halves,
+    random_halves_anywhere,
     square,
     store,
     tile_pointers,
 )
-from .._table import CHUNK_SIZE, NUMEL, PARAM, STEP, WIDTH
+from .._table import CHUNK_SIZE, ID, NUMEL, PARAM, STEP, WIDTH
 from ..optim.rules import adamw_coefficients, adamw_update
 
 VECTOR = tl.constexpr(8)  # elements, at least 16 bytes; rows of aligned tensors are whole vectors
@@ -52,15 +55,28 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    addresses, start, end, p, s, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    addresses, start, end, p, s, rounding,
+    STOCHASTIC: tl.constexpr, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stores elements [start, end) of the parameter and of its states, but not of the gradient."""
+    """Stores elements [start, end) of the parameter and of its states, but not of the gradient.
+
+    With STOCHASTIC the parameter is bfloat16, rounded by random bits: ``rounding`` is their seed, and the counter's
+    words that stand for the tensor and the step.
+    """
     mask = tile_mask(start, end, ALIGNED, BLOCK)
     values = (p, p) + s
     for k in tl.static_range(4):
         if k != 1:
             p_tile = tile_pointers(addresses[k], start, tl.constexpr(STORAGES[k]), ALIGNED, BLOCK)
-            store(p_tile, values[k], mask, tl.constexpr(STORAGES[k]))
+            if k == 0 and STOCHASTIC:
+                seed, low, high = rounding
+                if ALIGNED:
+                    random = random_halves(seed, low, high, start, BLOCK)
+                else:
+                    random = random_halves_anywhere(seed, low, high, start, BLOCK)
+                tl.store(p_tile, bfloat16_bits_stochastic(p, random), mask=mask)
+            else:
+                store(p_tile, values[k], mask, tl.constexpr(STORAGES[k]))
 
 
 @triton.jit
@@ -77,8 +93,9 @@ def inverse_norm(squares):
 
 @triton.jit
 def update_short_row(
-    addresses, begin, end, c, factor,
-    ROWS: tl.constexpr, PROJECT: tl.constexpr, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    addresses, begin, end, c, factor, rounding,
+    ROWS: tl.constexpr, PROJECT: tl.constexpr, STOCHASTIC: tl.constexpr,
+    STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Updates a row, or a stretch of singular values, that fits one tile [BLOCK]."""
     # Load parameter, gradient and both moments, each [BLOCK] in float32.
@@ -93,7 +110,7 @@ def update_short_row(
         p = p * inverse_norm(tl.sum(square(p, tile_mask(begin, end, ALIGNED, BLOCK))))
     else:
         p = tl.where(p < 0.0, 0.0, p)  # NaN stays NaN
-    store_tile(addresses, begin, end, p, s, STORAGES, ALIGNED, BLOCK)
+    store_tile(addresses, begin, end, p, s, rounding, STOCHASTIC, STORAGES, ALIGNED, BLOCK)
 
 
 @triton.jit
@@ -111,8 +128,9 @@ def updated_tile(
 
 @triton.jit
 def update_long_row(
-    addresses, begin, end, c, factor,
-    PROJECT: tl.constexpr, STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    addresses, begin, end, c, factor, rounding,
+    PROJECT: tl.constexpr, STOCHASTIC: tl.constexpr,
+    STORAGES: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Updates a row of any length, tile by tile, in two or three passes."""
     # First pass, with PROJECT only: the dot product of gradient and row. Partial sums are [BLOCK] in float64.
@@ -132,7 +150,7 @@ def update_long_row(
     inverse = inverse_norm(tl.sum(squares))
     for start in range(begin, end, BLOCK):
         p, s = updated_tile(addresses, start, end, c, factor, along, PROJECT, STORAGES, ALIGNED, BLOCK)
-        store_tile(addresses, start, end, p * inverse, s, STORAGES, ALIGNED, BLOCK)
+        store_tile(addresses, start, end, p * inverse, s, rounding, STOCHASTIC, STORAGES, ALIGNED, BLOCK)
 
 
 @triton.jit
@@ -147,7 +165,7 @@ def count_step(p_record, p_ticket):
 
 POINTERS = ["p_records", "p_chunks", "p_tickets"]
 HYPER = ["beta1", "beta2", "eps", "weight_decay", "log_beta1", "log_beta2"]
-SCALARS = ["lr", "direction", "a_lr", "a_grad_scale", "a_found_inf"]
+SCALARS = ["lr", "direction", "a_lr", "a_grad_scale", "a_found_inf", "seed"]
 
 
 @triton.jit(do_not_specialize=POINTERS + HYPER + SCALARS)
@@ -166,10 +184,12 @@ def step_kernel(
     a_lr: tl.int64,
     a_grad_scale: tl.int64,
     a_found_inf: tl.int64,
+    seed: tl.int64,
     STORAGES: tl.constexpr,
     ROWS: tl.constexpr,
     LONG: tl.constexpr,
     PROJECT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -197,12 +217,16 @@ def step_kernel(
     c = adamw_coefficients(h, learning_rate(lr, a_lr), finished + 1.0, double(1.0), ())
     factor = gradient_factor(direction, a_grad_scale)
 
+    # The random bits of an element depend on seed, tensor id, step and its place in the tensor alone.
+    rounding = (seed, tl.load(p_record + ID), finished.to(tl.int64))
     # Update elements [begin, end): a whole row, or a stretch of up to `size` singular values.
     begin = (chunk & 0xFFFFFFFF) * size
     end = tl.minimum(begin + size, numel)
     if LONG:
-        update_long_row(addresses, begin, end, c, factor, PROJECT, STORAGES, ALIGNED, BLOCK)
+        update_long_row(addresses, begin, end, c, factor, rounding, PROJECT, STOCHASTIC, STORAGES, ALIGNED, BLOCK)
     else:
-        update_short_row(addresses, begin, end, c, factor, ROWS, PROJECT, STORAGES, ALIGNED, BLOCK)
+        update_short_row(
+            addresses, begin, end, c, factor, rounding, ROWS, PROJECT, STOCHASTIC, STORAGES, ALIGNED, BLOCK
+        )
 
     count_step(p_records + i_tensor * WIDTH, p_tickets + i_tensor)

@@ -11,7 +11,8 @@ segments: the first r rows of both are active and trained, the other k - r froze
 * ``spectral_step_``: AdamW on lists of tensors in place, as the optimizer steps define their arguments, and a
   constraint at the end. A matrix (rows, columns), contiguous, has unit rows: each is divided by its Euclidean norm
   after the update (a row of zeros stays). ``project`` takes from each row's gradient its part along the row first. A
-  vector has singular values: those below zero become zero.
+  vector has singular values: those below zero become zero. ``seed`` and ``ids`` round bfloat16 parameters
+  stochastically, after the constraint.
 * ``spectral_sample``: for each layer, draws ``ranks[i]`` of the k places of ``s[i]`` without replacement, with
   probabilities in proportion to uniform / k + (1 - uniform) * s / sum(s), as torch.multinomial would. Returns for each
   layer ``exchange``, int64, (rank,): -1 where the vector in that active place stays, else the frozen row, counted
@@ -51,7 +52,7 @@ step_ = Op(
     "spectral",
     "spectral_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, "
     "Tensor(d!)[] steps, Tensor lr, *, float beta1, float beta2, float eps, float weight_decay, bool project=False, "
-    "bool maximize=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "bool maximize=False, int? seed=None, int[] ids=[], Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     None,
     "AdamW, then unit rows and values that are not negative.",
     used_by="`spectral.SST`",

@@ -75,6 +75,12 @@ def check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> N
         require(g.shape == p.shape, op, contract, got, "Reshape it.")
 
 
+def check_ids(op: str, params: Sequence[Tensor], seed: int | None, ids: Sequence[int]) -> None:
+    """Refuses ids that are not one for each parameter, where random numbers are drawn by them."""
+    fits = seed is None or len(ids) == len(params)
+    require(fits, op, f"{len(params)} ids", len(ids), "Pass one for each parameter.")
+
+
 def _make_step(op: ops.StepOp, rule: Any) -> Callable[..., None]:
     state_count, has_scale = len(op.states), op.scale is not None
 
@@ -97,6 +103,7 @@ def _make_step(op: ops.StepOp, rule: Any) -> Callable[..., None]:
         lr = lr.reshape(())
         states = [values for values in lists[:state_count] if values]
         check_states(op.name, params, states)
+        check_ids(op.name, params, seed, ids)
         op.check_shards(params, seed, offsets, norms, phase)
         for i, p in enumerate(params):
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32

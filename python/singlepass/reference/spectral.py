@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._ops import spectral as ops
-from .optim import AdamW, cast, check_grads, store, unscaled
-from .philox import philox4x32
+from .optim import AdamW, cast, check_grads, check_ids, store, unscaled
+from .philox import philox4x32, random_halves, stochastic_bfloat16
 
 
 def linear(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,14 +58,17 @@ def step_(
     weight_decay: float,
     project: bool = False,
     maximize: bool = False,
+    seed: int | None = None,
+    ids: Sequence[int] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """AdamW, then rows of unit length, or values that are not negative."""
     check_grads("spectral_step_", params, grads)
+    check_ids("spectral_step_", params, seed, ids)
     hyper = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     skip = None if found_inf is None else found_inf.reshape(()) != 0
-    for p, g, m, v, step in zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True):
+    for i, (p, g, m, v, step) in enumerate(zip(params, grads, exp_avg, exp_avg_sq, steps, strict=True)):
         dtype = torch.promote_types(p.dtype, torch.float32)
         old = p.to(dtype)
         grad = unscaled(g.to(dtype), grad_scale, maximize)
@@ -75,6 +78,9 @@ def step_(
         c = cast(coefficients, dtype, p.device)
         new, moments = AdamW.update(c, old, grad, [m.to(dtype), v.to(dtype)])
         new = _unit_rows(new) if p.dim() == 2 else new.clamp(min=0.0)
+        if seed is not None and p.dtype == torch.bfloat16:
+            random = random_halves(seed, (step.long() << 32) | ids[i], p.numel(), p.device)
+            new = stochastic_bfloat16(new, random)
         for target, value in ((m, moments[0]), (v, moments[1]), (p, new), (step, step + 1.0)):
             store(target, value, skip)
 

@@ -91,11 +91,13 @@ class SST(AdamW):
             DistributedDataParallel does not support.
         tolerance: largest deviation from orthonormal, the maximum of ``|U U^T - I|`` and ``|V V^T - I|``, at which a
             layer is not decomposed again.
-        seed: of the draws. Use the same for all ranks of a data-parallel job, so that they draw the same vectors.
+        seed: of the draws, and of stochastic rounding. Use the same for all ranks of a data-parallel job, so that they
+            draw the same vectors.
         maximize: maximise the objective instead of minimising it.
         state_dtype: dtype of new states: None for float32, ``"param"`` for the parameter's, or a dtype.
-        stochastic_rounding: must be False. In place of layers in bfloat16, train layers in float32 with
-            ``frozen_dtype=torch.bfloat16`` under ``torch.autocast``: what is trained is a small part of the memory.
+        stochastic_rounding: round bfloat16 parameters up or down at random, without bias, so that small updates are
+            not lost: for models in pure bfloat16. Layers in float32 with ``frozen_dtype=torch.bfloat16`` under
+            ``torch.autocast`` round nothing that is trained, and need little more memory.
         unscale_in_step: whether ``GradScaler`` leaves unscaling and skipping to ``step()``. Pass False for Lightning's
             and Fabric's clipping in mixed precision.
         backend: ``"native"``, ``"triton"`` or ``"eager"``; an error is raised if it cannot run. None selects the first
@@ -156,8 +158,6 @@ class SST(AdamW):
         unscale_in_step: bool = True,
         backend: str | None = None,
     ) -> None:
-        remedy = "Train float32 layers with frozen_dtype=torch.bfloat16 under torch.autocast."
-        require(stochastic_rounding is False, "SST", "stochastic_rounding=False", stochastic_rounding, remedy)
         check_schedule(steps_per_iteration, iterations_per_round, warmup_steps, warmup_shape, sampling)
         flags = {"warmup_all": warmup_all, "reset_singular_values": reset_singular_values}
         for name, flag in (flags | {"project": project, "decay_vectors": decay_vectors}).items():
@@ -189,6 +189,7 @@ class SST(AdamW):
             weight_decay,
             maximize=maximize,
             state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
             unscale_in_step=unscale_in_step,
             backend=backend,
         )
@@ -261,6 +262,7 @@ class SST(AdamW):
             given = [params] if isinstance(params, Tensor) else param_group["params"]
             late = any(id(_unnamed(p)) in owners for p in given)
             require(not late, "SST", "SSTLinear layers when it is made", "one later", "Make a new optimizer.")
+        param_group.setdefault("seed", self.seed)
         super().add_param_group(param_group)
         self._note_progress()
 
@@ -331,6 +333,9 @@ class SST(AdamW):
             super()._run(bucket, group, states, options)
             return
         step = self._op(bucket.role).on(bucket.backend)
+        if group["stochastic_rounding"]:
+            # Counts of steps begin anew with each draw, but random numbers must not.
+            options = options | {"seed": (group["seed"] + self.progress.draws) % 2**63, "ids": bucket.ids}
         step(
             bucket.params,
             bucket.grads,

@@ -18,6 +18,7 @@ from singlepass.triton_kernels._launch import Cache
 from singlepass.triton_kernels.spectral import launchers
 
 from ...spectral import test_ops as ops
+from ...spectral import test_stochastic_rounding as rounding
 from ...tolerances import assert_close, assert_same_bits
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -86,6 +87,14 @@ def test_constraints(dtype: torch.dtype) -> None:
 def test_steps_skipped_and_rows_without_a_norm() -> None:
     ops.test_skipped_steps_change_nothing("triton")
     ops.test_rows_of_zeros_stay_and_nan_spreads("triton")
+
+
+def test_stochastic_rounding() -> None:
+    rounding.test_unbiased_and_next_to_the_truth("triton")
+    rounding.test_every_element_draws_the_numbers_that_it_draws_in_eager(True, "triton")
+    rounding.test_it_depends_on_seed_and_id("triton")
+    rounding.test_only_bfloat16_is_rounded_so("triton")
+    rounding.test_ids_that_do_not_fit_change_nothing("triton")
 
 
 def make_lists(shapes: list[tuple[int, ...]], like: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
