@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from singlepass.optim._norm import moved
 from singlepass.reference.optim import finish_grad_norm
 
 from ..tolerances import assert_close
@@ -135,3 +137,11 @@ def test_the_same_bits_for_any_number_of_threads(count: int, place: Place) -> No
     torch.set_num_threads(count)
     assert torch.equal(place.function("grad_norm")(grads, max_norm=1.0), expected)
     assert torch.equal(place.function("grad_squares")(grads), squares)
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("cuda", False)])
+def test_the_host_waits_for_what_comes_to_the_cpu_alone(kind: str, waits: bool) -> None:
+    """It would read it before it is there."""
+    value, device = mock.Mock(), torch.device(kind)
+    moved(value, device)
+    value.to.assert_called_once_with(device, non_blocking=not waits)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._errors import message, require
 from ._buckets import is_wrapper
 from ._exchange import Exchange, Layout, has_dtensors
-from ._norm import Parts, squares_of
+from ._norm import Parts, moved, squares_of
 from ._shards import check_placed_alike, check_placements, local
 
 _WHERE = "clip_grad_norm_"
@@ -91,7 +91,7 @@ def clip_grad_norm_(
     if failed is not None:  # on a GPU
         norm, scale = torch.where(failed > 0.0, math.nan, norm), torch.where(failed > 0.0, 1.0, scale)
     for some, _, _ in parts:
-        torch._foreach_mul_(some, scale.to(some[0].device, non_blocking=True))
+        torch._foreach_mul_(some, moved(scale, some[0].device))
     return norm
 
 

@@ -65,9 +65,7 @@ def squares_of(parts: Parts, exchange: Exchange) -> Tensor:
     """Sums of squares in float64: of each part or, where ranks add them up, as the table of their next round."""
     table = None if exchange.is_alone else exchange.table()
     device = parts[0][0][0].device if table is None else table.device
-    squares = [
-        _chosen(grad_squares, grads, backend)(grads).to(device, non_blocking=True) for grads, backend, _ in parts
-    ]
+    squares = [moved(_chosen(grad_squares, grads, backend)(grads), device) for grads, backend, _ in parts]
     if table is None:
         return torch.cat(squares)
     for (_, _, kind), some in zip(parts, squares, strict=True):
@@ -84,7 +82,7 @@ def add_up_norms(
         norms = torch.zeros((len(bucket.ids), 2), dtype=torch.float64, device=bucket.device)
         first, second = ({"norms": norms, "phase": phase} for phase in (1, 2))
         optimizer._step_bucket(bucket, group, names, hyper | first, grad_scale, found_inf)
-        table[_rows(table, bucket.ids)] = norms.to(table.device, non_blocking=True)
+        table[_rows(table, bucket.ids)] = moved(norms, table.device)
         steps[i] = bucket, group, names, hyper | second
     found_inf = exchange.add_up(table, found_inf)
     for bucket, _, _, hyper in steps:
@@ -111,8 +109,13 @@ def is_any_nonzero(work: Any, exchange: Exchange) -> bool:
     return True
 
 
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; the host waits only for what comes from a GPU to the CPU, which it would read too early."""
+    return value.to(device, non_blocking=device.type != "cpu")
+
+
 def to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device, non_blocking=True)
+    return None if value is None else moved(value, device)
 
 
 def _parts(buckets: list[Bucket], exchange: Exchange) -> Parts:

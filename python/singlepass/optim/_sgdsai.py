@@ -14,7 +14,7 @@ from ._base import FusedOptimizer, Work, is_capturing
 from ._buckets import has_values
 from ._doc import shared_arguments
 from ._exchange import Exchange, has_dtensors
-from ._norm import to_device
+from ._norm import moved, to_device
 
 # Of a tensor's moments: the sum, the squares around the means of its parts, those of the means, how many parts.
 _COLUMNS, _PARTS = 4, 3
@@ -134,7 +134,7 @@ class SGDSaI(FusedOptimizer):
                     if table is None:
                         measured.append((bucket.owners[i], group, moments))
                     else:
-                        table[bucket.ids[i]] = moments.to(table.device, non_blocking=True)
+                        table[bucket.ids[i]] = moved(moments, table.device)
         if table is not None:
             found_inf = exchange.add_up(table, found_inf)
             measured = [
@@ -147,8 +147,8 @@ class SGDSaI(FusedOptimizer):
             old = state["gsnr"]
             measures = _is_unmeasured(old, guard)
             if found_inf is not None:
-                measures &= found_inf.to(old.device, non_blocking=True).reshape(()) == 0.0
-            gain = _gain(p.shape.numel(), moments.to(old.device, non_blocking=True), group["eps"], guard)
+                measures &= moved(found_inf, old.device).reshape(()) == 0.0
+            gain = _gain(p.shape.numel(), moved(moments, old.device), group["eps"], guard)
             state["gsnr"] = torch.where(measures, gain, old)
         return found_inf
 
