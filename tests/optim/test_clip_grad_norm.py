@@ -60,7 +60,8 @@ def test_as_torch_does_it() -> None:
     for a, b in zip(grads_of(ours), grads_of(theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     wanted = inspect.signature(torch.nn.utils.clip_grad_norm_).parameters.values()
-    found = inspect.signature(clip_grad_norm_).parameters.values()
+    *found, last = inspect.signature(clip_grad_norm_).parameters.values()
+    assert (last.name, last.kind, last.default) == ("norm_group", inspect.Parameter.KEYWORD_ONLY, None)
     assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in wanted]
 
 

@@ -16,7 +16,7 @@ from singlepass import optim
 
 from ..ranks import on_ranks
 from ..tolerances import assert_same_bits
-from .shards import EXACT
+from .shards import EXACT, assert_alike
 from .steps import normal
 from .test_groups import groups_of, make
 
@@ -28,12 +28,12 @@ RANKS = 2
 class Zero:
     """A bfloat16 model, and an optimizer of float32 partitions: one of each group or, in stage 3, of each parameter."""
 
-    def __init__(self, name: str, stage: int) -> None:
+    def __init__(self, name: str, stage: int, **options: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.LayerNorm(3)).bfloat16()
         params = list(self.model.parameters())
         chosen = [[p for p in params if p.dim() > 1], [p for p in params if p.dim() == 1]]
-        self.optimizer = make(name, [{"params": some, "lr": 1e-2} for some in chosen])
+        self.optimizer = make(name, [{"params": some, "lr": 1e-2} for some in chosen], **options)
         self.stage = stage
         self.pieces: list[tuple[int, list[Tensor], nn.Parameter]] = []
         for i, some in enumerate(chosen):
@@ -119,6 +119,27 @@ def test_training_is_that_of_one_process(name: str, stage: int) -> None:
         expected.step()
     for p, q in zip(zero.masters(), twins, strict=True):
         assert_same_bits(p, q)
+
+
+@each_stage
+@on_ranks(RANKS)
+def test_clipping_is_over_all_ranks(stage: int) -> None:
+    """By the norm of what one call of step() is for, as an optimizer for each would clip: a group, or a parameter."""
+    clipping = {"max_grad_norm": 0.5}
+    zero = Zero("Adan", stage, **clipping, norm_group=distributed.group.WORLD)
+    masters = zero.masters()
+    numbers = {id(p): i for i, p in enumerate(zero.model.parameters())}
+    zero.train(range(1, 5))
+    for _, held, _ in zero.pieces:
+        twins = [nn.Parameter(masters.pop(0)) for _ in held]
+        expected = make("Adan", [{"params": twins, "lr": 1e-2}], **clipping)
+        for step in range(1, 5):
+            for p, q in zip(held, twins, strict=True):
+                q.grad = normal(q.shape, 100 * step + numbers[id(p)])
+            expected.step()
+        masters += twins
+    for p, q in zip(zero.masters(), masters, strict=True):
+        assert_alike(p, q, exact=False, label="parameter")
 
 
 @pytest.mark.parametrize("elastic", [False, True], ids=["", "elastic"])

@@ -28,9 +28,9 @@ NAMES = [*optim._OPTIMIZERS, "SST"]
 each_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
-def make(name: str, groups: list[dict[str, Any]]) -> FusedOptimizer:
+def make(name: str, groups: list[dict[str, Any]], **more: Any) -> FusedOptimizer:
     """An optimizer with these groups at its end. SST has its layer's before them, which never get gradients here."""
-    options = {"lr": 1e-2, "weight_decay": 0.1} | OPTIONS.get(name, {})
+    options = {"lr": 1e-2, "weight_decay": 0.1} | OPTIONS.get(name, {}) | more
     if name != "SST":
         return getattr(optim, name)(groups, **options)
     layer = spectral.SSTLinear.from_linear(torch.nn.Linear(4, 4), 2)

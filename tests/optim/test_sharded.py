@@ -123,7 +123,7 @@ def test_backends(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", optim._OPTIMIZERS)
 @on_ranks(2)
 def test_zero_redundancy_optimizer(name: str) -> None:
-    """Whole tensors, each stepped by one rank, which sends it to the others. Not clipped: of that see docs/optim.md."""
+    """Whole tensors, each stepped by one rank for all. Clipping: test_norm_group_under_torch.py."""
     params, twins = ([Parameter(normal(shape, 10 + i)) for i, shape in enumerate(SHAPES)] for _ in range(2))
     options = {"lr": 1e-2, "weight_decay": 0.1} | OPTIONS.get(name, {})
     optimizer = ZeroRedundancyOptimizer(params, optimizer_class=getattr(optim, name), **options)

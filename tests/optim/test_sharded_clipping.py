@@ -184,7 +184,7 @@ WRONG: dict[str, tuple[int, Callable[[Tensor], Tensor], type[Exception], str]] =
     ),
     "replicas": (0, lambda g: place(g, mesh_of(2), [Replicate()]), RuntimeError, "a gradient placed as its parameter"),
     "plain": (0, lambda g: g, RuntimeError, "a gradient placed as its parameter"),
-    "sparse": (1, Tensor.to_sparse, ValueError, "plain, dense, floating-point gradients beside sharded ones"),
+    "sparse": (1, Tensor.to_sparse, ValueError, "plain, dense, floating-point gradients for a norm over ranks"),
 }
 
 

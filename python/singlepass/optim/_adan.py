@@ -37,6 +37,9 @@ class Adan(FusedOptimizer):
         max_grad_norm: clip the global gradient norm to this; 0: no clipping. One value for all groups.
         no_prox: decay as in AdamW, :math:`p \leftarrow (1-\eta\lambda)p` before the step, instead of the proximal
             division after it.
+        norm_group: the ranks of this group have different plain tensors, or different parts of them, as under
+            ZeroRedundancyOptimizer, FSDP1 and DeepSpeed: ``max_grad_norm`` is for the norm of the gradients of all.
+            Each of them takes part in each step. Not for DTensors.
 {shared}
     Example:
         >>> import torch, singlepass
@@ -58,6 +61,7 @@ class Adan(FusedOptimizer):
         max_grad_norm: float = 0.0,
         no_prox: bool = False,
         *,
+        norm_group: torch.distributed.ProcessGroup | None = None,
         maximize: bool = False,
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
@@ -81,6 +85,7 @@ class Adan(FusedOptimizer):
             stochastic_rounding=stochastic_rounding,
             unscale_in_step=unscale_in_step,
             backend=backend,
+            norm_group=norm_group,
         )
 
     def _clipping(self) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from operator import is_
-from typing import Any, ClassVar, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,11 +15,14 @@ from .._errors import message, require
 from .._ops import Op, requested
 from .._ops.optim import StepOp
 from ._buckets import Bucket, Sorter
-from ._checks import check_keys, check_once, check_parameter, check_values
+from ._checks import check_keys, check_norm_group, check_once, check_parameter, check_spread, check_values
 from ._exchange import Exchange, Exchanges
 from ._loading import STATE_DTYPES, Loading, state_dtype_for
 from ._norm import Steps, add_up_norms, is_any_nonzero, measure, to_device
 from ._shards import copy_like, is_laid_out_as, local, zeros_like
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Defaults that are checked elsewhere, or, the last one, torch's own.
 _NO_RANGE = ("state_dtype", "backend", "seed", "differentiable")
@@ -51,10 +54,13 @@ class FusedOptimizer(Optimizer):
         stochastic_rounding: bool,
         unscale_in_step: bool,
         backend: str | None,
+        norm_group: ProcessGroup | None = None,
     ) -> None:
         contract, remedy = "unscale_in_step True or False", "Pass one of them."
         self._require(isinstance(unscale_in_step, bool), contract, repr(unscale_in_step), remedy)
+        check_norm_group(self._name, norm_group)
         self._step_supports_amp_scaling = unscale_in_step
+        self._norm_group = norm_group  # over whose ranks plain tensors are spread
         defaults = defaults | {
             "maximize": maximize,
             "capturable": capturable,
@@ -141,6 +147,9 @@ class FusedOptimizer(Optimizer):
             if not torch.nn.parameter.is_lazy(p):  # which is checked once it has a shape, in the first step
                 check_parameter(self._name, p)
         check_once(self._name, [p for g in self.param_groups for p in g["params"]] + tensors)
+        check_spread(self._name, self._norm_group, tensors)
+        contract, remedy = "one norm_group for all groups", "Give it to the optimizer instead."
+        self._require(group.get("norm_group", self._norm_group) is self._norm_group, contract, "another", remedy)
         check_keys(self._name, group, self.defaults)
         self._check_groups([*self.param_groups, group])
         self._check_places(group, tensors)
@@ -183,7 +192,8 @@ class FusedOptimizer(Optimizer):
         return "\n".join(line for line in lines if drawn or not line.startswith("    seed: "))
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_step_supports_amp_scaling": self._step_supports_amp_scaling}
+        names = ("_step_supports_amp_scaling", "_norm_group")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -228,6 +238,8 @@ class FusedOptimizer(Optimizer):
 
     def _rounds(self) -> list[tuple[int, bool]]:
         """What ranks with parts of tensors add up in a step, as :class:`Exchange` takes it."""
+        if self._norm_group is not None:  # whose ranks may differ in all else, and have no tensors in common
+            return [(1, True)] * self._measures()
         rounds = [(1, True)] if self._may_ask_for_states() else []
         if self._measures() or self._norms_follow_states:
             rounds.append((1, True))
@@ -246,7 +258,9 @@ class FusedOptimizer(Optimizer):
             work.append((group, self._sorter.sort(self, index, first_id)))
             first_id += len(group["params"])
         if self._sorter.has_sorted:
-            check_once(self._name, [p for group in self.param_groups for p in group["params"]])
+            params = [p for group in self.param_groups for p in group["params"]]
+            check_once(self._name, params)
+            check_spread(self._name, self._norm_group, params)
         return work
 
     def _may_ask_for_states(self) -> bool:
@@ -274,14 +288,18 @@ class FusedOptimizer(Optimizer):
                 self._check_values(group, ["lr"])
         if self._measures() or (self._norms_follow_states and not exchange.is_alone):
             buckets = [bucket for _, some in work for bucket in some]
-            grad_scale, found_inf = measure(self._name, buckets, *self._clipping(), grad_scale, found_inf, exchange)
+            options = (*self._clipping(), grad_scale, found_inf, exchange)
+            grad_scale, found_inf, squares = measure(self._name, buckets, *options)
+            if exchange.is_spread and self._may_ask_for_states() and squares is not None and not squares:
+                self._make_states(work)
+                return
         found_inf = self._prepare(work, grad_scale, found_inf, exchange)
         steps: Steps = [
             (bucket, group, names, hyper)
             for (group, buckets), (hyper, names) in zip(work, hypers, strict=True)
             for bucket in buckets
         ]
-        if self.rule.has_norms and not exchange.is_alone:
+        if self.rule.has_norms and exchange.rounds:
             found_inf = add_up_norms(self, steps, grad_scale, found_inf, exchange)
         for step in steps:
             self._step_bucket(*step, grad_scale, found_inf)

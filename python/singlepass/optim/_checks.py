@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._errors import require
-from ._shards import check_placements
+from ._shards import check_placements, is_sharded
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -82,6 +82,21 @@ def check_once(where: str, params: Sequence[Tensor]) -> None:
     """Raises ValueError for a parameter that is there twice: it would be stepped twice."""
     once = len({id(p) for p in params}) == len(params)
     require(once, where, "each parameter once", "one twice", "Give it to one group.")
+
+
+def check_norm_group(where: str, norm_group: object) -> None:
+    """Raises ValueError for what is neither None nor a group with this rank in it."""
+    fits = torch.distributed.is_available() and isinstance(norm_group, torch.distributed.ProcessGroup)
+    contract = "norm_group None or a torch.distributed.ProcessGroup that this rank belongs to"
+    remedy = "Pass what torch.distributed.new_group() returns on the ranks of the group."
+    require(norm_group is None or fits, where, contract, repr(norm_group), remedy)
+
+
+def check_spread(where: str, norm_group: object, params: Iterable[Tensor]) -> None:
+    """Raises ValueError for DTensors with a norm_group: they are divided over the ranks of their own meshes."""
+    fits = norm_group is None or not any(map(is_sharded, params))
+    remedy = "Leave norm_group out: the norm of DTensors is over all ranks without it."
+    require(fits, where, "plain parameters with norm_group", "DTensors", remedy)
 
 
 def check_parameter(where: str, p: Tensor) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks tell each other in a step: sums over the parts of DTensors, and whether one of them cannot go on."""
+"""What ranks tell each other in a step: sums over what each has of the gradients, and whether one cannot go on."""
 
 from __future__ import annotations
 
@@ -25,21 +25,26 @@ _ALIKE = "Make the optimizer with the same arguments on each, after the same tor
 class Layout:
     """Over which ranks each of an optimizer's parameters is divided.
 
-    The same on all ranks, whichever gradients there are: what ranks add up has a row for each parameter.
+    The same on all ranks, whichever gradients there are: what ranks add up has a row for each parameter. Where plain
+    tensors are spread over the ranks of a ``norm_group``, each has its own, or none: they add up one row for all.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.facts = _facts(params)
-        ranks = [ranks_of(p) for p in params]
+    def __init__(self, params: Sequence[Tensor], norm_group: ProcessGroup | None = None) -> None:
+        self.facts, self.is_spread = _facts(params), norm_group is not None
+        ranks = [ranks_of(p) if norm_group is None else ((norm_group,), ()) for p in params]
         self.divided = [divided for divided, _ in ranks]
         self.kinds = list(dict.fromkeys(self.divided))  # of parameters that are divided over the same ranks
+        if norm_group is not None:
+            self.kinds = [(norm_group,)]
         self.kind_of = list(map(self.kinds.index, self.divided))
-        self.groups = list(dict.fromkeys(group for groups in self.divided for group in groups))
+        self.groups = list(dict.fromkeys(group for groups in self.kinds for group in groups))
         copies = dict.fromkeys(group for _, groups in ranks for group in groups)
         self.replicas = [group for group in copies if group not in self.groups]  # who have nothing to add up
-        self.device = next(
-            p.device for p, groups in zip(params, self.divided, strict=True) if groups or not self.groups
-        )
+        if norm_group is None:
+            places = zip(params, self.divided, strict=True)
+            self.device = next(p.device for p, groups in places if groups or not self.groups)
+        else:
+            self.device = _device_of(norm_group, params)
         self._rows: dict[tuple[ProcessGroup, bool], Tensor | None] = {}
 
     def describes(self, params: Sequence[Tensor]) -> bool:
@@ -57,6 +62,16 @@ class Layout:
 
 def _facts(params: Sequence[Tensor]) -> tuple[list[int], list[object]]:
     return [id(p) for p in params], specs(params)
+
+
+def _device_of(group: ProcessGroup, params: Sequence[Tensor]) -> torch.device:
+    """Where the ranks of a group add up numbers: alike on all, on one without parameters or with offloaded ones too.
+
+    The accelerator, if it has a backend of its own, as NCCL is; else the CPU.
+    """
+    backends = dict(pair.split(":") for pair in torch.distributed.get_backend_config(group).split(","))
+    kind = next((kind for kind, backend in backends.items() if backend != backends.get("cpu")), "cpu")
+    return next((p.device for p in params if p.device.type == kind), torch.device(kind))
 
 
 class Verdict:
@@ -80,10 +95,13 @@ class Exchange:
     learns that another raised an exception, or that its gradients are not finite. One that raises takes part in it.
     """
 
-    def __init__(self, where: str, layout: Layout | None, rounds: list[tuple[int, bool]]) -> None:
-        self.where, self.layout = where, layout
-        self.is_alone = layout is None or not layout.groups
-        self.rounds = [] if self.is_alone else rounds
+    def __init__(
+        self, where: str, layout: Layout | None, rounds: list[tuple[int, bool]], is_first: bool = True
+    ) -> None:
+        self.where, self.layout, self.is_first = where, layout, is_first
+        self.rounds = [] if layout is None or not layout.groups else rounds
+        self.is_alone = not self.rounds
+        self.is_spread = layout is not None and layout.is_spread
         self.verdict: Verdict | None = None
 
     def __enter__(self) -> Exchange:
@@ -163,13 +181,14 @@ class Exchanges:
             raise _failure(optimizer._name)
         checks, rounds = _is_debugging(), optimizer._rounds()
         params = [p for group in optimizer.param_groups for p in group["params"]] if rounds or checks else []
-        if not has_dtensors(params):
+        norm_group = optimizer._norm_group if rounds or checks else None
+        if norm_group is None and not has_dtensors(params):
             return Exchange(optimizer._name, None, [])
         if checks:
             _check_agreement(optimizer, params)
         if self._layout is None or not self._layout.describes(params):
-            self._layout = Layout(params)
-        self._last = Exchange(optimizer._name, self._layout, rounds)
+            self._layout = Layout(params, norm_group)
+        self._last = Exchange(optimizer._name, self._layout, rounds, is_first=last is None)
         return self._last
 
 
@@ -182,14 +201,18 @@ def _is_debugging() -> bool:
 
 def _check_agreement(optimizer: FusedOptimizer, params: Sequence[Tensor]) -> None:
     """Raises ValueError, on every rank, for hyperparameters that differ over ranks."""
+    norm_group = optimizer._norm_group
     found: dict[str, Any] = {"the number of groups": len(optimizer.param_groups)}
+    may_differ = ("backend",) if norm_group is None else ("backend", "seed")
     for i, group in enumerate(optimizer.param_groups):
-        found[f"the number of parameters in group {i}"] = len(group["params"])
-        for key in (key for key in optimizer.defaults if key in group and key != "backend"):
+        if norm_group is None:
+            found[f"the number of parameters in group {i}"] = len(group["params"])
+        for key in (key for key in optimizer.defaults if key in group and key not in may_differ):
             value = group[key]
             found[f"{key} of group {i}"] = float(value) if isinstance(value, Tensor) else value
     known = {key: [repr(value)] for key, value in found.items()}  # each with all values that ranks have
-    for ranks in dict.fromkeys(ranks for p in params if is_sharded(p) for ranks in p.device_mesh.get_all_groups()):
+    meshes = dict.fromkeys(ranks for p in params if is_sharded(p) for ranks in p.device_mesh.get_all_groups())
+    for ranks in meshes if norm_group is None else [norm_group]:
         heard: list[Any] = [None] * torch.distributed.get_world_size(ranks)
         torch.distributed.all_gather_object(heard, known, group=ranks)
         known = {key: list(dict.fromkeys(value for one in heard for value in one.get(key, ()))) for key in known}

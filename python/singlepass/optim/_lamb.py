@@ -33,6 +33,10 @@ class LAMB(FusedOptimizer):
         weight_decay: added to the update before it is scaled.
         always_adapt: also scale groups without weight decay by the ratio (apex's ``use_nvlamb``).
         max_grad_norm: clip the global gradient norm to this; 0: no clipping. One value for all groups.
+        norm_group: the ranks of this group have different plain tensors, or different parts of them, as under
+            ZeroRedundancyOptimizer, FSDP1 and DeepSpeed: ``max_grad_norm`` is for the norm of the gradients of all.
+            Each of them takes part in each step. Ratios are of what a rank has, and right of whole tensors alone.
+            Not for DTensors.
 {shared}
     Example:
         >>> import torch, singlepass
@@ -55,6 +59,7 @@ class LAMB(FusedOptimizer):
         always_adapt: bool = True,
         max_grad_norm: float = 1.0,
         *,
+        norm_group: torch.distributed.ProcessGroup | None = None,
         maximize: bool = False,
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
@@ -78,4 +83,5 @@ class LAMB(FusedOptimizer):
             stochastic_rounding=stochastic_rounding,
             unscale_in_step=unscale_in_step,
             backend=backend,
+            norm_group=norm_group,
         )

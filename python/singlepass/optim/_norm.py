@@ -34,20 +34,23 @@ def measure(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     exchange: Exchange,
-) -> tuple[Tensor | None, Tensor | None]:
-    """One read of all gradients, and one round of the ranks: (divisor that unscales and clips, found_inf)."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One read of all gradients, and one round of the ranks.
+
+    Returns (divisor that unscales and clips, found_inf, the sum of squares that ranks have added up).
+    """
     looks = grad_scale is not None and found_inf is None
     if max_norm == 0.0 and not looks:
-        return grad_scale, exchange.add_up(exchange.table(), found_inf)
+        return grad_scale, exchange.add_up(exchange.table(), found_inf), None
     parts = _parts(buckets, exchange)
     if not parts and exchange.is_alone:
-        return grad_scale, found_inf
+        return grad_scale, found_inf, None
     if len(parts) == 1 and exchange.is_alone:
         (grads, backend, _) = parts[0]
         scale = to_device(grad_scale, grads[0].device)
         run = _chosen(grad_norm, grads, backend)
         _, divisor, nonfinite = run(grads, max_norm=max_norm, eps=eps, grad_scale=scale)
-        return divisor, nonfinite if looks else found_inf
+        return divisor, nonfinite if looks else found_inf, None
     plain = not any(is_wrapper(g) for grads, _, _ in parts for g in grads)
     remedy = "Give them to optimizers of their own, or pass max_grad_norm=0."
     require(plain, where, "one type of parameters for the norm of all gradients", "several", remedy)
@@ -56,9 +59,9 @@ def measure(
     found_inf = nonfinite if looks else found_inf
     if not exchange.is_alone:
         found_inf = exchange.add_up(table, found_inf)
-    scale = to_device(grad_scale, table.device)
-    _, divisor, _ = finish_grad_norm(table.sum(), max_norm=max_norm, eps=eps, grad_scale=scale)
-    return divisor, found_inf
+    scale, squares = to_device(grad_scale, table.device), table.sum()
+    _, divisor, _ = finish_grad_norm(squares, max_norm=max_norm, eps=eps, grad_scale=scale)
+    return divisor, found_inf, squares
 
 
 def squares_of(parts: Parts, exchange: Exchange) -> Tensor:
@@ -98,11 +101,15 @@ def _rows(table: Tensor, ids: list[int]) -> slice | Tensor:
 
 
 def is_any_nonzero(work: Any, exchange: Exchange) -> bool:
-    """Whether an element of a gradient is not 0, on any rank. Tensors without values count as zeros."""
+    """Whether an element of a gradient is not 0, or may be, on any rank. Tensors without values count as zeros."""
     grads = [g for _, buckets in work for bucket in buckets for g in bucket.grads]
     found = any(bool(g.any()) for g in grads if has_values(g) or is_wrapper(g))
     if exchange.is_alone:
         return found
+    if exchange.is_spread:
+        # The norm, which comes next, says it. But a rank without any element still has no states when others have some:
+        # then torch.distributed.checkpoint asks it alone, and gives it gradients, which training does not.
+        return exchange.is_first or not grads or any(g.numel() > 0 for g in grads)
     if not bool(exchange.add_up(exchange.table(), torch.tensor(float(found)))):
         exchange.rounds.clear()  # a step that only asks for states needs no more
         return False
