@@ -42,7 +42,7 @@ help:
 	@echo 'make test-release what is run by hand before a release: other torches, clean environments; downloads gigabytes'
 	@echo 'make test-newest  which newer releases of other packages break a test'
 	@echo 'make bench        measure against torch and other packages on this machine, in five minutes (FULL=1 for everything)'
-	@echo 'make gpu-proof    prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (ON=cpu rehearses)'
+	@echo 'make gpu-proof    prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (QUICK=1: what was predicted; ON=cpu rehearses)'
 	@echo 'make gpu-model    predict times on GPUs from the compiled kernels, without a GPU; needs nvcc'
 	@echo 'make gpu-bundle   pack what has to travel to a machine with a GPU'
 	@echo 'make core         the part without torch, and its C++ tests'
@@ -111,7 +111,7 @@ bench: $(NATIVE)
 
 # No environment of its own: the machine's torch and Triton are what is put to the proof, and there may be no network.
 gpu-proof:
-	@$(PYTHON) -m proof run --device $(ON) --results $(RESULTS)
+	@$(PYTHON) -m proof run --device $(ON) --results $(RESULTS) $(if $(QUICK),--quick)
 
 # The cubins are those that the tests read.
 gpu-model: $(PACKAGES)

@@ -34,11 +34,11 @@ def block(
         return counted.cache_grid().markdown()
     if name == "training-memory":
         return counted.training_grid().markdown()
-    if name in ("proof", "support"):
+    if name in ("proof", "predictions", "support"):
         from . import proofs
 
-        grid = proofs.proof_grid if name == "proof" else proofs.support_grid
-        return grid(newest_proof()).markdown()
+        grids = {"proof": proofs.proof_grid, "predictions": proofs.predictions_grid, "support": proofs.support_grid}
+        return grids[name](newest_proof()).markdown()
     if name == "model":
         from . import predictions
 
@@ -65,7 +65,8 @@ def block(
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
         "bench table: expected a marker machine, summary, tokens, checks, traffic, caches, training-memory, model, "
-        f"proof, support, plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. Correct the marker"
+        f"proof, predictions, support, plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. "
+        "Correct the marker"
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .documents import NOT_MEASURED
-from .grid import Grid
+from .grid import Grid, number
 from .registry import FAMILIES
 
 if TYPE_CHECKING:
@@ -35,6 +35,19 @@ def proof_grid(proof: dict[str, Any] | None) -> Grid:
     grid = Grid(f"Proof on a GPU: {of_machine(proof)}", ["stage", "verdict", "seconds", "result"], numbers=False)
     for stage in (proof or {}).get("stages", []):
         grid.lines.append([stage["name"], stage["status"], f"{stage['seconds']:.0f}", stage["said"].replace("|", "/")])
+    return grid
+
+
+def predictions_grid(proof: dict[str, Any] | None) -> Grid:
+    """A line for each prediction, with what was measured."""
+    title = f"Predicted without a GPU: {of_machine(proof)}"
+    grid = Grid(title, ["what", "predicted", "measured", "verdict"], numbers=False)
+    stages = [s for s in (proof or {}).get("stages", []) if s["name"] == "predictions"]
+    for p in (p for stage in stages for p in stage["facts"].get("predictions", [])):
+        measured = p["missing"] if p["measured"] is None else number(p["measured"])
+        verdict = {True: "holds", False: "FAILS", None: NOT_MEASURED}[p["holds"]]
+        predicted = f"{number(p['low'])} to {number(p['high'])} {p['unit']}"
+        grid.lines.append([p["what"], predicted, measured.replace("|", "/"), verdict])
     return grid
 
 

@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--results", type=Path, default=Path("bench/results"), help="the only folder that is written to")
     sub.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal, which proves nothing")
     sub.add_argument("--stage", default=None, help=f"some, with commas: {', '.join(s.name for s in stages.STAGES)}")
+    quick = ",".join(stages.QUICK)
+    sub.add_argument("--quick", dest="stage", action="store_const", const=quick, help="only what was predicted")
     sub = commands.add_parser("bundle", help="pack the tree with its built libraries and what a bare machine lacks")
     sub.set_defaults(command=pack)
     sub.add_argument("--output", type=Path, default=Path("dist", f"{bundle.NAME}.tar.gz"), help="default: %(default)s")
@@ -75,18 +77,25 @@ def _prove(here: place.Place, wanted: list[stages.Stage]) -> int:
     stem.parent.mkdir(parents=True, exist_ok=True)
     log = stem.with_name(stem.name + ".log")
     entries: list[dict[str, Any]] = []
-    print(f"{'stage':10} {'verdict':13} seconds")
+    print(f"{'stage':11} {'verdict':13} seconds")
     for stage, outcome in run(wanted, here, log, REHEARSAL if here.device == "cpu" else 1.0):
-        print(f"{stage.name:10} {SIGNS[outcome.status]:13} {outcome.seconds:7.1f}  {outcome.said}", flush=True)
+        print(f"{stage.name:11} {SIGNS[outcome.status]:13} {outcome.seconds:7.1f}  {outcome.said}", flush=True)
         entries.append({"name": stage.name, "title": stage.title} | vars(outcome))
     found = cubins.resources([*here.tree.glob(place.LIBRARIES), *here.triton_cache.rglob("*.cubin")])
     proof = {"schema": SCHEMA, "date": now.isoformat(timespec="seconds"), "commit": commit, "machine": machine}
     proof |= {"versions": results.versions(), "stages": entries, "resources": found}
     path = stem.with_name(stem.name + ".json")
     path.write_text(json.dumps(proof, indent=1) + "\n")
+    print_predictions([p for entry in entries for p in entry["facts"].get("predictions", [])])
     print_kernels(found)
     print(f"proof:     {path}\nlog:       {log}")
     return exit_status([entry["status"] for entry in entries])
+
+
+def print_predictions(found: list[dict[str, Any]]) -> None:
+    for p in found:
+        measured = p["missing"] if p["measured"] is None else f"{p['measured']:.4g} {p['unit']}"
+        print(f"{p['what']}: predicted {p['low']:.4g} to {p['high']:.4g}, measured {measured}")
 
 
 def print_kernels(found: dict[str, dict[str, dict[str, int]]]) -> None:

@@ -11,7 +11,9 @@ from counting.cubins import tool
 
 # What ncu is asked for, and what is kept of its numbers.
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+SECTORS = "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st.ratio"
 WANTED = {
+    SECTORS: "sectors of a store",
     "Duration": "time",
     "Registers Per Thread": "registers",
     "Theoretical Occupancy": "occupancy_limit",
@@ -29,7 +31,7 @@ def profiler_command(python: str, case: str, provider: str) -> list[str] | str:
         return "no ncu here"
     sections = [word for name in SECTIONS for word in ("--section", name)]
     options = ["--profile-from-start", "off", "--clock-control", "none", "--csv", "--page", "details"]
-    return [program, *options, *sections, python, "-m", "proof.once", case, provider]
+    return [program, *options, *sections, "--metrics", SECTORS, python, "-m", "proof.once", case, provider]
 
 
 def parse_profile(text: str) -> list[dict[str, Any]]:

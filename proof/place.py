@@ -21,6 +21,7 @@ TOOLS = (
     *("attrs", "exceptiongroup", "hypothesis", "iniconfig", "markdown-it-py", "mdurl", "packaging"),
     *("pluggy", "pygments", "pytest", "rich", "sortedcontainers", "tomli"),
 )
+MODELS = "bench/results/model"  # folder of predictions, of which the newest is taken
 COMMIT = "COMMIT"  # file that says what a tree without history was taken from
 LIBRARIES = "python/singlepass/_C_*.so"
 
@@ -86,6 +87,9 @@ def copy_tree(source: Path, target: Path) -> None:
         shutil.copytree(source / name, target / name, ignore=junk, dirs_exist_ok=True)
     for name in FILES:
         shutil.copy2(source / name, target / name)
+    if models := sorted((source / MODELS).glob("*.json")):
+        (target / MODELS).mkdir(parents=True, exist_ok=True)
+        shutil.copy2(models[-1], target / MODELS)
     (target / COMMIT).write_text(commit_of(source) + "\n")
 
 

@@ -29,6 +29,7 @@ SHOWN = {
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 BENCH_SECONDS = {"cuda": 170, "cpu": 60}
 VERDICTS = {"holds": "hold", "FAILS": "fail", "not measured": "not measured"}
+QUICK = ("build", "import", "predictions")
 PROFILED = 6  # calls below their bars, the furthest first
 
 
@@ -64,6 +65,24 @@ def info_read(place: Place, status: int | None, text: str) -> Outcome:
     if library["loaded"]:
         return Outcome(PROVED, f"{said}; the library loads", facts)
     return Outcome(REFUTED, f"{said}; {library['reason']}", facts)
+
+
+def predictions_command(place: Place) -> list[str] | str:
+    if place.device == "cpu":
+        return "what is predicted is of GPUs"
+    return [sys.executable, "-m", "proof.predictions", place.device]
+
+
+def predictions_read(place: Place, status: int | None, text: str) -> Outcome:
+    try:
+        facts = first_object(text)
+    except ValueError:
+        return Outcome(REFUTED, "out of time" if status is None else last_line(text))
+    counts = Counter({True: "hold", False: "fail", None: "not measured"}[p["holds"]] for p in facts["predictions"])
+    said = "predictions: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+    said += "" if facts["gpu"] else "; no times are predicted of this GPU"
+    whole = facts["gpu"] and not counts["not measured"]
+    return Outcome(REFUTED if counts["fail"] else PROVED if whole else NOT_MEASURED, said, facts)
 
 
 def tests_command(place: Place) -> list[str]:
@@ -226,6 +245,7 @@ def profile_read(place: Place, status: int | None, text: str) -> Outcome:
 BUILD = Stage("build", "the library builds here", "build", build_command, build_read, 600)
 STAGES = [
     Stage("import", "the libraries load under this torch", "import", info_command, info_read, 120),
+    Stage("predictions", "what was predicted without a GPU", "predicted", predictions_command, predictions_read, 150),
     Stage("tests", "every test that needs a GPU", "right", tests_command, tests_read, 260),
     *(
         Stage(

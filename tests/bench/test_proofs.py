@@ -48,6 +48,20 @@ def test_stages_of_a_proof(proof: dict[str, Any]) -> None:
     assert proofs.proof_grid(proof).lines == [["tests", "refuted", "71", "2 / failed"]]
 
 
+def test_predictions_of_a_proof(proof: dict[str, Any]) -> None:
+    range_of = {"what": "a copy", "unit": "TB/s", "low": 4.2, "high": 4.4, "missing": ""}
+    cases = ({"measured": 4.3, "holds": True}, {"measured": 3.9, "holds": False})
+    found = [range_of | case for case in cases] + [range_of | {"measured": None, "holds": None, "missing": "no ncu"}]
+    proof["stages"].append({"name": "predictions", "facts": {"predictions": found}})
+    assert [line[2:] for line in proofs.predictions_grid(proof).lines] == [
+        ["4.30", "holds"],
+        ["3.90", "FAILS"],
+        ["no ncu", "not measured"],
+    ]
+    assert proofs.predictions_grid(proof).lines[0][1] == "4.20 to 4.40 TB/s"
+    assert proofs.predictions_grid(None).lines == []
+
+
 def test_the_newest_proof_on_a_gpu_is_found(proof: dict[str, Any], tmp_path: Path) -> None:
     assert results.newest_proof(tmp_path) is None
     older, rehearsal = proof | {"date": "2029"}, proof | {"date": "2031", "machine": {"kind": "cpu"}}

@@ -20,9 +20,11 @@ from elftools.elf.gnuversions import GNUVerNeedSection
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from proof import __main__ as command
 from proof import bundle, place
 from proof.__main__ import exit_status, main
 from proof.stage import NOT_MEASURED, PROVED, REFUTED
+from singlepass.bench import results
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +44,7 @@ def test_a_rehearsal_writes_one_file_and_its_log(tmp_path: Path, capsys: pytest.
     (stage,) = proof["stages"]
     assert (stage["name"], stage["status"]) == ("import", PROVED)
     assert stage["facts"]["torch"] == torch.__version__
-    assert "import     proved" in capsys.readouterr().out
+    assert "import      proved" in capsys.readouterr().out
 
 
 def test_verdicts_and_exit_status() -> None:
@@ -67,6 +69,13 @@ def test_unknown_stages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"expected stages among build, import, .*; got bnech"):
         main(["run", "--device", "cpu", "--stage", "bnech", "--results", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_quick_mode_is_what_was_predicted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(command, "_prove", lambda here, wanted: ran.extend(stage.name for stage in wanted) or 0)
+    assert main(["run", "--device", "cpu", "--quick", "--results", str(tmp_path)]) == 0
+    assert ran == ["import", "predictions"]
 
 
 @pytest.mark.slow("a process imports torch and Triton from a copy, which nothing has compiled yet")
@@ -96,6 +105,7 @@ def test_a_tree_without_history_says_what_it_was_taken_from(tmp_path: Path) -> N
     place.copy_tree(ROOT, tmp_path)
     assert place.commit_of(tmp_path) == place.commit_of(ROOT)
     assert not list(tmp_path.rglob("__pycache__"))
+    assert results.newest_model(tmp_path / "bench" / "results") == results.newest_model(ROOT / "bench" / "results")
 
 
 @pytest.fixture
