@@ -85,6 +85,16 @@ int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_by
   return int64_t{processors} * std::max(1, blocks);
 }
 
+// Bytes of arguments that every launch has room for, and those of a launch for which takes_many_arguments().
+inline constexpr int kArguments = 4096, kManyArguments = 32764;
+
+// Whether the driver is of CUDA 12.1 or later. What is compiled for an older one of the same major version runs, too.
+inline bool takes_many_arguments(const Gpu& gpu) {
+  int version = 0;
+  check_cuda(gpu.op, cudaDriverGetVersion(&version));
+  return version >= 12010;
+}
+
 // Starts a kernel, or throws.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Gpu& gpu, Args... args) {

@@ -7,38 +7,35 @@
 namespace singlepass::optim {
 namespace {
 
-// Kernel arguments are limited to 4 KiB.
-constexpr int kPieceRecords = 3840 / sizeof(TensorRecord);
-
-// Records that travel to the device together, as an argument of one launch.
+// Records that travel to the device together, as an argument of one launch: as many as fit beside the others.
+// first_chunks: of each, the number of its first chunk in the whole table.
+template <int kBytes>
 struct Piece {
-  TensorRecord records[kPieceRecords];
-};
-
-// The number of a piece's first tensor in the whole table, and of that tensor's first chunk.
-struct PieceStart {
-  int64_t first_tensor, first_chunk;
+  static constexpr int kRecords =
+      (kBytes - sizeof(int64_t) - sizeof(DeviceTable)) / (sizeof(TensorRecord) + sizeof(int32_t));
+  TensorRecord records[kRecords];
+  int32_t first_chunks[kRecords];
 };
 
 SINGLEPASS_HD int64_t chunks_of(const TensorRecord& t, const LaunchShape& shape) {
   return chunk_count(t.numel, chunk_size(t, shape.chunk));
 }
 
-// A thread block for each record copies it, sets its ticket to zero and lists its chunks. Chunks of earlier records of
-// the piece come first.
-__global__ void expand_piece(const Piece piece, const PieceStart start, const DeviceTable table) {
-  int64_t first = start.first_chunk;
-  for (unsigned i = 0; i < blockIdx.x; ++i) first += chunks_of(piece.records[i], table.shape);
+// A thread block for each record copies it, sets its ticket to zero and lists its chunks. first: the number of the
+// piece's first tensor in the whole table.
+template <int kBytes>
+__global__ void expand_piece(const __grid_constant__ Piece<kBytes> piece, int64_t first, const DeviceTable table) {
   const TensorRecord& record = piece.records[blockIdx.x];
-  const int64_t tensor = start.first_tensor + blockIdx.x;
+  const int64_t tensor = first + blockIdx.x;
   if (threadIdx.x == 0) {
     const_cast<TensorRecord*>(table.records)[tensor] = record;
     table.tickets[tensor] = 0;
     table.tickets[table.tensor_count] = 0;
   }
+  Chunk* chunks = const_cast<Chunk*>(table.chunks) + piece.first_chunks[blockIdx.x];
   const int64_t count = chunks_of(record, table.shape);
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    const_cast<Chunk*>(table.chunks)[first + i] = {static_cast<int32_t>(tensor), static_cast<int32_t>(i)};
+    chunks[i] = {static_cast<int32_t>(tensor), static_cast<int32_t>(i)};
   }
 }
 
@@ -57,6 +54,21 @@ struct Layout {
         partials(norms + tensors * kNorms),
         end(partials + chunk_count * kNorms) {}
 };
+
+template <int kBytes>
+void upload_pieces(const HostTable& table, const DeviceTable& device, const Gpu& gpu) {
+  int32_t first_chunk = 0;
+  for (int64_t first = 0; first < table.tensor_count; first += Piece<kBytes>::kRecords) {
+    Piece<kBytes> piece = {};
+    const int64_t count = std::min<int64_t>(Piece<kBytes>::kRecords, table.tensor_count - first);
+    for (int64_t i = 0; i < count; ++i) {
+      piece.records[i] = table.records[first + i];
+      piece.first_chunks[i] = first_chunk;
+      first_chunk += static_cast<int32_t>(chunks_of(piece.records[i], table.shape));
+    }
+    launch(&expand_piece<kBytes>, dim3(static_cast<unsigned>(count)), dim3(128), 0, gpu, piece, first, device);
+  }
+}
 
 }  // namespace
 
@@ -88,14 +100,10 @@ DeviceTable place_table(const HostTable& table, void* workspace) {
 
 void upload_table(const HostTable& table, void* workspace, const Gpu& gpu) {
   const DeviceTable device = place_table(table, workspace);
-  PieceStart start = {0, 0};
-  while (start.first_tensor < table.tensor_count) {
-    Piece piece = {};
-    const int64_t count = std::min<int64_t>(kPieceRecords, table.tensor_count - start.first_tensor);
-    std::copy_n(table.records.begin() + start.first_tensor, count, piece.records);
-    launch(&expand_piece, dim3(static_cast<unsigned>(count)), dim3(128), 0, gpu, piece, start, device);
-    for (int64_t i = 0; i < count; ++i) start.first_chunk += chunks_of(piece.records[i], table.shape);
-    start.first_tensor += count;
+  if (table.tensor_count <= Piece<kArguments>::kRecords || !takes_many_arguments(gpu)) {
+    upload_pieces<kArguments>(table, device, gpu);
+  } else {
+    upload_pieces<kManyArguments>(table, device, gpu);
   }
 }
 

@@ -35,7 +35,8 @@ struct Device {
   bool records = false;  // launches, which then do not run
   std::vector<Shape> shapes;
   cudaError_t last_error = cudaSuccess;
-  int places = 8;  // thread blocks that run at the same time, as the device says: a processor for each
+  int driver = 13000;  // the CUDA version that it is for, times 1,000
+  int places = 8;      // thread blocks that run at the same time, as the device says: a processor for each
   std::map<const void*, std::size_t> dynamic_limit;  // by kernel, where cudaFuncSetAttribute raised it
 };
 
@@ -161,6 +162,11 @@ template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   if (bytes < 0 || static_cast<std::size_t>(bytes) > simt::kMaxSharedBytes) return cudaErrorInvalidValue;
   simt::device().dynamic_limit[reinterpret_cast<const void*>(kernel)] = static_cast<std::size_t>(bytes);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = simt::device().driver;
   return cudaSuccess;
 }
 

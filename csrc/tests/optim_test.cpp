@@ -218,6 +218,24 @@ TEST(a_step_over_300_tensors_is_one_launch_or_two_with_norms) {
   CHECK_EQUAL(launches(Lars{}), 2u);
 }
 
+// Sizes differ, so that chunks of the second piece come where those of the first end.
+TEST(a_table_of_300_tensors_is_one_upload_where_the_driver_takes_many_arguments) {
+  std::vector<std::int64_t> sizes(300);
+  for (std::size_t i = 0; i < sizes.size(); ++i) sizes[i] = static_cast<std::int64_t>(i % 7 * 40);
+  Tensors cpu(sizes, Lion::kStates, DType::kFloat32, DType::kFloat32, DType::kFloat32, 0);
+  run_cpu<Lion>(cpu, options_for(false), 1);
+  const auto uploads = [&](int driver) {
+    simt::device().driver = driver;
+    Tensors simt(sizes, Lion::kStates, DType::kFloat32, DType::kFloat32, DType::kFloat32, 0);
+    const std::uint64_t before = simt::launches();
+    run_simt<Lion>(simt, options_for(false), 1, {32, 64});
+    CHECK_EQUAL(Tensors::difference(cpu, simt), std::string());
+    return simt::launches() - before - 1;
+  };
+  CHECK_EQUAL(uploads(12000), 9u);
+  CHECK_EQUAL(uploads(12010), 1u);
+}
+
 TEST(a_step_with_found_inf_changes_nothing_its_counter_included) {
   const float found_inf = 1.0f;
   StepOptions options = options_for(false);
