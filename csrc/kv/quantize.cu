@@ -36,10 +36,9 @@ __device__ __forceinline__ float least(float a, float b) {
 template <int kBits, class Merge>
 __device__ __forceinline__ void merge_rows(const CodecCall& p, const Cut& cut, const PieceCursor& place,
                                            float (&x)[kPiece], ByWarp& to, Merge merge) {
+  for (int offset = cut.lanes; offset < kWarp; offset *= 2) {
 #pragma unroll
-  for (int k = 0; k < kPiece; ++k) {
-    for (int offset = cut.lanes; offset < kWarp; offset *= 2)
-      x[k] = merge(x[k], __shfl_xor_sync(kAllLanes, x[k], offset));
+    for (int k = 0; k < kPiece; ++k) x[k] = merge(x[k], __shfl_xor_sync(kAllLanes, x[k], offset));
   }
   if (!place.active || threadIdx.x % kWarp >= static_cast<unsigned>(cut.lanes)) return;
 #pragma unroll
@@ -86,21 +85,22 @@ __global__ void __launch_bounds__(kCodecThreads)
   SINGLEPASS_SHARED(ByWarp, highs);
   const PieceCursor place(p, cut);
   // Stage 1: extremes of the channels. Each thread finds those of its 16 channels over its own tokens; then threads and
-  // warps merge theirs. Sums of x * 0 are NaN where an x is not finite, which fminf and fmaxf would not show.
-  float low[kPiece], high[kPiece], zeros[kPiece], x[kPiece];
+  // warps merge theirs. Bits tell channels with an x that is not finite, which fminf and fmaxf would not show.
+  float low[kPiece], high[kPiece], x[kPiece];
+  uint32_t invalid = 0;
 #pragma unroll
-  for (int k = 0; k < kPiece; ++k) low[k] = kInfinity, high[k] = -kInfinity, zeros[k] = 0.0f;
+  for (int k = 0; k < kPiece; ++k) low[k] = kInfinity, high[k] = -kInfinity;
   for (int64_t i = place.row; i < place.count && place.active; i += place.rows) {
     load_piece<kBits>(p, cut, place, place.begin + i, x);
 #pragma unroll
     for (int k = 0; k < kPiece; ++k) {
       low[k] = fminf(low[k], x[k]);
       high[k] = fmaxf(high[k], x[k]);
-      zeros[k] = multiply_add(x[k], 0.0f, zeros[k]);
+      if (!is_finite(x[k])) invalid |= 1u << k;
     }
   }
 #pragma unroll
-  for (int k = 0; k < kPiece; ++k) low[k] = zeros[k] == 0.0f ? low[k] : NAN;
+  for (int k = 0; k < kPiece; ++k) low[k] = invalid >> k & 1u ? NAN : low[k];
   const auto most = [](float a, float b) { return fmaxf(a, b); };
   merge_rows<kBits>(p, cut, place, low, lows, least);
   merge_rows<kBits>(p, cut, place, high, highs, most);

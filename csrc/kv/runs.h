@@ -53,6 +53,19 @@ __device__ __forceinline__ void load_run(const char* from, DType dtype, bool vec
   decode(raw, dtype, x);
 }
 
+// Words in vectors of 16 bytes, and one of 8 for what is left.
+template <int kWords>
+__device__ __forceinline__ void store_words(const uint32_t* x, char* to) {
+#pragma unroll
+  for (int k = 0; k < kWords; k += 4) {
+    if (k + 4 <= kWords) {
+      *reinterpret_cast<uint4*>(to + 4 * k) = {x[k], x[k + 1], x[k + 2], x[k + 3]};
+    } else {
+      *reinterpret_cast<uint2*>(to + 4 * k) = {x[k], x[k + 1]};
+    }
+  }
+}
+
 template <int kRun>
 __device__ __forceinline__ void store_run(const float* x, DType dtype, bool vectors, char* to) {
   if (!vectors) {
@@ -62,15 +75,10 @@ __device__ __forceinline__ void store_run(const float* x, DType dtype, bool vect
   }
   to = global_memory(to);
   const Raw<kRun> raw = encode_any_nan<kRun>(x, dtype);
-  const int words = dtype == DType::kFloat32 ? kRun : kRun / 2;
-#pragma unroll
-  for (int k = 0; k < kRun; k += 4) {
-    if (k >= words) break;
-    if (k + 4 <= words) {
-      *reinterpret_cast<uint4*>(to + 4 * k) = {raw.bits[k], raw.bits[k + 1], raw.bits[k + 2], raw.bits[k + 3]};
-    } else {
-      *reinterpret_cast<uint2*>(to + 4 * k) = {raw.bits[k], raw.bits[k + 1]};
-    }
+  if (dtype == DType::kFloat32) {
+    store_words<kRun>(raw.bits, to);
+  } else {
+    store_words<kRun / 2>(raw.bits, to);
   }
 }
 
