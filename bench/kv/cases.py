@@ -96,10 +96,19 @@ def quantize_alone(backend: str, data: Inputs) -> Call:
 
 
 def own_dequantize(backend: str, data: Inputs) -> Call:
+    """What restoring is judged by: all tokens, side by side."""
     from singlepass.kv import dequantize
 
     segments = quantized(data, None)
     return lambda: torch.cat([dequantize(q, backend=backend).flatten() for pair in segments for q in pair])
+
+
+def dequantize_alone(backend: str, data: Inputs) -> Call:
+    """What is timed."""
+    from singlepass.kv import dequantize
+
+    segments = quantized(data, None)
+    return lambda: [dequantize(q, backend=backend) for pair in segments for q in pair][-1]
 
 
 def own_saliency(backend: str, data: Inputs) -> Call:
@@ -218,7 +227,11 @@ OWN: dict[str, Callable[[str, Inputs], Call]] = {
     LOW_RANK_CODES: partial(own_low_rank, (4, 2)),
     PROJECT: own_append,
 }
-TIMED: dict[str, Callable[[str, Inputs], Call]] = {QUANTIZE: quantize_alone, PROJECT: append_alone}
+TIMED: dict[str, Callable[[str, Inputs], Call]] = {
+    QUANTIZE: quantize_alone,
+    DEQUANTIZE: dequantize_alone,
+    PROJECT: append_alone,
+}
 TRUTHS: dict[str, Callable[[Inputs], Tensor]] = {
     DECODE: decode_truth,
     LOW_RANK: partial(low_rank_truth, None),
