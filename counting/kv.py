@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launches of attention over compressed tokens."""
+"""The launches of KV caches: attention over compressed tokens, saliency, restoring tokens, and projecting new ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from math import ceil, log
 from singlepass.bench.kv.caches import (
     BLOCK,
     DECODE,
+    DEQUANTIZE,
     HEADS,
     PROBES,
+    PROJECT,
+    QUANTIZE,
     QUERY_HEADS,
+    RANK,
     REGULAR_BLOCK,
     SALIENCY,
     SALIENT_RATIO,
@@ -30,6 +34,9 @@ from .roofline import resident
 
 THREADS, WARPS, ROWS, CHUNK = 128, 4, 4, 32  # csrc/kv/decode.h, decode_codes.h
 TILE, UNIT, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
+CODEC_THREADS, PIECE = 256, 16  # csrc/kv/pieces.h
+NAN = "0x7fc00000"  # which numbers that are not finite become before they are encoded
+COLUMN_TILE, CHANNELS = 16, 128  # csrc/kv/project.cu: of a launch for a few rows
 MAXIMA, PARTS, MERGED = 4 * 32, 32, 16  # splits that a pass of the merge's loops takes
 # RestoredShared::bytes: a tile of tokens, logits of each warp, weights and factors of rows, and queries.
 SHARED = 4 * (CHUNK * (THREADS + 4) + WARPS * ROWS * CHUNK + CHUNK * ROWS + ROWS + ROWS * WIDTH)
@@ -40,6 +47,14 @@ GROUP = QUERY_HEADS // HEADS
 def plans(case: Case, gpu: Gpu) -> list[Plan]:
     if case.op == SALIENCY:
         return saliency(case)
+    if case.op == QUANTIZE:
+        return [
+            encode(part, by_channels, case.dtype.itemsize) for part in compressed(case) for by_channels in (True, False)
+        ]
+    if case.op == DEQUANTIZE:
+        return [restore(part, by_channels) for part in compressed(case) for by_channels in (True, False)]
+    if case.op == PROJECT:
+        return [project(case)]
     if case.op != DECODE:
         return []
     heads = SHAPE[case.size].batch * HEADS
@@ -208,3 +223,51 @@ def saliency(case: Case) -> list[Plan]:
         return Plan("kv/saliency", name, work, case.passes[number].bytes, blocks, THREADS, "tiles", TILE * TILE / WARPS)
 
     return [plan("sums", (sums,), 0, heads * row_tiles * spans), plan("columns", (columns,), 1, heads * tiles)]
+
+
+def encode(tokens: Tokens, by_channels: bool, itemsize: int) -> Plan:
+    """Keys or values of one sequence, twice: for what belongs to channels, which lanes and warps then merge, and for
+    codes, when tokens come from a cache."""
+    blocks, run = ceil(tokens.slots / tokens.block), 2 * tokens.bits * itemsize  # bytes of neighbouring channels
+    load = (f"LDG.{min(128, 8 * run)}", PIECE * itemsize // min(16, run)), ("0xffff0000+", PIECE // 2 * (itemsize == 2))
+    words = (f"STG.{16 * tokens.bits}", 1)
+    largest = Step("largest", (("SHFL", PIECE), ("FMNMX+", PIECE)))
+    least = Step("least", (("SHFL", PIECE), ("FMNMX", 0)))
+    first = Step("first", load, avoids=(words[0], "STG.8", NAN))
+    scales = Step("scales", (("LDS.32", 16),) if by_channels else (("LDS.32", 8), ("MUFU.RSQ", 1)))
+    codes = Step("codes", (*load, words), inside=() if by_channels else (Step("lanes", (("SHFL", 2),)),))
+    steps = (first, *((least,) if by_channels else ()), largest, scales, codes)
+    together = CODEC_THREADS * PIECE / WIDTH
+    passes = tokens.slots / blocks / together
+    times = {"first": passes, "codes": passes, "least": 2.0, "largest": 2.0, "lanes": 3.0}
+    times["scales"] = WIDTH / CODEC_THREADS
+    work = Work(steps, times, cached={"codes": 1.0})
+    of_scales = 4 * WIDTH * blocks if by_channels else 4 * tokens.slots + 2 * WIDTH * blocks
+    moved = HEADS * (tokens.slots * WIDTH * (tokens.bits / 8 + itemsize) + of_scales)
+    kernel = f"quantize_by_{'channels' if by_channels else 'tokens'}_kernel<{tokens.bits}>"
+    return Plan("kv/quantize", kernel, (work,), moved, HEADS * blocks, CODEC_THREADS, "codes", 32 * PIECE)
+
+
+def restore(tokens: Tokens, by_channels: bool) -> Plan:
+    """Keys, whose scales belong to channels, or values of one sequence: a thread block for each block of tokens of a
+    head. A thread takes 16 channels of a token, runs of neighbours, and reads the token's scales for each run."""
+    runs, blocks = PIECE // (2 * tokens.bits), ceil(tokens.slots / tokens.block)
+    codes, halves = f"LDG.{16 * tokens.bits}", 0 if by_channels else 2 * runs
+    step = Step("tokens", ((codes, 1), ("LDG.16", halves), ("STG.128", PIECE // 4)))
+    work = Work((step,), {"tokens": tokens.slots / blocks / (CODEC_THREADS * PIECE / WIDTH)})
+    scales = 4 * WIDTH * blocks if by_channels else 4 * tokens.slots + 2 * WIDTH * blocks
+    moved = HEADS * (tokens.slots * WIDTH * (tokens.bits / 8 + 4) + scales)
+    kernel = f"dequantize_kernel<{tokens.bits}, {str(by_channels).lower()}>"
+    return Plan("kv/dequantize", kernel, (work,), moved, HEADS * blocks, CODEC_THREADS, "tokens", 32 * PIECE)
+
+
+def project(case: Case) -> Plan:
+    """Keys and values of one token: a tile of 16 columns of a head in each block, whose warps share the channels.
+    Float32 is three parts, of whose nine products with those of the basis six are made."""
+    parts = 1 if case.dtype.itemsize == 2 else 3
+    part = Step("parts", (("HMMA", 12 if parts == 1 else 8),))
+    bring = Step("channels", (("LDG.128", case.dtype.itemsize + 4),), inside=(part,))
+    work = Work((bring,), {"channels": WIDTH / CHANNELS, "parts": parts})
+    blocks = 2 * HEADS * SHAPE[case.size].batch * RANK // COLUMN_TILE
+    name = f"project_kernel<{COLUMN_TILE}>"
+    return Plan("kv/project", name, (work,), case.bytes, blocks, THREADS, "channels", COLUMN_TILE * WIDTH / WARPS)

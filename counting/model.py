@@ -16,13 +16,13 @@ import torch
 from singlepass.bench import results
 from singlepass.bench.registry import Case, cases, dtype_name
 
-from . import kv, optim, rational, roofline
+from . import kv, optim, rational, roofline, spectral
 from .gpus import GPUS, Gpu
 from .plan import Compiled, Plan
 from .roofline import predict, resident
 
 SCHEMA = 1
-PLANS = {"optim": optim.plans, "rational": rational.plans, "kv": kv.plans}
+PLANS = {"optim": optim.plans, "rational": rational.plans, "kv": kv.plans, "spectral": spectral.plans}
 
 
 def planned(gpu: Gpu) -> Iterator[tuple[Case, list[Plan]]]:

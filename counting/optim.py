@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import ceil
+
 import torch
 
 from singlepass.bench.optim import models
@@ -11,8 +14,9 @@ from singlepass.bench.registry import Case
 
 from .gpus import Gpu
 from .paths import Step
-from .plan import Plan, Work
+from .plan import IN_FLIGHT, PARTIALS, Plan, Tail, Work
 
+GRAD_NORM = "grad_norm_kernel"
 THREADS, CHUNK, VECTOR = 256, 16384, 8  # csrc/optim/device_table.h, csrc/common/raw.h
 MODELS = {model.name: model for model in (models.GPT2_SMALL, models.MANY_SMALL, models.VIT_B16, models.TENSORS_300)}
 RULE = {rule.name: rule for rule in RULES}
@@ -38,7 +42,7 @@ def kernels(rule: Rule, dtype: torch.dtype) -> list[tuple[str, str]]:
     """The source and the kernel of each pass of a rule."""
     name, only_float32 = NAMES.get(rule.name, rule.name), str(dtype == torch.float32).lower()
     update, norm = (("optim/optim", f"step_kernel<{name}, (Pass){n}, {only_float32}>") for n in (1, 0))
-    return [[update], [norm, update], [("optim/grad_norm", "grad_norm_kernel"), norm, update]][len(rule.passes) - 1]
+    return [[update], [norm, update], [("optim/grad_norm", GRAD_NORM), norm, update]][len(rule.passes) - 1]
 
 
 def plans(case: Case, _: Gpu) -> list[Plan]:
@@ -50,6 +54,10 @@ def plans(case: Case, _: Gpu) -> list[Plan]:
     for (source, kernel), (reads, updates), moved in zip(
         kernels(rule, case.dtype), rule.passes, case.passes, strict=True
     ):
-        work = (Work((vectors(reads, updates, case.dtype),), times),)
-        found.append(Plan(source, kernel, work, moved.bytes, blocks, THREADS, "vectors", 32 * VECTOR))
+        work = Work((vectors(reads, updates, case.dtype),), times)
+        # The norm of all gradients: the last block adds up what the others have left. A tensor's own is left out.
+        passes = {"partials": ceil(blocks / (IN_FLIGHT * THREADS))}
+        last = Tail(replace(work, steps=(*work.steps, PARTIALS), times=times | passes), work, 1 / blocks)
+        tail = last if kernel == GRAD_NORM else None
+        found.append(Plan(source, kernel, (work,), moved.bytes, blocks, THREADS, "vectors", 32 * VECTOR, tail=tail))
     return found

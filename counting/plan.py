@@ -14,6 +14,9 @@ from .gpus import Gpu
 from .paths import Inner, Path, Paths, Step
 from .roofline import SHORT_LATENCY, Launch, Warp
 
+# Of csrc/common/reduce.h: the loop of sum_partials(), and what a pass of a block's thread adds up.
+IN_FLIGHT = 8
+PARTIALS = Step("partials", (("LDG.64", IN_FLIGHT),))
 CUBINS = FilePath(__file__).parents[1] / "build" / "cmake" / "cubin"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .budgets import COPIED, NARROW
+from .budgets import COPIED, DIVISIONS, NARROW
 from .traffic_row import BYTES, REPEATS, SECTORS, WAVEFRONTS
 
 TOLERANCE = 0.01  # up to which a count is what stands here
@@ -50,6 +50,9 @@ _PROJECTS = "a row's gradient and parameter are read for their product, then for
 _KEYS = "values are read for their sum, then for the key of each"
 
 _WORDS = "a lane takes 8 bytes of each row of codes, as tensor cores do, and a token's scales are two halves"
+_PARTIAL_SUMS = "partial sums in float64 lie apart"
+_CODES = "16 channels are 4 or 8 bytes of codes, in as many runs of neighbours"
+_OF_GROUPS = "scales are read channel by channel, as groups may begin anywhere; where they do takes divisions"
 _LAID_ASIDE = "the token's key and value go into the window, and its query is laid aside as a probe"
 _PROBE = "the token's query is laid aside as a probe"
 
@@ -120,6 +123,17 @@ EXCEPTIONS = (
     Excess("lorentz_backward: bfloat16", REPEATS, 1.042, _FIRST),
     # Instructions of compiled kernels.
     Excess("kv/kv_decode/8x32768/* 0 *", NARROW, 20.0, _WORDS),
+    Excess("spectral/spectral_scale_/2048x8192/float32 1 *", NARROW, 4.0, _PARTIAL_SUMS),
+    Excess("spectral/lorentz_backward/2048x8192/float32 1 *", NARROW, 8.0, _PARTIAL_SUMS),
+    Excess("kv/kv_quantize_/1x32768/float32 0 *", NARROW, 2.0, _CODES),
+    Excess("kv/kv_quantize_/1x32768/float32 1 sm_80", NARROW, 1.0, _CODES),
+    Excess("kv/kv_quantize_/1x32768/float32 1 sm_90", NARROW, 2.0, _CODES),
+    Excess("kv/kv_quantize_/1x32768/float32 2 *", NARROW, 6.0, _CODES),
+    Excess("kv/kv_quantize_/1x32768/float32 3 sm_80", NARROW, 5.0, _CODES),
+    Excess("kv/kv_quantize_/1x32768/float32 3 sm_90", NARROW, 6.0, _CODES),
+    Excess("kv/kv_dequantize_/1x32768/float32 [02] *", NARROW, 10.0, _CODES),
+    Excess("kv/kv_dequantize_/1x32768/float32 [13] *", NARROW, 42.0, _OF_GROUPS),
+    Excess("kv/kv_dequantize_/1x32768/float32 [13] *", DIVISIONS, 2.0, _OF_GROUPS),
     # The host.
     Excess("kv.ZipCacheLayer", COPIED, 3.0, _LAID_ASIDE),
     Excess("kv.MatryoshkaLayer, 4 and 2 bits", COPIED, 1.0, _PROBE),

@@ -90,6 +90,13 @@ def test_every_planned_kernel_has_a_budget() -> None:
     assert names == budgeted
 
 
+def test_decode_has_few_variants() -> None:
+    """Each is compiled for every architecture."""
+    paths = list(cubin_folder().glob("kv_decode.*.cubin"))
+    assert {len(cubins.resources([path])[cubins.OF_CUBINS]) for path in paths} == {6}
+    assert sum(path.stat().st_size for path in paths) <= budgets.DECODE_BYTES
+
+
 def test_no_kernel_has_local_memory() -> None:
     """Neither spilled registers nor arrays that are indexed at run time, on any architecture."""
     every = {path: cubins.resources([path])[cubins.OF_CUBINS] for path in cubin_folder().glob("*.cubin")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from torch import Tensor
 
 pytest.importorskip("rich")
 
-from counting import cubins, cut, kv
+from counting import cubins, cut, kv, spectral
 from counting.gpus import GPUS, Gpu
 from counting.roofline import resident
+from singlepass._ops import OPS
 from singlepass._ops import kv as ops
-from singlepass.bench.kv.caches import DECODE, QUERY_HEADS
+from singlepass._ops import spectral as spectral_ops
+from singlepass.bench.kv.caches import DECODE, DEQUANTIZE, PROJECT, QUANTIZE, QUERY_HEADS, RANK
 from singlepass.bench.registry import Case, cases
+from singlepass.bench.spectral import layers
 
 from ..simt.build import cubin_folder
 from ..simt.ops import library, overload
@@ -83,6 +87,76 @@ def test_heads_are_cut_as_counted(mix: list[tuple[int, int, int]]) -> None:
         for places in (1, 30, 396, 432, 528, 592, 5000):
             ((blocks, threads, _),) = launched(places, run)
             assert (blocks, threads) == (heads * sum(cut.splits(stretches, heads, places)), kv.THREADS)
+
+
+def codec_of(part: kv.Tokens, by_channels: bool, back: bool) -> Callable[[], object]:
+    """A call that quantises or restores keys or values of one sequence."""
+    tensors = segment(part, 1)
+    codes, scales, channels = (tensors[0], tensors[1], None) if by_channels else (tensors[2], tensors[3], tensors[4])
+    plain, (starts, counts) = torch.empty(1, HEADS, part.slots, WIDTH), tensors[5:]
+    options = {"bits": part.bits, "axis": 0 if by_channels else 1}
+    if back:
+        return lambda: overload(ops.dequantize_)(codes, scales, channels, None, starts, counts, plain, **options)
+    return lambda: overload(ops.quantize_)(plain, None, starts, counts, codes, scales, channels, **options)
+
+
+def appended(case: Case) -> Callable[[], object]:
+    x = [torch.empty(1, HEADS, 1, WIDTH, dtype=case.dtype) for _ in "kv"]
+    bases, out = (
+        [torch.empty(HEADS, WIDTH, RANK) for _ in "kv"],
+        [torch.empty(1, HEADS, 1, RANK, dtype=case.dtype) for _ in "kv"],
+    )
+    return lambda: overload(ops.project_)(x, bases, None, None, out, heads=list(range(HEADS)))
+
+
+def stepped(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
+    params, grads = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in "pg")
+    states = [[torch.empty(shape) for shape in shapes] for _ in "mv"]
+    counts, lr = [torch.empty(()) for _ in shapes], torch.tensor(0.1)
+    options = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+    overload(spectral_ops.step_)(params, grads, *states, counts, lr, **options)
+
+
+def updated(case: Case) -> None:
+    ranks = [(round(layers.RANK * min(layer)), layer) for layer in layers.MODEL]
+    stepped([(rank, columns) for rank, layer in ranks for columns in layer], case.dtype)
+    stepped([(min(layer),) for layer in layers.MODEL], case.dtype)
+
+
+def on_layer(case: Case) -> Callable[[], object]:
+    shape = spectral.SHAPE[case.size]
+    x, other = (torch.empty(shape.tokens, shape.width, dtype=case.dtype) for _ in "xy")
+    run = overload(OPS[case.op])
+    if case.op == layers.SCALE:
+        return lambda: run(x, other, torch.empty(shape.width))
+    arguments = (x, other, torch.empty(())) if case.op == layers.LORENTZ_BACKWARD else (x, torch.empty(()))
+    return lambda: run(*arguments, k=1.0, offset=1.1)
+
+
+OTHERS = [
+    case
+    for case in cases(torch.device("cuda"))
+    if (case.family == "spectral" and spectral.plans(case, GPUS[0])) or case.op in (QUANTIZE, DEQUANTIZE, PROJECT)
+]
+
+
+def calls(case: Case) -> list[Callable[[], object]]:
+    if case.op in (QUANTIZE, DEQUANTIZE):
+        parts = [(part, by_channels) for part in kv.compressed(case) for by_channels in (True, False)]
+        return [codec_of(*part, back=case.op == DEQUANTIZE) for part in parts]
+    return [
+        partial(updated, case) if case.op == layers.UPDATE else (appended if case.op == PROJECT else on_layer)(case)
+    ]
+
+
+@pytest.mark.slow("the first one waits until the kernels are compiled for the CPU")
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+def test_others_are_launched_as_counted(case: Case) -> None:
+    plans = (spectral.plans if case.family == "spectral" else kv.plans)(case, GPUS[0])
+    found = [shape for run in calls(case) for shape in launched(1, run)]
+    if case.op == layers.UPDATE:
+        found = found[1::2]  # ahead of each step, the table of its tensors is made
+    assert [(plan.blocks, plan.threads, plan.shared) for plan in plans] == found
 
 
 def planned() -> list[tuple[Gpu, Case]]:
