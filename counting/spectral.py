@@ -57,7 +57,7 @@ def accesses(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def step_kernel(dtype: torch.dtype) -> str:
-    return f"unit_step_kernel<{str(dtype == torch.float32).lower()}>"
+    return f"unit_step_kernel<{str(dtype == torch.float32).lower()}, false>"  # which rounds to the nearest
 
 
 def updating(name: str, dtype: torch.dtype, stores: int, holds: int) -> Step:

@@ -11,7 +11,6 @@
 namespace singlepass::spectral {
 namespace {
 
-using optim::kThreads;
 using optim::TensorRecord;
 
 struct LaunchOptions {
@@ -20,13 +19,13 @@ struct LaunchOptions {
 };
 
 // One row, or a chunk of singular values: all elements of `t`, which begins with element `first` of its tensor.
-template <bool kFloat32>
+template <bool kFloat32, bool kStochastic>
 class Span {
  public:
   __device__ __forceinline__ Span(const TensorRecord& t, int64_t first, const Rule::Coefficients& c, float factor,
-                                  int held, bool stochastic, const optim::Rounding& rounding)
-      : t_(t), first_(first), c_(c), factor_(factor), held_(held), stochastic_(stochastic), rounding_(rounding) {
-    const bool has_vectors = optim::is_aligned<Rule>(t) && (!stochastic || first % kVector == 0);
+                                  int held, const optim::Rounding& rounding)
+      : t_(t), first_(first), c_(c), factor_(factor), held_(held), rounding_(rounding) {
+    const bool has_vectors = optim::is_aligned<Rule>(t) && (!kStochastic || first % kVector == 0);
     vectors_end_ = has_vectors ? t.numel - t.numel % Vectors{kFloat32}.unit() : 0;
   }
 
@@ -156,7 +155,7 @@ class Span {
   template <int kWidth>
   __device__ __forceinline__ void write_param(int64_t i, const Element<kWidth>& e) const {
     const DType to = dtype(t_.param_dtype);
-    store(optim::encode<kWidth>(e.p, to, first_ + i, stochastic_, rounding_), to, t_.param, i, kApart);
+    store(optim::encode<kWidth>(e.p, to, first_ + i, kStochastic, rounding_), to, t_.param, i, kApart);
   }
 
   // Where element i is held. A vector is two float4. Of eight neighbours, first come the low ones of all vectors, then
@@ -193,7 +192,6 @@ class Span {
   const Rule::Coefficients& c_;
   const float factor_;
   const int held_;
-  const bool stochastic_;
   const optim::Rounding& rounding_;
   int64_t vectors_end_;
   bool projects_ = false;
@@ -210,9 +208,12 @@ __device__ __forceinline__ void move(TensorRecord& t, int64_t elements) {
   }
 }
 
-// A thread block takes one chunk of one tensor and goes through its rows. kFloat32 makes every dtype a constant.
-template <bool kFloat32>
-__global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
+// A thread block takes one chunk of one tensor and goes through its rows. kFloat32 makes every dtype a constant. What
+// rounds stochastically is compiled apart, because it takes registers.
+template <bool kFloat32, bool kStochastic>
+__global__ void __launch_bounds__(kStepShape.threads, kFloat32      ? 6
+                                                      : kStochastic ? 3
+                                                                    : 4)
     unit_step_kernel(const optim::DeviceTable table, const Rule::Hyper hyper, const LaunchOptions options) {
   const optim::StepOptions& shared = options.step.shared;
   if (shared.found_inf != nullptr && *shared.found_inf != 0.0f) return;
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
   SINGLEPASS_SHARED(optim::Rounding, rounding);
   if (threadIdx.x == 0) {
     shared_coefficients = optim::device_coefficients<Rule>(t, hyper, shared);
-    if (shared.stochastic_rounding) rounding = optim::rounding_of(t, shared);
+    if constexpr (kStochastic) rounding = optim::rounding_of(t, shared);
   }
   __syncthreads();
   const Rule::Coefficients c = shared_coefficients;
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, kFloat32 ? 3 : 2)
   move(part, begin);
   for (int64_t first = begin; first < end; first += step, move(part, step)) {
     part.numel = end - first < step ? end - first : step;
-    Span<kFloat32> span(part, first, c, factor, options.held, shared.stochastic_rounding, rounding);
+    Span<kFloat32, kStochastic> span(part, first, c, factor, options.held, rounding);
     if (t.columns == 0) {
       span.make_not_negative();
     } else {
@@ -262,7 +263,9 @@ void step(const optim::DeviceTable& table, const Rule::Hyper& hyper, const StepO
   const int64_t useful = row == 0 ? table.shape.threads : round_up(row / kVector, kWarp);
   const dim3 threads(static_cast<unsigned>(std::min<int64_t>(table.shape.threads, useful)));
   const LaunchOptions launch_options = {options, static_cast<int>(row <= held ? row : held - held % unit)};
-  const auto kernel = table.all_float32 ? &unit_step_kernel<true> : &unit_step_kernel<false>;
+  const auto kernel = table.all_float32                    ? &unit_step_kernel<true, false>
+                      : options.shared.stochastic_rounding ? &unit_step_kernel<false, true>
+                                                           : &unit_step_kernel<false, false>;
   launch(kernel, dim3(static_cast<unsigned>(table.chunk_count)), threads, launch_options.held * sizeof(float), gpu,
          table, hyper, launch_options);
 }
