@@ -33,6 +33,13 @@ struct PlainIntegers : IntegerLanes<8> {
   }
   SINGLEPASS_HD static Words words(Bytes bytes) { return words(reinterpret_cast<const uint8_t*>(&bytes)); }
 
+  // Half as many, which then follow once more.
+  SINGLEPASS_HD static Words words_twice(const uint8_t* from) {
+    Words to;
+    for (int i = 0; i < kWords; ++i) to[i] = from[i % kSums];
+    return to;
+  }
+
   // The first half of them, likewise.
   SINGLEPASS_HD static Sums sums(const uint8_t* from) {
     Sums to;
@@ -66,6 +73,17 @@ struct VectorIntegers : IntegerLanes<kCount> {
     Words to;
     asm("vpmovzxbw %1, %0" : "=v"(to) : "v"(bytes));
     return to;
+  }
+
+  SINGLEPASS_HD static Words words_twice(const uint8_t* from) {
+    Bytes twice;
+    const auto& half = *reinterpret_cast<const AnyBytes<Lanes::kSums>*>(from);
+    if constexpr (kCount == 16) {
+      asm("vbroadcasti128 %1, %0" : "=x"(twice) : "m"(half));
+    } else {
+      asm("vpbroadcastq %1, %0" : "=x"(twice) : "m"(half));
+    }
+    return words(twice);
   }
 
   SINGLEPASS_HD static Sums sums(const uint8_t* from) {

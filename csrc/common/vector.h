@@ -19,7 +19,6 @@ struct Lanes {
 // Eight of them, whatever registers the machine has: sums over lanes come out the same everywhere.
 inline constexpr int kLanes = 8;
 typedef Lanes<kLanes>::Floats Vector;
-typedef int32_t VectorBits __attribute__((vector_size(4 * kLanes)));
 
 #if defined(SINGLEPASS_HAS_TARGETS)
 // Whether functions with SINGLEPASS_TARGET_AVX2 run here.
@@ -43,15 +42,6 @@ template <class V = Vector>
 SINGLEPASS_HD V load_vector(const float* from) {
   V v;
   memcpy(&v, from, sizeof(v));
-  return v;
-}
-
-// Eight bytes, each in a lane of its own. Compilers know this loop; a conversion of vectors they make byte by byte.
-SINGLEPASS_HD VectorBits load_bytes(const uint8_t* from) {
-  int32_t lanes[kLanes];
-  for (int k = 0; k < kLanes; ++k) lanes[k] = from[k];
-  VectorBits v;
-  memcpy(&v, lanes, sizeof(v));
   return v;
 }
 

@@ -11,6 +11,7 @@
 #include "kv/integer_tiles.h"
 #include "kv/problem.h"
 #include "kv/tiles.h"
+#include "kv/token_tiles.h"
 
 // Decode attention on the CPU. A task is one split of one head: an online softmax of all rows (queries of the query
 // heads that share the head of keys) over the split's slots. Then the splits of each head are merged in their order.
@@ -22,8 +23,8 @@
 //   values v^ = c (n s_t + m_t):                 sum_t p_t v^_t = c (sum_t (p_t s_t) n_t + sum_t p_t m_t)
 //
 // Where queries have 16 bits, q s and p s are rounded to integers for each block of tokens (kv/integers.h), and the
-// codes n multiplied as integers; where they are float32, as floats. Tokens with several groups of channels are
-// restored first.
+// codes n multiplied as integers; where they are float32, as floats, which a few tokens become at a time. Tokens with
+// several groups of channels are restored first. Those of the window are read as they are stored.
 namespace singlepass::kv {
 namespace {
 
@@ -32,19 +33,20 @@ constexpr int64_t kPiece = 128;  // tokens of a block that share one step of the
 constexpr int64_t kStep = 16;    // tokens whose keys are multiplied while as many of the next piece come
 constexpr int64_t kSpan = 2048;  // slots of a split
 
-// Slots of a segment, or, if segment is -1, the window.
+// Slots of a segment, or, if segment is -1, of the window.
 struct Span {
   int64_t segment, begin, end;
 };
 
 std::vector<Span> spans_of(const Decode& p) {
   std::vector<Span> splits;
-  for (size_t s = 0; s < p.segments.size(); ++s) {
-    for (int64_t begin = 0; begin < p.segments[s].slots; begin += kSpan) {
-      splits.push_back({static_cast<int64_t>(s), begin, std::min(begin + kSpan, p.segments[s].slots)});
+  const auto cut = [&](int64_t segment, int64_t slots) {
+    for (int64_t begin = 0; begin < slots; begin += kSpan) {
+      splits.push_back({segment, begin, std::min(begin + kSpan, slots)});
     }
-  }
-  splits.push_back({-1, 0, 0});
+  };
+  for (size_t s = 0; s < p.segments.size(); ++s) cut(static_cast<int64_t>(s), p.segments[s].slots);
+  cut(-1, p.window_slots);
   return splits;
 }
 
@@ -154,7 +156,7 @@ class Worker {
       for (int64_t d = 0; d < p_.head_dim; ++d) q[d] *= p_.scale;
     }
     if (split.segment < 0) {
-      run_window(to);
+      run_window(split, to);
     } else {
       run_segment(split, to);
     }
@@ -195,9 +197,8 @@ class Worker {
     } else {
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);
-        prefetch_next_piece(s, slot + t, count);
-        dot(q_.data(), p_.rows(), restored(s.keys, slot + t, count, p_.head_dim), count, p_.head_dim, &scores_[t],
-            kPiece);
+        const TokenRows tokens = restored(s.keys, slot + t, count);
+        dot(q_.data(), p_.rows(), tokens, count, p_.head_dim, &scores_[t], kPiece);
       }
     }
     cap_scores(n);
@@ -205,13 +206,17 @@ class Worker {
     weighted_values(s.values, block, slot, n, to);
   }
 
-  // Asks for what stands a piece after these tokens: little by little, since processors wait where too much is asked
-  // for.
-  void prefetch_next_piece(const Segment& s, int64_t slot, int64_t count) const {
-    const int64_t next = slot + kPiece, coming = std::min(count, s.slots - next);
-    for (const Packed* packed : {&s.keys, &s.values}) {
-      prefetch(reinterpret_cast<uintptr_t>(packed->codes_at(b_, h_, next)), coming * packed->bytes());
-    }
+  // Steps, minima or factors as floats. Asks for those a page further on.
+  static void read_scales(const uint16_t* from, int64_t n, float* to) {
+    prefetch(reinterpret_cast<uintptr_t>(from) + kBytesAhead, n * static_cast<int64_t>(sizeof(uint16_t)));
+    widen(from, DType::kFloat16, to, n);
+  }
+
+  // The codes of some tokens. Asks for as many of the next piece: little by little, since processors wait where too
+  // much is asked for.
+  Rows read_codes(const Packed& from, int64_t slot, int64_t count) const {
+    prefetch(reinterpret_cast<uintptr_t>(from.codes_at(b_, h_, slot + kPiece)), count * from.bytes());
+    return {from.codes_at(b_, h_, slot), from.bits};
   }
 
   // q s and q . m, with the scales of a block's channels; without them, s = m = 1.
@@ -220,8 +225,8 @@ class Worker {
       std::fill(steps_.begin(), steps_.end(), 1.0f);
       std::fill(minima_.begin(), minima_.end(), 1.0f);
     } else {
-      widen(scales, DType::kFloat16, steps_.data(), p_.head_dim);
-      widen(scales + p_.head_dim, DType::kFloat16, minima_.data(), p_.head_dim);
+      read_scales(scales, p_.head_dim, steps_.data());
+      read_scales(scales + p_.head_dim, p_.head_dim, minima_.data());
     }
     const float largest = largest_integer(keys.bits, p_.head_dim);
     queries_.fold(q_.data(), steps_.data(), minima_.data(), p_.head_dim, largest);
@@ -232,11 +237,11 @@ class Worker {
     const Packed& keys = s.keys;
     for (int64_t t = 0; t < n; t += kStep) {
       const int64_t count = std::min(kStep, n - t);
-      prefetch_next_piece(s, slot + t, count);
-      const Rows codes = {keys.codes_at(b_, h_, slot + t), keys.bits};
       if (as_integers_) {
+        const Rows codes = read_codes(keys, slot + t, count);
         dot(queries_.integers.data(), p_.rows(), codes, count, p_.head_dim, &integer_sums_[t], kPiece);
       } else {
+        const TokenRows codes = unpacked(keys, slot + t, count);
         dot(queries_.floats.data(), p_.rows(), codes, count, p_.head_dim, &scores_[t], kPiece);
       }
     }
@@ -254,17 +259,23 @@ class Worker {
   // The steps and minima of n tokens.
   void read_steps(const Packed& packed, int64_t slot, int64_t n) {
     float pairs[2 * kPiece];
-    widen(packed.scales_at(b_, h_, slot, 0), DType::kFloat16, pairs, 2 * n);
+    read_scales(packed.scales_at(b_, h_, slot, 0), 2 * n, pairs);
     separate(pairs, n, steps_.data(), minima_.data());
   }
 
-  // Restores up to kTile tokens with scales per token to float32.
-  Rows restored(const Packed& packed, int64_t slot, int64_t count, int64_t head_dim) {
-    unpack(packed.codes_at(b_, h_, slot), packed.bits, count, head_dim, tokens_.data());
+  // Codes of up to kTile tokens as floats.
+  TokenRows unpacked(const Packed& packed, int64_t slot, int64_t count) {
+    unpack(read_codes(packed, slot, count).codes, packed.bits, count, packed.head_dim, tokens_.data());
+    return {tokens_.data(), DType::kFloat32, packed.head_dim};
+  }
+
+  // Up to kTile tokens with scales per token.
+  TokenRows restored(const Packed& packed, int64_t slot, int64_t count) {
+    const TokenRows tokens = unpacked(packed, slot, count);
     for (int64_t t = 0; t < count; ++t) {
-      restore(packed.scales_at(b_, h_, slot + t, 0), packed.groups, head_dim, &tokens_[t * head_dim]);
+      restore(packed.scales_at(b_, h_, slot + t, 0), packed.groups, packed.head_dim, &tokens_[t * packed.head_dim]);
     }
-    return {tokens_.data(), kFloats};
+    return tokens;
   }
 
   void cap_scores(int64_t n) {
@@ -275,7 +286,7 @@ class Worker {
   // and the bias (p . m).
   void weighted_values(const Packed& values, int64_t block, int64_t slot, int64_t n, Partial& to) {
     if (values.channels.data != nullptr) {
-      widen(values.channels_at(b_, h_, block), DType::kFloat16, channels_.data(), p_.value_dim);
+      read_scales(values.channels_at(b_, h_, block), p_.value_dim, channels_.data());
     } else {
       std::fill(channels_.begin(), channels_.end(), 1.0f);
     }
@@ -283,25 +294,36 @@ class Worker {
       std::fill(sums_.begin(), sums_.end(), 0.0f);
       for (int64_t t = 0; t < n; t += kTile) {
         const int64_t count = std::min(kTile, n - t);
-        accumulate(&scores_[t], kPiece, p_.rows(), restored(values, slot + t, count, p_.value_dim), count, p_.value_dim,
-                   sums_.data());
+        const TokenRows tokens = restored(values, slot + t, count);
+        accumulate(&scores_[t], kPiece, p_.rows(), tokens, count, p_.value_dim, sums_.data());
       }
       return add_sums(to);
     }
     read_steps(values, slot, n);
     const float largest = largest_integer(values.bits, kPiece);
     weights_.fold(scores_.data(), steps_.data(), minima_.data(), n, largest);
-    const Rows codes = {values.codes_at(b_, h_, slot), values.bits};
     if (as_integers_) {
-      accumulate(weights_.integers.data(), kPiece, p_.rows(), codes, n, p_.value_dim, integer_sums_.data());
+      std::fill_n(integer_sums_.begin(), p_.rows() * p_.value_dim, 0);
+    } else {
+      std::fill(sums_.begin(), sums_.end(), 0.0f);
+    }
+    for (int64_t t = 0; t < n; t += kTile) {
+      const int64_t count = std::min(kTile, n - t);
+      if (as_integers_) {
+        const Rows codes = read_codes(values, slot + t, count);
+        accumulate(&weights_.integers[t], kPiece, p_.rows(), codes, count, p_.value_dim, integer_sums_.data());
+      } else {
+        const TokenRows codes = unpacked(values, slot + t, count);
+        accumulate(&weights_.floats[t], kPiece, p_.rows(), codes, count, p_.value_dim, sums_.data());
+      }
+    }
+    if (as_integers_) {
       for (int64_t r = 0; r < p_.rows(); ++r) {
         const int64_t row = r * p_.value_dim;
         add_integers(&integer_sums_[row], p_.value_dim, weights_.folded[r].step, weights_.folded[r].bias,
                      channels_.data(), shifts_[r], to.out + row);
       }
     } else {
-      std::fill(sums_.begin(), sums_.end(), 0.0f);
-      accumulate(weights_.floats.data(), kPiece, p_.rows(), codes, n, p_.value_dim, sums_.data());
       add_sums(to, weights_.folded.data());
     }
   }
@@ -315,36 +337,40 @@ class Worker {
     }
   }
 
-  // Attends to the window, whose tokens are not compressed.
-  void run_window(Partial& to) {
-    const int64_t begin = p_.window[b_ * p_.window_stride], end = p_.window[b_ * p_.window_stride + 1];
+  // Attends to slots of the window, whose tokens are not compressed.
+  void run_window(const Span& split, Partial& to) {
+    const int64_t begin = p_.window[b_ * p_.window_stride], newest = p_.window[b_ * p_.window_stride + 1];
+    const int64_t end = std::min(newest, split.end);
     std::fill(channels_.begin(), channels_.end(), 1.0f);
-    for (int64_t slot = begin; slot < end; slot += kPiece) {
+    for (int64_t slot = std::max(begin, split.begin); slot < end; slot += kPiece) {
       const int64_t n = std::min(kPiece, end - slot);
-      for (int64_t t = 0; t < n; t += kTile) {
-        const int64_t count = std::min(kTile, n - t);
-        const Rows tokens = read_tokens(p_.window_k, slot + t, count, p_.head_dim);
+      for (int64_t t = 0; t < n; t += kStep) {
+        const int64_t count = std::min(kStep, n - t);
+        const TokenRows tokens = read_tokens(p_.window_k, slot + t, count, p_.head_dim);
         dot(q_.data(), p_.rows(), tokens, count, p_.head_dim, &scores_[t], kPiece);
       }
       cap_scores(n);
       for (int64_t r = 0; r < p_.rows(); ++r) {  // masks tokens newer than the query's own
-        const int64_t visible = std::max<int64_t>(end - (p_.queries - 1 - r % p_.queries) - slot, 0);
+        const int64_t visible = std::max<int64_t>(newest - (p_.queries - 1 - r % p_.queries) - slot, 0);
         for (int64_t t = visible; t < n; ++t) scores_[r * kPiece + t] = -kInfinity;
       }
       weigh(scores_.data(), p_.rows(), n, kPiece, to.row_max, to.row_sum, shifts_.data());
       std::fill(sums_.begin(), sums_.end(), 0.0f);
-      for (int64_t t = 0; t < n; t += kTile) {
-        const int64_t count = std::min(kTile, n - t);
-        const Rows tokens = read_tokens(p_.window_v, slot + t, count, p_.value_dim);
+      for (int64_t t = 0; t < n; t += kStep) {
+        const int64_t count = std::min(kStep, n - t);
+        const TokenRows tokens = read_tokens(p_.window_v, slot + t, count, p_.value_dim);
         accumulate(&scores_[t], kPiece, p_.rows(), tokens, count, p_.value_dim, sums_.data());
       }
       add_sums(to);
     }
   }
 
-  Rows read_tokens(const Tokens& from, int64_t slot, int64_t count, int64_t head_dim) {
-    for (int64_t t = 0; t < count; ++t) widen(from.at(b_, h_, slot + t), from.dtype, &tokens_[t * head_dim], head_dim);
-    return {tokens_.data(), kFloats};
+  // Tokens of the window. Asks for as many of the next piece.
+  TokenRows read_tokens(const Tokens& from, int64_t slot, int64_t count, int64_t head_dim) const {
+    for (int64_t t = slot + kPiece; t < slot + kPiece + count; ++t) {
+      prefetch(reinterpret_cast<uintptr_t>(from.at(b_, h_, t)), head_dim * size_of(from.dtype));
+    }
+    return {from.at(b_, h_, slot), from.dtype, from.token_stride};
   }
 
   const Decode& p_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "common/floats.h"
 #include "common/integers.h"
 #include "common/math.h"
 #include "common/vector.h"
@@ -40,6 +41,15 @@ SINGLEPASS_HD V plane_of(V bytes, int p) {
   return (bytes >> static_cast<int16_t>(p * kBits)) & static_cast<int16_t>((1 << kBits) - 1);
 }
 
+// Those of planes p and p + 1 in lanes that hold a row of codes twice.
+template <int kBits, class V>
+SINGLEPASS_HD V two_planes_of(V bytes, int p) {
+  V shifts;
+  constexpr int kCount = sizeof(V) / sizeof(int16_t);
+  for (int i = 0; i < kCount; ++i) shifts[i] = static_cast<int16_t>((p + i / (kCount / 2)) * kBits);
+  return (bytes >> shifts) & static_cast<int16_t>((1 << kBits) - 1);
+}
+
 // Adds the products of kRows queries with kTokens tokens, for the places that lanes of `bytes` hold.
 template <class Integers, int kRows, int kBits, int kTokens>
 SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places,
@@ -51,6 +61,24 @@ SINGLEPASS_HD void add_places(const int16_t* q, int64_t head_dim, int64_t places
     for (int i = 0; i < kTokens; ++i) tokens[i] = plane_of<kBits>(bytes[i], p);
     for (int r = 0; r < kRows; ++r) {
       const Words row = load_lanes<Words>(q + r * head_dim + p * places);
+      for (int i = 0; i < kTokens; ++i) {
+        sums[r * kTokens + i] = Integers::add_products(sums[r * kTokens + i], tokens[i], row);
+      }
+    }
+  }
+}
+
+// The same where a row fills half of the lanes, and stands in both halves: two planes at a time, whose channels follow
+// one another.
+template <class Integers, int kRows, int kBits, int kTokens>
+SINGLEPASS_HD void add_short_rows(const int16_t* q, int64_t head_dim, const typename Integers::Words (&bytes)[kTokens],
+                                  typename Integers::Sums (&sums)[Integers::kSums]) {
+  using Words = typename Integers::Words;
+  for (int p = 0; p < 8 / kBits; p += 2) {
+    Words tokens[kTokens];
+    for (int i = 0; i < kTokens; ++i) tokens[i] = two_planes_of<kBits>(bytes[i], p);
+    for (int r = 0; r < kRows; ++r) {
+      const Words row = load_lanes<Words>(q + r * head_dim + p * Integers::kWords / 2);
       for (int i = 0; i < kTokens; ++i) {
         sums[r * kTokens + i] = Integers::add_products(sums[r * kTokens + i], tokens[i], row);
       }
@@ -73,6 +101,13 @@ SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t coun
     typename Integers::Sums sums[Integers::kSums] = {};
     typename Integers::Words bytes[kTokens];
     int64_t w = 0;
+    if (kBits < 8 && places == kPlaces / 2) {
+      for (int i = 0; i < kTokens; ++i) {
+        bytes[i] = Integers::words_twice(rows[i]);
+      }
+      add_short_rows<Integers, kRows, kBits, kTokens>(q, head_dim, bytes, sums);
+      w = places;
+    }
     for (; w + kPlaces <= places; w += kPlaces) {
       for (int i = 0; i < kTokens; ++i) bytes[i] = Integers::words(rows[i] + w);
       add_places<Integers, kRows, kBits, kTokens>(q + w, head_dim, places, bytes, sums);
@@ -98,7 +133,7 @@ SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t coun
   }
 }
 
-// Sums the weighted tokens for kPlanes planes from kFirst on and kBlocks * kSums places from w on; with kPart for the
+// Adds the weighted tokens for kPlanes planes from kFirst on and kBlocks * kSums places from w on; with kPart for the
 // `part` places that are left. These sums of all kRows rows stay in registers over all tokens, which are taken two at a
 // time.
 template <class Integers, int kRows, int kBits, int kFirst, int kPlanes, int kBlocks, bool kPart>
@@ -108,13 +143,21 @@ SINGLEPASS_HD void accumulate_places(const int16_t* weights, int64_t stride, con
   using Words = typename Integers::Words;
   constexpr int kSums = Integers::kSums;
   const int64_t places = head_dim * kBits / 8;
+  constexpr size_t kAll = sizeof(Sums);
+  const size_t size = kPart ? static_cast<size_t>(part) * sizeof(int32_t) : kAll;
   Sums sums[kRows][kBlocks][kPlanes];
+  const auto place = [&](int r, int k, int p) __attribute__((always_inline)) {
+    return to + r * head_dim + (kFirst + p) * places + w + k * kSums;
+  };
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int k = 0; k < kBlocks; ++k) {
 #pragma GCC unroll 8
-      for (int p = 0; p < kPlanes; ++p) sums[r][k][p] = Sums{};
+      for (int p = 0; p < kPlanes; ++p) {
+        if constexpr (kPart) sums[r][k][p] = Sums{};
+        memcpy(&sums[r][k][p], place(r, k, p), size);
+      }
     }
   }
   for (int64_t t = 0; t < count; t += 2) {
@@ -158,19 +201,18 @@ SINGLEPASS_HD void accumulate_places(const int16_t* weights, int64_t stride, con
     for (int p = 0; p < kPlanes; ++p) {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        int32_t* at = to + r * head_dim + (kFirst + p) * places + w + k * kSums;
-        memcpy(at, &sums[r][k][p], kPart ? static_cast<size_t>(part) * sizeof(int32_t) : sizeof(Sums));
+        memcpy(place(r, k, p), &sums[r][k][p], size);
       }
     }
   }
 }
 
 // Weighted sums of all tokens for kRows rows and the planes from kFirst on. Channels are taken in groups of kPlanes
-// planes and kBlocks * kSums places, so that eight vectors of sums stay in registers.
+// planes and kBlocks * kSums places, so that kSums vectors of sums stay in registers.
 template <class Integers, int kRows, int kBits, int kFirst = 0>
 SINGLEPASS_HD void accumulate_rows(const int16_t* weights, int64_t stride, const uint8_t* codes, int64_t count,
                                    int64_t head_dim, int32_t* to) {
-  constexpr int kAll = 8 / kBits, kVectors = 8 / kRows, kSums = Integers::kSums;
+  constexpr int kAll = 8 / kBits, kSums = Integers::kSums, kVectors = kSums / (kRows == 3 ? 4 : kRows);
   constexpr int kPlanes = kAll < kVectors ? kAll : kVectors, kBlocks = kVectors / kPlanes;
   const int64_t places = head_dim / kAll;
   const auto add = [&]<int blocks, bool part>(int64_t w) __attribute__((always_inline)) {
@@ -186,7 +228,65 @@ SINGLEPASS_HD void accumulate_rows(const int16_t* weights, int64_t stride, const
   }
 }
 
-// The two loops for a kind of processor.
+// The first n floats from there on, up to as many as a vector has, with zeros after them.
+template <class V>
+SINGLEPASS_HD V load_up_to(const float* from, int64_t n) {
+  constexpr int64_t kCount = sizeof(V) / sizeof(float);
+  return n >= kCount ? load_vector<V>(from) : load_part<V>(from, n > 0 ? n : 0);
+}
+
+// Eight lanes of what `op` makes of two halves of sixteen, or all eight.
+template <class Eight, class V, class Op>
+SINGLEPASS_HD Eight halves_of(V v, const Op& op) {
+  if constexpr (sizeof(V) == sizeof(Eight)) return v;
+  Eight halves[sizeof(V) / sizeof(Eight)];
+  memcpy(halves, &v, sizeof(v));
+  return op(halves[0], halves[1]);
+}
+
+// Rows are taken four at a time, so that steps and minima are read once for them.
+template <class Floats, int kRows>
+SINGLEPASS_HD void fold_rows(const float* x, const float* steps, const float* minima, int64_t n, int64_t stride,
+                             float largest, float* products, int16_t* to, Folded* results) {
+  using Wide = typename Floats::Floats;
+  using WideBits = typename IntegerLanes<Floats::kLanes>::Sums;
+  using Bits = IntegerLanes<kLanes>::Sums;
+  const auto larger = [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; };
+  Wide sums[kRows] = {};
+  WideBits tops[kRows] = {};  // magnitudes, which are in the order of their bits, NaN after infinity
+  const int64_t end = (n + kFoldPad - 1) / kFoldPad * kFoldPad;
+  for (int64_t i = 0; i < end; i += Floats::kLanes) {
+    const Wide step = load_up_to<Wide>(steps + i, n - i), minimum = load_up_to<Wide>(minima + i, n - i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Wide v = load_up_to<Wide>(x + r * stride + i, n - i), product = v * step;
+      sums[r] = sums[r] + v * minimum;
+      tops[r] = larger(bit_cast<WideBits>(absolute(product)), tops[r]);
+      store_vector(product, products + r * stride + i);
+    }
+  }
+  Vector all_sums[8] = {};
+  Bits all_tops[8] = {};
+  for (int r = 0; r < kRows; ++r) {
+    all_sums[r] = halves_of<Vector>(sums[r], Add{});
+    all_tops[r] = halves_of<Bits>(tops[r], larger);
+  }
+  const Vector biases = across_lanes(all_sums, Add{}), top = bit_cast<Vector>(across_lanes(all_tops, larger));
+  const Vector zero = {}, no_number = zero + std::numeric_limits<float>::quiet_NaN(), usual = top / largest;
+  const Vector row_steps = top < 0x1p-100f ? zero : top < std::numeric_limits<float>::infinity() ? usual : no_number;
+  const Vector ups = row_steps > 0.0f ? largest / top : zero;
+  for (int r = 0; r < kRows; ++r) {
+    const float* row = products + r * stride;
+    const float up = ups[r];
+    results[r] = {row_steps[r], biases[r]};
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the lower bits.
+    for (int64_t i = 0; i < end; i += Floats::kLanes) {
+      Floats::store_words(bit_cast<WideBits>(load_vector<Wide>(row + i) * up + 12582912.0f), to + r * stride + i);
+    }
+  }
+}
+
+// The loops for a kind of processor.
 #define SINGLEPASS_KV_LOOPS(name, target, Integers)                                                            \
   template <int kRows, int kBits>                                                                              \
   target void dot_##name(const int16_t* q, const uint8_t* codes, int64_t count, int64_t head_dim, int32_t* to, \
@@ -198,77 +298,41 @@ SINGLEPASS_HD void accumulate_rows(const int16_t* weights, int64_t stride, const
                                 int64_t head_dim, int32_t* to) {                                               \
     accumulate_rows<Integers, kRows, kBits>(weights, stride, codes, count, head_dim, to);                      \
   }
+#define SINGLEPASS_KV_FOLD(name, target, Floats)                                                                   \
+  template <int kRows>                                                                                             \
+  target SINGLEPASS_FUSED_MULTIPLY_ADD void fold_##name(const float* x, const float* steps, const float* minima,   \
+                                                        int64_t n, int64_t stride, float largest, float* products, \
+                                                        int16_t* to, Folded* results) {                            \
+    fold_rows<Floats, kRows>(x, steps, minima, n, stride, largest, products, to, results);                         \
+  }
 
 SINGLEPASS_KV_LOOPS(plain, , PlainIntegers)
+SINGLEPASS_KV_FOLD(plain, , PlainFloats)
 #if defined(SINGLEPASS_HAS_TARGETS)
 SINGLEPASS_KV_LOOPS(avx2, SINGLEPASS_TARGET_AVX2, Avx2Integers)
-SINGLEPASS_KV_LOOPS(vnni, SINGLEPASS_TARGET_AVX512, VnniIntegers)
+SINGLEPASS_KV_FOLD(avx2, SINGLEPASS_TARGET_AVX2, Avx2Floats)
+SINGLEPASS_KV_LOOPS(avx512, SINGLEPASS_TARGET_AVX512, VnniIntegers)
+SINGLEPASS_KV_FOLD(avx512, SINGLEPASS_TARGET_AVX512, Avx512Floats)
 
 template <class Loop>
-Loop* choose(Loop* plain, Loop* avx2, Loop* vnni) {
-  if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return vnni;
+Loop* choose(Loop* plain, Loop* avx2, Loop* avx512) {
+  if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return avx512;
   return has_avx2() ? avx2 : plain;
 }
 
 #define SINGLEPASS_KV_LOOP(name, ...) \
-  choose(name##_plain<__VA_ARGS__>, name##_avx2<__VA_ARGS__>, name##_vnni<__VA_ARGS__>)
+  choose(name##_plain<__VA_ARGS__>, name##_avx2<__VA_ARGS__>, name##_avx512<__VA_ARGS__>)
 #else
 #define SINGLEPASS_KV_LOOP(name, ...) name##_plain<__VA_ARGS__>
 #endif
-
-// The first n floats from there on, up to eight, with zeros after them.
-SINGLEPASS_HD Vector load_up_to(const float* from, int64_t n) {
-  return n >= kLanes ? load_vector(from) : load_part(from, n > 0 ? n : 0);
-}
-
-// Rows are taken four at a time, so that steps and minima are read once for them.
-template <int kRows>
-SINGLEPASS_TARGET_CLONES SINGLEPASS_FUSED_MULTIPLY_ADD void fold_rows(const float* x, const float* steps,
-                                                                      const float* minima, int64_t n, int64_t stride,
-                                                                      float largest, float* products, int16_t* to,
-                                                                      Folded* results) {
-  using Bits = IntegerLanes<kLanes>::Sums;
-  const auto larger = [](Bits a, Bits b) __attribute__((always_inline)) { return a > b ? a : b; };
-  Vector sums[kRows] = {};
-  Bits tops[kRows] = {};  // magnitudes, which are in the order of their bits, NaN after infinity
-  const int64_t end = (n + kFoldPad - 1) / kFoldPad * kFoldPad;
-  for (int64_t i = 0; i < end; i += kLanes) {
-    const Vector step = load_up_to(steps + i, n - i), minimum = load_up_to(minima + i, n - i);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vector v = load_up_to(x + r * stride + i, n - i), product = v * step;
-      sums[r] = sums[r] + v * minimum;
-      tops[r] = larger(bit_cast<Bits>(absolute(product)), tops[r]);
-      store_vector(product, products + r * stride + i);
-    }
-  }
-  Vector all_sums[8] = {};
-  Bits all_tops[8] = {};
-  for (int r = 0; r < kRows; ++r) all_sums[r] = sums[r], all_tops[r] = tops[r];
-  const Vector biases = across_lanes(all_sums, Add{}), top = bit_cast<Vector>(across_lanes(all_tops, larger));
-  const Vector zero = {}, no_number = zero + std::numeric_limits<float>::quiet_NaN(), usual = top / largest;
-  const Vector row_steps = top < 0x1p-100f ? zero : top < std::numeric_limits<float>::infinity() ? usual : no_number;
-  const Vector ups = row_steps > 0.0f ? largest / top : zero;
-  for (int r = 0; r < kRows; ++r) {
-    const float* row = products + r * stride;
-    const float up = ups[r];
-    results[r] = {row_steps[r], biases[r]};
-    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the lower bits.
-    for (int64_t i = 0; i < end; i += kFoldPad) {
-      for (int64_t k = i; k < i + kFoldPad; ++k) {
-        to[r * stride + k] = static_cast<int16_t>(bit_cast<int32_t>(row[k] * up + 12582912.0f));
-      }
-    }
-  }
-}
 
 }  // namespace
 
 void fold_to_integers(const float* x, const float* steps, const float* minima, int64_t n, int64_t rows, int64_t stride,
                       float largest, float* products, int16_t* to, Folded* results) {
   by_rows(rows, [&]<int kRows>(int64_t r) {
-    fold_rows<kRows>(x + r * stride, steps, minima, n, stride, largest, products + r * stride, to + r * stride,
-                     results + r);
+    SINGLEPASS_KV_LOOP(fold, kRows)
+    (x + r * stride, steps, minima, n, stride, largest, products + r * stride, to + r * stride, results + r);
   });
 }
 
@@ -287,17 +351,16 @@ SINGLEPASS_TARGET_CLONES void add_integers(const int32_t* sums, int64_t n, float
 
 void dot(const int16_t* q, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim, int32_t* sums,
          int64_t stride) {
-  const uint8_t* codes = static_cast<const uint8_t*>(tokens.data);
   by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
-    SINGLEPASS_KV_LOOP(dot, n, bits)(q + r * head_dim, codes, count, head_dim, sums + r * stride, stride);
+    SINGLEPASS_KV_LOOP(dot, n, bits)(q + r * head_dim, tokens.codes, count, head_dim, sums + r * stride, stride);
   });
 }
 
 void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count,
                 int64_t head_dim, int32_t* sums) {
-  const uint8_t* codes = static_cast<const uint8_t*>(tokens.data);
   by_rows_and_bits(rows, tokens.bits, [&]<int n, int bits>(int64_t r) {
-    SINGLEPASS_KV_LOOP(accumulate, n, bits)(weights + r * stride, stride, codes, count, head_dim, sums + r * head_dim);
+    SINGLEPASS_KV_LOOP(accumulate, n, bits)(weights + r * stride, stride, tokens.codes, count, head_dim,
+                                            sums + r * head_dim);
   });
 }
 

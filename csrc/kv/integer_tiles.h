@@ -4,12 +4,17 @@
 #include <cstdint>
 
 #include "kv/integers.h"
-#include "kv/tiles.h"
 
-// Loops on the CPU over the codes of a few tokens, as integers: Rows that are no floats. What codes are multiplied by,
+// Loops on the CPU over the codes of a few tokens, as integers. What codes are multiplied by,
 // queries or weights, is rounded to integers (kv/integers.h) with a step of its own for each row, and that is all that
 // is lost: the sums of products are exact, and so the same on every processor.
 namespace singlepass::kv {
+
+// Packed codes of tokens, whose rows follow one another.
+struct Rows {
+  const uint8_t* codes;
+  int bits;
+};
 
 inline constexpr int64_t kIntegerPad = 32;  // integers that may be read beyond the last row of queries
 
@@ -34,7 +39,7 @@ void add_integers(const int32_t* sums, int64_t n, float step, float bias, const 
 void dot(const int16_t* q, int64_t rows, const Rows& tokens, int64_t count, int64_t head_dim, int32_t* sums,
          int64_t stride);
 
-// sums_r = sum over t of weights[r * stride + t] * token_t. If count is odd, the weight after the last is 0.
+// sums_r += sum over t of weights[r * stride + t] * token_t. If count is odd, the weight after the last is 0.
 void accumulate(const int16_t* weights, int64_t stride, int64_t rows, const Rows& tokens, int64_t count,
                 int64_t head_dim, int32_t* sums);
 

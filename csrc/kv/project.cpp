@@ -6,6 +6,7 @@
 #include "common/vector.h"
 #include "kv/problem.h"
 #include "kv/tiles.h"
+#include "kv/token_tiles.h"
 
 // Rows of a task are up to kTile tokens, of all heads of x that share a basis: it is read once for them.
 namespace singlepass::kv {
@@ -32,7 +33,8 @@ class Projector {
     const int64_t width = p_.sources[to.source].head_dim;
     for (int64_t row = begin; row < end; ++row) load(b, to, row, rows_.data() + (row - begin) * width);
     std::fill_n(sums_.begin(), (end - begin) * to.rank, 0.0f);
-    accumulate(rows_.data(), width, end - begin, {to.basis, kFloats}, width, to.rank, sums_.data());
+    const TokenRows basis = {to.basis, DType::kFloat32, to.rank};
+    accumulate(rows_.data(), width, end - begin, basis, width, to.rank, sums_.data());
     for (int64_t row = begin; row < end; ++row) {
       const int64_t head = to.place * p_.group_size + row / p_.tokens;
       narrow(sums_.data() + (row - begin) * to.rank, to.out.at(b, head, row % p_.tokens), to.out.dtype, to.rank);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention's integers on the CPU: the sums are exact wherever they are computed, and rounding is all that is lost.
+// Attention's loops on the CPU. Sums of integers are exact wherever they are computed, and rounding is all that is
+// lost.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -7,7 +8,10 @@
 #include <vector>
 
 #include "check.h"
+#include "common/convert.h"
 #include "kv/integer_tiles.h"
+#include "kv/tiles.h"
+#include "kv/token_tiles.h"
 
 namespace {
 
@@ -41,7 +45,7 @@ void check_products(const Drawn& codes, int64_t rows, std::mt19937& random) {
   draw(q, head_dim);
   draw(weights, kStride);
   for (int64_t r = 0; r < rows && count % 2 == 1; ++r) weights[r * kStride + count] = 0;
-  std::vector<int32_t> scores(rows * kStride), sums(rows * head_dim);
+  std::vector<int32_t> scores(rows * kStride), sums(rows * head_dim, 5);
   dot(q.data(), rows, Rows{codes.data.data(), codes.bits}, count, head_dim, scores.data(), kStride);
   accumulate(weights.data(), kStride, rows, Rows{codes.data.data(), codes.bits}, count, head_dim, sums.data());
   for (int64_t r = 0; r < rows; ++r) {
@@ -51,7 +55,7 @@ void check_products(const Drawn& codes, int64_t rows, std::mt19937& random) {
       CHECK_EQUAL(int64_t{scores[r * kStride + t]}, expected);
     }
     for (int64_t d = 0; d < head_dim; ++d) {
-      int64_t expected = 0;
+      int64_t expected = 5;
       for (int64_t t = 0; t < count; ++t) expected += weights[r * kStride + t] * codes.code(t, d);
       CHECK_EQUAL(int64_t{sums[r * head_dim + d]}, expected);
     }
@@ -66,6 +70,61 @@ TEST(products_with_codes_are_exact) {
         for (const int64_t count : {1, 2, 7, 32, 127, 128}) {
           check_products(Drawn(bits, count, head_dim - head_dim % 16, random), rows, random);
         }
+      }
+    }
+  }
+}
+
+TEST(codes_become_floats) {
+  std::mt19937 random(3);
+  for (const int bits : {2, 4, 8}) {
+    for (const int64_t head_dim : {16, 32, 48, 64, 80, 96, 112, 128, 192, 512}) {
+      const Drawn codes(bits, 5, head_dim, random);
+      std::vector<float> found(5 * head_dim);
+      unpack(codes.data.data(), bits, 5, head_dim, found.data());
+      for (int64_t t = 0; t < 5; ++t) {
+        for (int64_t d = 0; d < head_dim; ++d) CHECK_EQUAL(found[t * head_dim + d], float(codes.code(t, d)));
+      }
+    }
+  }
+}
+
+// Tokens of whole numbers, whose products and sums are exact in floats; they fill their memory to the last element.
+void check_tokens(singlepass::DType dtype, int64_t rows, int64_t count, int64_t head_dim, std::mt19937& random) {
+  constexpr int64_t kStride = 128;
+  const int64_t stride = head_dim + 16;
+  const auto draw = [&](int64_t n) {
+    std::vector<float> values(n);
+    for (float& x : values) x = static_cast<float>(random() % 17) - 8.0f;
+    return values;
+  };
+  const std::vector<float> tokens = draw((count - 1) * stride + head_dim), q = draw(rows * head_dim),
+                           weights = draw(rows * kStride);
+  std::vector<char> stored(tokens.size() * singlepass::size_of(dtype));
+  singlepass::narrow(tokens.data(), stored.data(), dtype, static_cast<int64_t>(tokens.size()));
+  std::vector<float> scores(rows * kStride), sums(rows * head_dim, 3.0f);
+  dot(q.data(), rows, TokenRows{stored.data(), dtype, stride}, count, head_dim, scores.data(), kStride);
+  accumulate(weights.data(), kStride, rows, TokenRows{stored.data(), dtype, stride}, count, head_dim, sums.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t t = 0; t < count; ++t) {
+      float expected = 0.0f;
+      for (int64_t d = 0; d < head_dim; ++d) expected += q[r * head_dim + d] * tokens[t * stride + d];
+      CHECK_EQUAL(scores[r * kStride + t], expected);
+    }
+    for (int64_t d = 0; d < head_dim; ++d) {
+      float expected = 3.0f;
+      for (int64_t t = 0; t < count; ++t) expected += weights[r * kStride + t] * tokens[t * stride + d];
+      CHECK_EQUAL(sums[r * head_dim + d], expected);
+    }
+  }
+}
+
+TEST(products_with_tokens) {
+  std::mt19937 random(4);
+  for (const auto dtype : {singlepass::DType::kFloat32, singlepass::DType::kBFloat16, singlepass::DType::kFloat16}) {
+    for (const int64_t head_dim : {16, 32, 48, 64, 80, 128, 144, 256, 512}) {
+      for (const int64_t rows : {1, 2, 3, 4, 7, 8}) {
+        for (const int64_t count : {1, 2, 5, 16, 33, 128}) check_tokens(dtype, rows, count, head_dim, random);
       }
     }
   }

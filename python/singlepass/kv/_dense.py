@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._errors import message, require
+from .._ops.kv import decode
 from ._functional import attend
 from ._options import alike, without_padding
 from ._prompt import causal_attention
@@ -245,24 +246,26 @@ class DenseLayer(Planned):
         if queries > 1 and hidden > 0:
             return causal_attention(q, k, v, mask, self.scale, self.softcap, sinks, self._sliding_window)
         plain = self.softcap == 0 and sinks is None and k.shape[3] == v.shape[3]
-        if queries == 1 and plain:  # the query heads of a head as queries of one
+        ends = self._find_ends() if not plain or (queries == 1 and self._is_faster_than_torch(q, k)) else None
+        if ends is not None and ends.whole and (queries == 1 or ends.level):
+            assert self._bounds is not None
+            bounds = self._bounds
             if hidden > 0:
-                k, v, mask = k[:, :, hidden:], v[:, :, hidden:], None if mask is None else mask[:, hidden:]
-            rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-            shown = None if mask is None else mask[:, None, None]
-            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=shown, scale=self.scale)
-            out = out if shown is None else out.masked_fill(~shown.any(3, keepdim=True), 0.0)
-            return out.flatten(1, 2)[:, :, None]
-        ends = None if plain else self._find_ends()
-        if ends is None or not ends.whole or (queries > 1 and not ends.level):
-            seen = None if mask is None else mask[:, hidden:]
-            return causal_attention(q, k[:, :, hidden:], v[:, :, hidden:], seen, self.scale, self.softcap, sinks)
-        assert self._bounds is not None
-        bounds = self._bounds
-        if hidden > 0:
-            bounds = bounds.clone()
-            bounds.select(1, 0).clamp_(min=hidden)
-        return attend(q, [], k, v, bounds, **options)[0]
+                bounds = bounds.clone()
+                bounds.select(1, 0).clamp_(min=hidden)
+            return attend(q, [], k, v, bounds, **options)[0]
+        k, v, mask = k[:, :, hidden:], v[:, :, hidden:], None if mask is None else mask[:, hidden:]
+        if queries != 1 or not plain:
+            return causal_attention(q, k, v, mask, self.scale, self.softcap, sinks)
+        rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # the query heads of a head as queries of one
+        shown = None if mask is None else mask[:, None, None]
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=shown, scale=self.scale)
+        out = out if shown is None else out.masked_fill(~shown.any(3, keepdim=True), 0.0)
+        return out.flatten(1, 2)[:, :, None]
+
+    def _is_faster_than_torch(self, q: Tensor, k: Tensor) -> bool:
+        """Whether the op reads plain tokens faster than PyTorch's attention does: by the loops for CPUs."""
+        return k.device.type == "cpu" and decode.choose("cpu", {q.dtype, k.dtype}, self._backend) == "native"
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         k, v = (x.clone() for x in without_padding(*self._tokens, self._mask))
