@@ -249,7 +249,13 @@ def native() -> dict[str, object]:
         def finalize_options(self) -> None:
             super().finalize_options()
             # One place for editable and wheel builds alike, so that ninja compiles again only what has changed.
-            self.build_temp = f"build/native-torch-{info['torch']}"
+            self.objects = f"build/native-torch-{info['torch']}"
+
+        def build_extension(self, extension: Extension) -> None:
+            # Apart for each library: decode.cpp and decode.cu would leave their objects under one name, and ninja would
+            # compile both again in every build.
+            self.build_temp = f"{self.objects}/{extension.name.rpartition('_')[2]}"
+            super().build_extension(extension)
 
         def run(self) -> None:
             super().run()
