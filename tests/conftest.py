@@ -29,6 +29,7 @@ REASONED = ("deep", "release", "slow")  # markers that say why
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--wheel", type=Path, help="a wheel for tests/packaging, which else build one of the tree")
     parser.addoption("--require-gpu", action="store_true", help="tests that need a GPU fail where there is none")
 
 

@@ -22,6 +22,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ((".ci/run",), ("make", "test-release"))
 AUDITS = (("twine==7.0.0", "check", "--strict"), ("check-wheel-contents==0.6.3",))
+AUDIT_OF_A_WHEEL = "tests/packaging/test_wheel.py"
 SUMS = "SHA256SUMS"
 
 
@@ -103,7 +104,7 @@ def files() -> list[Path]:
 
 
 def packages(torch: str) -> None:
-    """Wheels and sources, with nothing else beside them, as indexes accept them."""
+    """Wheels and sources, with nothing else beside them, as indexes accept them and systems load them."""
     dist = ROOT / "dist"
     if not (passed("packages").exists() and all(path.exists() for path in files())):
         shutil.rmtree(dist, ignore_errors=True)
@@ -114,6 +115,8 @@ def packages(torch: str) -> None:
     wheels = [path for path in files() if path.suffix == ".whl"]
     for (tool, *options), audited in zip(AUDITS, (files(), wheels), strict=True):
         succeeds("uvx", "-q", tool, *options, *audited)
+    for wheel in wheels:
+        succeeds(sys.executable, "-m", "pytest", "-q", AUDIT_OF_A_WHEEL, "--wheel", wheel)
     passed("packages").touch()
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD, DIST = ROOT / "build" / "wheels", ROOT / "dist"
 TORCH = {"12": "torch==2.10.0", "13": "torch==2.14.1"}  # which package indexes have built with that CUDA version
+MOST_BYTES = 60_000_000  # of each file
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 OF_TORCH = ("libtorch*.so", "libc10*.so", "libcudart.so.*")  # are there when the libraries are loaded
 INFO = Path("singlepass", "build_info.json")
@@ -129,14 +130,36 @@ def sdist() -> Path:
     return Path(shutil.move(archive, DIST / archive.name))
 
 
+def kernels(wheel: Path) -> list[str]:
+    """A line for each CUDA source and library that the wheel was just built from: the bytes of its object."""
+    lines = []
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = json.loads(archive.read(INFO.as_posix()))["cuda"]
+    for major, built in sorted(libraries.items()):
+        folder = ROOT / "build" / f"native-torch-{built['torch']}" / f"cuda{major}"
+        sources = [path.relative_to(ROOT) for path in (ROOT / "csrc").glob("*/*.cu")]
+        sizes = {source: (folder / source).with_suffix(".o").stat().st_size for source in sources}
+        largest_first = sorted(sizes, key=sizes.__getitem__, reverse=True)
+        lines += [f"  _C_cuda{major}.so  {sizes[source]:>11,}  {source}" for source in largest_first]
+    return lines
+
+
+def report(made: list[Path]) -> None:
+    """Prints the size of each file. Ends where one is too large."""
+    for path in made:
+        lines = kernels(path) if path.suffix == ".whl" else []
+        print(f"{path.name}: {path.stat().st_size:,} bytes", *lines, sep="\n")
+    if large := [path.name for path in made if path.stat().st_size > MOST_BYTES]:
+        got = f"more in {', '.join(large)}"
+        raise SystemExit(f"wheels: expected at most {MOST_BYTES:,} bytes a file; got {got}. Make its kernels smaller.")
+
+
 def main(kind: str) -> None:
     if kind == "release":
         wheels = [build("cpu", local=True), merge(build("cu13", local=False), build("cu12", local=False))]
-        made = [*map(publishable, wheels), sdist()]
+        report([*map(publishable, wheels), sdist()])
     else:
-        made = [publishable(build(kind, local=True))]
-    for path in made:
-        print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes")
+        report([publishable(build(kind, local=True))])
 
 
 if __name__ == "__main__":

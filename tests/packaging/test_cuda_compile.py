@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
 from torch.utils.cpp_extension import include_paths
 
 from ..simt.build import cubin_folder
@@ -44,6 +47,25 @@ def test_registration_compiles_against_this_torch() -> None:
     flags += ["-DTORCH_STABLE_ONLY", "-DUSE_CUDA"]
     folders = [csrc, *include_paths("cpu"), cuda_headers()]
     run("c++", *flags, *(f"-I{folder}" for folder in folders), csrc / "torch" / "cuda.cpp")
+
+
+@pytest.mark.slow("nvcc compiles a kernel four times")
+def test_another_folder_changes_names_alone(tmp_path: Path) -> None:
+    """A kernel's name has a hash of its source's path in it, and an object the names of nvcc's temporary files."""
+    cubins, objects = [], []
+    for place in (tmp_path / "one", tmp_path / "another"):
+        shutil.copytree(ROOT / "csrc", place / "csrc")
+        flags = json.loads((ROOT / "csrc" / "sources.json").read_text())["nvcc_flags"]
+        compiler = [str(NVCC), *flags, "-arch=sm_90", f"-I{place / 'csrc'}", f"-Xcompiler=-ffile-prefix-map={place}/="]
+        source = place / "csrc" / "optim" / "grad_norm.cu"
+        run(*compiler, "-cubin", source, "-o", place / "cubin")
+        run(*compiler, "-c", source, "-o", place / "object")
+        cubins.append(re.sub(rb"_[0-9a-f]{8}_(\d+_\w+?_cu)_[0-9a-f]{8}", rb"\1", (place / "cubin").read_bytes()))
+        with (place / "object").open("rb") as file:
+            objects.append([(section.name, section.data()) for section in ELFFile(file).iter_sections()])
+    assert cubins[0] == cubins[1]
+    differ = {first[0] for first, second in zip(*objects, strict=True) if first != second}
+    assert differ <= {".nv_fatbin", ".rodata.str1.8", ".strtab"}
 
 
 def cuda_headers() -> Path:

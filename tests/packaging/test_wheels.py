@@ -85,6 +85,38 @@ def test_what_is_published_is_tagged_for_the_systems_of_torch(
     assert wheels.publishable(wheel).read_bytes() == data
 
 
+def test_the_size_of_each_kernel_is_printed_and_that_of_files_is_bounded(
+    wheels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(wheels, "ROOT", tmp_path)
+    torches = {"13": "2.14.1+cu130", "12": "2.10.0+cu128"}
+    for number, source in enumerate(("csrc/kv/decode.cu", "csrc/optim/step.cu")):
+        for major, torch in torches.items():
+            compiled = Path(f"build/native-torch-{torch}/cuda{major}", source).with_suffix(".o")
+            for path, data in ((source, b""), (compiled, bytes(1000 * int(major) + number))):
+                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / path).write_bytes(data)
+    made = [tmp_path / "both.whl", tmp_path / "cpu.whl", tmp_path / "sources.tar.gz"]
+    for path, cuda in zip(made, (torches, {}, {}), strict=True):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(INFO, json.dumps({"cuda": {major: {"torch": torch} for major, torch in cuda.items()}}))
+    sizes = [f"{path.stat().st_size:,} bytes" for path in made]
+
+    wheels.report(made)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["both.whl:", *sizes[0].split()],
+        ["_C_cuda12.so", "12,001", "csrc/optim/step.cu"],
+        ["_C_cuda12.so", "12,000", "csrc/kv/decode.cu"],
+        ["_C_cuda13.so", "13,001", "csrc/optim/step.cu"],
+        ["_C_cuda13.so", "13,000", "csrc/kv/decode.cu"],
+        ["cpu.whl:", *sizes[1].split()],
+        ["sources.tar.gz:", *sizes[2].split()],
+    ]
+    monkeypatch.setattr(wheels, "MOST_BYTES", made[0].stat().st_size - 1)
+    with pytest.raises(SystemExit, match=r"^wheels: expected at most \d+ bytes a file; got more in both\.whl\. "):
+        wheels.report(made)
+
+
 def test_sources_of_a_release_have_all_that_is_built_and_no_test(wheels: ModuleType, root: Path) -> None:
     with tarfile.open(wheels.sdist()) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
