@@ -219,10 +219,30 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
     return built, info
 
 
+def description(repository: str) -> str:
+    """README.md as a package index shows it: links to files of this commit are those to its tag in the repository."""
+
+    def absolute(link: re.Match[str]) -> str:
+        return f"{link[1]}[{link[2]}]({repository}/{'raw' if link[1] else 'blob'}/v{number()}/{link[3]})"
+
+    text = Path("README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]*)\)", absolute, text) if repository else text
+
+
+def addresses(repository: str) -> dict[str, str]:
+    """What an index shows beside the description."""
+    files = {"Documentation": "docs/index.md", "Changelog": "CHANGELOG.md"}
+    pages = {name: f"{repository}/blob/v{number()}/{file}" for name, file in files.items()}
+    return {"Source": repository, "Issues": f"{repository}/issues", **pages} if repository else {}
+
+
+def number() -> str:
+    return re.search(r'^__version__ = "(.+)"$', Path("python/singlepass/__init__.py").read_text(), re.M)[1]
+
+
 def version() -> str:
-    written = re.search(r'^__version__ = "(.+)"$', Path("python/singlepass/__init__.py").read_text(), re.M)
     local = os.environ.get("SINGLEPASS_LOCAL_VERSION")
-    return f"{written[1]}+{local}" if local else written[1]
+    return f"{number()}+{local}" if local else number()
 
 
 class CleanBuild(build):
@@ -274,4 +294,13 @@ def native() -> dict[str, object]:
 needs_compiler = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv)
 packages = [name + sub for name, folder in PACKAGES.items() for sub in ("", *("." + p for p in find_packages(folder)))]
 package_dir = {"": "python"} | PACKAGES
-setup(version=version(), packages=packages, package_dir=package_dir, **(native() if needs_compiler else {}))
+repository = os.environ.get("SINGLEPASS_REPOSITORY", "").rstrip("/")
+setup(
+    version=version(),
+    long_description=description(repository),
+    long_description_content_type="text/markdown",
+    project_urls=addresses(repository),
+    packages=packages,
+    package_dir=package_dir,
+    **(native() if needs_compiler else {}),
+)

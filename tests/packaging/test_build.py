@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable
+from email import message_from_string
+from email.message import Message
 from pathlib import Path
 from unittest import mock
 
@@ -58,6 +61,37 @@ def toolkit(tmp_path: Path) -> Path:
 def test_local_version(setup_py: Announce) -> None:
     (plain,) = setup_py("--version")
     assert setup_py("--version", SINGLEPASS_LOCAL_VERSION="cu130") == [f"{plain}+cu130"]
+
+
+def metadata(setup_py: Announce, folder: Path, **settings: str) -> Message:
+    """What an index would show of the package."""
+    setup_py("-q", "egg_info", "--egg-base", str(folder), **settings)
+    return message_from_string((folder / "singlepass.egg-info" / "PKG-INFO").read_text(encoding="utf-8"))
+
+
+def test_an_index_shows_links_and_pictures_of_the_release(setup_py: Announce, root: Path, tmp_path: Path) -> None:
+    repository = "https://forge.example/someone/singlepass"
+    shown = metadata(setup_py, tmp_path, SINGLEPASS_REPOSITORY=repository + "/")
+    tag = f"v{shown['Version']}"
+    targets = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", str(shown.get_payload()))
+    assert targets
+    for picture, target in targets:
+        place = f"{repository}/{'raw' if picture else 'blob'}/{tag}/"
+        assert target.startswith(("https://", "#"))
+        if target.startswith(repository):
+            assert (root / target.removeprefix(place).partition("#")[0]).is_file(), target
+    addresses = dict(line.split(", ") for line in shown.get_all("Project-URL", []))
+    assert addresses.pop("Source") == repository
+    assert addresses.pop("Issues") == f"{repository}/issues"
+    assert addresses.keys() == {"Documentation", "Changelog"}
+    assert all((root / address.removeprefix(f"{repository}/blob/{tag}/")).is_file() for address in addresses.values())
+
+
+def test_without_an_address_the_description_is_the_readme(setup_py: Announce, root: Path, tmp_path: Path) -> None:
+    shown = metadata(setup_py, tmp_path)
+    assert str(shown.get_payload()).strip() == (root / "README.md").read_text(encoding="utf-8").strip()
+    assert shown["Description-Content-Type"] == "text/markdown"
+    assert shown.get_all("Project-URL", []) == []
 
 
 def test_only_building_needs_torch(setup_py: Announce, announced: Announce, monkeypatch: pytest.MonkeyPatch) -> None:
