@@ -129,6 +129,15 @@ def test_reasons_name_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OP.rejection("eager", "anything") is None
 
 
+def test_rocm_gets_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, too, tensors are on cuda and Triton can be installed."""
+    pretend(monkeypatch, cuda=False)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert OP.choose("cuda", FLOAT32, None) == "eager"
+    reasons = {op.rejection("triton", "cuda") for op in (OP, OPS["stream_"])}
+    assert reasons == {"Triton kernels are for NVIDIA GPUs, and this torch is for ROCm"}
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^lion_step_: expected backend among native, triton, eager; got 'fpga'\. "):
         OP.choose("cpu", FLOAT32, "fpga")

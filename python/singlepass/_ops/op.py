@@ -143,6 +143,8 @@ class Op:
         interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") == "1"
         if device_type != "cuda" and not interpreted:
             return f"Triton kernels run on cuda, not on {device_type}"
+        if torch.version.hip is not None and not interpreted:
+            return "Triton kernels are for NVIDIA GPUs, and this torch is for ROCm"
         if not self.has_triton:
             return "there is no Triton kernel for this op"
         return "triton is not installed" if importlib.util.find_spec("triton") is None else None
