@@ -11,17 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from .tool import ROOT
+
 FLOOR, NEWEST = "torch==2.10.0", "torch"
-PAIRS = (("3.10", FLOOR), ("3.11", "torch==2.13.0"), ("3.12", NEWEST), ("3.13", NEWEST))
+PAIRS = (("3.10", FLOOR), ("3.11", "torch==2.13.0"), ("3.12", NEWEST), ("3.13", "torch==2.14.1"))
+QUICK = ("kv/test_layer_usage.py", "optim/test_usage.py", "rational/test_nn.py", "spectral/test_usage.py")
 WITH_TORCHVISION = ("torch==2.14.1", "torchvision==0.29.1", "timm", "lightning")
 PIP = "pip>=25.1"  # knows dependency groups
+FOR_TESTS = ("--group", f"{ROOT / 'pyproject.toml'}:test")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 pytestmark = pytest.mark.release("each test sets up an environment of its own, with a torch of up to three gigabytes")
 
 
 def run(*command: str | Path, folder: Path, **settings: str) -> str:
-    cleared = ("PYTHON", "SINGLEPASS", "PYTEST", "MAKE", "JOBS", "VENV", "TORCH")
+    cleared = ("CUDA_HOME", "PYTHON", "SINGLEPASS", "PYTEST", "MAKE", "JOBS", "VENV", "TORCH")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(cleared)} | settings
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -51,14 +55,15 @@ def fresh(folder: Path, *requirements: str | Path, of: str = sys.executable, **s
 
 @pytest.mark.parametrize(("version", "torch"), PAIRS)
 def test_one_wheel_serves_every_python_and_torch(wheel: Path, tmp_path: Path, version: str, torch: str) -> None:
-    python = fresh(tmp_path, torch, "numpy", wheel, of=interpreter(version))
-    assert "_C_cpu.so" in run(python, "-m", "singlepass", "info", "--check", folder=tmp_path)
+    python = fresh(tmp_path, torch, wheel, *FOR_TESTS, of=interpreter(version))
+    assert f"native cpu: {tmp_path}" in run(python, "-m", "singlepass", "info", "--check", folder=tmp_path)
     run(python, "-m", "pip", "check", folder=tmp_path)
+    assert " passed" in run(python, "-m", "pytest", *(f"tests/{name}" for name in QUICK), folder=ROOT).splitlines()[-1]
 
 
 def test_training_under_timm_and_lightning(root: Path, wheel: Path, tmp_path: Path) -> None:
     """timm needs torchvision, which does not import with the torch of `make test`. Blocks of the guides run too."""
-    python = fresh(tmp_path, *WITH_TORCHVISION, wheel, "--group", f"{root / 'pyproject.toml'}:test")
+    python = fresh(tmp_path, *WITH_TORCHVISION, wheel, *FOR_TESTS)
     chosen = ["python/singlepass/optim/_timm.py", "tests/examples/test_documents.py"]
     chosen += [f"tests/optim/test_{name}.py" for name in ("timm", "lightning")]
     printed = run(python, "-m", "pytest", "-m", "", "-k", "timm or lightning or training.md", *chosen, folder=root)
@@ -96,6 +101,27 @@ def test_a_wheel_with_the_cuda_library(root: Path, tmp_path: Path) -> None:
     run(python, "-m", "pip", "install", "-q", *(tmp_path / "dist").iterdir(), folder=tmp_path)
     code = "from singlepass import _native as n; print(n.status('cpu').loaded, n.status('cuda').loaded)"
     assert run(python, "-c", code, folder=tmp_path).split() == ["True", "True"]
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="CUDA 12's compiler comes from apt-get, which is not here")
+def test_the_cuda_12_library_links_and_loads_with_the_oldest_torch(root: Path, tmp_path: Path) -> None:
+    """For one architecture. It is not run, which takes a GPU."""
+    run("git", "clone", "-q", root, tmp_path / "clone", folder=tmp_path)
+    settings = {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "2"}
+    run(sys.executable, "tools/wheels.py", "cu12", folder=tmp_path / "clone", **settings)
+    (wheel,) = (tmp_path / "clone" / "dist").iterdir()
+    python = tmp_path / "clone" / "build" / "wheels" / f"env-{FLOOR}" / "bin" / "python"  # that built it
+    run(python, "-m", "pip", "install", "-q", wheel, "kernel-abi-check==0.14.1", folder=tmp_path)
+    code = """
+from kernel_abi_check import ObjectFile
+from singlepass import _native
+
+for status in map(_native.status, ("cpu", "cuda")):
+    assert status.loaded, status
+    assert not ObjectFile(status.path).check_manylinux("manylinux_2_28")
+print(status.path.name)
+"""
+    assert run(python, "-c", code, folder=tmp_path).split() == ["_C_cuda12.so"]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
