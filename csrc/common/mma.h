@@ -21,7 +21,7 @@ __device__ __forceinline__ void multiply_accumulate_by_lanes(float (&d)[4], cons
                                                              uint32_t b1) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const auto two = [](uint32_t low, uint32_t high) { return low | static_cast<unsigned long long>(high) << 32; };
-#pragma unroll
+#pragma unroll 1  // unrolled, it is 4 MB of PTX in saliency.cu, and takes compilers minutes
   for (int k = 0; k < 4; ++k) {
     const unsigned long long rows[2] = {__shfl_sync(kAllLanes, two(a[0], a[1]), g * 4 + k),
                                         __shfl_sync(kAllLanes, two(a[2], a[3]), g * 4 + k)};
