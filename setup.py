@@ -202,7 +202,7 @@ def libraries() -> tuple[list[Extension], dict[str, object]]:
             include_dirs=[str(CSRC.resolve()), *include_paths(device)],
             define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), *((macro, None) for macro in macros)],
             library_dirs=library_paths(device),
-            libraries=["torch_cpu", "c10", *links],
+            libraries=["torch_cpu", "c10", *links, "dl"],  # dl is empty from glibc 2.34 on
             extra_compile_args=compile_args,
             extra_link_args=["-Wl,-z,defs", f"-Wl,--version-script={CSRC / 'no_exports.map'}"],
             language="c++",

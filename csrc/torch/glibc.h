@@ -16,6 +16,8 @@
 __asm__(".symver exp,exp@" SINGLEPASS_GLIBC_BASE);
 __asm__(".symver log,log@" SINGLEPASS_GLIBC_BASE);
 __asm__(".symver pow,pow@" SINGLEPASS_GLIBC_BASE);
+// In libc from glibc 2.34 on; before, in libdl, which torch loads. Headers of torch 2.14 call it.
+__asm__(".symver dlsym,dlsym@" SINGLEPASS_GLIBC_BASE);
 #endif
 // Of glibc 2.32. std::shared_ptr reads it, and counts with atomics where it is 0.
 extern "C" {

@@ -16,9 +16,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from .test_release import FLOOR
-from .test_wheel import ALLOWED, needed, symbols
-
-FLOORS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}  # of manylinux_2_28
+from .test_wheel import ALLOWED, FLOORS, needed, newest_versions, symbols
 
 pytestmark = [
     pytest.mark.release("fetches a compiler and a torch of 200 MB, and compiles for minutes"),
@@ -57,16 +55,6 @@ def torch(tmp_path: Path) -> Path:
         wanted = re.compile(r"torch/include/|torch/lib/lib(torch_cpu|c10)\.so$")
         archive.extractall(tmp_path, [name for name in archive.namelist() if wanted.match(name)])
     return tmp_path / "torch"
-
-
-def newest_versions(library: Path) -> dict[str, tuple[int, ...]]:
-    """Of each system library's symbols that are needed."""
-    newest: dict[str, tuple[int, ...]] = {}
-    with library.open("rb") as file:
-        for _, versions in ELFFile(file).get_section_by_name(".gnu.version_r").iter_versions():
-            for name, _, number in (version.name.partition("_") for version in versions):
-                newest[name] = max(newest.get(name, ()), tuple(map(int, number.split("."))))
-    return newest
 
 
 def test_the_cpu_library_for_aarch64(

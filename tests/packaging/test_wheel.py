@@ -19,9 +19,10 @@ from packaging.version import Version
 
 TORCH_FLOOR = "2.10"
 # What every torch brings or every Linux has; anything else would have to be bundled.
-SYSTEM = {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64"}
+SYSTEM = {"libstdc++", "libm", "libgcc_s", "libc", "libdl", "ld-linux-x86-64", "ld-linux-aarch64"}
 ALLOWED = {"_C_cpu.so": SYSTEM | {"libtorch_cpu", "libc10"}}
 ALLOWED |= {f"_C_cuda{major}.so": ALLOWED["_C_cpu.so"] | {"libtorch_cuda", "libcudart"} for major in (12, 13)}
+FLOORS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}  # of manylinux_2_28
 FOLDERS = {"": "python/singlepass", "triton_kernels/": "triton_kernels", "bench/": "bench"}
 
 
@@ -36,6 +37,16 @@ def symbols(library: Path) -> dict[str, bool]:
     with library.open("rb") as file:
         table = ELFFile(file).get_section_by_name(".dynsym")
         return {symbol.name: symbol["st_shndx"] != "SHN_UNDEF" for symbol in table.iter_symbols() if symbol.name}
+
+
+def newest_versions(library: Path) -> dict[str, tuple[int, ...]]:
+    """Of each system library's symbols that are needed."""
+    newest: dict[str, tuple[int, ...]] = {}
+    with library.open("rb") as file:
+        for _, versions in ELFFile(file).get_section_by_name(".gnu.version_r").iter_versions():
+            for name, _, number in (version.name.partition("_") for version in versions):
+                newest[name] = max(newest.get(name, ()), tuple(map(int, number.split("."))))
+    return newest
 
 
 @pytest.mark.slow("builds the wheel")
@@ -103,6 +114,19 @@ def test_no_newer_system_than_torch_asks_for(wheel: Path) -> None:
     tag = json.loads(audit.stdout)["sym_tag"]
     _, *glibc = re.fullmatch(r"(manylinux)_(\d+)_(\d+)_\w+", tag).groups()
     assert tuple(map(int, glibc)) <= (2, 28)
+
+
+def test_headers_of_other_torches_ask_for_no_newer_system_either(root: Path, tmp_path: Path) -> None:
+    """They call what those of this torch may not."""
+    (tmp_path / "probe.cpp").write_text(
+        "#include <cmath>\n#include <dlfcn.h>\n#include <memory>\n"
+        "double of(double x, std::shared_ptr<int> p) { return std::exp(x) + std::log(x) + std::pow(x, *p); }\n"
+        "void* named(const char* name) { return dlsym(RTLD_DEFAULT, name); }\n"
+    )
+    compiler = ("c++", "-shared", "-fPIC", f"-I{root / 'csrc'}", "-include", "torch/glibc.h")
+    library = tmp_path / "probe.so"
+    subprocess.run([*compiler, tmp_path / "probe.cpp", "-ldl", "-o", library], check=True)
+    assert newest_versions(library)["GLIBC"] <= FLOORS["GLIBC"]
 
 
 def test_no_path_of_the_machine_that_built_it(libraries: list[Path], root: Path) -> None:
