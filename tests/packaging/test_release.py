@@ -105,23 +105,29 @@ def test_a_wheel_with_the_cuda_library(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="CUDA 12's compiler comes from apt-get, which is not here")
 def test_the_cuda_12_library_links_and_loads_with_the_oldest_torch(root: Path, tmp_path: Path) -> None:
-    """For one architecture. It is not run, which takes a GPU."""
-    run("git", "clone", "-q", root, tmp_path / "clone", folder=tmp_path)
-    settings = {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "2"}
-    run(sys.executable, "tools/wheels.py", "cu12", folder=tmp_path / "clone", **settings)
-    (wheel,) = (tmp_path / "clone" / "dist").iterdir()
-    python = tmp_path / "clone" / "build" / "wheels" / f"env-{FLOOR}" / "bin" / "python"  # that built it
-    run(python, "-m", "pip", "install", "-q", wheel, "kernel-abi-check==0.14.1", folder=tmp_path)
+    """From a wheel and from a variant for the Hub, for one architecture. It is not run, which takes a GPU."""
+    clone = tmp_path / "clone"
+    run("git", "clone", "-q", root, clone, folder=tmp_path)
+    for script in ("wheels", "hub"):
+        settings = {"TORCH_CUDA_ARCH_LIST": "9.0", "MAX_JOBS": "2"}
+        run(sys.executable, f"tools/{script}.py", "cu12", folder=clone, **settings)
+    (wheel,) = (clone / "dist").iterdir()
+    python = clone / "build" / "wheels" / f"env-{FLOOR}" / "bin" / "python"  # that built it
+    run(python, "-m", "pip", "install", "-q", wheel, "kernels==0.17.2", "kernel-abi-check==0.14.1", folder=tmp_path)
     code = """
+from pathlib import Path
+import singlepass
 from kernel_abi_check import ObjectFile
-from singlepass import _native
+from kernels import get_local_kernel
 
-for status in map(_native.status, ("cpu", "cuda")):
-    assert status.loaded, status
-    assert not ObjectFile(status.path).check_manylinux("manylinux_2_28")
-print(status.path.name)
+for package in (singlepass, get_local_kernel(Path("clone", "build", "hub"))):
+    for status in map(package._native.status, ("cpu", "cuda")):
+        assert status.loaded, status
+        assert not ObjectFile(status.path).check_manylinux("manylinux_2_28")
+    assert package._native.has_kernel("lion_step_", "cuda")
+    print(status.path.name)
 """
-    assert run(python, "-c", code, folder=tmp_path).split() == ["_C_cuda12.so"]
+    assert run(python, "-c", code, folder=tmp_path, HF_HUB_OFFLINE="1").split() == ["_C_cuda12.so"] * 2
 
 
 @pytest.mark.parametrize("python", PYTHONS)
