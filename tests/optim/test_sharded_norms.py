@@ -251,3 +251,27 @@ def test_hyperparameters_that_differ_are_found_where_torch_looks_for_such(name: 
     finally:
         distributed.set_debug_level(distributed.DebugLevel.OFF)
     twins.assert_same(exact=name in EXACT)
+
+
+@each_optimizer
+@on_ranks(2)
+def test_a_warm_up_from_zero_with_a_rank_that_has_no_gradient_yet(name: str) -> None:
+    """The others have states then, and it has none: all must still agree on what they tell each other."""
+    twins = Twins(name, mesh_of(2), rows)
+    for optimizer in (twins.optimizer, twins.twin):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+    before = [whole(p).clone() for p in twins.params]
+    for step in (1, 2, 3):
+        twins.give_grads(step)
+        if distributed.get_rank() == 1 and step < 3:
+            for p in twins.params:
+                p.grad = None
+        twins.optimizer.step()
+    for p, old in zip(twins.params, before, strict=True):
+        assert_same_bits(whole(p), old)
+    for group in twins.optimizer.param_groups:
+        group["lr"] = 1e-2
+    twins.give_grads(4)
+    twins.optimizer.step()
+    assert all(not torch.equal(whole(p), old) for p, old in zip(twins.params, before, strict=True))

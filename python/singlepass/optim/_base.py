@@ -230,17 +230,20 @@ class FusedOptimizer(Optimizer):
                 group["params"] = list(group["params"])
         with self._exchanges.begin(self) as exchange:
             work = self._gather()
-            if self._may_ask_for_states() and not is_any_nonzero(work, exchange):
+            if self._may_ask_for_states(exchange.is_first) and not is_any_nonzero(work, bool(self.state), exchange):
                 self._make_states(work)
             else:
                 self._step_groups(work, exchange)
         return loss
 
-    def _rounds(self) -> list[tuple[int, bool]]:
-        """What ranks with parts of tensors add up in a step, as :class:`Exchange` takes it."""
+    def _rounds(self, is_first: bool) -> list[tuple[int, bool]]:
+        """What ranks with parts of tensors add up in a step, as :class:`Exchange` takes it.
+
+        The same on all ranks: states, which a rank without a gradient has not, do not decide it.
+        """
         if self._norm_group is not None:  # whose ranks may differ in all else, and have no tensors in common
             return [(1, True)] * self._measures()
-        rounds = [(1, True)] if self._may_ask_for_states() else []
+        rounds = [(1, True)] if is_first and self._may_ask_for_states(is_first) else []
         if self._measures() or self._norms_follow_states:
             rounds.append((1, True))
         return rounds + [(2, False)] * self.rule.has_norms
@@ -263,12 +266,12 @@ class FusedOptimizer(Optimizer):
             check_spread(self._name, self._norm_group, params)
         return work
 
-    def _may_ask_for_states(self) -> bool:
+    def _may_ask_for_states(self, is_first: bool) -> bool:
         """Whether this may be the step with which ``torch.distributed.checkpoint`` makes an optimizer create states.
 
-        There are none yet, every learning rate is 0, and so is every element of every gradient.
+        There are none yet on any rank, every learning rate is 0, and so is every element of every gradient.
         """
-        if self.state or torch.compiler.is_compiling() or is_capturing():
+        if (self.state and not is_first) or torch.compiler.is_compiling() or is_capturing():
             return False
         return all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
@@ -290,7 +293,8 @@ class FusedOptimizer(Optimizer):
             buckets = [bucket for _, some in work for bucket in some]
             options = (*self._clipping(), grad_scale, found_inf, exchange)
             grad_scale, found_inf, squares = measure(self._name, buckets, *options)
-            if exchange.is_spread and self._may_ask_for_states() and squares is not None and not squares:
+            asks = exchange.is_spread and not self.state and self._may_ask_for_states(exchange.is_first)
+            if asks and squares is not None and not squares:
                 self._make_states(work)
                 return
         found_inf = self._prepare(work, grad_scale, found_inf, exchange)

@@ -169,6 +169,7 @@ class Exchanges:
     def __init__(self) -> None:
         self._layout: Layout | None = None
         self._last: Exchange | None = None
+        self._has_begun = False
 
     def begin(self, optimizer: FusedOptimizer) -> Exchange:
         """What a step of an optimizer needs of other ranks.
@@ -179,16 +180,19 @@ class Exchanges:
         last, self._last = self._last, None
         if last is not None and last.verdict is not None and last.verdict.has_failed():
             raise _failure(optimizer._name)
-        checks, rounds = _is_debugging(), optimizer._rounds()
+        is_first = not self._has_begun and not torch.compiler.is_compiling()
+        if is_first:
+            self._has_begun = True
+        checks, rounds = _is_debugging(), optimizer._rounds(is_first)
         params = [p for group in optimizer.param_groups for p in group["params"]] if rounds or checks else []
         norm_group = optimizer._norm_group if rounds or checks else None
         if norm_group is None and not has_dtensors(params):
-            return Exchange(optimizer._name, None, [])
+            return Exchange(optimizer._name, None, [], is_first)
         if checks:
             _check_agreement(optimizer, params)
         if self._layout is None or not self._layout.describes(params):
             self._layout = Layout(params, norm_group)
-        self._last = Exchange(optimizer._name, self._layout, rounds, is_first=last is None)
+        self._last = Exchange(optimizer._name, self._layout, rounds, is_first)
         return self._last
 
 

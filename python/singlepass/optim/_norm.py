@@ -100,16 +100,19 @@ def _rows(table: Tensor, ids: list[int]) -> slice | Tensor:
     return torch.tensor(ids).to(table.device, non_blocking=True)  # without waiting for the device
 
 
-def is_any_nonzero(work: Any, exchange: Exchange) -> bool:
-    """Whether an element of a gradient is not 0, or may be, on any rank. Tensors without values count as zeros."""
+def is_any_nonzero(work: Any, has_states: bool, exchange: Exchange) -> bool:
+    """Whether an element of a gradient is not 0, or may be, or there are states, on any rank. Tensors without values
+    count as zeros."""
     grads = [g for _, buckets in work for bucket in buckets for g in bucket.grads]
-    found = any(bool(g.any()) for g in grads if has_values(g) or is_wrapper(g))
+    found = has_states or any(bool(g.any()) for g in grads if has_values(g) or is_wrapper(g))
     if exchange.is_alone:
         return found
     if exchange.is_spread:
         # The norm, which comes next, says it. But a rank without any element still has no states when others have some:
         # then torch.distributed.checkpoint asks it alone, and gives it gradients, which training does not.
-        return exchange.is_first or not grads or any(g.numel() > 0 for g in grads)
+        return has_states or exchange.is_first or not grads or any(g.numel() > 0 for g in grads)
+    if not exchange.is_first:
+        return True  # the rounds are those of a step, in which all take part
     if not bool(exchange.add_up(exchange.table(), torch.tensor(float(found)))):
         exchange.rounds.clear()  # a step that only asks for states needs no more
         return False

@@ -102,8 +102,8 @@ class SGDSaI(FusedOptimizer):
     def _new_scale(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         return torch.full((), 0.0 if group["guard_gain"] else math.nan, dtype=torch.float32, device=p.device)
 
-    def _rounds(self) -> list[tuple[int, bool]]:
-        rounds = super()._rounds()
+    def _rounds(self, is_first: bool) -> list[tuple[int, bool]]:
+        rounds = super()._rounds(is_first)
         members = [(p, group) for p, group in self._members() if p.requires_grad]
         if has_dtensors([p for p, _ in members]) and any(self._waits(p, group) for p, group in members):
             rounds.append((_COLUMNS, False))
