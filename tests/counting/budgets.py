@@ -144,7 +144,7 @@ _PRODUCTS = "the same, with matrix products"
 _ALONE = "one op, which makes its result"
 _STORED = "once for each prompt or compression: blocks, and what is stored"
 _CACHE = "a step that compresses nothing: the token into the window, and one op"
-_WHOLE = "where tokens keep their dtype: three projections, and what PyTorch's attention takes in other shapes"
+_WHOLE = "where tokens keep their dtype: three projections, and on CPUs attention by the op, with where tokens end"
 _RAGGED = "the same for two groups of heads, and results in their order"
 _FEW_BITS = "a step that compresses nothing: three projections around what ZipCacheLayer does"
 _PLANNED = "lengths on the device: places of tokens and of probes, all of which a graph captures or a compiler fuses"
@@ -173,8 +173,8 @@ HOST_BUDGETS = (
     HostBudget("functional.decode_attention", 1, 0, 0, 0, _ALONE),
     HostBudget("functional.probe_saliency", 1, 14, 2, 0, _STORED),
     HostBudget("kv.ZipCacheLayer", 1, 8, 1, 0, _CACHE),
-    HostBudget("kv.MatryoshkaLayer", 3, 11, 2, 0, _WHOLE),
-    HostBudget("kv.MatryoshkaLayer, ragged ranks", 5, 25, 5, 0, _RAGGED),
+    HostBudget("kv.MatryoshkaLayer", 4, 8, 2, 0, _WHOLE),
+    HostBudget("kv.MatryoshkaLayer, ragged ranks", 6, 22, 5, 0, _RAGGED),
     HostBudget("kv.MatryoshkaLayer, 4 and 2 bits", 4, 7, 3, 0, _FEW_BITS),
     HostBudget("kv.ZipCacheLayer, planned", 1, 15, 2, 0, _PLANNED),
     HostBudget("kv.MatryoshkaLayer, planned", 4, 14, 5, 0, _PLANNED),
