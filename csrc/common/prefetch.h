@@ -18,9 +18,8 @@ SINGLEPASS_HD void prefetch(uintptr_t from, int64_t bytes) {
 }
 
 // For loops over memory: what stands a page further on. The processor's own prefetching stops at every page.
-template <int64_t kBytes>
-SINGLEPASS_HD void prefetch_ahead(const void* from) {
-  prefetch(reinterpret_cast<uintptr_t>(from) + kBytesAhead, kBytes);
+SINGLEPASS_HD void prefetch_ahead(const void* from, int64_t bytes) {
+  prefetch(reinterpret_cast<uintptr_t>(from) + kBytesAhead, bytes);
 }
 
 }  // namespace singlepass

@@ -16,7 +16,7 @@ SINGLEPASS_HD double sum_of(int64_t n, const Product& product, const Floats*... 
   double lanes[kWidth] = {};
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    (prefetch_ahead<kWidth * sizeof(float)>(from + i), ...);
+    (prefetch_ahead(from + i, kWidth * sizeof(float)), ...);
     for (int k = 0; k < kWidth; ++k) lanes[k] += product(i + k);
   }
   for (int k = 0; i + k < n; ++k) lanes[k] += product(i + k);

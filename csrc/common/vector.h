@@ -38,6 +38,14 @@ inline bool has_avx512() {
 #endif
 }
 
+#if defined(SINGLEPASS_HAS_TARGETS)
+// Which of three compilations of a function runs here. The last is for processors with AVX-512 for which `fits` holds.
+template <class Function>
+Function* choose(Function* plain, Function* avx2, Function* avx512, bool fits = true) {
+  return has_avx512() && fits ? avx512 : has_avx2() ? avx2 : plain;
+}
+#endif
+
 template <class V = Vector>
 SINGLEPASS_HD V load_vector(const float* from) {
   V v;

@@ -65,45 +65,6 @@ void clear(const Decode& p, Partial& to) {
   std::fill(to.row_sum, to.row_sum + p.rows() * (1 + p.value_dim), 0.0f);
 }
 
-// to = x * steps. Returns x . minima.
-SINGLEPASS_TARGET_CLONES float fold(const float* x, const float* steps, const float* minima, int64_t n, float* to) {
-  Vector sums = {};
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) {
-    const Vector v = load_vector(x + d);
-    sums += v * load_vector(minima + d);
-    store_vector(v * load_vector(steps + d), to + d);
-  }
-  float sum = across_lanes(sums, Add{});
-  for (; d < n; ++d) {
-    sum += x[d] * minima[d];
-    to[d] = x[d] * steps[d];
-  }
-  return sum;
-}
-
-// out = out * factor + channels * (sums + shift).
-SINGLEPASS_TARGET_CLONES void add_piece(float* out, float factor, const float* channels, const float* sums, float shift,
-                                        int64_t n) {
-#pragma GCC ivdep
-  for (int64_t d = 0; d < n; ++d) out[d] = out[d] * factor + channels[d] * (sums[d] + shift);
-}
-
-// scores = scores * steps + minima * sum.
-SINGLEPASS_TARGET_CLONES void apply_steps(float* scores, const float* steps, const float* minima, float sum,
-                                          int64_t n) {
-#pragma GCC ivdep
-  for (int64_t t = 0; t < n; ++t) scores[t] = scores[t] * steps[t] + minima[t] * sum;
-}
-
-SINGLEPASS_TARGET_CLONES void separate(const float* pairs, int64_t n, float* first, float* second) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    first[i] = pairs[2 * i];
-    second[i] = pairs[2 * i + 1];
-  }
-}
-
 // What codes are multiplied by: rows x * steps as floats or, with a step of their own, as integers; and x . minima.
 struct Factors {
   int64_t rows, stride;  // stride: between rows, of x as well
@@ -208,7 +169,7 @@ class Worker {
 
   // Steps, minima or factors as floats. Asks for those a page further on.
   static void read_scales(const uint16_t* from, int64_t n, float* to) {
-    prefetch(reinterpret_cast<uintptr_t>(from) + kBytesAhead, n * static_cast<int64_t>(sizeof(uint16_t)));
+    prefetch_ahead(from, n * static_cast<int64_t>(sizeof(uint16_t)));
     widen(from, DType::kFloat16, to, n);
   }
 
@@ -302,29 +263,25 @@ class Worker {
     read_steps(values, slot, n);
     const float largest = largest_integer(values.bits, kPiece);
     weights_.fold(scores_.data(), steps_.data(), minima_.data(), n, largest);
-    if (as_integers_) {
-      std::fill_n(integer_sums_.begin(), p_.rows() * p_.value_dim, 0);
-    } else {
+    if (!as_integers_) {
       std::fill(sums_.begin(), sums_.end(), 0.0f);
-    }
-    for (int64_t t = 0; t < n; t += kTile) {
-      const int64_t count = std::min(kTile, n - t);
-      if (as_integers_) {
-        const Rows codes = read_codes(values, slot + t, count);
-        accumulate(&weights_.integers[t], kPiece, p_.rows(), codes, count, p_.value_dim, integer_sums_.data());
-      } else {
+      for (int64_t t = 0; t < n; t += kTile) {
+        const int64_t count = std::min(kTile, n - t);
         const TokenRows codes = unpacked(values, slot + t, count);
         accumulate(&weights_.floats[t], kPiece, p_.rows(), codes, count, p_.value_dim, sums_.data());
       }
+      return add_sums(to, weights_.folded.data());
     }
-    if (as_integers_) {
-      for (int64_t r = 0; r < p_.rows(); ++r) {
-        const int64_t row = r * p_.value_dim;
-        add_integers(&integer_sums_[row], p_.value_dim, weights_.folded[r].step, weights_.folded[r].bias,
-                     channels_.data(), shifts_[r], to.out + row);
-      }
-    } else {
-      add_sums(to, weights_.folded.data());
+    std::fill_n(integer_sums_.begin(), p_.rows() * p_.value_dim, 0);
+    for (int64_t t = 0; t < n; t += kTile) {
+      const int64_t count = std::min(kTile, n - t);
+      const Rows codes = read_codes(values, slot + t, count);
+      accumulate(&weights_.integers[t], kPiece, p_.rows(), codes, count, p_.value_dim, integer_sums_.data());
+    }
+    for (int64_t r = 0; r < p_.rows(); ++r) {
+      const int64_t row = r * p_.value_dim;
+      add_integers(&integer_sums_[row], p_.value_dim, weights_.folded[r].step, weights_.folded[r].bias,
+                   channels_.data(), shifts_[r], to.out + row);
     }
   }
 

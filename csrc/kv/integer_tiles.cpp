@@ -102,9 +102,7 @@ SINGLEPASS_HD void dot_rows(const int16_t* q, const uint8_t* codes, int64_t coun
     typename Integers::Words bytes[kTokens];
     int64_t w = 0;
     if (kBits < 8 && places == kPlaces / 2) {
-      for (int i = 0; i < kTokens; ++i) {
-        bytes[i] = Integers::words_twice(rows[i]);
-      }
+      for (int i = 0; i < kTokens; ++i) bytes[i] = Integers::words_twice(rows[i]);
       add_short_rows<Integers, kRows, kBits, kTokens>(q, head_dim, bytes, sums);
       w = places;
     }
@@ -143,8 +141,7 @@ SINGLEPASS_HD void accumulate_places(const int16_t* weights, int64_t stride, con
   using Words = typename Integers::Words;
   constexpr int kSums = Integers::kSums;
   const int64_t places = head_dim * kBits / 8;
-  constexpr size_t kAll = sizeof(Sums);
-  const size_t size = kPart ? static_cast<size_t>(part) * sizeof(int32_t) : kAll;
+  const size_t size = kPart ? static_cast<size_t>(part) * sizeof(int32_t) : sizeof(Sums);
   Sums sums[kRows][kBlocks][kPlanes];
   const auto place = [&](int r, int k, int p) __attribute__((always_inline)) {
     return to + r * head_dim + (kFirst + p) * places + w + k * kSums;
@@ -314,14 +311,12 @@ SINGLEPASS_KV_FOLD(avx2, SINGLEPASS_TARGET_AVX2, Avx2Floats)
 SINGLEPASS_KV_LOOPS(avx512, SINGLEPASS_TARGET_AVX512, VnniIntegers)
 SINGLEPASS_KV_FOLD(avx512, SINGLEPASS_TARGET_AVX512, Avx512Floats)
 
-template <class Loop>
-Loop* choose(Loop* plain, Loop* avx2, Loop* avx512) {
-  if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return avx512;
-  return has_avx2() ? avx2 : plain;
+bool has_vnni() {
+  return __builtin_cpu_supports("avx512vnni");
 }
 
 #define SINGLEPASS_KV_LOOP(name, ...) \
-  choose(name##_plain<__VA_ARGS__>, name##_avx2<__VA_ARGS__>, name##_avx512<__VA_ARGS__>)
+  choose(name##_plain<__VA_ARGS__>, name##_avx2<__VA_ARGS__>, name##_avx512<__VA_ARGS__>, has_vnni())
 #else
 #define SINGLEPASS_KV_LOOP(name, ...) name##_plain<__VA_ARGS__>
 #endif

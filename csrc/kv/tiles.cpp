@@ -67,6 +67,42 @@ SINGLEPASS_TARGET_CLONES void restore(const uint16_t* steps, int64_t groups, int
   }
 }
 
+SINGLEPASS_TARGET_CLONES float fold(const float* x, const float* steps, const float* minima, int64_t n, float* to) {
+  Vector sums = {};
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) {
+    const Vector v = load_vector(x + d);
+    sums += v * load_vector(minima + d);
+    store_vector(v * load_vector(steps + d), to + d);
+  }
+  float sum = across_lanes(sums, Add{});
+  for (; d < n; ++d) {
+    sum += x[d] * minima[d];
+    to[d] = x[d] * steps[d];
+  }
+  return sum;
+}
+
+SINGLEPASS_TARGET_CLONES void add_piece(float* out, float factor, const float* channels, const float* sums, float shift,
+                                        int64_t n) {
+#pragma GCC ivdep
+  for (int64_t d = 0; d < n; ++d) out[d] = out[d] * factor + channels[d] * (sums[d] + shift);
+}
+
+SINGLEPASS_TARGET_CLONES void apply_steps(float* scores, const float* steps, const float* minima, float sum,
+                                          int64_t n) {
+#pragma GCC ivdep
+  for (int64_t t = 0; t < n; ++t) scores[t] = scores[t] * steps[t] + minima[t] * sum;
+}
+
+SINGLEPASS_TARGET_CLONES void separate(const float* pairs, int64_t n, float* first, float* second) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    first[i] = pairs[2 * i];
+    second[i] = pairs[2 * i + 1];
+  }
+}
+
 void cap(float* scores, int64_t n, float softcap) {
   for (int64_t i = 0; i < n; ++i) scores[i] = softcap * tanhf(scores[i] / softcap);
 }

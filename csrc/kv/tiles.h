@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-// Loops on the CPU over the codes of a few tokens, which become floats, and over logits.
+// Loops on the CPU over the codes of a few tokens, which become floats, over their scales, and over logits.
 namespace singlepass::kv {
 
 inline constexpr int64_t kTile = 32;  // tokens; buffers hold as many
@@ -13,6 +13,18 @@ void unpack(const uint8_t* codes, int bits, int64_t tokens, int64_t head_dim, fl
 
 // to = n * step + minimum for `groups` groups of a row, in place.
 void restore(const uint16_t* steps, int64_t groups, int64_t head_dim, float* row);
+
+// to = x * steps. Returns x . minima.
+float fold(const float* x, const float* steps, const float* minima, int64_t n, float* to);
+
+// out = out * factor + channels * (sums + shift).
+void add_piece(float* out, float factor, const float* channels, const float* sums, float shift, int64_t n);
+
+// scores = scores * steps + minima * sum.
+void apply_steps(float* scores, const float* steps, const float* minima, float sum, int64_t n);
+
+// The first and the second of n pairs.
+void separate(const float* pairs, int64_t n, float* first, float* second);
 
 // softcap * tanh(s / softcap) in place.
 void cap(float* scores, int64_t n, float softcap);

@@ -113,11 +113,6 @@ SINGLEPASS_KV_LOOPS(plain, , PlainFloats)
 SINGLEPASS_KV_LOOPS(avx2, SINGLEPASS_TARGET_AVX2, Avx2Floats)
 SINGLEPASS_KV_LOOPS(avx512, SINGLEPASS_TARGET_AVX512, Avx512Floats)
 
-template <class Loop>
-Loop* choose(Loop* plain, Loop* avx2, Loop* avx512) {
-  return has_avx512() ? avx512 : has_avx2() ? avx2 : plain;
-}
-
 #define SINGLEPASS_KV_LOOP(name, ...) \
   choose(name##_plain<__VA_ARGS__>, name##_avx2<__VA_ARGS__>, name##_avx512<__VA_ARGS__>)
 #else

@@ -92,8 +92,8 @@ SINGLEPASS_HD void values_by(const Coefficients<float, M, N>& coefficients, cons
   const Coefficients<V, M, N> c = spread<V>(coefficients);
   int64_t i = 0;
   for (; i + kChunk <= n; i += kChunk) {
-    prefetch_ahead<kChunk * sizeof(S)>(x + i);
-    prefetch_ahead<kChunk * sizeof(S)>(y + i);
+    prefetch_ahead(x + i, kChunk * sizeof(S));
+    prefetch_ahead(y + i, kChunk * sizeof(S));
     values_of_chunk<V, form>(c, x + i, y + i);
   }
   if (i < n) {
@@ -128,9 +128,9 @@ SINGLEPASS_HD void gradients_by(const Coefficients<float, M, N>& coefficients, c
       int64_t i = begin;
       for (; i + kChunk <= end; i += kChunk) {
         if (lane == 0) {
-          prefetch_ahead<kChunk * sizeof(S)>(x + i);
-          prefetch_ahead<kChunk * sizeof(S)>(g + i);
-          prefetch_ahead<kChunk * sizeof(S)>(dx + i);
+          prefetch_ahead(x + i, kChunk * sizeof(S));
+          prefetch_ahead(g + i, kChunk * sizeof(S));
+          prefetch_ahead(dx + i, kChunk * sizeof(S));
         }
         gradients_of_chunk<V, form>(c, x + i, g + i, dx + i, lane, s);
       }
