@@ -62,14 +62,15 @@ class Projector {
 void project(const Projection& p, const ParallelFor& parallel_for) {
   const int64_t heads = static_cast<int64_t>(p.heads.size()), rows = p.group_size * p.tokens;
   const int64_t tiles = (rows + kTile - 1) / kTile, tasks = p.batch * heads * tiles;
-  parallel_for_elements(
-      parallel_for, tasks, p.batch * heads * rows * p.sources[0].head_dim, [&](int64_t begin, int64_t end) {
-        Projector projector(p);
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t first = task % tiles * kTile, head = task / tiles % heads;
-          projector.run(task / tiles / heads, p.heads[static_cast<size_t>(head)], first, std::min(first + kTile, rows));
-        }
-      });
+  int64_t products = 0;
+  for (const Projected& to : p.heads) products += p.batch * rows * p.sources[to.source].head_dim * to.rank;
+  parallel_for_elements(parallel_for, tasks, products, [&](int64_t begin, int64_t end) {
+    Projector projector(p);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task % tiles * kTile, head = task / tiles % heads;
+      projector.run(task / tiles / heads, p.heads[static_cast<size_t>(head)], first, std::min(first + kTile, rows));
+    }
+  });
 }
 
 }  // namespace singlepass::kv

@@ -369,7 +369,7 @@ Tensor kv_saliency(Tensor q, Tensor k, Tensor positions, std::optional<Tensor> m
                    double scale, double softcap) {
   const Backend on("kv_saliency", k);
   kv::Saliency p = saliency_of(q, k, positions, mask, lse, scale, softcap);
-  const Tensor sums = torch::stable::new_empty(k, {p.batch, p.heads, p.tokens}, ScalarType::Float);
+  const Tensor sums = new_tensor(k, {p.batch, p.heads, p.tokens}, ScalarType::Float);
   p.sums = static_cast<float*>(sums.data_ptr());
   kv::saliency(p, on.where());
   return sums;
@@ -381,8 +381,8 @@ std::tuple<Tensor, Tensor> kv_decode(Tensor q, Tensors segments, Tensor window_k
                                      std::vector<int64_t> bits, int64_t key_axis, double scale, double softcap) {
   const Backend on("kv_decode", q);
   kv::Decode p = decode_of(q, segments, window_k, window_v, window, sinks, first, bits, key_axis, scale, softcap);
-  const Tensor out = torch::stable::new_empty(q, {p.batch, q.size(1), p.queries, p.value_dim});
-  const Tensor lse = torch::stable::new_empty(q, {p.batch, q.size(1), p.queries}, ScalarType::Float);
+  const Tensor out = new_tensor(q, {p.batch, q.size(1), p.queries, p.value_dim}, q.scalar_type());
+  const Tensor lse = new_tensor(q, {p.batch, q.size(1), p.queries}, ScalarType::Float);
   p.out = tokens_of("kv_decode", "out", out);
   p.lse = static_cast<float*>(lse.data_ptr());
   kv::decode(p, on.where());

@@ -354,7 +354,7 @@ Tensor grad_squares(Tensors grads) {
   Tensors kept;
   const std::vector<TensorRecord> records = grad_records("grad_squares", grads, kept);
   const Backend on("grad_squares", grads[0]);
-  Tensor result = torch::stable::new_empty(grads[0], {1}, ScalarType::Double);
+  Tensor result = new_tensor(grads[0], {1}, ScalarType::Double);
   optim::grad_squares(on.table(records, 0), static_cast<double*>(result.data_ptr()), on.where());
   return result;
 }
@@ -365,7 +365,7 @@ Tensor grad_norm(Tensors grads, double max_norm, double eps, std::optional<Tenso
   const std::vector<TensorRecord> records = grad_records("grad_norm", grads, kept);
   const float* scale = scalar_pointer("grad_norm", "grad_scale", grad_scale, grads[0]);
   const Backend on("grad_norm", grads[0]);
-  Tensor result = torch::stable::new_empty(grads[0], {3}, ScalarType::Float);
+  Tensor result = new_tensor(grads[0], {3}, ScalarType::Float);
   optim::grad_norm(on.table(records, 0), {max_norm, eps, scale}, static_cast<optim::GradNorm*>(result.data_ptr()),
                    on.where());
   return result;

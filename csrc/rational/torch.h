@@ -176,9 +176,10 @@ inline Table like_table(const Table& table, const Tensor& t) {
 inline RationalGradients rational_gradients(const RationalArguments& a, const Tensor& grad, RationalCall& call) {
   check_like_x(a, "grad", grad);
   Problem& p = call.problem;
-  RationalGradients result{call.y, torch::stable::empty_like(a.numerator), torch::stable::empty_like(a.denominator),
-                           a.bias.has_value() ? torch::stable::empty_like(*a.bias) : torch::stable::new_empty(a.x, {0}),
-                           a.gate.has_value() ? torch::stable::empty_like(a.x) : torch::stable::new_empty(a.x, {0})};
+  RationalGradients result{
+      call.y, torch::stable::empty_like(a.numerator), torch::stable::empty_like(a.denominator),
+      a.bias.has_value() ? torch::stable::empty_like(*a.bias) : new_tensor(a.x, {0}, a.x.scalar_type()),
+      a.gate.has_value() ? torch::stable::empty_like(a.x) : new_tensor(a.x, {0}, a.x.scalar_type())};
   p.grad = call.view(grad);
   p.grad_x = p.y;
   p.grad_numerator = like_table(p.numerator, std::get<1>(result));

@@ -12,7 +12,7 @@
 namespace singlepass::registration {
 
 inline Tensor new_sums(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Float);
+  return new_tensor(like, {count}, ScalarType::Float);
 }
 
 // Contiguous, float32 and on the device of `like`: small tensors that may have to be copied for it.
@@ -113,7 +113,7 @@ inline SampleCall sample_call(const Tensors& s, const std::vector<int64_t>& rank
     }
     check_memory(op, "s", s[i]);
     call.kept.push_back(torch::stable::contiguous(s[i]));
-    call.exchanges.push_back(torch::stable::new_empty(s[i], {ranks[i]}, ScalarType::Long));
+    call.exchanges.push_back(new_tensor(s[i], {ranks[i]}, ScalarType::Long));
     call.layers.push_back({call.kept[i].const_data_ptr(), dtype_of(op, "s", s[i]), count, ranks[i], ids[i],
                            static_cast<int64_t*>(call.exchanges[i].data_ptr())});
   }

@@ -65,6 +65,21 @@ inline bool is_strided(const Tensor& t) {
   return layout == aoti_torch_layout_strided();
 }
 
+// A contiguous tensor where another is. torch::stable::new_empty would look an op up by its name at each call.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(sizes[k], 1)) strides[k] = stride;
+  int32_t device_type = 0, device_index = 0;
+  aoti_torch_get_device_type(like.get(), &device_type);
+  aoti_torch_get_device_index(like.get(), &device_index);
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
+  return Tensor(made);
+}
+
 // Whether the strides order the elements of a tensor without gaps and overlaps.
 inline bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;

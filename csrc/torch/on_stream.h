@@ -15,7 +15,7 @@
 namespace singlepass::registration {
 
 inline Tensor device_memory(const Tensor& like, int64_t bytes) {
-  const Tensor memory = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  const Tensor memory = new_tensor(like, {bytes}, ScalarType::Byte);
 #if defined(SINGLEPASS_SIMT)
   if (bytes > 0) std::memset(memory.data_ptr(), 0xff, static_cast<size_t>(bytes));  // NaN: nothing may rely on zeros
 #endif

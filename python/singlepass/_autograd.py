@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from ._errors import message, require
 
@@ -39,7 +39,9 @@ def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
 
 def has_tangent(t: Tensor | None) -> bool:
     """Whether a tensor has a derivative of forward mode, of which kernels know nothing: they would drop it."""
-    return t is not None and not torch.compiler.is_compiling() and unpack_dual(t).tangent is not None
+    if t is None or forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def _is_dtensor(t: Tensor | None) -> bool:

@@ -155,7 +155,7 @@ class Op:
         for backend in BACKENDS:
             reason = self.rejection(backend, device_type, dtypes)
             if reason is None:
-                if not torch.compiler.is_compiling() and (device_type, backend) not in self._logged:
+                if (device_type, backend) not in self._logged and not torch.compiler.is_compiling():
                     self._logged.add((device_type, backend))
                     logger.info("%s on %s: %s", self.name, device_type, "; ".join([backend, *reasons]))
                 return backend

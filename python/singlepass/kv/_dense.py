@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .._errors import message, require
 from .._ops.kv import decode
-from ._functional import attend
+from ._functional import NO_SEGMENTS, attend
 from ._options import alike, without_padding
 from ._prompt import causal_attention
 from ._segment import GROWS, grown, held_nbytes
@@ -195,8 +195,9 @@ class DenseLayer(Planned):
         there is a mask; what comes later moves the ends."""
         assert self._room is not None
         k, held, known, mask = self._room[0], self._held, self._ends, self._mask
-        if self._bounds is None or len(self._bounds) != len(k):
-            self._bounds, known = k.new_zeros((len(k), 2), dtype=torch.int32), None
+        batch = k.shape[0]
+        if self._bounds is None or self._bounds.shape[0] != batch:
+            self._bounds, known = k.new_zeros((batch, 2), dtype=torch.int32), None
         if known is not None:
             if known.held != held:
                 self._bounds.select(1, 1).add_(held - known.held)
@@ -235,12 +236,12 @@ class DenseLayer(Planned):
         assert self._bounds is not None
         return self._room, self._bounds
 
-    def attend(self, q: Tensor, *, sinks: Tensor | None = None) -> Tensor:
+    def attend_checked(self, q: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         options: dict[str, Any] = {"first": None, "sinks": sinks, "scale": self.scale, "softcap": self.softcap}
         options["backend"] = self._backend
         if self._planned:
             room, bounds = self._whole()
-            return attend(q, [], *room, bounds, **options)[0]
+            return attend(q, NO_SEGMENTS, *room, bounds, **options)[0]
         (k, v), mask, queries = self._tokens, self._mask, q.shape[2]
         hidden = max(self._unseen - self._forgotten, 0)  # by the newest query
         if queries > 1 and hidden > 0:
@@ -253,7 +254,7 @@ class DenseLayer(Planned):
             if hidden > 0:
                 bounds = bounds.clone()
                 bounds.select(1, 0).clamp_(min=hidden)
-            return attend(q, [], k, v, bounds, **options)[0]
+            return attend(q, NO_SEGMENTS, k, v, bounds, **options)[0]
         k, v, mask = k[:, :, hidden:], v[:, :, hidden:], None if mask is None else mask[:, hidden:]
         if queries != 1 or not plain:
             return causal_attention(q, k, v, mask, self.scale, self.softcap, sinks)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -214,20 +214,29 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, backend: str
 
 
 def check_queries(op: str, q: Tensor, k: Tensor) -> None:
-    """Raises unless queries q go with keys k."""
+    """Raises unless queries q go with keys k, which were checked."""
+    if isinstance(q, Tensor) and q.dim() == 4 and q.dtype in FLOATS and q.device == k.device and _go_with(q, k):
+        return
     check_tokens(op, "q", q)
     contract = f"q of batch {k.shape[0]}, a multiple of {k.shape[1]} heads and {k.shape[3]} channels, as the keys"
-    fits = q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0 and q.shape[3] == k.shape[3]
-    require(fits and q.shape[1] > 0, op, contract, tuple(q.shape), "Pass (batch, query heads, tokens, channels).")
+    remedy = "Pass (batch, query heads, tokens, channels)."
+    require(_go_with(q, k), op, contract, tuple(q.shape), remedy)
     require(q.device == k.device, op, f"q on {k.device}, as the keys", q.device, "Move it there.")
+
+
+def _go_with(q: Tensor, k: Tensor) -> bool:
+    (batch, query_heads, _, head_dim), (its, heads, _, channels) = q.shape, k.shape
+    return batch == its and head_dim == channels and 0 < heads <= query_heads and query_heads % heads == 0
 
 
 def check_needs_no_gradient(op: str, **tensors: Tensor) -> None:
     """Raises if a derivative is wanted of a tensor, which compressed tokens can't give."""
     for name, x in tensors.items():
-        contract, wanted = f"{name} that needs no gradient", torch.is_grad_enabled() and x.requires_grad
-        require(not wanted, op, contract, "requires_grad=True", "Call it under torch.no_grad().")
-        require(not has_tangent(x), op, contract, TANGENT, "Call it outside of forward mode.")
+        wanted = x.requires_grad and torch.is_grad_enabled()
+        if wanted or has_tangent(x):
+            got = "requires_grad=True" if wanted else TANGENT
+            remedy = "Call it under torch.no_grad()." if wanted else "Call it outside of forward mode."
+            raise ValueError(message(op, f"{name} that needs no gradient", got, remedy))
 
 
 def check_softcap(op: str, softcap: float) -> None:
@@ -334,7 +343,7 @@ def decode_attention(
     require(len(axes) <= 1, op, "keys of one axis", sorted(axes), "Quantise them alike.")
     return attend(
         q,
-        segments,
+        Segments.of(segments),
         window_k,
         window_v,
         window,
@@ -346,9 +355,36 @@ def decode_attention(
     )
 
 
+class Segments(NamedTuple):
+    """Compressed tokens as the op takes them.
+
+    Attributes:
+        tensors: seven of each segment, see the op.
+        bits: of each segment.
+        key_axis: the number of the keys' axis.
+    """
+
+    tensors: list[Tensor]
+    bits: list[int]
+    key_axis: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Quantized, Quantized]]) -> Segments:
+        """Of keys and values, each pair a segment."""
+        tensors: list[Tensor] = []
+        for keys, values in pairs:
+            channels = values.scales.new_empty(0) if values.channels is None else values.channels
+            tensors += (keys.codes, keys.scales, values.codes, values.scales, channels, keys.starts, keys.counts)
+        key_axis = ops.AXES.index(pairs[0][0].axis) if pairs else 0
+        return cls(tensors, [keys.bits for keys, _ in pairs], key_axis)
+
+
+NO_SEGMENTS = Segments.of(())
+
+
 def attend(
     q: Tensor,
-    segments: Sequence[tuple[Quantized, Quantized]],
+    segments: Segments,
     window_k: Tensor,
     window_v: Tensor,
     window: Tensor,
@@ -360,20 +396,16 @@ def attend(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """What :func:`decode_attention` does once it has checked its arguments."""
-    parts: list[Tensor] = []
-    for keys, values in segments:
-        channels = values.scales.new_empty(0) if values.channels is None else values.channels
-        parts += (keys.codes, keys.scales, values.codes, values.scales, channels, keys.starts, keys.counts)
     return ops.decode(
         last_dense(q),
-        parts,
+        segments.tensors,
         last_dense(window_k),
         last_dense(window_v),
         window,
         sinks,
         first,
-        bits=[keys.bits for keys, _ in segments],
-        key_axis=ops.AXES.index(segments[0][0].axis) if segments else 0,
+        bits=segments.bits,
+        key_axis=segments.key_axis,
         scale=float(q.shape[3] ** -0.5 if scale is None else scale),
         softcap=float(softcap),
         backend=backend,

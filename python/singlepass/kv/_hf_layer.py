@@ -53,12 +53,13 @@ class Config:
 
     def __init__(self, config: PreTrainedConfig, where: str):
         self.config, self.where = config, where
+        self._changes_keys = config.model_type in _CHANGE_KEYS
         self._warned = False
 
     def runs_ours(self) -> bool:
         """Whether the packed codes are attended to: "singlepass" runs, and gets the keys that the cache returned. The
         first time that this is not so, a warning is logged."""
-        running, fits = self.config._attn_implementation, self.config.model_type not in _CHANGE_KEYS
+        running, fits = self.config._attn_implementation, not self._changes_keys
         if not (running == NAME and fits) and not self._warned and not torch.compiler.is_compiling():
             self._warned = True
             logger.warning(
@@ -206,15 +207,17 @@ class CompressedLayer(CacheLayerMixin):
         ended = padding if tokens == 1 and inner.length else None  # padding of sequences that wait for the others
         if padding is not None and ended is None and not (self.record_past and bool(padding[:, head:].all())):
             head = tokens  # other padding has no place in a window
-        outs = []
+        if head == tokens:
+            return inner.prefill(q, k, v, padding, sinks=sinks)
+        first = None
         if head:
             its = None if padding is None else padding[:, :head]
-            outs.append(inner.prefill(q[:, :, :head], k[:, :, :head], v[:, :, :head], its, sinks=sinks))
-        if head < tokens:
-            inner.make_room(tokens - head)
-            inner.append(k[:, :, head:], v[:, :, head:], ended)
-            outs.append(inner.attend(q[:, :, head:], sinks=sinks))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+            first = inner.prefill(q[:, :, :head], k[:, :, :head], v[:, :, :head], its, sinks=sinks)
+            q, k, v = q[:, :, head:], k[:, :, head:], v[:, :, head:]
+        inner.make_room(tokens - head)
+        inner.append(k, v, ended)
+        out = inner.attend(q, sinks=sinks)
+        return out if first is None else torch.cat((first, out), 2)
 
     def _read_mask(self, mask: Tensor | None, q: Tensor) -> Read:
         """As :func:`read_mask`; None is causal. What raises leaves the whole cache as it was."""
@@ -315,8 +318,7 @@ def attention(
     layer: CompressedLayer | None = getattr(key, "singlepass_layer", None)
     softcap, sinks, bias, local = map(kwargs.get, ("softcap", "s_aux", "position_bias", "sliding_window"))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    transform = getattr(module, TRANSFORM, None)
-    if layer is None and transform is not None:
+    if layer is None and (transform := getattr(module, TRANSFORM, None)) is not None:
         key, value = transform(key, value)
     if layer is None and softcap is None and sinks is None:
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal}
@@ -342,8 +344,12 @@ def attention(
     result = torch.get_autocast_dtype(kind) if autocast else query.dtype
     dtype = layer.stored_dtype(k, v)
     q, k, v = query.to(dtype), k.to(dtype), v.to(dtype)
-    with torch.no_grad(), torch.autocast(kind, enabled=False):
-        out = layer.extend(q, k, v, attention_mask, None if sinks is None else sinks.flatten().float())
+    sinks = None if sinks is None else sinks.flatten().float()
+    if autocast or torch.is_grad_enabled():
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
+            out = layer.extend(q, k, v, attention_mask, sinks)
+    else:  # as in generate, where entering these for each layer would take time
+        out = layer.extend(q, k, v, attention_mask, sinks)
     return cut(out.to(result), query, k, v).transpose(1, 2).contiguous(), None
 
 

@@ -291,36 +291,17 @@ class ZipCacheLayer(LayerTokens):
         Raises:
             ValueError: invalid shapes or options, or a tensor that requires gradients.
         """
-        window = self._tokens().window
-        check_queries(_OP, q, window.room[0])
+        check_queries(_OP, q, self._tokens().window.room[0])
         check_needs_no_gradient(_OP, q=q)
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
-        if self.codec.rotate:
-            q = rotate(q)
-        queries = q.shape[2]
         if self._planned:
-            check_step(_OP, queries, self._planned, sliding_window)
-            out = self._attend_planned(q, sinks)
-            return rotate(out) if self.codec.rotate else out
-        fits = queries <= max(window.length, 1)
-        remedy = "Pass longer pieces to prefill, which appends and attends by itself."
-        require(fits, _OP, f"at most {window.length} queries, whose tokens the window holds", queries, remedy)
-        fits = queries == 1 or window.takes(None)
-        require(fits, _OP, "one query at a time after padding", queries, "Pass the tokens to prefill, with a mask.")
-        if sliding_window is None:
-            sliding_window = self.sliding_window
-        else:
+            check_step(_OP, q.shape[2], self._planned, sliding_window)
+        if sliding_window is not None:
             most = "" if self.sliding_window is None else f", at most {self.sliding_window}"
             fits = sliding_window >= 1 and (self.sliding_window is None or sliding_window <= self.sliding_window)
             contract = f"a sliding window of at least 1{most}"
             require(fits, _OP, contract, sliding_window, "Leave it out for that of the layer.")
-        if sliding_window is None or self.length <= sliding_window or queries == 1:
-            outs = [self._attend(q, sliding_window, sinks, 0)]
-        else:  # each query sees other tokens
-            rows = (q[:, :, i : i + 1] for i in range(queries))
-            outs = [self._attend(row, sliding_window, sinks, queries - 1 - i) for i, row in enumerate(rows)]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
-        return rotate(out) if self.codec.rotate else out
+        return self.attend_checked(q, sliding_window, sinks=sinks)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were

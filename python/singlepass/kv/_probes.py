@@ -75,10 +75,18 @@ class WindowProbes:
         """Lays aside a copy of the queries of neighbouring tokens, the first one's at place ``begin``, and their lse
         itself; both as in Queries."""
         self._settle()
+        if self.queries and self.queries[-1].places[-1] >= begin:  # these tokens were removed again
+            self.drop(begin)
         # The newest before this call's stay, for transformers may remove all of this call's tokens.
         recent = begin - self.newest
-        self._keep(lambda place: place < begin and (place in self.due or place >= recent), self._settled)
-        while self._settled < len(self.queries) and self.queries[self._settled].places[-1] < recent:
+        while self._settled < len(self.queries) and self.queries[self._settled].places[0] < recent:
+            part = self.queries[self._settled].only(lambda place: place in self.due or place >= recent)
+            if part is None:
+                del self.queries[self._settled]
+                continue
+            self.queries[self._settled] = part
+            if part.places[-1] >= recent:
+                break
             self._settled += 1
         places = list(range(begin, begin + q.shape[2]))
         self.queries.append(Queries(places, q.clone(memory_format=torch.contiguous_format), lse))
@@ -119,11 +127,11 @@ class WindowProbes:
         self._settle()
         self._keep(lambda place: place < length)
 
-    def _keep(self, wanted: Callable[[int], bool], begin: int = 0) -> None:
-        """Forgets all queries but those wanted, and those of the first ``begin`` calls."""
-        kept = [part.only(wanted) for part in self.queries[begin:]]
-        self.queries[begin:] = [part for part in kept if part is not None]
-        self._settled = min(self._settled, begin)
+    def _keep(self, wanted: Callable[[int], bool]) -> None:
+        """Forgets all queries but those wanted."""
+        kept = [part.only(wanted) for part in self.queries]
+        self.queries = [part for part in kept if part is not None]
+        self._settled = 0
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies a function to every tensor that has a row for each sequence."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._codec import Codec
-from ._functional import Quantized, dequantize_into
+from ._functional import Segments, dequantize_into
 from ._segment import GROWS, Room, Segment, grown
 from ._selection import (
     PADDING,
@@ -68,7 +68,7 @@ class Compressed:
         self._used = 0
         self.forgotten = 0  # so many of the oldest tokens have left no trace
         self._may_have_padding = False
-        self._pairs: list[tuple[Quantized, Quantized]] | None = None  # until there are other tensors
+        self._operands: Segments | None = None  # until there are other tensors
         self._grew = False
 
     def tensors(self) -> list[Tensor]:
@@ -76,11 +76,11 @@ class Compressed:
         return [self._packed, *self._like, *(t for segment in self.segments.values() for t in segment.tensors())]
 
     @property
-    def pairs(self) -> list[tuple[Quantized, Quantized]]:
-        """Keys and values of each segment."""
-        if self._pairs is None:
-            self._pairs = [segment.pair for segment in self.segments.values()]
-        return self._pairs
+    def operands(self) -> Segments:
+        """What attention reads."""
+        if self._operands is None:
+            self._operands = Segments.of([segment.pair for segment in self.segments.values()])
+        return self._operands
 
     @property
     def kinds(self) -> Tensor:
@@ -118,7 +118,7 @@ class Compressed:
             padded: whether some may be padding.
         """
         tokens = k.shape[2]
-        self._pairs = None
+        self._operands = None
         self._may_have_padding = self._may_have_padding or padded
         if self._reserved is not None and not self._grew and not self.fits(slots):
             self._grew = True
@@ -165,7 +165,7 @@ class Compressed:
         nothing, tokens = leading_padding(packed, older.shape[2])
         self._packed, self._used = packed[..., nothing:].clone(), packed.shape[2] - nothing
         self.forgotten += tokens
-        self._pairs, self._may_have_padding = None, True
+        self._operands, self._may_have_padding = None, True
 
     def restore(self, k: Tensor, v: Tensor) -> None:
         """Writes what is stored to its tokens' places in k and v (batch, heads, tokens or more, channels)."""
@@ -197,7 +197,7 @@ class Compressed:
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies a function to every tensor that has a row for each sequence."""
-        self._pairs = None
+        self._operands = None
         for segment in self.segments.values():
             segment.map_batch(function)
         self._packed = function(self._packed if self._reserved is not None else self._packed[..., : self._used])
@@ -218,11 +218,11 @@ class Compressed:
         """Removes all tokens, and keeps the room."""
         for segment in self.segments.values():
             segment.clear()
-        self._used, self.forgotten, self._may_have_padding, self._pairs = 0, 0, False, None
+        self._used, self.forgotten, self._may_have_padding, self._operands = 0, 0, False, None
 
     def load(self, packed: Tensor, segments: dict[int, dict[str, Tensor]], forgotten: int) -> None:
         """Takes over what :meth:`state` gave, of which everything was checked."""
-        self.forgotten, self._may_have_padding, self._pairs = forgotten, True, None
+        self.forgotten, self._may_have_padding, self._operands = forgotten, True, None
         self._packed, self._used = grown(self._packed, 2, 0, packed.shape[2]), packed.shape[2]
         self._packed[..., : self._used] = packed
         for kind, its in segments.items():

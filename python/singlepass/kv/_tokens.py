@@ -15,7 +15,7 @@ from ._codec import Codec
 from ._functional import attend
 from ._modes import Lasting, lasting
 from ._options import alike, without_padding
-from ._prompt import behind
+from ._prompt import behind, rotate
 from ._saliency import prompt_saliency
 from ._segment import Room
 from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
@@ -164,7 +164,7 @@ class LayerTokens(Planned, Lasting):
         window, compressed = self._tokens()
         if window.length + tokens > self.window or not window.takes(None):
             self._flush(fixed=True)
-        _ = compressed.pairs  # made before the step
+        _ = compressed.operands  # made before the step
         window.plan(tokens, self._queries if self.mixed else None)
         self.length += tokens
 
@@ -182,6 +182,33 @@ class LayerTokens(Planned, Lasting):
         """Remembers what queries are like, for planned steps."""
         if self.max_tokens is not None and (self._queries is None or not alike(q, self._queries)):
             self._queries = q.new_empty((*q.shape[:2], 0, q.shape[3]))
+
+    def attend_checked(self, q: Tensor, sliding_window: int | None = None, *, sinks: Tensor | None = None) -> Tensor:
+        """Attention of the newest tokens' queries, whose shape was checked.
+
+        Raises:
+            ValueError: several queries of tokens that the window does not hold, or some after padding.
+        """
+        rotated = self.codec.rotate
+        q = rotate(q) if rotated else q
+        if self._planned:
+            out = self._attend_planned(q, sinks)
+            return rotate(out) if rotated else out
+        queries, window = q.shape[2], self._tokens().window
+        if queries > 1:
+            contract = f"at most {window.length} queries, whose tokens the window holds"
+            remedy = "Pass longer pieces to prefill, which appends and attends by itself."
+            require(queries <= window.length, _OP, contract, queries, remedy)
+            remedy = "Pass the tokens to prefill, with a mask."
+            require(window.takes(None), _OP, "one query at a time after padding", queries, remedy)
+        if sliding_window is None:
+            sliding_window = self.sliding_window
+        if sliding_window is None or self.length <= sliding_window or queries == 1:
+            out = self._attend(q, sliding_window, sinks, 0)
+        else:  # each query sees other tokens
+            rows = (q[:, :, i : i + 1] for i in range(queries))
+            out = torch.cat([self._attend(x, sliding_window, sinks, queries - 1 - i) for i, x in enumerate(rows)], 2)
+        return rotate(out) if rotated else out
 
     def _attend_planned(self, q: Tensor, sinks: Tensor | None) -> Tensor:
         """Attention of the queries of the tokens written last, by the device alone."""
@@ -267,7 +294,7 @@ class LayerTokens(Planned, Lasting):
         """As :func:`decode_attention` gives it, over the tokens of the window within ``bounds`` and the segments' slots
         from ``first`` on."""
         window, compressed = self._tokens()
-        return attend(q, compressed.pairs, *window.room, bounds, first=first, sinks=sinks, **self._logits)
+        return attend(q, compressed.operands, *window.room, bounds, first=first, sinks=sinks, **self._logits)
 
     def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All tokens as they are stored, in their order."""

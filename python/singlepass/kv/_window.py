@@ -26,6 +26,12 @@ def _bounds(device: torch.device) -> Tensor:
         return torch.stack((torch.zeros_like(ends), ends), 1)
 
 
+@functools.lru_cache(_MOST_BOUNDS)
+def _seen(device: torch.device, batch: int, end: int) -> Tensor:
+    """(0, end) for each of so many sequences."""
+    return _bounds(device)[end].expand(batch, 2)
+
+
 class Window:
     """The newest tokens of a layer, uncompressed.
 
@@ -97,10 +103,11 @@ class Window:
         """From which place to which the query sees the window after whose token there are ``newer`` ones, int32 (batch,
         2), if it sees nothing before place ``first``."""
         keys, end = self.room[0], self.length - newer
+        batch, device = keys.shape[0], keys.device
         is_real = type(keys) is Tensor and not torch.compiler.is_compiling()
         if is_real and first == 0 and self.counts is None and end <= _MOST_BOUNDS:
-            return _bounds(keys.device)[end].expand(len(keys), 2)
-        bounds = torch.full((len(keys), 2), first, dtype=torch.int32, device=keys.device)
+            return _seen(device, batch, end)
+        bounds = torch.full((batch, 2), first, dtype=torch.int32, device=device)
         bounds[:, 1] = end if self.counts is None else self.counts - newer
         return bounds
 

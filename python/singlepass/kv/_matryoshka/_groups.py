@@ -55,9 +55,9 @@ class Projection:
     def empty(self, x: Tensor) -> list[Tensor]:
         """Room for what each group keeps of x (batch, n * heads, tokens, channels): (batch, n * its heads, tokens,
         rank)."""
-        n = x.shape[1] // len(self.order)
-        sizes = zip(self._heads, self.ranks, strict=True)
-        return [x.new_empty((len(x), n * len(its), x.shape[2], rank)) for its, rank in sizes]
+        batch, heads, tokens, _ = x.shape
+        n = heads // len(self.order)
+        return [x.new_empty((batch, n * basis.shape[0], tokens, basis.shape[2])) for basis in self.bases]
 
     def copy(self, x: Tensor, to: list[Tensor]) -> None:
         """Writes there what each group keeps of x, which comes in coordinates of the bases."""
@@ -83,8 +83,9 @@ class Projection:
         if self.is_identity:
             return F.pad(part, (0, self.channels - self.ranks[group]))
         whole = part.new_empty((*part.shape[:3], self.channels))
-        heads = list(range(len(self._heads[group])))
-        ops.project_([last_dense(part)], [self._transposed[group]], None, None, [whole], heads=heads, backend=backend)
+        bases = self._transposed[group]
+        heads = list(range(bases.shape[0]))
+        ops.project_([last_dense(part)], [bases], None, None, [whole], heads=heads, backend=backend)
         return whole
 
 

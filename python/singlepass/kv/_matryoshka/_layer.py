@@ -175,7 +175,7 @@ class MatryoshkaLayer(GroupedTokens):
 
     def _check_new(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         check_new_tokens(_OP, k, v, self._like, _ANY_WIDTH, self.backend)
-        for name, x, bases in zip("kv", (k, v), self._bases, strict=True):
+        for name, x, bases in zip("kv", (k, v), self._bases, strict=True) if self._like is None else ():
             fits = x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
             contract = f"{name} (batch, {bases.shape[0]}, tokens, {bases.shape[1]}), as the bases"
             require(fits, _OP, contract, tuple(x.shape), "Pass bases of this layer.")
@@ -304,7 +304,7 @@ class MatryoshkaLayer(GroupedTokens):
         check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
         if self._planned:
             check_step(_OP, q.shape[2], self._planned, None)
-        else:
+        elif q.shape[2] > 1:
             most = max(self.window_length, 1)
             remedy = "Pass longer pieces to prefill, which adds and attends by itself."
             require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
@@ -312,7 +312,7 @@ class MatryoshkaLayer(GroupedTokens):
         outs = []
         for group, its in zip(self._groups_for(k, v), self._project_queries(q, rotary), strict=True):
             its_sinks = None if sinks is None else group.queries_of(sinks, k.shape[1])
-            outs.append(group.inner.attend(its, sinks=its_sinks))
+            outs.append(group.inner.attend_checked(its, sinks=its_sinks))
         return self._projections[1].back(outs, self.backend)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
