@@ -152,7 +152,7 @@ def dequantize_(
     axis: int,
 ) -> None:
     """Writes what slots hold to their tokens' places in out."""
-    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(out.dtype, torch.float32)
     x, stored = _restored(codes, scales, channels, starts, counts, bits, axis, dtype)
     b, h, slot = stored.nonzero(as_tuple=True)
     token = slot if index is None else index[b, h, slot].long()
@@ -179,7 +179,7 @@ def saliency(
 ) -> Tensor:
     """Column sums of the probes' attention."""
     batch, heads, length = k.shape[:3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(q.dtype, torch.float32)
     tokens = torch.arange(length, device=k.device)
     seen = (tokens <= positions[:, None]).expand(batch, -1, -1)  # (B, P, L)
     if mask is not None:
@@ -208,7 +208,7 @@ def decode(
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over everything restored at once."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(q.dtype, torch.float32)
     batch, heads, queries = window_k.shape[0], window_k.shape[1], q.shape[2]
     keys, values, seen = [window_k.to(dtype)], [window_v.to(dtype)], []
     slots = torch.arange(window_k.shape[2], device=q.device)

@@ -10,154 +10,21 @@ host: the functions run under CUDA graphs and ``torch.compile``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .._errors import require
 from .._ops import optim as ops
-from .philox import random_halves, stochastic_bfloat16
-
-
-class Coefficients:
-    """Named numbers: Python's, or float64 tensors of no dimensions."""
-
-    def __init__(self, **values: Any) -> None:
-        self.names = tuple(values)
-        for name, value in values.items():
-            setattr(self, name, value)
-
-
-def cast(c: Coefficients, dtype: torch.dtype, device: torch.device) -> Coefficients:
-    """Tensors to the arithmetic's dtype; Python numbers take it by themselves."""
-
-    def converted(value):
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-
-    return Coefficients(**{name: converted(getattr(c, name)) for name in c.names})
-
-
-def store(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    target.copy_(value if skip is None else torch.where(skip, target.to(value.dtype), value))
-
-
-def unscaled(g: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient of what is minimised."""
-    if grad_scale is not None:
-        g = g * (1.0 / grad_scale.reshape(()).to(g.dtype))
-    return -g if maximize else g
-
-
-def _memory_order(t: Tensor) -> Tensor:
-    """A flat view of dense memory, in the order in which the kernels number its elements."""
-    return t.as_strided((t.numel(),), (1,))
-
-
-def check_states(op: str, params: Sequence[Tensor], states: Sequence[Sequence[Tensor]]) -> None:
-    """Refuses states that PyTorch would broadcast, before anything is changed."""
-    for values in states:
-        for p, s in zip(params, values, strict=True):
-            contract, got = f"a state of shape {tuple(p.shape)}", tuple(s.shape)
-            require(s.shape == p.shape, op, contract, got, "Load the state of this parameter.")
-
-
-def check_grads(op: str, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Refuses gradients that PyTorch would broadcast, densify or convert, before anything is changed."""
-    require(len(grads) == len(params), op, f"{len(params)} gradients", len(grads), "Pass one for each parameter.")
-    for p, g in zip(params, grads, strict=True):
-        require(g.layout is torch.strided, op, "strided gradients", f"a {g.layout} one", "Use torch.Tensor.to_dense.")
-        require(g.is_floating_point(), op, "floating-point gradients", g.dtype, "Convert them.")
-        contract, got = f"a gradient of shape {tuple(p.shape)}", tuple(g.shape)
-        require(g.shape == p.shape, op, contract, got, "Reshape it.")
-
-
-def check_ids(op: str, params: Sequence[Tensor], seed: int | None, ids: Sequence[int]) -> None:
-    """Refuses ids that are not one for each parameter, where random numbers are drawn by them."""
-    fits = seed is None or len(ids) == len(params)
-    require(fits, op, f"{len(params)} ids", len(ids), "Pass one for each parameter.")
-
-
-def _make_step(op: ops.StepOp, rule: Any) -> Callable[..., None]:
-    state_count, has_scale = len(op.states), op.scale is not None
-
-    def step_(
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        *args: Any,
-        maximize: bool = False,
-        seed: int | None = None,
-        ids: Sequence[int] = (),
-        offsets: Sequence[int] = (),
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        norms: Tensor | None = None,
-        phase: int = 0,
-        **hyper: Any,
-    ) -> None:
-        *lists, steps, lr = args
-        check_grads(op.name, params, grads)
-        lr = lr.reshape(())
-        states = [values for values in lists[:state_count] if values]
-        check_states(op.name, params, states)
-        check_ids(op.name, params, seed, ids)
-        op.check_shards(params, seed, offsets, norms, phase)
-        for i, p in enumerate(params):
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            skip = None if found_inf is None else found_inf.reshape(()) != 0
-            g = unscaled(grads[i].to(dtype), grad_scale, maximize)
-            step = steps[i].double() + 1.0 if steps else torch.ones((), dtype=torch.float64, device=p.device)
-            scale = lists[state_count][i].double() if has_scale else None
-            c = cast(rule.coefficients(lr.double(), step, scale, **hyper), dtype, p.device)
-            old = [values[i] for values in states]
-            if op.has_norms:
-                if phase != 2:
-                    terms, new = rule.norm_terms(c, p.to(dtype), g, [s.to(dtype) for s in old])
-                    for target, s in zip(old[: len(new)], new, strict=True):
-                        store(target, s, skip)
-                    squares = [_norm(term).square() for term in terms]
-                if norms is not None and phase == 1:
-                    norms[i] = torch.stack(squares) if skip is None else torch.stack(squares).masked_fill(skip, 0.0)
-                    continue
-                rule.apply_norms(c, squares if norms is None else norms[i])
-            value, new = rule.update(c, p.to(dtype), g, [s.to(dtype) for s in old])
-            for target, s in zip(old[: len(new)], new, strict=True):
-                store(target, s, skip)
-            if seed is not None and p.dtype == torch.bfloat16:
-                stream = (steps[i].long() << 32) | ids[i]
-                first = offsets[i] if offsets else 0
-                random = random_halves(seed, stream, p.numel(), p.device, first)
-                rounded = torch.empty_like(p)
-                flat = torch.empty_like(p, dtype=dtype).copy_(value)
-                _memory_order(rounded).copy_(stochastic_bfloat16(_memory_order(flat), random))
-                value = rounded
-            store(p, value, skip)
-            if steps:
-                store(steps[i], steps[i] + 1.0, skip)
-
-    step_.__name__ = step_.__qualname__ = op.name
-    step_.__doc__ = f"{rule.__doc__} Arguments as in ``singlepass._ops.optim``."
-    return step_
-
-
-def _reference_of(op: ops.StepOp) -> Callable[[type], type]:
-    """Makes a rule the reference of its op."""
-
-    def register(rule: type) -> type:
-        op.eager(_make_step(op, rule))
-        return rule
-
-    return register
+from .steps import Coefficients, reference_of, square_sum
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:
     return 1.0 - beta**step
 
 
-@_reference_of(ops.adamw)
+@reference_of(ops.adamw)
 class AdamW:
     """Decoupled weight decay regularization, arXiv 1711.05101; AMSGrad where a third state is given."""
 
@@ -183,7 +50,7 @@ class AdamW:
         return p * c.decay - c.step_size * (m / denominator), new
 
 
-@_reference_of(ops.lion)
+@reference_of(ops.lion)
 class Lion:
     """Symbolic discovery of optimization algorithms, arXiv 2302.06675, Algorithm 2."""
 
@@ -197,7 +64,7 @@ class Lion:
         return p * c.decay - c.lr * direction, [c.beta2 * s[0] + (1.0 - c.beta2) * g]
 
 
-@_reference_of(ops.adabelief)
+@reference_of(ops.adabelief)
 class AdaBelief:
     """AdaBelief, arXiv 2010.07468, as adabelief-pytorch 0.2.1; rectified as in RAdam, arXiv 1908.03265."""
 
@@ -256,7 +123,7 @@ class AdaBelief:
         return p * c.decay - c.step_size * (m / denominator), new
 
 
-@_reference_of(ops.adan)
+@reference_of(ops.adan)
 class Adan:
     """Adan, arXiv 2208.06677, as the authors' adan.py."""
 
@@ -287,7 +154,7 @@ class Adan:
         return (p * c.decay - step) * c.shrink, [m, v, n, -g]
 
 
-@_reference_of(ops.diffgrad)
+@reference_of(ops.diffgrad)
 class DiffGrad:
     """diffGrad, arXiv 1909.11015, as the authors' second version."""
 
@@ -310,11 +177,7 @@ class DiffGrad:
         return p - c.step_size * (m / denominator), [m, v, g]
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
-
-
-@_reference_of(ops.lamb)
+@reference_of(ops.lamb)
 class LAMB:
     """LAMB, arXiv 1904.00962, Algorithm 2 with phi the identity."""
 
@@ -351,7 +214,7 @@ class LAMB:
         return p - c.lr * LAMB.direction(c, p, s), []
 
 
-@_reference_of(ops.lars)
+@reference_of(ops.lars)
 class LARS:
     """LARS, arXiv 1708.03888, Algorithm 1; the local rate is 1 where a norm is zero."""
 
@@ -375,7 +238,7 @@ class LARS:
         return p - v, [v]
 
 
-@_reference_of(ops.sgdsai)
+@reference_of(ops.sgdsai)
 class SGDSaI:
     """SGD-SaI, arXiv 2412.11768, as the authors' sgd_sai.py; ``scale`` is the tensor's signal-to-noise ratio."""
 
@@ -394,7 +257,7 @@ class SGDSaI:
 def grad_squares(grads: Sequence[Tensor]) -> Tensor:
     """The sum of squares of all gradients, as ``singlepass._ops.optim`` defines it."""
     require(len(grads) > 0, "grad_squares", "at least one gradient", "none", "Leave out the call.")
-    return torch.stack([_norm(g).square() for g in grads]).sum().reshape(1)
+    return torch.stack([square_sum(g) for g in grads]).sum().reshape(1)
 
 
 def finish_grad_norm(

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._ops import spectral as ops
-from .optim import AdamW, cast, check_grads, check_ids, store, unscaled
-from .philox import philox4x32, random_halves, stochastic_bfloat16
+from .optim import AdamW
+from .philox import philox4x32
+from .steps import cast, check_grads, check_ids, stochastically_rounded, store, unscaled
 
 
 def linear(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,8 +80,7 @@ def step_(
         new, moments = AdamW.update(c, old, grad, [m.to(dtype), v.to(dtype)])
         new = _unit_rows(new) if p.dim() == 2 else new.clamp(min=0.0)
         if seed is not None and p.dtype == torch.bfloat16:
-            random = random_halves(seed, (step.long() << 32) | ids[i], p.numel(), p.device)
-            new = stochastic_bfloat16(new, random)
+            new = stochastically_rounded(p, new, seed, step, ids[i])
         for target, value in ((m, moments[0]), (v, moments[1]), (p, new), (step, step + 1.0)):
             store(target, value, skip)
 
