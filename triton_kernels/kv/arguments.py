@@ -10,9 +10,9 @@ import triton
 from torch import Tensor
 
 from ..._errors import require
+from ..._ops import kv as ops
 from .._launch import require_device, require_dtypes
 
-MAX_HEAD_DIM = 512
 ANY = -1
 
 
@@ -53,8 +53,8 @@ def check_tokens(op: str, role: str, t: Tensor) -> None:
     contract = f"{role} (batch, heads, tokens, channels) whose channels are neighbours"
     require(dense, op, contract, f"shape {tuple(t.shape)}", "Call .contiguous().")
     head_dim = t.shape[3]
-    fits = 16 <= head_dim <= MAX_HEAD_DIM and head_dim % 16 == 0
-    require(fits, op, f"{role} of 16, 32, ..., {MAX_HEAD_DIM} channels", head_dim, "Pad channels with zeros.")
+    fits = 16 <= head_dim <= ops.MAX_HEAD_DIM and head_dim % 16 == 0
+    require(fits, op, f"{role} of 16, 32, ..., {ops.MAX_HEAD_DIM} channels", head_dim, "Pad channels with zeros.")
     require_dtypes(op, [t])
 
 
@@ -101,7 +101,7 @@ class Packed:
         axis: int,
     ) -> Packed:
         """Checks packed tokens that represent tokens with the shape of ``like``."""
-        require(bits in (2, 4, 8), op, "bits 2, 4 or 8", bits, "Choose one of them.")
+        require(bits in ops.BITS, op, "bits 2, 4 or 8", bits, "Choose one of them.")
         require(axis in (0, 1), op, "axis 0 or 1", axis, "Choose one of them.")
         heads, head_dim = tuple(like.shape[:2]), like.shape[3]
         check_layout(op, "codes", codes, torch.uint8, (*heads, ANY, head_dim * bits // 8), 2)

@@ -29,6 +29,8 @@ import torch
 from .op import Op
 
 AXES = ("channel", "token")
+BITS = (2, 4, 8)
+MAX_HEAD_DIM = 512
 SEGMENT = ("key_codes", "key_scales", "value_codes", "value_scales", "value_channels", "starts", "counts")
 
 quantize_ = Op(

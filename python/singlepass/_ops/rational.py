@@ -35,6 +35,12 @@ MAX_DEGREES = (7, 6)
 _INPUTS = "Tensor x, Tensor numerator, Tensor denominator, Tensor? bias, Tensor? gate"
 _OPTIONS = "*, int form, int channel_dim, float dropout=0.0, Tensor? seed=None"
 
+
+def dropout_threshold(probability: float) -> int:
+    """The probability in units of 2^-16, less than one."""
+    return min(int(probability * 65536.0 + 0.5), 65535)
+
+
 rational = Op(
     "rational",
     f"rational({_INPUTS}, {_OPTIONS}) -> Tensor",

@@ -18,8 +18,6 @@ from .._ops import kv as ops
 __all__ = ["Quantized", "decode_attention", "dequantize", "quantize"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BITS = (2, 4, 8)
-MAX_HEAD_DIM = 512
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,12 +72,12 @@ def check_tokens(op: str, name: str, x: Tensor) -> None:
     require(x.dim() == 4, op, f"{name} (batch, heads, tokens, channels)", tuple(x.shape), "Reshape it.")
     require(x.dtype in FLOATS, op, f"a floating-point {name}", x.dtype, "Convert it.")
     head_dim = x.shape[3]
-    contract = f"{name} of 16, 32, ..., {MAX_HEAD_DIM} channels"
-    require(head_dim % 16 == 0 and 0 < head_dim <= MAX_HEAD_DIM, op, contract, head_dim, "Pad channels with zeros.")
+    contract = f"{name} of 16, 32, ..., {ops.MAX_HEAD_DIM} channels"
+    require(head_dim % 16 == 0 and 0 < head_dim <= ops.MAX_HEAD_DIM, op, contract, head_dim, "Pad channels with zeros.")
 
 
 def check_bits(op: str, name: str, bits: int) -> None:
-    require(isinstance(bits, int) and bits in BITS, op, f"{name} 2, 4 or 8", repr(bits), "Choose one of them.")
+    require(isinstance(bits, int) and bits in ops.BITS, op, f"{name} 2, 4 or 8", repr(bits), "Choose one of them.")
 
 
 def last_dense(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .._errors import message, require
-from ._functional import MAX_HEAD_DIM
+from .._ops.kv import MAX_HEAD_DIM
 from ._modes import lasting
 from ._segment import held_nbytes
 from ._steps import Planned

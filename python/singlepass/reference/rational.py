@@ -68,11 +68,6 @@ def _horner(coefficients: list[Tensor], x: Tensor) -> Tensor:
     return value
 
 
-def dropout_threshold(probability: float) -> int:
-    """The probability in units of 2^-16, less than one."""
-    return min(int(probability * 65536.0 + 0.5), 65535)
-
-
 @ops.rational.eager
 def rational(
     x: Tensor,
@@ -107,7 +102,7 @@ def rational(
     else:
         q = 1.0 + _absolute(_horner([torch.zeros_like(b[0]), *b], z))
     y = _horner(a, z) / q
-    threshold = dropout_threshold(dropout)
+    threshold = ops.dropout_threshold(dropout)
     if threshold > 0:
         assert seed is not None
         kept = _kept(int(seed), _offsets(x), threshold)

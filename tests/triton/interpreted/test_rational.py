@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from singlepass._ops import OPS
+from singlepass._ops.rational import dropout_threshold
 from singlepass.reference import rational as reference
 from singlepass.reference.philox import philox4x32, random_halves
 from singlepass.triton_kernels.rational import launchers
@@ -151,7 +152,7 @@ class Bounds:
         err_p, err_q = (3 * m + 4) * u * sum_p, (3 * n + 6) * u * sum_q
         err_f = err_p * r + (err_q * r + 4 * u) * size_f
         kept, scale = torch.ones_like(x), 1.0
-        threshold = reference.dropout_threshold(case.dropout)
+        threshold = dropout_threshold(case.dropout)
         if threshold > 0:
             kept, scale = reference._kept(int(SEED), reference._offsets(x), threshold), 65536.0 / (65536.0 - threshold)
         factor = kept * scale * (1.0 if gate is None else gate.abs())

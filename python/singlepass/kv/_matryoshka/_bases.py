@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._errors import message, require
-from .._functional import MAX_HEAD_DIM
+from ..._ops.kv import MAX_HEAD_DIM
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PreTrainedConfig

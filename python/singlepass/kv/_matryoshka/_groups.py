@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..._errors import require
 from ..._ops import kv as ops
 from .._dense import DenseLayer
-from .._functional import BITS, FLOATS, last_dense
+from .._functional import FLOATS, last_dense
 from .._layer import ZipCacheLayer
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines
@@ -162,6 +162,8 @@ def check_rotary(where: str, rotary: Rotary | None, x: Tensor) -> Rotary | None:
 def check_bits(where: str, bits: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """A pair of them, for salient tokens and regular ones."""
     pair = bits if bits is None or isinstance(bits, (tuple, list)) else (bits, bits)
-    fits = pair is None or (len(pair) == 2 and all(type(b) is int and b in BITS for b in pair) and pair[0] >= pair[1])
+    fits = pair is None or (
+        len(pair) == 2 and all(type(b) is int and b in ops.BITS for b in pair) and pair[0] >= pair[1]
+    )
     require(fits, where, "bits None, 8, 4, 2 or a pair such as (4, 2)", repr(bits), "None: those of the tokens.")
     return None if pair is None else (pair[0], pair[1])
