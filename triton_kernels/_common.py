@@ -73,6 +73,24 @@ def tile_pointers(address, start, STORAGE: tl.constexpr, FULL: tl.constexpr, BLO
 
 
 @triton.jit
+def row_pointers(address, first, row, stride, column, STORAGE: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers to a tile: rows [R, 1] of some stride, and columns [1, C] that start at a multiple of VECTOR.
+
+    ``first`` is the offset of the first row. The rows consist of aligned vectors of VECTOR elements.
+    """
+    ELEMENT: tl.constexpr = 4 if STORAGE == "fp32" else 2
+    # The multiplication by VECTOR proves to the compiler that rows start at whole vectors.
+    return element_pointer(address, first, STORAGE, VECTOR * ELEMENT) + (row * (stride // VECTOR * VECTOR) + column)
+
+
+@triton.jit
+def row_mask(row, column, rows, columns, VECTOR: tl.constexpr):
+    """The mask of such a tile."""
+    # The multiplication by VECTOR proves to the compiler that the mask cuts no vector.
+    return (row < rows) & (column < columns // VECTOR * VECTOR)
+
+
+@triton.jit
 def load(p_tile, mask, STORAGE: tl.constexpr):
     """Elements as float32; zeros where masked. ``mask`` may be None."""
     if mask is None:

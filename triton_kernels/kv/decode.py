@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention on packed codes: programs compute the softmax of one split each, then a second kernel merges them.
+"""Decode attention on packed codes: programs compute the softmax of one split each, which ``merge.py`` puts together.
 
 A program takes ROWS rows of one head of keys. Rows are the queries of all query heads that share it, one query head
 after another. A split is some blocks of a segment, or the whole window. Scales (steps s and minima m) are applied to
@@ -10,14 +10,12 @@ rows of queries and of weights, not to elements:
     values v^ = c (n s_t + m_t):                  sum_t p_t v^_t = c (sum_t (p_t s_t) n_t + sum_t p_t m_t)
 
 Codes n are exact in float16. The other operand is split into two float16 parts, so that products are as exact as in
-float32. Tokens with several groups of scales are restored in float32 first. The file is long because its functions are
-inlined into one kernel.
+float32. Tokens with several groups of scales are restored in float32 first.
 """
 
 import triton
 import triton.language as tl
 
-from .._common import element_pointer, store
 from .functions import (
     ROWS,
     byte_pointer,
@@ -32,6 +30,7 @@ from .functions import (
     load_halves,
     load_rows,
     raised_codes,
+    softmax_step,
     sum_parts,
 )
 
@@ -48,20 +47,6 @@ def row_offset(strides, i_batch, head, token):
     """The offsets of tokens in a tensor (batch, heads, tokens, channels), in elements."""
     batch_stride, head_stride, token_stride = strides
     return i_batch * integer(batch_stride) + head * integer(head_stride) + token.to(tl.int64) * integer(token_stride)
-
-
-@triton.jit
-def softmax_step(logits, row_max, total):
-    """Online softmax: logits [ROWS, TILE] become weights exp(logit - row max).
-
-    Returns the weights, the new row max, the factor of what was summed before, and the new sum of weights.
-    """
-    now = tl.maximum(row_max, tl.max(logits, 1))
-    # A row that has seen no token subtracts 0, which avoids -inf - -inf.
-    shift = tl.where(now == float("-inf"), 0.0, now)
-    p = tl.exp(logits - shift[:, None])
-    alpha = tl.exp(row_max - shift)
-    return p, now, alpha, total * alpha + tl.sum(p, 1)
 
 
 @triton.jit
@@ -363,60 +348,3 @@ def decode_kernel(
             a_window_k, k_strides, a_window_v, v_strides, p_window, i_batch, i_head, p_partials, i_partial, rows,
             CAPPED, Q_STORAGE, WINDOW_STORAGE, VECTOR, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, TILE,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["a_sinks", "a_out", "rows", "queries", "query_heads", "row_tiles", "splits"])
-def merge_kernel(
-    p_partials,
-    a_sinks: tl.int64,
-    a_out: tl.int64,
-    p_lse,
-    rows: tl.int32,
-    queries: tl.int32,
-    query_heads: tl.int32,
-    row_tiles: tl.int32,
-    splits: tl.int32,
-    STORAGE: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Each program merges the splits of one query for BLOCK_V channels, in a fixed order."""
-    # The query's row in the partial results of its first split, [row tiles, splits, ROWS, VALUE_DIM + 2].
-    i_row = tl.program_id(0)
-    i_tile = i_row // rows * row_tiles + i_row % rows // ROWS
-    SIZE: tl.constexpr = VALUE_DIM + 2
-    p_row = p_partials + (i_tile.to(tl.int64) * splits * ROWS + i_row % rows % ROWS) * SIZE
-    channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_channel = channel < VALUE_DIM
-    # The sink is one more logit without a value.
-    sink = tl.full((), float("-inf"), tl.float32)
-    if a_sinks != 0:
-        sink = tl.load(a_sinks.to(tl.int64).to(tl.pointer_type(tl.float32)) + i_row // queries % query_heads)
-
-    # First pass: the row max of all splits and the sink.
-    largest = tl.full((BLOCK_S,), float("-inf"), tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        p_split = p_row + split.to(tl.int64) * (ROWS * SIZE)
-        largest = tl.maximum(largest, tl.load(p_split + VALUE_DIM, mask=split < splits, other=float("-inf")))
-    row_max = tl.maximum(tl.max(largest), sink)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-    # Second pass: scale the sums of BLOCK_S splits from their own row max to the common one, then add them: the sums of
-    # weights [BLOCK_S], and the weighted values [BLOCK_S, BLOCK_V].
-    totals = tl.zeros((BLOCK_S,), tl.float32)
-    acc = tl.zeros((BLOCK_V,), tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        m_split = split < splits
-        p_split = p_row + split.to(tl.int64) * (ROWS * SIZE)
-        factor = tl.exp(tl.load(p_split + VALUE_DIM, mask=m_split, other=float("-inf")) - shift)
-        totals += factor * tl.load(p_split + (VALUE_DIM + 1), mask=m_split, other=0.0)
-        mask = m_split[:, None] & m_channel[None, :]
-        acc += tl.sum(factor[:, None] * tl.load(p_split[:, None] + channel[None, :], mask=mask, other=0.0), 0)
-    # Normalise. A row that sees nothing gives 0, and -inf as the logarithm of its sum.
-    total = tl.sum(totals) + tl.exp(sink - shift)
-    p_out = element_pointer(a_out, i_row.to(tl.int64) * VALUE_DIM, STORAGE, 1) + channel
-    store(p_out, acc * tl.where(total == 0.0, 0.0, 1.0 / total), m_channel, STORAGE)
-    if tl.program_id(1) == 0:
-        tl.store(p_lse + i_row, tl.where(total == 0.0, float("-inf"), row_max + tl.log(total)))

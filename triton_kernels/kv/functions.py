@@ -175,3 +175,17 @@ def tanh(x):
 @triton.jit
 def capped(logits, softcap):
     return softcap * tanh(logits / softcap)
+
+
+@triton.jit
+def softmax_step(logits, row_max, total):
+    """Online softmax: logits [rows, tokens] become weights exp(logit - row max).
+
+    Returns the weights, the new row max, the factor of what was summed before, and the new sum of weights.
+    """
+    now = tl.maximum(row_max, tl.max(logits, 1))
+    # A row that has seen no token subtracts 0, which avoids -inf - -inf.
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    p = tl.exp(logits - shift[:, None])
+    alpha = tl.exp(row_max - shift)
+    return p, now, alpha, total * alpha + tl.sum(p, 1)

@@ -31,8 +31,9 @@ from .arguments import (
     vector_of,
 )
 from .codec import codec_kernel
-from .decode import decode_kernel, merge_kernel
+from .decode import decode_kernel
 from .functions import ROWS
+from .merge import merge_kernel
 from .project import project_kernel
 from .saliency import column_sums_kernel, log_sums_kernel
 

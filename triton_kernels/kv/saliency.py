@@ -9,7 +9,7 @@ another. Both passes compute the logits tile by tile and store none.
 import triton
 import triton.language as tl
 
-from .functions import capped, load_rows
+from .functions import capped, load_rows, softmax_step
 
 INTEGERS = ["q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "mask_stride"]
 INTEGERS += ["heads", "rows", "probes", "length"]
@@ -122,12 +122,8 @@ def log_sums_kernel(
             HAS_MASK, STORAGE, HEAD_DIM, VECTOR, BLOCK_D,
         )  # fmt: skip
         logits = logits_of(q, k, visible, token, held, scale, softcap, CAPPED, ARE_HALVES)
-        # Scale the old sum [BLOCK_R] to the new row max and add the weights of this tile [BLOCK_R, BLOCK_T].
-        now = tl.maximum(row_max, tl.max(logits, 1))
-        # A row that has seen no token subtracts 0, which avoids -inf - -inf.
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        total = total * tl.exp(row_max - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
-        row_max = now
+        # The sum [BLOCK_R] goes on with the weights of this tile [BLOCK_R, BLOCK_T].
+        _, row_max, _, total = softmax_step(logits, row_max, total)
     # A row that sees nothing gets -inf.
     lse = tl.where(total == 0.0, float("-inf"), row_max + tl.log(total))
     tl.store(p_lse + ((i_batch * heads + i_head) * rows + row), lse, mask=row < rows)

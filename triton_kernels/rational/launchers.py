@@ -20,11 +20,12 @@ from ..._errors import require
 from ..._ops import rational as ops
 from .._common import LAUNCH_OPTIONS, STORAGE
 from .._launch import device_guard, require_device, require_dtypes
+from .finish import finish_kernel
 from .functions import C, D
 from .geometry import Geometry, Layout, Order, Parts, View
-from .kernels import backward_kernel, finish_kernel, forward_kernel
+from .kernels import backward_kernel, forward_kernel
 
-MAX_COUNTS = (8, 6)  # coefficients of a and of b, which has one more in form C
+MAX_COUNTS = ops.MAX_DEGREES[0] + 1, ops.MAX_DEGREES[1]  # coefficients of a and of b, which has one more in form C
 
 # Elements of a tile, and the most in a vector. Backward keeps an accumulator per element and coefficient.
 FORWARD_TILE, FORWARD_VECTOR = 1024, 8
@@ -59,7 +60,7 @@ class Inputs:
 
     @property
     def threshold(self) -> int:
-        return min(int(self.dropout * 65536.0 + 0.5), 65535)
+        return ops.dropout_threshold(self.dropout)
 
     def check(self) -> None:
         """Checks what memory safety needs."""

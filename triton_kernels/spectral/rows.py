@@ -8,21 +8,7 @@ over their rows in a fixed order, and a second launch adds these partial sums.
 import triton
 import triton.language as tl
 
-from .._common import element_pointer, load, store
-
-
-@triton.jit
-def tile_pointers(address, row, stride, column, STORAGE: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to a tile: rows [BLOCK_R, 1], and columns [1, BLOCK_C] that start at a multiple of VECTOR."""
-    WIDTH: tl.constexpr = 4 if STORAGE == "fp32" else 2
-    # The multiplication by VECTOR proves to the compiler that rows start at whole vectors.
-    return element_pointer(address, 0, STORAGE, VECTOR * WIDTH) + (row * (stride // VECTOR * VECTOR) + column)
-
-
-@triton.jit
-def tile_mask(row, column, rows, columns, VECTOR: tl.constexpr):
-    # The multiplication by VECTOR proves to the compiler that the mask cuts no vector.
-    return (row < rows) & (column < columns // VECTOR * VECTOR)
+from .._common import element_pointer, load, row_mask, row_pointers, store
 
 
 @triton.jit
@@ -76,10 +62,10 @@ def scale_kernel(
     sums = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in range(first, tl.minimum(first + tiles.to(tl.int64) * BLOCK_R, rows), BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)[:, None]
-        mask = tile_mask(row, column, rows, columns, VECTOR)
-        p_q = tile_pointers(a_q, row, q_stride, column, STORAGE, VECTOR)
+        mask = row_mask(row, column, rows, columns, VECTOR)
+        p_q = row_pointers(a_q, 0, row, q_stride, column, STORAGE, VECTOR)
         q = load(p_q, mask, STORAGE)
-        sums += q * load(tile_pointers(a_t, row, t_stride, column, STORAGE, VECTOR), mask, STORAGE)
+        sums += q * load(row_pointers(a_t, 0, row, t_stride, column, STORAGE, VECTOR), mask, STORAGE)
         store(p_q, q * s, mask, STORAGE)
     # Reduce [BLOCK_R, BLOCK_C] to [1, BLOCK_C].
     p_sums = p_partials + i_part * columns + column
@@ -130,8 +116,8 @@ def load_rows(
 ):  # fmt: skip
     """Loads [BLOCK_R, BLOCK_C] from column ``start`` on, with 0 for the first element of a row."""
     column = start + tl.arange(0, BLOCK_C)[None, :]
-    mask = tile_mask(row, column, rows, columns, VECTOR)
-    x = load(tile_pointers(address, row, stride, column, STORAGE, VECTOR), mask, STORAGE)
+    mask = row_mask(row, column, rows, columns, VECTOR)
+    x = load(row_pointers(address, 0, row, stride, column, STORAGE, VECTOR), mask, STORAGE)
     return tl.where(column > 0, x, 0.0)
 
 
@@ -142,9 +128,9 @@ def store_rows(
 ):  # fmt: skip
     """Stores x [BLOCK_R, BLOCK_C] to contiguous rows, with ``first`` [BLOCK_R] for the first element of a row."""
     column = start + tl.arange(0, BLOCK_C)[None, :]
-    mask = tile_mask(row, column, rows, columns, VECTOR)
+    mask = row_mask(row, column, rows, columns, VECTOR)
     x = tl.where(column > 0, x, first[:, None])
-    store(tile_pointers(address, row, columns, column, STORAGE, VECTOR), x, mask, STORAGE)
+    store(row_pointers(address, 0, row, columns, column, STORAGE, VECTOR), x, mask, STORAGE)
 
 
 LORENTZ = ["a_z", "a_log_scale", "a_out", "rows", "columns", "z_stride", "k", "offset"]
