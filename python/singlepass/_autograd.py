@@ -66,18 +66,15 @@ def must_be_plain(where: str, requested: str | None, *tensors: Tensor | None) ->
     return True
 
 
-def gradients_to_differentiate(run: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
-    """Gradients of ``run(*inputs)`` that can be differentiated again; ``run`` is plain PyTorch."""
+def _gradients_to_differentiate(
+    function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``function(*inputs)`` that can be differentiated again; the function is plain PyTorch."""
     # Names of their own: an input that was made of another one counts as independent of it.
     named = [None if t is None else t.view_as(t) for t in inputs]
     wanted = [t for t in named if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(run(*named), wanted, grad, create_graph=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in named]
-
-
-def is_differentiated_again() -> bool:
-    """Whether a backward pass has to leave a graph."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    found = iter(torch.autograd.grad(function(*named), wanted, grad, create_graph=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in named)
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -93,19 +90,29 @@ class _OnlyOnce(torch.autograd.Function):
         raise RuntimeError(ctx.text)
 
 
-def gradients_once(
-    where: str, backend: str, run: Callable[[], Iterable[Tensor | None]], grad: Tensor, *inputs: Tensor | None
+def gradients(
+    where: str,
+    backend: str,
+    run: Callable[[], Iterable[Tensor | None]],
+    function: Callable[..., Tensor],
+    grad: Tensor,
+    *inputs: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """What ``run`` computes of the gradient ``grad``, raising where it is differentiated: with create_graph=True a
-    gradient that looked constant would make second derivatives silently wrong.
+    """The gradients of inputs in a backward pass, which ``run`` computes of ``grad``, that of ``function(*inputs)``.
+
+    Where the pass has to leave a graph, with create_graph=True, the function is differentiated instead, as plain
+    PyTorch computes it, if the backend is eager. Gradients of kernels raise where they are differentiated: such that
+    looked constant would make second derivatives silently wrong.
 
     Raises:
         RuntimeError: ``grad`` has a tangent of forward mode, and the backend is a kernel.
     """
     if backend != "eager" and has_tangent(grad):
         raise RuntimeError(message(where, _CONTRACT, TANGENT, PLAIN))
-    if not is_differentiated_again():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(run())
+    if backend == "eager":
+        return _gradients_to_differentiate(function, grad, *inputs)
     with torch.no_grad():
         grads = tuple(run())
     return tuple(None if g is None else _OnlyOnce.apply(where, g, grad, *inputs) for g in grads)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import gradients_once, gradients_to_differentiate, is_differentiated_again, must_be_plain
+from .._autograd import gradients, must_be_plain
 from .._errors import message, require
 from .._ops import rational as ops
 from .._ops import requested
@@ -46,11 +46,9 @@ class _Rational(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, seed = ctx.saved_tensors
-        if ctx.backend == "eager" and is_differentiated_again():
-            plain = partial(ops.rational.on("eager"), seed=seed, **ctx.options)
-            return *gradients_to_differentiate(plain, grad, *inputs), None, None, None, None, None
         run = partial(ops.rational_backward.on(ctx.backend), grad, *inputs, seed=seed, **ctx.options)
-        grads = gradients_once("rational", ctx.backend, run, grad, *inputs)
+        plain = partial(ops.rational.on("eager"), seed=seed, **ctx.options)
+        grads = gradients("rational", ctx.backend, run, plain, grad, *inputs)
         wanted = (g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:5], strict=True))
         return (*wanted, None, None, None, None, None)
 

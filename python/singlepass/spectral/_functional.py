@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import gradients_once, gradients_to_differentiate, is_differentiated_again, must_be_plain
+from .._autograd import gradients, must_be_plain
 from .._errors import require
 from .._ops import requested
 from .._ops import spectral as ops
@@ -122,11 +122,9 @@ class _Lorentz(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        if ctx.backend == "eager" and is_differentiated_again():
-            plain = partial(ops.lorentz.on("eager"), **ctx.options)
-            return *gradients_to_differentiate(plain, grad, *inputs), None, None, None
         run = partial(ops.lorentz_backward.on(ctx.backend), grad.contiguous(), *inputs, **ctx.options)
-        return *gradients_once("lorentz", ctx.backend, run, grad, *inputs), None, None, None
+        plain = partial(ops.lorentz.on("eager"), **ctx.options)
+        return *gradients("lorentz", ctx.backend, run, plain, grad, *inputs), None, None, None
 
 
 def lorentz(z: Tensor, log_scale: Tensor, *, k: float = 1.0, offset: float = 1.1, backend: str | None = None) -> Tensor:

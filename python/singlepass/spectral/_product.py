@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autograd import gradients_once, gradients_to_differentiate, is_differentiated_again
+from .._autograd import gradients
 from .._ops import spectral as ops
 from ..reference.spectral import decode
 
@@ -163,12 +163,8 @@ class SSTProduct(torch.autograd.Function):
         gradient, evaluation, backend = ctx.options
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needed = ctx.needs_input_grad
-        if backend == "eager" and is_differentiated_again():
-            run = partial(plain_product, bias=None, frozen=tuple(frozen), gradient=gradient)
-            bias = g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None
-            return *gradients_to_differentiate(run, grad, x, active_u, active_v, s), bias, *[None] * 7
 
-        def gradients() -> tuple[Tensor | None, ...]:
+        def run() -> tuple[Tensor | None, ...]:
             segments = _segments(active_u, active_v, s, tuple(frozen), x.dtype)
             if evaluation == "materialized":
                 grads = _gradients_from_weight(g, rows, segments, saved[8], needed)
@@ -183,11 +179,11 @@ class SSTProduct(torch.autograd.Function):
                 None if grad_u is None else grad_u.to(active_u.dtype),
                 None if grad_v is None else grad_v.to(active_v.dtype),
                 None if grad_s is None else grad_s.to(s.dtype),
-                g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None,
             )
 
-        found = gradients_once("sst_linear", backend, gradients, grad, x, active_u, active_v, s)
-        return *found, *[None] * 7
+        plain = partial(plain_product, bias=None, frozen=tuple(frozen), gradient=gradient)
+        found = gradients("sst_linear", backend, run, plain, grad, x, active_u, active_v, s)
+        return *found, g.sum(0, dtype=ctx.bias_dtype) if needed[4] else None, *[None] * 7
 
 
 # Of x, active_u, active_v and s, where wanted; those of the vectors are enhanced: without s.
