@@ -19,9 +19,7 @@ _READING = ("__index__", "__int__", "__invert__")
 def _is_write(name: str) -> bool:
     """Whether a function of this name writes to its first argument."""
     if name.startswith("__"):
-        return name in ("__setitem__", "__set__") or (
-            name[2] == "i" and name not in ("__index__", "__int__", "__invert__")
-        )
+        return name in ("__setitem__", "__set__") or (name[2] == "i" and name not in _READING)
     return name.endswith("_")
 
 
