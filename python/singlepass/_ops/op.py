@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._errors import message
+from .._errors import message, require
 
 NAMESPACE = __name__.partition(".")[0]  # singlepass, unless a loader imports the package under another name
 BACKENDS = ("native", "triton", "eager")
@@ -110,8 +110,7 @@ class Op:
         backend = requested(backend)
         if backend is None:
             return self._first_usable(device_type, dtypes)
-        if backend not in BACKENDS:
-            raise ValueError(message(self.name, f"backend among {', '.join(BACKENDS)}", repr(backend), _NATIVE))
+        check_backend(self.name, backend)
         reason = self.rejection(backend, device_type, dtypes)
         if reason:
             remedy = f"Unset backend and {ENV}: what can run is then chosen."
@@ -179,6 +178,12 @@ def bind() -> None:
 
 def _run_on_triton(op: Op, *args: Any, **options: Any) -> Any:
     return op.on("triton")(*args, **options)
+
+
+def check_backend(where: str, backend: str | None) -> None:
+    """Raises ValueError for what is neither None nor the name of a backend."""
+    known = backend is None or backend in BACKENDS
+    require(known, where, f"backend among {', '.join(BACKENDS)}", repr(backend), _NATIVE)
 
 
 def requested(backend: str | None) -> str | None:

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._errors import require
+from .._ops import check_backend
 from ._codec import Codec
 from ._hf_cache import CompressedCache, CompressedLayer, PreTrainedConfig, compressed_kinds
 from ._layer import ZipCacheLayer
 from ._matryoshka._bases import MatryoshkaBases, Ranks
 from ._matryoshka._layer import MatryoshkaLayer
-from ._options import check_backend
 
 __all__ = ["MatryoshkaCache", "ZipCache"]
 

@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 
 from .._errors import require
-from .._ops import BACKENDS
+from .._ops import check_backend
 from .._ops import kv as ops
 from ._codec import Codec
 from ._functional import check_bits, check_needs_no_gradient, check_softcap, check_tokens
 from ._saliency import NORMALIZATIONS
 
 _OP = "ZipCacheLayer"
-
-
-def check_backend(where: str, backend: str | None) -> None:
-    known = backend is None or backend in BACKENDS
-    require(known, where, f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out to have one chosen.")
 
 
 def check_options(options: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import message, require
-from .._ops import BACKENDS
+from .._ops import check_backend
 from ._functional import rational
 from ._tables import Table, resolve
 
@@ -135,8 +135,7 @@ class GroupRational(nn.Module):
         require(isinstance(channel_dim, Integral), op, contract, channel_dim, "Count from 0, or back from -1.")
         fits = isinstance(dropout, Real) and 0.0 <= dropout < 1.0
         require(fits, op, "0 <= dropout < 1", dropout, "It is the probability of becoming zero.")
-        known = backend is None or backend in BACKENDS
-        require(known, op, f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out to have one chosen.")
+        check_backend(op, backend)
         self.channels = channels
         self.groups = groups
         self.form = form

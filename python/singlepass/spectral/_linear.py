@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import message, require
-from .._ops import BACKENDS
+from .._ops import check_backend
 from ._decompose import decompose
 from ._frozen import check_frozen_dtype, factors_shape, freeze, frozen_parameter, thaw
 from ._functional import EVALUATIONS, GRADIENTS, sst_linear
@@ -125,8 +125,7 @@ class SSTLinear(nn.Module):
         check_frozen_dtype("SSTLinear", frozen_dtype)
         for name, value, known in (("gradient", gradient, GRADIENTS), ("evaluation", evaluation, EVALUATIONS)):
             require(value in known, "SSTLinear", f"{name} among {', '.join(known)}", repr(value), "Choose one of them.")
-        fits = backend is None or backend in BACKENDS
-        require(fits, "SSTLinear", f"backend among {', '.join(BACKENDS)}", repr(backend), "Leave it out.")
+        check_backend("SSTLinear", backend)
         self.gradient, self.evaluation, self.backend = gradient, evaluation, backend
         dtype = torch.get_default_dtype() if dtype is None else dtype
         stored = dtype if frozen_dtype is None else frozen_dtype
