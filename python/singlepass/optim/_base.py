@@ -12,12 +12,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._errors import message, require
-from .._ops import Op, requested
+from .._ops import Op
 from .._ops.optim import StepOp
 from ._buckets import Bucket, Sorter
-from ._checks import check_keys, check_norm_group, check_once, check_parameter, check_spread, check_values
+from ._checks import (
+    check_dtypes,
+    check_keys,
+    check_norm_group,
+    check_once,
+    check_parameter,
+    check_places,
+    check_spread,
+    check_values,
+    one_max_grad_norm,
+)
 from ._exchange import Exchange, Exchanges
-from ._loading import STATE_DTYPES, Loading, state_dtype_for
+from ._loading import Loading, state_dtype_for
 from ._norm import Steps, add_up_norms, is_any_nonzero, measure, to_device
 from ._shards import copy_like, is_laid_out_as, local, zeros_like
 
@@ -94,7 +104,8 @@ class FusedOptimizer(Optimizer):
 
     def _clipping(self) -> tuple[float, float]:
         """(max_norm, eps) of clipping by the global norm; max_norm 0 for none."""
-        return self._max_grad_norm_of(self.param_groups) if "max_grad_norm" in self.defaults else 0.0, 0.0
+        clips = "max_grad_norm" in self.defaults
+        return one_max_grad_norm(self._name, self.param_groups) if clips else 0.0, 0.0
 
     def _prepare(
         self, work: Work, grad_scale: Tensor | None, found_inf: Tensor | None, exchange: Exchange
@@ -123,17 +134,10 @@ class FusedOptimizer(Optimizer):
     def _check_groups(self, groups: list[dict[str, Any]]) -> None:
         """Checks the hyperparameters of groups that are to be the optimizer's."""
         for group in groups:
-            self._check_common(group)
+            check_dtypes(self._name, group["state_dtype"], group["lr"])
             self._check_group(group)
         if "max_grad_norm" in self.defaults:
-            self._max_grad_norm_of(groups)
-
-    def _max_grad_norm_of(self, groups: list[dict[str, Any]]) -> float:
-        norms: list[float] = [group["max_grad_norm"] for group in groups] or [0.0]
-        remedy = "Give it to the optimizer instead: it clips the norm of all gradients together."
-        got = ", ".join(map(repr, norms))
-        self._require(len(set(norms)) == 1, "one max_grad_norm for all groups", got, remedy)
-        return norms[0]
+            one_max_grad_norm(self._name, groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking its tensors and hyperparameters; nothing is added if one is refused."""
@@ -152,38 +156,12 @@ class FusedOptimizer(Optimizer):
         self._require(group.get("norm_group", self._norm_group) is self._norm_group, contract, "another", remedy)
         check_keys(self._name, group, self.defaults)
         self._check_groups([*self.param_groups, group])
-        self._check_places(group, tensors)
+        check_places(self._name, self.rule, group, tensors)
         if group["capturable"] and tensors and not isinstance(group["lr"], Tensor):
             # A captured step then reads the learning rate that a scheduler writes.
             param_group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=tensors[0].device)
         param_group["params"] = params
         super().add_param_group(param_group)  # which keeps this very dict
-
-    def _check_common(self, group: dict[str, Any]) -> None:
-        dtype = group["state_dtype"]
-        self._require(
-            dtype is None or dtype == "param" or dtype in STATE_DTYPES,
-            'state_dtype None (float32), "param", torch.float32, torch.bfloat16 or torch.float16',
-            dtype,
-            "Leave it at None.",
-        )
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            self._require(
-                lr.numel() == 1, "lr as a number or a tensor of one element", lr.numel(), "Use a 0-dim tensor."
-            )
-            fits = lr.dtype == torch.float32 or (lr.dtype == torch.float64 and lr.device.type == "cpu")
-            self._require(fits, "an lr of float32, or of float64 on the CPU", lr.dtype, "Convert it.")
-
-    def _check_places(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Checks what depends on where a group's parameters are."""
-        lr = group["lr"]
-        for p in params if group["capturable"] and isinstance(lr, Tensor) else ():
-            self._require(lr.device == p.device, f"a capturable lr on {p.device}", lr.device, "Move it there.")
-        backend = requested(group["backend"])
-        if backend is not None:
-            for p in params:
-                self.rule.choose(p.device.type, (p.dtype,), backend)
 
     def __repr__(self) -> str:
         """torch's, without the seed of an optimizer that draws no random numbers."""

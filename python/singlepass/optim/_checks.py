@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from .._errors import require
+from .._ops import requested
+from .._ops.optim import StepOp
 from ._shards import check_placements, is_sharded
 
-_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PARAM_DTYPES = (*STATE_DTYPES, torch.float64)
 
 # How like a hyperparameter a group's key is if misspelt; a scheduler's max_momentum is 0.8 like momentum.
 _MISSPELT = 0.85
@@ -64,6 +67,40 @@ def check_values(where: str, group: dict[str, Any], names: Iterable[str], betas:
         keeps, remedy = _CONTRACTS[contract]
         for value in values:
             require(keeps(value), where, f"{key} {contract}", repr(value), remedy)
+
+
+def check_dtypes(where: str, state_dtype: object, lr: object) -> None:
+    """Raises ValueError for a dtype of states, or of an lr that is a tensor, that kernels do not take."""
+    contract = 'state_dtype None (float32), "param", torch.float32, torch.bfloat16 or torch.float16'
+    require(state_dtype in (None, "param", *STATE_DTYPES), where, contract, state_dtype, "Leave it at None.")
+    if isinstance(lr, Tensor):
+        contract = "lr as a number or a tensor of one element"
+        require(lr.numel() == 1, where, contract, lr.numel(), "Use a 0-dim tensor.")
+        fits = lr.dtype == torch.float32 or (lr.dtype == torch.float64 and lr.device.type == "cpu")
+        require(fits, where, "an lr of float32, or of float64 on the CPU", lr.dtype, "Convert it.")
+
+
+def check_places(where: str, rule: StepOp, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    """Checks what depends on where a group's parameters are.
+
+    Raises:
+        ValueError: an lr of a capturable optimizer on another device.
+        RuntimeError: a backend that was asked for and cannot run there.
+    """
+    lr, backend = group["lr"], requested(group["backend"])
+    for p in params:
+        if group["capturable"] and isinstance(lr, Tensor):
+            require(lr.device == p.device, where, f"a capturable lr on {p.device}", lr.device, "Move it there.")
+        if backend is not None:
+            rule.choose(p.device.type, (p.dtype,), backend)
+
+
+def one_max_grad_norm(where: str, groups: Sequence[dict[str, Any]]) -> float:
+    """The max_grad_norm of all groups. Raises ValueError if they have several."""
+    norms: list[float] = [group["max_grad_norm"] for group in groups] or [0.0]
+    remedy = "Give it to the optimizer instead: it clips the norm of all gradients together."
+    require(len(set(norms)) == 1, where, "one max_grad_norm for all groups", ", ".join(map(repr, norms)), remedy)
+    return norms[0]
 
 
 def check_keys(where: str, group: dict[str, Any], known: Collection[str]) -> None:

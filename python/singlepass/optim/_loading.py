@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops.optim import RULES
+from ._checks import STATE_DTYPES
 from ._shards import copy_like, whole
 
 if TYPE_CHECKING:
     from ._base import FusedOptimizer
 
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NOT_LOADED = ("step", "buffer", "backend", "capturable")
 _ALL_STATES = {name for rule in RULES.values() for name in rule.lists}
 
