@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -14,19 +15,16 @@ from .._ops import spectral as ops
 from ..optim import AdamW
 from ..optim._base import Bucket, Work
 from ..optim._exchange import Exchange
-from ..optim._shards import is_sharded
 from ._decompose import decompose, drift
 from ._draw import draw_vectors, draws_of
 from ._linear import SSTLinear, frozen_parameters, layers_by_parameter, rank_of
 from ._loading import SSTLoading
+from ._parameters import VECTORS, LayerParameters
 from ._schedule import PROGRESS, SAMPLINGS, Progress, check_schedule, warmup_factor
 
-_VECTORS = ("active_u", "active_v")
-_TRAINED = ("singular_values", *_VECTORS)
 # What a copy of the optimizer takes along beside what every optimizer does.
 _SETTINGS = (
-    "_layers",
-    "_places",
+    "_parameters",
     "_is_unsure",
     "progress",
     "steps_per_iteration",
@@ -167,10 +165,7 @@ class SST(AdamW):
         require(tolerance >= 0.0, "SST", "tolerance >= 0", tolerance, "Pass 0 to decompose after every round.")
         fits = isinstance(seed, Integral) and 0 <= seed < 2**63
         require(fits, "SST", "seed in 0..2^63 - 1", repr(seed), "Pass an int.")
-        self._layers: list[SSTLinear] = []
-        self._places: list[tuple[nn.Module, str]] = []
-        self._held: list[Tensor | None] = []
-        self._roles: dict[int, str] = {}
+        self._parameters: LayerParameters | None = None  # until all groups are there
         self._is_unsure = False  # whether progress was loaded, and layers have not been looked at since
         self.progress = Progress()
         self.steps_per_iteration = steps_per_iteration
@@ -193,10 +188,7 @@ class SST(AdamW):
             unscale_in_step=unscale_in_step,
             backend=backend,
         )
-        self._layers = self._find_layers()
-        modules = self._layers if model is None else model.modules()
-        self._places = [(module, name) for module in modules for name in module._parameters]
-        self._note_roles()
+        self._parameters = LayerParameters([p for group in self.param_groups for p in group["params"]], model)
         most = max(-(-len(layer.singular_values) // layer.rank) for layer in self._layers)
         self.iterations_per_round = most if iterations_per_round is None else iterations_per_round
         drawn = draws_of(self._layers)
@@ -205,42 +197,22 @@ class SST(AdamW):
             self._begin_iteration()
         self._note_progress()
 
-    def _find_layers(self) -> list[SSTLinear]:
-        """The layers of all parameters, in their order."""
-        owners = layers_by_parameter()
-        given = [id(p) for group in self.param_groups for p in group["params"]]
-        found = list(dict.fromkeys(owners[key] for key in given if key in owners))
-        remedy = "Call singlepass.spectral.convert(model, rank) first."
-        require(bool(found), "SST", "parameters of SSTLinear layers", "none", remedy)
-        for layer in found:
-            missing = [name for name in _TRAINED if id(getattr(layer, name)) not in given]
-            contract = "singular_values, active_u and active_v of a layer together"
-            require(not missing, "SST", contract, f"one without {', '.join(missing)}", "Add all of its parameters.")
-            remedy = "Train it by DistributedDataParallel, or let fully_shard wrap a model that is not converted."
-            whole = not any(is_sharded(getattr(layer, name)) for name in _TRAINED)
-            require(whole, "SST", "whole singular vectors, of which each rank draws", "DTensors", remedy)
-        return found
-
-    def _note_roles(self) -> None:
-        self._held = [module._parameters.get(name) for module, name in self._places]
-        roles = {"singular_values": "values"} | dict.fromkeys(_VECTORS, "vectors")
-        self._roles = {id(getattr(layer, name)): role for layer in self._layers for name, role in roles.items()}
+    @property
+    def _layers(self) -> list[SSTLinear]:
+        return [] if self._parameters is None else self._parameters.layers
 
     def _refresh(self) -> None:
         """Parameters that were replaced give their places to the new ones, and their states if the shape is the same:
         loading with assign=True keeps it, another rank does not."""
-        replaced = {}
-        for (module, name), old in zip(self._places, self._held, strict=True):
-            new = module._parameters.get(name)
-            if new is not old and new is not None and old is not None:
-                replaced[id(old)] = new
-                state = self.state.pop(old, None)
-                if state is not None and new.shape == old.shape:
-                    self.state[new] = state
+        replaced = [] if self._parameters is None else self._parameters.replaced()
+        for old, new in replaced:
+            state = self.state.pop(old, None)
+            if state is not None and new.shape == old.shape:
+                self.state[new] = state
         if replaced:
+            taken = {id(old): new for old, new in replaced}
             for group in self.param_groups:
-                group["params"] = [replaced.get(id(p), p) for p in group["params"]]
-            self._note_roles()
+                group["params"] = [taken.get(id(p), p) for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name in _SETTINGS}
@@ -248,8 +220,8 @@ class SST(AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_layers" in state:  # a copy, or what was pickled
-            self._note_roles()
+        if "_parameters" in state:  # a copy, or what was pickled
+            self._parameters = copy.copy(self._parameters)  # each notices by itself what is replaced
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking it; layers for sparse spectral training come with the constructor."""
@@ -267,7 +239,7 @@ class SST(AdamW):
         self._note_progress()
 
     def _role_of(self, p: Tensor) -> str:
-        return self._roles.get(id(p), "")
+        return "" if self._parameters is None else self._parameters.role_of(p)
 
     def _op(self, role: str) -> Op:
         return ops.step_ if role else super()._op(role)
@@ -370,7 +342,7 @@ class SST(AdamW):
         moments = [[t for t in self._own_states(layer.singular_values) if t.dim() > 0] for layer in self._layers]
         uniform, backend = SAMPLINGS[self.sampling], self.param_groups[0]["backend"]
         draw_vectors(self._layers, moments, self.seed, self.progress.draws, uniform, backend)
-        vectors = [getattr(layer, name) for layer in self._layers for name in _VECTORS]
+        vectors = [getattr(layer, name) for layer in self._layers for name in VECTORS]
         self._forget(vectors)
         for p in vectors:
             p.grad = None  # of vectors that are now others
