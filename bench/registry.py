@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,6 +61,11 @@ class Gate:
     """
 
     error: float
+
+    @classmethod
+    def of(cls, errors: Iterable[torch.Tensor]) -> Gate:
+        """The largest of all; what is not a number is as wrong as can be."""
+        return cls(max((e.nan_to_num(nan=float("inf")).max().item() for e in errors), default=0.0))
 
     @property
     def agrees(self) -> bool:
@@ -131,6 +136,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 def missing(package: str, device: torch.device) -> str | None:
     """Why a provider that needs a package can't run, or None."""
     return None if importlib.util.find_spec(package) else "not installed"
+
+
+def own_reason(ops: Sequence[str], backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a backend of ours can't run all of these ops, or None."""
+    from singlepass._ops import OPS
+
+    return next((why for op in ops if (why := OPS[op].rejection(backend, device.type, (dtype,)))), None)
 
 
 def cases(device: torch.device) -> Iterator[Case]:

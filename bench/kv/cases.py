@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..probe import Probe
-from ..registry import Case, Pass, Provider, Step, Tier, dtype_name, fitting, missing
+from ..registry import Case, Pass, Provider, Step, Tier, dtype_name, fitting, missing, own_reason
 from .caches import (
     BLOCK,
     DECODE,
@@ -36,7 +36,7 @@ from .caches import (
     CacheShape,
     packed_bytes,
 )
-from .gates import gate, own_reason
+from .gates import gate
 from .inputs import Call, Inputs, Make, inputs, split
 from .low_rank import append_alone, low_rank_truth, own_append, own_low_rank
 from .model import MODEL_OPS, model_case
@@ -253,7 +253,7 @@ def providers(op: str, shape: CacheShape, dtype: torch.dtype, on_gpu: bool) -> I
         ("eager", Tier.EAGER, 4 * bytes_of_floats),
     ):
         timed = partial(TIMED[op], name) if op in TIMED else None
-        why_not = partial(own_reason, OPS_OF.get(op, op), name, dtype)
+        why_not = partial(own_reason, (OPS_OF.get(op, op),), name, dtype)
         make = partial(OWN[op], name)
         # Queries and results are rounded when they are projected, too.
         roundings = 3 if op in (LOW_RANK, LOW_RANK_CODES) else 1

@@ -23,7 +23,7 @@ def compare(got: Tensor, want: Tensor, dtype: torch.dtype, roundings: int = 1) -
     if got.shape != want.shape:
         return Gate(float("inf"))
     error = (got - want).abs() / (roundings * GATE_TOLERANCE[dtype] * (want.abs() + want.abs().mean()))
-    return Gate(error.nan_to_num(nan=float("inf")).max().item())
+    return Gate.of([error])
 
 
 def gate(
@@ -32,9 +32,3 @@ def gate(
     """One call on a small cache."""
     data = make_inputs(GATE_SHAPE, dtype, device)
     return compare(make(data)(), truth(data), dtype, roundings)
-
-
-def own_reason(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    from singlepass._ops import OPS
-
-    return OPS[op].rejection(backend, device.type, (dtype,))

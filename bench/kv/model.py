@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import Case, Gate, Pass, Provider, Step, Tier, missing
+from ..registry import Case, Gate, Pass, Provider, Step, Tier, missing, own_reason
 from .caches import (
     DECODE,
     FIRST_TOKEN,
@@ -25,7 +25,7 @@ from .caches import (
     ModelShape,
     packed_bytes,
 )
-from .gates import GATE_SHAPE, compare, own_reason
+from .gates import GATE_SHAPE, compare
 from .inputs import Call
 
 SMALL = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, inner=96, vocabulary=200)
@@ -139,7 +139,7 @@ def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
 
     def provider_of(name: str, column: str, tier: Tier, kind: Callable[[], Any], truth: Callable[[], Any]) -> Provider:
         def why_not(device: torch.device) -> str | None:
-            own = None if kind is uncompressed else own_reason(DECODE, name, dtype, device)
+            own = None if kind is uncompressed else own_reason((DECODE,), name, dtype, device)
             return missing("transformers", device) or own
 
         def prepare(data: Any) -> Step:

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..probe import Probe
-from ..registry import Case, Pass, Provider, Tier, dtype_name, fitting
+from ..registry import Case, Pass, Provider, Tier, dtype_name, fitting, own_reason
 from . import models, peers, python_op
 from .compiled import by_tensor, compiled, whole_step
 from .steps import MakeOptimizer, MakeRunner, gate, inputs, prepare
@@ -77,13 +77,6 @@ def own(rule: Rule, backend: str) -> MakeOptimizer:
     return make
 
 
-def own_reason(rule: Rule, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a backend of ours cannot run, or None."""
-    from singlepass._ops import OPS
-
-    return OPS[rule.ops[0]].rejection(backend, device.type, (dtype,))
-
-
 def peer_differs(dtype: torch.dtype, differs: str | None) -> str | None:
     """How a peer differs, given how it does in float32: its states take the parameters' dtype."""
     if dtype == torch.float32:
@@ -118,7 +111,7 @@ def providers(rule: Rule, model: models.Model, dtype: torch.dtype) -> tuple[Prov
         )
 
     found = [
-        provider(name, name, tier, own(rule, name), why_not=partial(own_reason, rule, name, dtype))
+        provider(name, name, tier, own(rule, name), why_not=partial(own_reason, rule.ops, name, dtype))
         for name, tier in (("native", Tier.FUSED), ("triton", Tier.FUSED), ("eager", Tier.EAGER))
     ]
     for peer in peers.peers(rule.name, rule.arguments):

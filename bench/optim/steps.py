@@ -89,8 +89,7 @@ def gate(
                 p.grad = g.to(to, copy=True)
             step.run()
         reach = [torch.maximum(r, p.detach().abs()) for r, p in zip(reach, want.params, strict=True)]
-    worst = 0.0
-    for p, exact, r in zip(got.params, want.params, reach, strict=True):
-        error = (p.detach().double() - exact.detach()).abs() / (GATE_TOLERANCE[dtype] * r + GATE_ABSOLUTE)
-        worst = max(worst, error.nan_to_num(nan=float("inf")).max().item())
-    return Gate(worst)
+    return Gate.of(
+        (p.detach().double() - exact.detach()).abs() / (GATE_TOLERANCE[dtype] * r + GATE_ABSOLUTE)
+        for p, exact, r in zip(got.params, want.params, reach, strict=True)
+    )

@@ -103,13 +103,12 @@ def gate(make: Make, truth: Make, backward: bool, groups: int, dtype: torch.dtyp
     want = caller(truth, backward, data.double())()
     if [t.shape for t in got] != [t.shape for t in want]:
         return Gate(float("inf"))
-    worst = 0.0
+    errors = []
     for i, (value, exact) in enumerate(zip(got, want, strict=True)):
         exact = exact.detach()
         # Gradients of coefficients differ by magnitudes from power to power: each is compared with its like.
         like, tolerance = (exact.abs().mean(), GATE_TOLERANCE[dtype])
         if i > 1:
             like, tolerance = exact.abs().mean(0, keepdim=True), GATE_COEFFICIENTS
-        error = (value.detach().double() - exact).abs() / (tolerance * (exact.abs() + like))
-        worst = max(worst, error.nan_to_num(nan=float("inf")).max().item())
-    return Gate(worst)
+        errors.append((value.detach().double() - exact).abs() / (tolerance * (exact.abs() + like)))
+    return Gate.of(errors)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..probe import Probe
-from ..registry import Case, Pass, Provider, Tier, fitting, missing
+from ..registry import Case, Pass, Provider, Tier, fitting, missing, own_reason
 from .activations import ACTIVATIONS, BACKWARD, FORWARD, GROUPS, KAT_CPU, TITLES, Activation
 from .calls import Function, Inputs, Make, gate, inputs, prepare, with_coefficients
 
@@ -91,13 +91,6 @@ def autocast(make: Make, data: Inputs) -> Function:
         return y.to(x.dtype)
 
     return Function(call, function.coefficients)
-
-
-def own_reason(ops: tuple[str, ...], backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a backend of ours cannot run, or None."""
-    from singlepass._ops import OPS
-
-    return next((why for op in ops if (why := OPS[op].rejection(backend, device.type, (dtype,)))), None)
 
 
 def providers(device: torch.device, ops: tuple[str, ...], elements: int, dtype: torch.dtype) -> tuple[Provider, ...]:

@@ -291,11 +291,11 @@ def gate(make: Make, truth: Make, op: str, dtype: torch.dtype, device: torch.dev
     data = model_data(GATE_MODEL, dtype, device) if op in OF_MODELS else layer_data(GATE_SHAPE, dtype, device)
     want = truth(data.copied(torch.float64))()
     got = make(data.copied())()
-    worst = 0.0
+    errors = []
     for value, exact in zip(got, want, strict=True):
         if value.shape != exact.shape:
             return Gate(float("inf"))
         exact = exact.detach().double()
-        error = (value.detach().double() - exact).abs() / (GATE_TOLERANCE[dtype] * (exact.abs() + exact.abs().mean()))
-        worst = max(worst, error.nan_to_num(nan=float("inf")).max().item())
-    return Gate(worst)
+        allowed = GATE_TOLERANCE[dtype] * (exact.abs() + exact.abs().mean())
+        errors.append((value.detach().double() - exact).abs() / allowed)
+    return Gate.of(errors)

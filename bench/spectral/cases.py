@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..probe import Probe
-from ..registry import Case, Pass, Provider, Step, Tier, fitting
+from ..registry import Case, Pass, Provider, Step, Tier, fitting, own_reason
 from .calls import (
     OF_MODELS,
     OWN,
@@ -41,12 +41,6 @@ from .layers import (
 )
 
 FLOPS_UPDATE = 17  # of an element: AdamW's, and a row's norm and division
-
-
-def own_reason(ops: tuple[str, ...], backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    from singlepass._ops import OPS
-
-    return next((why for op in ops if (why := OPS[op].rejection(backend, device.type, (dtype,)))), None)
 
 
 def providers(op: str, ops: tuple[str, ...], dtype: torch.dtype, held: int) -> Iterator[Provider]:
