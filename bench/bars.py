@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .results import Row
+from .results import Row, Run
 
 SHARE_OF_COPY = 0.85  # GPU
 
@@ -68,8 +68,22 @@ def ours(rows: list[Row]) -> Row | None:
 
 def time_over(bar: str, case: str, native: Row | None, rivals: list[Row], limit: float) -> Check:
     """Our time over that of the fastest rival."""
-    skipped = any(row.status == "skipped" for row in rivals)
-    return Check(bar, case, ratio(native.times_floor if native else None, fastest(rivals)), limit, partial=skipped)
+    value = ratio(native.times_floor if native else None, fastest(rivals))
+    return Check(bar, case, value, limit, partial=some_skipped(rivals))
+
+
+def times_faster(bar: str, case: str, native: Row | None, rivals: list[Row], limit: float) -> Check:
+    """The time of the fastest rival over ours."""
+    value = ratio(fastest(rivals), native.times_floor if native else None)
+    return Check(bar, case, value, limit, at_least=True, partial=some_skipped(rivals))
+
+
+def some_skipped(rows: list[Row]) -> bool:
+    return any(row.status == "skipped" for row in rows)
+
+
+def share_of_copy(case: str, gbps: float | None, run: Run, limit: float = SHARE_OF_COPY) -> Check:
+    return Check("share of copy bandwidth", case, ratio(gbps, run.copy_gbps), limit, at_least=True)
 
 
 def exit_status(checks: list[Check]) -> int:

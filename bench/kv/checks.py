@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from ..bars import Check, fastest, ours, ratio, time_over
+from ..bars import Check, ours, ratio, share_of_copy, time_over, times_faster
 from ..results import Row, Run
 from .caches import DECODE, FIRST_TOKEN, LOW_RANK, LOW_RANK_CODES, NEXT_TOKEN, PROJECT, QUANTIZE, TITLES
 
@@ -33,23 +34,23 @@ def length_of(row: Row) -> int:
     return int(row.size.split("x")[1])
 
 
-def times_faster(bar: str, rows: list[Row], column: str, limit: float) -> Check:
-    """The time of the fastest of a column over ours."""
-    native, rivals = ours(rows), [row for row in rows if row.column == column]
-    value = ratio(fastest(rivals), native.times_floor if native else None)
-    skipped = any(row.status == "skipped" for row in rivals)
-    return Check(bar, case_of(rows[0]), value, limit, at_least=True, partial=skipped)
+def faster_than(column: str, bar: str, rows: list[Row], limit: float) -> Check:
+    rivals = [row for row in rows if row.column == column]
+    return times_faster(bar, case_of(rows[0]), ours(rows), rivals, limit)
+
+
+faster_than_dense = partial(faster_than, "yardstick", "times faster than the best dense decode")
 
 
 def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
     if rows[0].op == DECODE:
         limit = TIMES_DENSE[length_of(rows[0]) >= LONG]
-        yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
-        yield times_faster("times faster than QuantizedCache", rows, "peer", TIMES_QUANTIZED_CACHE)
+        yield faster_than_dense(rows, limit)
+        yield faster_than("peer", "times faster than QuantizedCache", rows, TIMES_QUANTIZED_CACHE)
     elif rows[0].op in TIMES_DENSE_LOW_RANK and length_of(rows[0]) >= LONG:
         limits = TIMES_DENSE_INTEL if "Intel" in run.device_line else TIMES_DENSE_LOW_RANK
         limit = limits[rows[0].op]
-        yield times_faster("times faster than the best dense decode", rows, "yardstick", limit)
+        yield faster_than_dense(rows, limit)
     elif rows[0].op == PROJECT and length_of(rows[0]) == PROJECTION_LENGTH:
         attention = ours(run.find(family="kv", op=LOW_RANK, size=rows[0].size, dtype=rows[0].dtype))
         native = ours(rows)
@@ -68,7 +69,6 @@ def cuda(run: Run, rows: list[Row]) -> Iterator[Check]:
     if rows[0].op != DECODE:
         return
     native = ours(rows)
-    share = native.gbps / run.copy_gbps if native and native.gbps else None
-    yield Check("share of copy bandwidth", case_of(rows[0]), share, SHARE_OF_COPY, at_least=True)
+    yield share_of_copy(case_of(rows[0]), native.gbps if native else None, run, SHARE_OF_COPY)
     if rows[0].size == f"8x{LONG}":
-        yield times_faster("times faster than the best dense decode", rows, "yardstick", TIMES_DENSE_GPU)
+        yield faster_than_dense(rows, TIMES_DENSE_GPU)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..bars import SHARE_OF_COPY, Check, fastest, ours, ratio, select, time_over
+from ..bars import Check, ours, ratio, select, share_of_copy, time_over, times_faster
 from ..results import Row, Run
 from .models import GPT2_SMALL, MANY_SMALL, ONE_ELEMENT, TENSORS_300, VIT_B16
 
@@ -45,8 +45,7 @@ def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
         if op == "AdamW":
             yield over("time over torch fused", "torch-fused", 1.0)
         else:
-            faster = ratio(fastest(rivals("eager")), times_floor)
-            yield Check("times faster than eager", case, faster, TIMES_EAGER, at_least=True)
+            yield times_faster("times faster than eager", case, native, rivals("eager"), TIMES_EAGER)
             yield over("time over pytorch_optimizer's best", "pytorch_optimizer", 1.0)
             yield over("time over torch.compile", "compile", 1.0)
         yield extra_memory(case, native)
@@ -64,8 +63,7 @@ def cuda(run: Run, rows: list[Row]) -> Iterator[Check]:
     native = ours(rows)
     measured = native is not None and native.status == "ok"
     if rows[0].elements >= LARGE_ELEMENTS:
-        share = native.gbps / run.copy_gbps if native and native.gbps else None
-        yield Check("share of copy bandwidth", case, share, SHARE_OF_COPY, at_least=True)
+        yield share_of_copy(case, native.gbps if native else None, run)
         yield extra_memory(case, native)
     if size == TENSORS_300.name:
         yield Check("launches", case, native.launches if measured and native else None, LAUNCHES.get(op, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..bars import SHARE_OF_COPY, Check, fastest, ours, ratio, select, time_over
+from ..bars import Check, ours, select, share_of_copy, time_over, times_faster
 from ..results import Row, Run
 from .activations import BACKWARD, FORWARD, TITLES
 
@@ -22,27 +22,21 @@ def case_of(row: Row) -> str:
 
 
 def cpu(run: Run, rows: list[Row]) -> Iterator[Check]:
-    def faster_than(bar: str, provider: str, limit: float) -> Check:
-        """The rival's time over ours."""
-        rivals = fastest(select(rows, provider.__eq__))
-        return Check(bar, case, ratio(rivals, native.times_floor if native else None), limit, at_least=True)
-
     case, op, native = case_of(rows[0]), rows[0].op, ours(rows)
     yield time_over("time over gelu", case, native, select(rows, "gelu".__eq__), TIMES_GELU)
     if op == BACKWARD:
-        yield faster_than("times faster than eager", "eager", TIMES_EAGER)
-        yield faster_than("times faster than torch.compile", "compile", TIMES_COMPILE)
+        yield times_faster("times faster than eager", case, native, select(rows, "eager".__eq__), TIMES_EAGER)
+        compiled = select(rows, "compile".__eq__)
+        yield times_faster("times faster than torch.compile", case, native, compiled, TIMES_COMPILE)
 
 
 def cuda(run: Run, rows: list[Row]) -> Iterator[Check]:
     case, op, native = case_of(rows[0]), rows[0].op, ours(rows)
     if rows[0].elements >= LARGE_ELEMENTS:
-        bar = "share of copy bandwidth"
-        share = native.gbps / run.copy_gbps if native and native.gbps else None
-        yield Check(bar, case, share, SHARE_OF_COPY, at_least=True)
+        yield share_of_copy(case, native.gbps if native else None, run)
         if op == BACKWARD:
             alone = case.replace(TITLES[BACKWARD], "backward alone")
-            yield Check(bar, alone, ratio(backward_gbps(run, native), run.copy_gbps), SHARE_OF_COPY, at_least=True)
+            yield share_of_copy(alone, backward_gbps(run, native), run)
     peers = [row for row in rows if row.column == "peer"]
     yield time_over("time over the best peer", case, native, peers, 1.0)
 
