@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import csv
 import io
+import subprocess
+import sys
 from typing import Any
 
 from counting.cubins import tool
@@ -22,6 +24,20 @@ WANTED = {
     "DRAM Throughput": "dram",
     "Compute (SM) Throughput": "compute",
 }
+SECONDS = 60  # that the profiler may take
+
+
+def profile(case: str, provider: str) -> list[dict[str, Any]] | str:
+    """The kernels of one call, or why they could not be had."""
+    command = profiler_command(sys.executable, case, provider)
+    if isinstance(command, str):
+        return command
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "the profiler ran out of time"
+    said = " ".join((done.stdout + done.stderr).split())[-300:]
+    return parse_profile(done.stdout) or said or "the profiler said nothing"
 
 
 def profiler_command(python: str, case: str, provider: str) -> list[str] | str:

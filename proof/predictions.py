@@ -7,7 +7,6 @@ Times come from the newest file of `make gpu-model`, the others from counts. Eac
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -37,7 +36,6 @@ TIMES_OFF = {  # that times of others may be off
 HOST_TIMES = 3.0  # that a step of ZipCacheLayer may take the host over one without compression
 SECTORS, SECTORS_OFF = 16.0, 0.01  # of 32 bytes: what 32 lanes store of 16 bytes each
 COUNTED_CASE = STREAMS[1]
-PROFILER_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -131,17 +129,11 @@ def of_sectors() -> Prediction:
     """By the profiler over one step of Lion, whose stores are those of its vectors alone."""
     what = f"sectors for each store, {COUNTED_CASE}"
     made = partial(Prediction, what, "sectors", *around(SECTORS, SECTORS_OFF))
-    command = kernels.profiler_command(sys.executable, COUNTED_CASE, PROVIDER)
-    if isinstance(command, str):
-        return made(None, command)
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROFILER_SECONDS)
-    except subprocess.TimeoutExpired:
-        return made(None, "the profiler ran out of time")
-    for kernel in kernels.parse_profile(done.stdout):
-        if said := kernel["numbers"].get("sectors of a store"):
-            return made(float(said.split()[0]))
-    return made(None, " ".join((done.stdout + done.stderr).split())[-300:] or "the profiler said nothing")
+    found = kernels.profile(COUNTED_CASE, PROVIDER)
+    if isinstance(found, str):
+        return made(None, found)
+    said = next((said for kernel in found if (said := kernel["numbers"].get(kernels.WANTED[kernels.SECTORS]))), None)
+    return made(float(said.split()[0])) if said else made(None, "the profiler did not count them")
 
 
 def main(device: torch.device) -> None:

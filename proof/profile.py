@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,12 @@ from singlepass.bench import checks, results
 from . import kernels
 
 PROVIDER = "native"
-SECONDS = 60
 
 
 def profile(case: str) -> dict[str, Any]:
     """The kernels of one call, or what was missing."""
-    command = kernels.profiler_command(sys.executable, case, PROVIDER)
-    if isinstance(command, str):
-        return {"missing": command}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"missing": "the profiler ran out of time"}
-    found = kernels.parse_profile(done.stdout)
-    if not found:
-        return {"missing": " ".join((done.stdout + done.stderr).split())[-300:]}
-    return {"kernels": found}
+    found = kernels.profile(case, PROVIDER)
+    return {"missing": found} if isinstance(found, str) else {"kernels": found}
 
 
 def main(path: str, count: str) -> None:
