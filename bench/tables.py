@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from .checks import Check
 from .grid import Grid, number, size_of, times
 from .kv import caches
-from .optim.models import ONE_ELEMENT
+from .optim.models import MANY_SMALL, ONE_ELEMENT
 from .rational import activations
 from .registry import FAMILIES
 from .results import Row, Run
@@ -17,20 +17,35 @@ from .spectral import layers
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """What a table compares with in place of torch's version of the same op.
+
+    title: of its column. itself: the provider of torch's own of which it is one, which fills the column where the op is
+    the yardstick's; torch's column, which would hold nothing else, is then left out.
+    """
+
+    title: str
+    itself: str | None = None
+
+
+@dataclass(frozen=True)
 class Words:
     """How the tables of a family read.
 
     first: the head of the first column. titles: what ops are called there. torch: the columns of providers that are
-    torch's own, what they are called, and what they are. rivals: the columns of those that a user could take instead.
+    torch's own, what they are called, and what they are. yardsticks: others than torch's own, by sizes that have them.
+    rivals: the columns of those that a user could take instead.
     """
 
     first: str
     torch: tuple[str, str]
     what: str
     titles: dict[str, str] = field(default_factory=dict)
+    yardsticks: dict[str, Yardstick] = field(default_factory=dict)
     peer: str = "best peer"
     rivals: tuple[str, ...] = ("torch.optim", "yardstick", "torch.compile", "peer")
     no_rivals: tuple[str, ...] = ()  # ops whose yardstick is no rival
+    host_bound: tuple[str, ...] = ()  # sizes at which a call is not bound by what it moves
     note: str = ""
 
 
@@ -39,7 +54,12 @@ WORDS = {
         "optimizer",
         ("torch.optim", "torch"),
         "one optimizer step",
+        yardsticks={
+            MANY_SMALL.name: Yardstick("torch fused AdamW", itself="torch-fused"),
+            ONE_ELEMENT.name: Yardstick("op in Python"),
+        },
         rivals=("torch.optim", "torch.compile", "peer"),
+        host_bound=(ONE_ELEMENT.name,),
     ),
     "rational": Words("x, pass", ("yardstick", "torch GELU"), "rational activation", activations.TITLES),
     "kv": Words(
@@ -100,11 +120,11 @@ def family_grid(run: Run, family: str, dtype: str, **want: str) -> Grid:
     """Milliseconds of one call by each provider, and multiples of its floor; ours, torch's and peers' first."""
     words, rows = WORDS[family], run.find(family=family, dtype=dtype, **want)
     columns = {"native": "**singlepass**", words.torch[0]: words.torch[1]}
-    yardsticks = {row.provider for row in rows if row.column == "yardstick"}
-    if family == "optim" and "python-op" in yardsticks:
-        columns["yardstick"] = "op in Python"
-    elif family == "optim" and yardsticks:
-        columns = {"native": "**singlepass**", "yardstick": "torch fused AdamW"}
+    measured = any(row.column == "yardstick" for row in rows)
+    if yardstick := words.yardsticks.get(want.get("size", "")) if measured else None:
+        if yardstick.itself is not None:
+            del columns[words.torch[0]]
+        columns["yardstick"] = yardstick.title
     if run.machine["kind"] == "cuda":
         columns = {"native": "**singlepass**", "triton": "Triton"} | columns
     columns |= {"peer": words.peer, "torch.compile": "torch.compile", "eager": "eager"}
@@ -120,8 +140,8 @@ def family_grid(run: Run, family: str, dtype: str, **want: str) -> Grid:
     for key in dict.fromkeys((row.size, row.op) for row in rows):
         some = [row for row in rows if (row.size, row.op) == key]
         by_column = {column: [row for row in some if row.column == column] for column in columns}
-        if family == "optim" and by_column.get("yardstick") == []:  # of AdamW itself
-            by_column["yardstick"] = [row for row in some if row.provider == "torch-fused"]
+        if yardstick and not by_column["yardstick"]:
+            by_column["yardstick"] = [row for row in some if row.provider == yardstick.itself]
         line = [title_of(some[0])]
         line += [cell(found, notes, column in named) for column, found in by_column.items()]
         if run.machine["kind"] == "cuda":
@@ -193,7 +213,7 @@ def summary_grid(run_of: Callable[[str], Run | None]) -> Grid:
             ours = fastest([row for row in some if row.column in ("native", "triton")])
             if ours is None or not ours.times_floor:
                 continue
-            if ours.size != ONE_ELEMENT.name:  # whose step is not bound by what it moves
+            if ours.size not in WORDS[family].host_bound:
                 floors.append(ours.times_floor)
             rivals = [] if key[0] in WORDS[family].no_rivals else some
             torchs = fastest([row for row in rivals if row.column == WORDS[family].torch[0]])
