@@ -15,7 +15,13 @@ from .tool import ROOT
 
 FLOOR, NEWEST = "torch==2.10.0", "torch"
 PAIRS = (("3.10", FLOOR), ("3.11", "torch==2.13.0"), ("3.12", NEWEST), ("3.13", "torch==2.14.1"))
-QUICK = ("kv/test_layer_usage.py", "optim/test_usage.py", "rational/test_nn.py", "spectral/test_usage.py")
+QUICK = (
+    "kv/test_layer_usage.py",
+    "optim/test_usage.py",
+    "rational/test_group_rational.py",
+    "rational/test_kat_layers.py",
+    "spectral/test_usage.py",
+)
 WITH_TORCHVISION = ("torch==2.14.1", "torchvision==0.29.1", "timm", "lightning")
 PIP = "pip>=25.1"  # knows dependency groups
 FOR_TESTS = ("--group", f"{ROOT / 'pyproject.toml'}:test")

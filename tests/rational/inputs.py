@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from singlepass.functional import rational
 
@@ -205,3 +205,16 @@ def check(results: list[Tensor], bounds: list[Bounded], label: str = "") -> None
         most = torch.finfo(result.dtype).max
         found, expected = result.detach().double().clamp(-most, most), expected.clamp(-most, most)
         assert_within(found, expected, allowed, f"{label} {'y' if i == 0 else f'gradient {i - 1}'}")
+
+
+def spread(*shape: int) -> Tensor:
+    """Within the tables' interval, all of it."""
+    count = torch.Size(shape).numel()
+    return torch.linspace(-3.0, 3.0, count)[torch.randperm(count)].view(shape)
+
+
+def perturbed(module: nn.Module, scale: float = 0.1) -> nn.Module:
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(scale * torch.randn_like(p))
+    return module
