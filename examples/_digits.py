@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the examples on handwritten digits share: the data, a small vision transformer, how it is optimised.
+"""What the examples on handwritten digits share: the data and a small vision transformer.
 
 They import what the extra "examples" brings where it is used, so that --help works without.
 """
@@ -7,18 +7,9 @@ They import what the extra "examples" brings where it is used, so that --help wo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
-from singlepass.nn import no_weight_decay
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress
 
 SEED = 0
 BATCH = 32
@@ -100,33 +91,3 @@ class Digits:
         correct = model.eval()(self.test_images).argmax(dim=1) == self.test_labels
         model.train(training)
         return correct.float().mean().item()
-
-
-def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Matrices in one group; biases, norms and coefficients of activations in another, which does not decay."""
-    marked = no_weight_decay(model)
-    decayed = [p.ndim > 1 and name not in marked for name, p in model.named_parameters()]
-    matrices = [p for p, decays in zip(model.parameters(), decayed, strict=True) if decays]
-    others = [p for p, decays in zip(model.parameters(), decayed, strict=True) if not decays]
-    return [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-
-
-def warm_up_then_decay(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """A learning rate that rises over the first tenth of the steps, then falls to zero."""
-    warmup = steps // 10 + 1
-    return LambdaLR(optimizer, lambda step: min((step + 1) / warmup, (steps - step) / (steps - warmup + 1)))
-
-
-def progress_bar(console: Console, width: int = 34) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    description = TextColumn(f"{{task.description:<{width}}}")
-    return Progress(description, *columns, console=console, refresh_per_second=4)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from _decoder import Decoder
 from _lora import lora_parameters, merge_and_restart, with_lora
 from _text import read_corpus, windows
+from _training import rate
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -126,9 +127,7 @@ class Trainer:
         self.schedule = LambdaLR(self.optimizer, shapes)
 
     def rate(self, step: int) -> float:
-        """Rises over the first tenth of the steps, then falls to zero."""
-        steps, warmup = self.settings.steps, self.settings.steps // 10 + 1
-        return min((step + 1) / warmup, (steps - step) / (steps - warmup + 1))
+        return rate(step, self.settings.steps)
 
     def rate_after_restarts(self, step: int) -> float:
         """Of ReLoRA's products, which also rises from each restart on."""

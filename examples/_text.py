@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _digits import parameter_groups, warm_up_then_decay
+from _training import parameter_groups, warm_up_then_decay
 from torch import Tensor, nn
 
 from singlepass.optim import AdamW

@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _digits import progress_bar
 from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, save, table, verdict
 from _text import ROOT, VALUE, Curves, Training, build, needles, read_corpus, train, windows
+from _training import progress_bar
 from torch import Tensor, nn
 
 if TYPE_CHECKING:

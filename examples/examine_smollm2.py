@@ -363,7 +363,7 @@ def run(model: Any, encode: Callable[[str], list[int]], exam: Exam, aside: Path)
     """The result of an exam."""
     from pydoc_data.topics import topics
 
-    from _digits import progress_bar
+    from _training import progress_bar
     from rich.console import Console
 
     from singlepass.bench.results import git_state, machine, versions

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _digits import progress_bar
 from _from_scratch import CURVE, METHODS, Data, Run, Settings, read_data, train
 from _text import ROOT
+from _training import progress_bar
 from torch import Tensor
 
 if TYPE_CHECKING:
