@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 SEED = 0
 BATCH = 32
-PICTURES = (".png", ".svg", ".pdf")
 
 
 class Mlp(nn.Module):

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 PLAIN, PAPER, INT4, INT2 = "uncompressed", "ZipCache, 60 %", "4 bits, per token and head", "2 bits, per token and head"
@@ -66,17 +64,3 @@ def verdict(rows: list[Row]) -> str:
     holds = more[0] > 0 and noise(more) != WITHIN and noise(other) == WITHIN
     asked = f"{PAPER}, finds more values than 2 bits, and as many as 4 bits within noise"
     return f"{asked}: {'holds' if holds else 'fails'}"
-
-
-def table(head: list[str], lines: list[list[str]]) -> list[str]:
-    """The lines of a Markdown table whose first column is text."""
-    rows = [head, [":--"] + ["--:"] * (len(head) - 1), *lines]
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """As JSON, each row on a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result | {"rows": None}, indent=1)
-    rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
-    path.write_text(text.replace('"rows": null', f'"rows": [\n  {rows}\n ]') + "\n", encoding="utf-8")

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from singlepass.optim import AdamW
 
-ROOT = Path(__file__).parents[1]
 SOURCES = Path(torch.__file__).parent
 FOLDERS = ("distributions", "nn", "optim")
 HELD_OUT = 10  # one file in so many

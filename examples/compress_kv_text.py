@@ -21,19 +21,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, save, table, verdict
-from _text import ROOT, VALUE, Curves, Training, build, needles, read_corpus, train, windows
+from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, verdict
+from _report import OUTPUT, RESULTS, ROOT, fill_in, markdown_table, picture, provenance, rich_table, save
+from _text import VALUE, Curves, Training, build, needles, read_corpus, train, windows
 from _training import progress_bar
 from torch import Tensor, nn
 
@@ -43,10 +42,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NAME = "compress_kv_text"
-OUTPUT = Path(__file__).parent / "output"
-KEPT = Path(__file__).parent / "results" / f"{NAME}.json"
+KEPT = RESULTS / f"{NAME}.json"
 DOCUMENT, PICTURE = ROOT / "docs" / "kv.md", ROOT / "docs" / "images" / "kv-quality.svg"
-MARKER = re.compile(rf"(<!-- {NAME} -->\n).*?(<!-- /{NAME} -->)", re.S)
 
 # Families of caches by name: how a picture draws them.
 STYLES = {
@@ -235,19 +232,12 @@ def markdown(result: dict[str, Any]) -> str:
     """The text between the markers in docs/kv.md."""
     rows = rows_of(result)
     findings = [f"* {line}" for line in (*comparisons(rows), verdict(rows))]
-    return "\n".join([*table(HEAD, cells(rows)), "", *findings, "", f"{facts(result)}."]) + "\n"
+    return "\n".join([*markdown_table(HEAD, cells(rows)), "", *findings, "", f"{facts(result)}."]) + "\n"
 
 
 def tabulate(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
     caption = "bytes per token and head; bits per element; loss in nats per byte; ± one standard error"
-    table = Table(HEAD[0], title="What a compressed cache loses", caption=caption)
-    for head in HEAD[1:]:
-        table.add_column(head, justify="right")
-    for line in cells(rows_of(result)):
-        table.add_row(*line)
-    return table
+    return rich_table("What a compressed cache loses", caption, HEAD, cells(rows_of(result)))
 
 
 def draw_panel(axes: Axes, rows: list[Row], value: Callable[[Row], tuple[float, float]]) -> None:
@@ -269,17 +259,10 @@ def draw_panel(axes: Axes, rows: list[Row], value: Callable[[Row], tuple[float, 
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import PercentFormatter
 
     plain, *rows = rows_of(result)
-    style: dict[str, Any] = {"font.family": "sans-serif", "font.size": 9}
-    style |= {"svg.hashsalt": "singlepass", "svg.fonttype": "none"}
-    with matplotlib.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.6), layout="constrained")
+    with picture(path, 1, 2, (11.0, 4.6)) as (figure, (left, right)):
         draw_panel(left, rows, lambda row: difference(row.losses, plain.losses))
         draw_panel(right, rows, lambda row: mean_and_error(row.found))
         for axes, level in ((left, 0.0), (right, statistics.fmean(plain.found))):
@@ -289,14 +272,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         right.set_title("values found in a list", loc="left", fontweight="bold")
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
 
 
 def write_docs(result: dict[str, Any]) -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(MARKER.sub(lambda found: found[1] + markdown(result) + found[2], text), encoding="utf-8")
+    fill_in(DOCUMENT, NAME, markdown(result))
     draw(result, PICTURE)
     save(result, KEPT)
 
@@ -325,8 +304,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from singlepass.bench.results import git_state, machine, versions
-
     torch.set_num_threads(1)  # the same results on any number of cores
     console, start = Console(), time.perf_counter()
     settings, exam = Training(steps=args.steps), Exam()
@@ -334,10 +311,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings = Training(steps=4, tokens=256, hidden=64, layers=2)
         exam = Exam(texts=2, prompt=80, follow=16, lists=2, keys=14, window=8, batch=2)
     model, training = learn(settings, checkpoint, args.reuse, console)
-    commit, dirty = git_state()
-    result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "dirty": dirty}
-    result |= {"machine": machine(torch.device("cpu")), "versions": versions()}
-    result |= {"training": training, "exam": asdict(exam)}
+    result = provenance() | {"training": training, "exam": asdict(exam)}
     result["rows"] = [asdict(row) for row in examine_all(model, exam, schemes(), console)]
     result["seconds"] = round(time.perf_counter() - start, 1)
     save(result, path)

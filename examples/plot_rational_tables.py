@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from _report import PICTURES, ROOT, picture
 
 from singlepass.rational._tables import TARGETS, Table, table
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FORMS = "ABC"
 WIDER = (5.0, 8.0)  # how far from zero errors are told beyond the interval of the fit
 POINTS = 20001
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "rational-tables.svg"
+PICTURE = ROOT / "docs" / "images" / "rational-tables.svg"
 COLOURS = {"A": "#0072b2", "B": "#e69f00", "C": "#009e73"}
 DASHES = {"A": "solid", "B": (0, (5, 3)), "C": (0, (1, 2))}
 
@@ -87,36 +88,21 @@ def draw_table(axes: Axes, name: str) -> None:
 
 
 def draw(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style: dict[str, Any] = {
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "svg.hashsalt": "singlepass",
-        "svg.fonttype": "none",
-    }
     names = [name for name in FORMULAS if name != "identity"]  # which all forms have exactly
-    with matplotlib.rc_context(style):
-        figure, grid = plt.subplots(2, (len(names) + 1) // 2, figsize=(12.0, 5.4), layout="constrained")
+    with picture(path, 2, (len(names) + 1) // 2, (12.0, 5.4), dpi=160) as (figure, grid):
         for axes, name in zip(grid.flat, names, strict=False):
             draw_table(axes, name)
         for axes in grid.flat[len(names) :]:
             axes.set_axis_off()
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=PICTURE, help="the picture: .png, .svg or .pdf")
     args = parser.parse_args(argv)
-    if args.out.suffix not in (".png", ".svg", ".pdf"):
+    if args.out.suffix not in PICTURES:
         parser.error(f"--out: expected a name that ends in .png, .svg or .pdf; got {args.out}")
     draw(args.out)
     print(markdown(), end="")

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _digits import BATCH, PICTURES, SEED, Digits, VisionTransformer
+from _digits import BATCH, SEED, Digits, VisionTransformer
+from _report import PICTURES
 from _training import parameter_groups, progress_bar, warm_up_then_decay
 from torch import nn
 from torch.optim import Optimizer

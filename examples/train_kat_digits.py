@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _digits import BATCH, PICTURES, Digits, VisionTransformer
+from _digits import BATCH, Digits, VisionTransformer
+from _report import PICTURES
 from _training import parameter_groups, progress_bar, warm_up_then_decay
 from torch import Tensor, nn
 

@@ -19,17 +19,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import time
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from _from_scratch import CURVE, METHODS, Data, Run, Settings, read_data, train
-from _text import ROOT
+from _report import OUTPUT, RESULTS, ROOT, fill_in, markdown_table, picture, provenance, rich_table, save
 from _training import progress_bar
 from torch import Tensor
 
@@ -38,11 +36,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NAME = "train_sst_text"
-OUTPUT = Path(__file__).parent / "output"
-KEPT = Path(__file__).parent / "results" / f"{NAME}.json"
+KEPT = RESULTS / f"{NAME}.json"
 DOCUMENT, PICTURE = ROOT / "docs" / "spectral.md", ROOT / "docs" / "images" / "sst-text.svg"
-MARKER = re.compile(rf"(<!-- {NAME} -->\n).*?(<!-- /{NAME} -->)", re.S)
 
+LISTS = ("sweep", "rows")
 COLOURS = dict(zip(METHODS, ("#333333", "#0072b2", "#d55e00", "#e69f00"), strict=True))
 RATES = (4e-3, 8e-3, 16e-3)  # where a sweep begins
 SWEEP_SEED = 100
@@ -144,33 +141,16 @@ def facts(result: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The text between the markers in docs/spectral.md."""
-    lines = [HEAD, [":--"] + ["--:"] * (len(HEAD) - 1), *cells(result)]
-    table = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*table, "", *(f"* {line}" for line in facts(result))]) + "\n"
+    return "\n".join([*markdown_table(HEAD, cells(result)), "", *(f"* {line}" for line in facts(result))]) + "\n"
 
 
 def tabulate(result: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(HEAD[0], title="A language model from scratch", caption="loss in nats per byte of held-out text")
-    for head in HEAD[1:]:
-        table.add_column(head, justify="right")
-    for line in cells(result):
-        table.add_row(*line)
-    return table
+    return rich_table("A language model from scratch", "loss in nats per byte of held-out text", HEAD, cells(result))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Curves on the left, a thin line for each seed and a thick one for the mean; the sweep on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style: dict[str, Any] = {"font.family": "sans-serif", "font.size": 9}
-    style |= {"svg.hashsalt": "singlepass", "svg.fonttype": "none"}
-    with matplotlib.rc_context(style):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained")
+    with picture(path, 1, 2, (11.0, 4.2)) as (_, (left, right)):
         for method, rows in rows_of(result).items():
             colour, curves = COLOURS[method], [row["curve"] for row in rows]
             steps = [step for step, _ in curves[0]]
@@ -192,26 +172,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-        plt.close(figure)
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """As JSON, each row on a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result | {"sweep": None, "rows": None}, indent=1)
-    for name in ("sweep", "rows"):
-        rows = ",\n  ".join(json.dumps(row) for row in result[name])
-        text = text.replace(f'"{name}": null', f'"{name}": [\n  {rows}\n ]')
-    path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_docs(result: dict[str, Any]) -> None:
-    text = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(MARKER.sub(lambda found: found[1] + markdown(result) + found[2], text), encoding="utf-8")
+    fill_in(DOCUMENT, NAME, markdown(result))
     draw(result, PICTURE)
-    save(result, KEPT)
+    save(result, KEPT, LISTS)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -240,8 +206,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     from rich.console import Console
 
-    from singlepass.bench.results import git_state, machine, versions
-
     torch.set_num_threads(1)  # the same results on any number of cores
     console, data, start = Console(), read_data(), time.perf_counter()
     settings, most = Settings(steps=args.steps), 8
@@ -255,14 +219,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     best = best_rates(sweep)
     runs = [Run(method, seed, best[method]) for seed in range(args.seeds) for method in METHODS]
     rows = train_all(runs, settings, data.train, data.held_out, console)
-    commit, dirty = git_state()
-    result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "dirty": dirty}
-    result |= {"machine": machine(torch.device("cpu")), "versions": versions(), "settings": asdict(settings)}
+    result = provenance() | {"settings": asdict(settings)}
     result["corpus"] = {"files": data.files, "sha256": data.digest}
     result["corpus"] |= {f"{part}_bytes": len(getattr(data, part)) for part in ("train", "validation", "held_out")}
     result |= {"sweep": sweep, "rows": [asdict(row) for row in rows]}
     result = json.loads(json.dumps(result | {"seconds": round(time.perf_counter() - start, 1)}))
-    save(result, path)
+    save(result, path, LISTS)
     console.print(tabulate(result))
     console.print(*facts(result), sep="\n")
     draw(result, path.with_suffix(".svg"))

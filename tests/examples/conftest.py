@@ -34,5 +34,5 @@ def load_example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Mo
     with torch.random.fork_rng():
         yield load
     torch.set_num_threads(threads)
-    for name in (*loaded, "_decoder", "_digits", "_from_scratch", "_kv_rows", "_lora", "_text", "_training"):
+    for name in (*loaded, *(path.stem for path in FOLDER.glob("_*.py"))):
         sys.modules.pop(name, None)

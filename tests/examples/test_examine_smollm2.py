@@ -42,26 +42,28 @@ def small(example: ModuleType) -> Any:
 
 @pytest.mark.slow("fits, trains and searches, and examines every cache")
 def test_a_quick_run(example: ModuleType, tmp_path: Path) -> None:
+    import _smollm2_report as report
+
     exam = small(example)
     result = example.run(tiny(), encode, exam, tmp_path / "bases")
-    rows = example.rows_of(result)
+    rows = report.rows_of(result)
     for row in rows:
         assert len(row.losses) == len(row.found) == 2
         assert all(math.isfinite(x) for x in row.losses)
     by_name = {row.name: row for row in rows}
     plain = by_name[example.PLAIN]
     assert plain.bytes == 2 * 2 * 64
-    assert by_name[f"{example.PC}, 50 %"].bytes == by_name[f"{example.SEARCHED}, 50 %"].bytes == plain.bytes / 2
+    assert by_name[f"{report.PC}, 50 %"].bytes == by_name[f"{report.SEARCHED}, 50 %"].bytes == plain.bytes / 2
     assert by_name["8 bits, per token and head"].losses == pytest.approx(plain.losses, abs=1e-3)
-    assert set(example.STYLES) <= {row.family for row in rows}
+    assert set(report.STYLES) <= {row.family for row in rows}
     example.save(result, tmp_path / "result.json")
     example.draw(result, tmp_path / "result.svg")
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert "<svg" in (tmp_path / "result.svg").read_text(encoding="utf-8")
-    assert len(example.verdicts(rows)) == 4
+    assert len(report.verdicts(rows)) == 4
     # What was fitted is not fitted again, and gives the same.
     again = example.run(tiny(), encode, exam, tmp_path / "bases")
-    assert [row.losses for row in example.rows_of(again)] == [row.losses for row in rows]
+    assert [row.losses for row in report.rows_of(again)] == [row.losses for row in rows]
 
 
 def test_prompts(example: ModuleType) -> None:
@@ -94,11 +96,13 @@ def test_caches_are_filled_as_a_model_would(example: ModuleType) -> None:
 
 
 def test_the_page_says_what_the_result_file_does(example: ModuleType) -> None:
+    import _smollm2_report as report
+
     result = json.loads(example.KEPT.read_text(encoding="utf-8"))
     page = example.DOCUMENT.read_text(encoding="utf-8")
     assert example.markdown(result) in page
     assert example.PICTURE.exists()
-    rows = {row.name: row for row in example.rows_of(result)}
+    rows = {row.name: row for row in report.rows_of(result)}
     chosen = (
         "8 bits, per token and head",
         "ZipCache's codec, all in 4 bits",
