@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from ..tolerances import assert_same_bits
 from .steps import normal
@@ -88,6 +89,21 @@ class Twins:
                 assert isinstance(value, DTensor) == (
                     isinstance(p, DTensor) and value.dim() == p.dim() and key not in ("step", "gsnr")
                 )
+
+
+def twice() -> tuple[list[Parameter], list[Parameter]]:
+    """The same parameters, two of each."""
+    first, second = ([Parameter(normal(shape, 10 + i)) for i, shape in enumerate(SHAPES)] for _ in range(2))
+    return first, second
+
+
+def step_both(optimizer: Optimizer, params: list[Parameter], twin: Optimizer, twins: list[Parameter]) -> None:
+    """Three times, on the same gradients."""
+    for step in range(1, 4):
+        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+            p.grad, q.grad = (normal(p.shape, 100 * step + i) for _ in range(2))
+        optimizer.step()
+        twin.step()
 
 
 def assert_alike(a: Tensor, b: Tensor, exact: bool, label: str) -> None:

@@ -14,12 +14,11 @@ from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn import Parameter
 
 from singlepass import optim
 
 from ..ranks import on_ranks
-from .shards import SHAPES, assert_alike
+from .shards import SHAPES, assert_alike, step_both, twice
 from .steps import normal
 from .test_norm_group import CASES, each_optimizer
 
@@ -29,7 +28,7 @@ from .test_norm_group import CASES, each_optimizer
 @on_ranks(2)
 def test_zero_redundancy_optimizer(name: str, by_class: bool) -> None:
     """Which keeps all arguments in its groups, and cannot save a group of ranks there; but takes it with the class."""
-    params, twins = ([Parameter(normal(shape, 10 + i)) for i, shape in enumerate(SHAPES)] for _ in range(2))
+    params, twins = twice()
     cls, options = getattr(optim, name), {"lr": 1e-2, "max_grad_norm": 0.5}
     ranks = {"norm_group": distributed.group.WORLD}
     if by_class:
@@ -37,11 +36,7 @@ def test_zero_redundancy_optimizer(name: str, by_class: bool) -> None:
     else:
         optimizer = ZeroRedundancyOptimizer(params, cls, **options, **ranks)
     expected = cls(twins, **options)
-    for step in range(1, 4):
-        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
-            p.grad, q.grad = normal(p.shape, 100 * step + i), normal(q.shape, 100 * step + i)
-        optimizer.step()
-        expected.step()
+    step_both(optimizer, params, expected, twins)
     for p, q in zip(params, twins, strict=True):
         assert_alike(p, q, exact=False, label="parameter")
     if by_class:

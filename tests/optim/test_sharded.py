@@ -19,7 +19,7 @@ from singlepass import optim
 
 from ..ranks import on_ranks
 from ..tolerances import assert_same_bits
-from .shards import EXACT, SHAPES, Twins, in_many_ways, mesh_of, place, rows, whole
+from .shards import EXACT, SHAPES, Twins, in_many_ways, mesh_of, place, rows, step_both, twice, whole
 from .steps import normal
 from .test_groups import NAMES, OPTIONS, groups_of, make
 
@@ -124,15 +124,11 @@ def test_backends(name: str, backend: str) -> None:
 @on_ranks(2)
 def test_zero_redundancy_optimizer(name: str) -> None:
     """Whole tensors, each stepped by one rank for all. Clipping: test_norm_group_under_torch.py."""
-    params, twins = ([Parameter(normal(shape, 10 + i)) for i, shape in enumerate(SHAPES)] for _ in range(2))
+    params, twins = twice()
     options = {"lr": 1e-2, "weight_decay": 0.1} | OPTIONS.get(name, {})
     optimizer = ZeroRedundancyOptimizer(params, optimizer_class=getattr(optim, name), **options)
     expected = make(name, [{"params": twins}])
-    for step in range(1, 4):
-        for i, (p, q) in enumerate(zip(params, twins, strict=True)):
-            p.grad, q.grad = normal(p.shape, 100 * step + i), normal(q.shape, 100 * step + i)
-        optimizer.step()
-        expected.step()
+    step_both(optimizer, params, expected, twins)
     for p, q in zip(params, twins, strict=True):
         assert_same_bits(p, q)
 
