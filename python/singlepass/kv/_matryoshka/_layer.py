@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..._errors import require
 from .._codec import Codec
-from .._functional import FLOATS, check_exact, check_needs_no_gradient, check_queries
+from .._functional import check_exact, check_needs_no_gradient, check_queries
 from .._layer import ZipCacheLayer
 from .._modes import lasting
 from .._options import check_hides_newest, check_index, check_mask, check_new_tokens, without_padding
@@ -21,11 +20,11 @@ from .._prompt import behind, causal_attention
 from .._segment import held_nbytes
 from .._steps import check_step
 from ._bases import check_bases, check_ranks
-from ._groups import Group, Rotary, check_bits, check_rotary
+from ._groups import Rotary, check_bits, check_rotary
+from ._state import fingerprint, load, pack
 from ._tokens import GroupedTokens
 
 _OP = "MatryoshkaLayer"
-_FOREIGN = "Pass what state_dict() of a layer with the same bases, ranks and options gave."
 _ANY_WIDTH = Codec()  # projected vectors are what is quantised, whose ranks the constructor has checked
 PREFILLS = ("full", "truncated")
 
@@ -395,9 +394,7 @@ class MatryoshkaLayer(GroupedTokens):
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything cached, for ``torch.save``. The bases are not among it."""
         self._require_unplanned("state_dict")
-        groups = [group.inner.state_dict() for group in self._groups]
-        like = None if self._like is None else tuple(x.clone() for x in self._like)
-        return {"options": self._saved(), "length": self.length, "like": like, "groups": groups}
+        return pack(self._saved(), self.length, self._like, self._groups)
 
     @lasting
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -406,45 +403,16 @@ class MatryoshkaLayer(GroupedTokens):
         Raises:
             ValueError: anything else. The cache is unchanged.
         """
-        where = f"{_OP}.load_state_dict"
         self._require_unplanned("load_state_dict")
-        keys = {"options", "length", "like", "groups"}
-        fits = isinstance(saved, dict) and set(saved) == keys
-        require(fits, where, f"a dictionary of {sorted(keys)}", type(saved).__name__, _FOREIGN)
-        options = self._saved()
-        require(saved["options"] == options, where, f"the options {options}", saved["options"], _FOREIGN)
-        groups, its, length = self._new_groups(), saved["groups"], saved["length"]
-        fits = isinstance(its, list) and len(its) == len(groups)
-        require(fits, where, f"{len(groups)} groups of heads", type(its).__name__, _FOREIGN)
-        for group, state in zip(groups, its, strict=True):
-            group.inner.load_state_dict(state)
-            require(group.inner.length == length, where, f"{length} tokens", group.inner.length, _FOREIGN)
-        like = saved["like"]
+        groups = self._new_groups()
+        like = load(saved, self._saved(), groups, self._bases, self._projections)
         if like is not None:
-            self._check_like(where, like, groups)
             self._settle(groups, like)
-        require(like is not None or length == 0, where, "tokens and their shapes", "tokens alone", _FOREIGN)
-        self._groups, self._like, self.length = groups, None if like is None else tuple(x.clone() for x in like), length
-
-    def _check_like(self, where: str, like: Any, groups: list[Group]) -> None:
-        """Raises unless they are shapes of the tokens that groups hold."""
-        fits = isinstance(like, tuple) and len(like) == 2
-        for x, bases in zip(like if fits else (), self._bases, strict=True):
-            fits = fits and isinstance(x, Tensor) and x.dtype in FLOATS and x.dim() == 4 and x.shape[2] == 0
-            fits = fits and x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
-        ranks = zip(*(projection.ranks for projection in self._projections), strict=True)
-        for group, (of_keys, of_values) in zip(groups, ranks, strict=True) if fits and groups[0].inner.length else ():
-            k, v = (x[:, :, :0] for x in group.inner.dequantize())
-            for x, rank, its in ((k, of_keys, like[0]), (v, of_values, like[1])):
-                fits = fits and x.shape == (len(its), len(group.heads), 0, rank) and x.dtype == its.dtype
-        require(fits, where, "shapes of the tokens", type(like).__name__, _FOREIGN)
+        self._groups, self._like, self.length = groups, like, saved["length"]
 
     def _saved(self) -> dict[str, Any]:
         """What decides on what is stored, as plain data."""
-        digest = hashlib.sha256()
-        for basis in self._bases:
-            digest.update(basis.detach().float().cpu().contiguous().numpy().tobytes())
         names = ("bits", "salient_ratio", "window", "scale", "softcap", "sliding_window")
+        options = {name: getattr(self, name) for name in names} | {"prefill": self.prefill_on}
         ranks = {name: its.tolist() for name, its in zip(("key_ranks", "value_ranks"), self._ranks, strict=True)}
-        options = {name: getattr(self, name) for name in names}
-        return options | ranks | {"prefill": self.prefill_on, "codec": asdict(self.codec), "bases": digest.hexdigest()}
+        return options | ranks | {"codec": asdict(self.codec), "bases": fingerprint(self._bases)}
