@@ -17,11 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .._errors import require
+from .._errors import message, require
 from ._layer import ZipCacheLayer
 from ._masks import Read, read_mask
 from ._matryoshka._layer import MatryoshkaLayer
-from ._modes import cut
+from ._modes import cut, lasting
 from ._prompt import explicit_attention, masked_attention
 
 logger = logging.getLogger("singlepass")
@@ -155,8 +155,8 @@ class CompressedLayer(CacheLayerMixin):
     def stored_dtype(self, *new: Tensor) -> torch.dtype:
         """That of the first tokens, which new ones may differ from, as do keys from values: under autocast, rotary
         embeddings make keys float32."""
-        if self.inner.dtype is not None:
-            return self.inner.dtype
+        if (held := self.inner.dtype) is not None:
+            return held
         kind = new[0].device.type
         if torch.is_autocast_enabled(kind):
             return torch.get_autocast_dtype(kind)
@@ -174,19 +174,19 @@ class CompressedLayer(CacheLayerMixin):
 
     def take(self) -> tuple[Tensor, Tensor]:
         """What the last update laid aside."""
-        remedy = 'This model attends to them twice: call model.set_attn_implementation("sdpa").'
-        require(
-            self.pending is not None, self._shared.where, "one attention call for each update", "another call", remedy
-        )
-        assert self.pending is not None
         pending, self.pending = self.pending, None
+        if pending is None:
+            remedy = 'This model attends to them twice: call model.set_attn_implementation("sdpa").'
+            raise ValueError(message(self._shared.where, "one attention call for each update", "another call", remedy))
         return pending
 
     def require_settled(self) -> None:
-        contract = f'a call of the attention "{NAME}" with the very keys that update returned'
-        remedy = "Call reset() after an error; else choose another attention for this model."
-        require(self.pending is None, self._shared.where, contract, f"none by layer {self.index}", remedy)
+        if self.pending is not None:
+            contract = f'a call of the attention "{NAME}" with the very keys that update returned'
+            remedy = "Call reset() after an error; else choose another attention for this model."
+            raise ValueError(message(self._shared.where, contract, f"none by layer {self.index}", remedy))
 
+    @lasting  # once, not in each of the calls within
     def extend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Attention of new tokens' queries, and the tokens cached: compressed at once if they are a prompt, else at
         first as they are."""
