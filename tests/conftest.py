@@ -94,8 +94,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 raise pytest.UsageError(f"{item.nodeid}: expected a reason in @pytest.mark.{mark.name}; got none.")
         if item.get_closest_marker("inductor") and " " in torch.__file__:
             item.add_marker(pytest.mark.skip("torch.compile cannot compile C++ where the path to torch has a space"))
-        # What is made once a process, and what measures the process, stays together.
-        if item.get_closest_marker("serial") or "wheel" in getattr(item, "fixturenames", ()):
+        # What is made once a process, what measures the process, and what fills the memory, stays together.
+        alone = item.get_closest_marker("serial") or item.get_closest_marker("large")
+        if alone or "wheel" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("serial"))
     if not _gpu_cases_wanted(config):
         on_gpu = [item for item in items if item.get_closest_marker("gpu")]

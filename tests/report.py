@@ -11,7 +11,7 @@ import pytest
 
 UNCOLLECTED = pytest.StashKey[int]()  # cases that only a GPU can run, where there is none
 SLOW = 5.0  # seconds above which a test says why it is as slow as that
-REASONS = frozenset({"deep", "inductor", "release", "slow"})
+REASONS = frozenset({"deep", "inductor", "large", "release", "slow"})
 STEPS = 10  # of progress
 
 

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
+from ..memory import need
 from ..simt.truth import CASES
 from ..tolerances import assert_same_bits
 from .steps import Place, Tensors, call, rule_of
@@ -17,16 +16,6 @@ pytestmark = pytest.mark.large
 
 N = 2**31 + 9
 WINDOWS = [slice(0, 64), slice(2**30 - 32, 2**30 + 32), slice(N - 64, N)]  # the last one spans 2^31
-GIB = 2**30
-
-
-def need(device: str, gibibytes: float) -> None:
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if free < (gibibytes + 1.0) * GIB:
-        pytest.skip(f"needs {gibibytes:.0f} GiB, {device} has {free / GIB:.0f}")
 
 
 def pattern(dtype: torch.dtype, device: str) -> Tensor:
@@ -54,7 +43,7 @@ CASES_BY_RULE = {case.rule: case for case in CASES if not case.label}
 def test_every_element_is_updated_once(rule: str, place: Place) -> None:
     case, dtype = CASES_BY_RULE[rule], torch.bfloat16
     state_count = 1 if rule == "lion" else 2
-    need(place.device, (2 + state_count) * N * 2 / GIB)
+    need(place.device, (2 + state_count) * N * 2)
     p = torch.zeros(N, dtype=dtype, device=place.device)
     g = pattern(dtype, place.device)
     states = [torch.zeros(N, dtype=dtype, device=place.device) for _ in range(state_count)]
@@ -87,7 +76,7 @@ def test_every_element_is_updated_once(rule: str, place: Place) -> None:
     ],
 )
 def test_the_norm_reaches_the_last_element(place: Place) -> None:
-    need(place.device, N * 2 / GIB)
+    need(place.device, N * 2)
     g = torch.zeros(N, dtype=torch.bfloat16, device=place.device)
     g[-1], g[2**31], g[5] = 3.0, 4.0, 12.0
     assert place.function("grad_norm")([g])[0].item() == 13.0

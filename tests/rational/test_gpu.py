@@ -12,6 +12,7 @@ from torch import Tensor
 
 from singlepass.functional import rational
 
+from ..memory import need
 from ..tolerances import assert_same_bits
 from .inputs import NAMES, Inputs, Place, check, make
 
@@ -100,8 +101,7 @@ def test_misaligned_tensors(place: Place, dtype: torch.dtype, offset: int) -> No
 @pytest.mark.large
 def test_more_elements_than_32_bits_count(place: Place) -> None:
     n = 2**31 + 64
-    if torch.cuda.mem_get_info()[0] < 5 * 2 * n:
-        pytest.skip("needs 20 GiB")
+    need("cuda", 5 * 2 * n)
     x = torch.ones(n // 8, 8, dtype=torch.bfloat16, device="cuda")
     x[-1], x[2**27] = 2.0, 3.0
     inputs = [x.requires_grad_(), torch.tensor([[0.0, 1.0]], device="cuda"), torch.ones(1, 1, device="cuda")]

@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from singlepass._ops import OPS
+
+from ..memory import need
 
 pytestmark = pytest.mark.large
 
 
 def test_every_element_is_computed_once() -> None:
     rows = 2**28 + 3
-    need = 3 * 2 * 8 * rows
-    if os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < need + 2**31:
-        pytest.skip(f"needs {need / 2**30:.0f} GiB")
+    need("cpu", 3 * 2 * 8 * rows)
     x = torch.ones(rows, 8, dtype=torch.bfloat16)
     marked = [0, 2**27, 2**28 - 1, rows - 1]
     x[marked] = 3.0
