@@ -148,4 +148,5 @@ def test_metadata(unpacked: Path) -> None:
     required = [line.partition(": ")[2] for line in text.splitlines() if line.startswith("Requires-Dist")]
     assert [line for line in required if "extra ==" not in line] == [f"torch>={TORCH_FLOOR}"]
     assert "License-Expression: Apache-2.0" in text
+    assert "Author: The singlepass authors" in text  # as in CITATION.cff
     assert (metadata.parent / "licenses" / "LICENSE").is_file()
