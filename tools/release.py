@@ -24,6 +24,7 @@ TESTS = ((".ci/run",), ("make", "test-release"))
 AUDITS = (("twine==7.0.0", "check", "--strict"), ("check-wheel-contents==0.6.3",))
 AUDIT_OF_A_WHEEL = "tests/packaging/test_wheel.py"
 SUMS = "SHA256SUMS"
+UNPUBLISHED = "no wheel on a package index yet"
 
 
 def stop(expected: str, got: str, remedy: str) -> NoReturn:
@@ -83,6 +84,14 @@ def changelog(torch: str) -> None:
         stop("nothing under Unreleased in CHANGELOG.md", "changes", f"Move them to the section of {number}.")
 
 
+def documents(torch: str) -> None:
+    """They say how what is about to be published is installed. An index shows README.md."""
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if stale := [page for page in pages if UNPUBLISHED in page.read_text(encoding="utf-8")]:
+        got = f"'{UNPUBLISHED}' in {stale[0].relative_to(ROOT)}"
+        stop("documents that install from a package index", got, "Write 'pip install singlepass' there.")
+
+
 def locks(torch: str) -> None:
     """What is tested is what pyproject.toml asks for."""
     succeeds(sys.executable, "tools/locks.py", torch, "check")
@@ -129,7 +138,7 @@ def checksums(torch: str) -> None:
     written.write_text(sums)
 
 
-DOORS: tuple[Callable[[str], None], ...] = (tree, version, changelog, locks, tests, packages, checksums)
+DOORS: tuple[Callable[[str], None], ...] = (tree, version, changelog, documents, locks, tests, packages, checksums)
 
 
 def main(torch: str, *without: str) -> None:

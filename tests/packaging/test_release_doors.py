@@ -32,6 +32,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "python" / "singlepass").mkdir(parents=True)
     (tmp_path / "python" / "singlepass" / "__init__.py").write_text('__version__ = "1.2.0"\n')
     (tmp_path / "CHANGELOG.md").write_text(CHANGELOG)
+    (tmp_path / "README.md").write_text("pip install singlepass\n")
     (tmp_path / ".gitignore").write_text("build/\ndist/\n")
     module.git("init", "-q")
     commit(module)
@@ -142,6 +143,14 @@ def test_a_changelog_that_does_not_speak_of_this_release(release: ModuleType, ol
     release.changelog(TORCH)
     (release.ROOT / "CHANGELOG.md").write_text(CHANGELOG.replace(old, new))
     assert got in says(release, release.changelog)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/install.md"])
+def test_a_document_that_installs_nothing_from_an_index(release: ModuleType, name: str) -> None:
+    release.documents(TORCH)
+    (release.ROOT / "docs").mkdir()
+    (release.ROOT / name).write_text("There is no wheel on a package index yet, so install from a clone:\n")
+    assert f"got 'no wheel on a package index yet' in {name}. Write" in says(release, release.documents)
 
 
 def test_a_command_that_fails(release: ModuleType) -> None:

@@ -84,6 +84,13 @@ def test_what_builds_may_write_nothing(file: Path) -> None:
     assert "secrets." not in text
 
 
+def test_a_release_on_the_forge_leads_to_what_is_new_in_it() -> None:
+    workflow = read(ROOT / ".github" / "workflows" / "release.yml")
+    *_, step = workflow["jobs"]["forge"]["steps"]
+    assert '--notes "$NEW"' in step["run"]
+    assert step["env"]["NEW"].endswith("/blob/${{ github.ref_name }}/CHANGELOG.md")
+
+
 def test_an_index_gets_what_it_takes_of_a_release() -> None:
     """The shell's pattern leaves the wheel without a local version and the sources."""
     workflow = read(ROOT / ".github" / "workflows" / "release.yml")
