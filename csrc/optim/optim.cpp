@@ -7,9 +7,9 @@ namespace singlepass::optim {
 
 namespace {
 
-// By the half of a random word that element i of the whole tensor takes.
-SINGLEPASS_HD uint16_t round_stochastic(float value, uint32_t word, int64_t i) {
-  return float_to_bfloat16_stochastic(value, i % 2 == 0 ? word & 0xffffu : word >> 16);
+// The half of a random word that element i of the whole tensor takes.
+SINGLEPASS_HD uint32_t half_of(uint32_t word, int64_t i) {
+  return i % 2 == 0 ? word & 0xffffu : word >> 16;
 }
 
 }  // namespace
@@ -20,21 +20,21 @@ void narrow_stochastic(const float* from, void* to, int64_t n, const RandomStrea
   if (const int lane = static_cast<int>(random.start % 8); lane != 0) {  // begins with what is left of a Philox block
     const Philox4 bits = philox4x32(random.seed, random.start / 8, high);
     const int64_t left = std::min<int64_t>(8 - lane, n);
-    for (int64_t i = 0; i < left; ++i) half[i] = round_stochastic(from[i], bits.word[(lane + i) / 2], lane + i);
+    for (int64_t i = 0; i < left; ++i) {
+      half[i] = float_to_bfloat16_stochastic(from[i], half_of(bits.word[(lane + i) / 2], lane + i));
+    }
     from += left, half += left, n -= left;
   }
-  alignas(64) uint32_t words[4][kTile / 8];
+  alignas(64) uint16_t random_halves[kTile];  // by element, so that the last loop vectorises
   const int64_t groups = (n + 7) / 8;
   const uint64_t first = (random.start + 7) / 8;
 #pragma GCC ivdep
   for (int64_t i = 0; i < groups; ++i) {
     const Philox4 bits = philox4x32(random.seed, first + i, high);
-    words[0][i] = bits.word[0];
-    words[1][i] = bits.word[1];
-    words[2][i] = bits.word[2];
-    words[3][i] = bits.word[3];
+    for (int64_t j = 0; j < 8; ++j) random_halves[8 * i + j] = half_of(bits.word[j / 2], j);
   }
-  for (int64_t i = 0; i < n; ++i) half[i] = round_stochastic(from[i], words[(i % 8) / 2][i / 8], i);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) half[i] = float_to_bfloat16_stochastic(from[i], random_halves[i]);
 }
 
 void grad_squares(const std::vector<TensorRecord>& tensors, double* result, const ParallelFor& parallel_for) {
