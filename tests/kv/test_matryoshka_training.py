@@ -236,7 +236,7 @@ def test_layers_that_a_cache_leaves_alone_take_no_part() -> None:
     its = build(Qwen2Config, head_dim=64, **options)
     bases = fit_matryoshka(its, [prompt(2, 80)], progress=False)
     found = search_ranks(its, bases, [prompt(1, 30)], 0.5, per_round=8, progress=False)
-    assert "kept=0.500, layers=3, compressed=1" in repr(MatryoshkaCache(its.config, found, 0.5))
+    assert "kept=0.500, bits=None, layers=3, compressed=1" in repr(MatryoshkaCache(its.config, found, 0.5))
 
 
 def test_wrong_searches() -> None:

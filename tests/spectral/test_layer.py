@@ -316,6 +316,8 @@ def test_bad_conversions_leave_the_model_alone() -> None:
     with pytest.raises(ValueError, match="merge: expected a model with SSTLinear layers"):
         merge(model)
     model = convert(Model(), 2)
+    with pytest.raises(ValueError, match=r"convert: expected .*; got none in Model\. It has been converted already\."):
+        convert(model, 2)
     model.blocks[0][3].singular_values.data[1] = float("nan")
     with pytest.raises(ValueError, match=r"merge: blocks\.0\.3: expected a finite weight"):
         merge(model)

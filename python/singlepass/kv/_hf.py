@@ -235,5 +235,10 @@ class MatryoshkaCache(CompressedCache):
     def __repr__(self) -> str:
         layers: list[Any] = [layer.inner for layer in self.layers if isinstance(layer, CompressedLayer)]
         kept = sum(layer.kept_channels for layer in layers) / sum(layer.all_channels for layer in layers)
-        parts = [f"kept={kept:.3f}", f"layers={len(self.layers)}", f"compressed={len(layers)}"]
+        parts = [
+            f"kept={kept:.3f}",
+            f"bits={layers[0].bits}",
+            f"layers={len(self.layers)}",
+            f"compressed={len(layers)}",
+        ]
         return f"MatryoshkaCache({', '.join(parts)}, tokens={layers[0].length}, nbytes={self.nbytes})"

@@ -51,12 +51,9 @@ def pack(
 
 def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec) -> None:
     """Raises unless it is what :func:`pack` gives for a layer with these options."""
-    require(isinstance(saved, dict) and set(saved) == _KEYS, _WHERE, "a saved cache", _shown(saved), _FOREIGN)
-    for name in ("options", "segments"):
-        _check(isinstance(saved[name], dict), f"a dictionary of {name}", type(saved[name]).__name__)
-    differing = {k: v for k, v in options.items() if saved["options"].get(k, v) != v}
-    same = set(saved["options"]) == set(options) and not differing
-    require(same, _WHERE, f"the options {differing or set(options)}", saved["options"], _FOREIGN)
+    require(isinstance(saved, dict) and set(saved) == _KEYS, _WHERE, "a saved cache", shown(saved), _FOREIGN)
+    _check(isinstance(saved["segments"], dict), "a dictionary of segments", type(saved["segments"]).__name__)
+    check_same_options(_WHERE, saved["options"], options)
     _check_numbers(saved, options["window"])
     k, v = saved["window_k"], saved["window_v"]
     if k is None:
@@ -72,7 +69,17 @@ def check(saved: dict[str, Any], options: dict[str, Any], codec: Codec) -> None:
     _check_kinds(saved)
 
 
-def _shown(saved: Any) -> Any:
+def check_same_options(where: str, saved: Any, options: dict[str, Any]) -> None:
+    """Raises unless what was saved had these options, and says which it had not."""
+    require(isinstance(saved, dict), where, "a dictionary of options", type(saved).__name__, _FOREIGN)
+    ours = {name: value for name, value in options.items() if name not in saved or saved[name] != value}
+    theirs = {name: value for name, value in saved.items() if name not in options or options[name] != value}
+    same, remedy = not ours and not theirs, "Load it into a cache made with the options that it had."
+    require(same, where, f"the options {ours}", theirs, remedy)
+
+
+def shown(saved: Any) -> Any:
+    """What was passed as a saved cache, for messages: the names in it, or its type."""
     return sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
 
 
@@ -119,7 +126,7 @@ def _check_kinds(saved: dict[str, Any]) -> None:
 
 def _check_tensors(saved: dict[str, Any], window: int, codec: Codec) -> None:
     k, v, n = saved["window_k"], saved["window_v"], saved["window_length"]
-    _check(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4, "tensors of a window", _shown(saved))
+    _check(isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4, "tensors of a window", shown(saved))
     check_new_tokens(_WHERE, k, v, None, codec, None)
     _check(k.shape[2] == n <= window, f"a window of {n} tokens, at most {window}", k.shape[2])
     batch, heads = k.shape[:2]
@@ -156,8 +163,8 @@ def _check_segment(segment: Segment, parts: dict[str, Any], k: Tensor) -> None:
     empty = segment.state()
     _check(set(parts) == set(empty), f"tensors {sorted(empty)}", sorted(map(str, parts)))
     codes, counts = parts["key_codes"], parts["counts"]
-    _check(isinstance(codes, Tensor) and codes.dim() == 4, "key_codes of four dimensions", _shown(parts))
-    _check(isinstance(counts, Tensor) and counts.dim() == 3, "counts of three dimensions", _shown(parts))
+    _check(isinstance(codes, Tensor) and codes.dim() == 4, "key_codes of four dimensions", shown(parts))
+    _check(isinstance(counts, Tensor) and counts.dim() == 3, "counts of three dimensions", shown(parts))
     sizes = {"slots": codes.shape[2], "blocks": counts.shape[2]}
     for name, tensor in empty.items():
         dim, unit, extra = segment.extent(name)

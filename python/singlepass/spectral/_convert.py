@@ -97,7 +97,9 @@ def convert(
         if not skipped and uses.get(id(weight)) == 1 and weight.requires_grad:
             found.append(place)
     contract = "torch.nn.Linear or Conv1D layers inside the model, trained, not shared and not in skip"
-    remedy = "Check skip; a layer alone: SSTLinear.from_linear."
+    converted = any(isinstance(module, SSTLinear) for module in model.modules())
+    found_none = "Check skip; a layer alone: SSTLinear.from_linear."
+    remedy = "It has been converted already." if converted else found_none
     require(bool(found), where, contract, f"none in {type(model).__name__}", remedy)
     require_own_calls(where, ((name, module) for name, _, _, module in found))
     linears = {id(module): as_linear(module) for _, _, _, module in found}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..._errors import require
 from .._functional import FLOATS
+from .._state import check_same_options, shown
 from ._groups import Group, Projection
 
 _WHERE = "MatryoshkaLayer.load_state_dict"
@@ -50,8 +51,8 @@ def load(
         ValueError: it is anything else. The groups are of no more use.
     """
     fits = isinstance(saved, dict) and set(saved) == _KEYS
-    require(fits, _WHERE, f"a dictionary of {sorted(_KEYS)}", type(saved).__name__, _FOREIGN)
-    require(saved["options"] == options, _WHERE, f"the options {options}", saved["options"], _FOREIGN)
+    require(fits, _WHERE, f"a dictionary of {sorted(_KEYS)}", shown(saved), _FOREIGN)
+    check_same_options(_WHERE, saved["options"], options)
     its, length, like = saved["groups"], saved["length"], saved["like"]
     fits = isinstance(its, list) and len(its) == len(groups)
     require(fits, _WHERE, f"{len(groups)} groups of heads", type(its).__name__, _FOREIGN)
