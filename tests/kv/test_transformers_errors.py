@@ -97,6 +97,41 @@ def test_masks_that_are_refused_change_nothing(name: str) -> None:
     assert torch.equal(got, want), "and the cache goes on"
 
 
+@pytest.mark.parametrize("name", ["llama-16", "gemma2"])
+def test_other_prompts_than_the_rest_of_the_conversation_are_refused(name: str) -> None:
+    """transformers takes an unrelated prompt for the rest of one, and fills masks up with padding: both would give
+    wrong text without a word."""
+    model, first = build(**MODELS[name]), prompt(2, 30)
+    model.set_attn_implementation("singlepass")
+    cache = ZipCache(model.config, window=8)
+    run(model, first, [], cache)
+    before, padded = cache.state_dict(), torch.ones(2, 26, dtype=torch.long)
+    padded[0, :3] = 0
+    remedy = r"\. Pass the whole conversation with its mask, or call reset\(\) before another\. Leave use_cache on\.$"
+    positions = "expected new tokens from position 30 on, after those cached; got position {}"
+    masks = "expected an attention_mask of {} tokens, cached and new; got one of {}"
+    shorter, rest = prompt(2, 26, seed=2), {"input_ids": first[:, :5], "attention_mask": padded[:, 4:9]}
+    for call, text in (
+        (lambda: greedy(model, prompt(2, 28, seed=2), cache=cache), positions.format(2)),
+        (lambda: greedy(model, shorter, cache=cache, attention_mask=padded), masks.format(52, 26)),
+        (lambda: greedy(model, first, cache=cache, use_cache=False), positions.format(0)),
+        (lambda: model(**rest, cache=cache), masks.format(35, 5)),
+    ):
+        with pytest.raises(ValueError, match=f"^ZipCache: {text}{remedy}"), torch.no_grad():
+            call()
+        assert_same(cache.state_dict(), before)
+
+
+def test_models_with_more_layers_are_refused() -> None:
+    model = build(num_hidden_layers=4)
+    model.set_attn_implementation("singlepass")
+    cache = ZipCache(build(num_hidden_layers=3).config)
+    with pytest.raises(
+        ValueError, match=r"^ZipCache: expected a model of 3 layers, .*; got layer 3\. Pass the config of"
+    ):
+        run(model, prompt(1, 30), [], cache)
+
+
 def test_a_mask_is_not_taken_for_what_it_was() -> None:
     model, ids = build(), prompt(1, 20)
     model.set_attn_implementation("singlepass")

@@ -136,6 +136,9 @@ class CompressedCache(Planned, Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if layer_idx >= len(self.layers):
+            contract, remedy = f"a model of {len(self.layers)} layers, as its config", "Pass the config of this model."
+            raise ValueError(message(self.where, contract, f"layer {layer_idx}", remedy))
         self._undo.note(layer_idx, self.layers[layer_idx])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

@@ -30,12 +30,13 @@ Inner = ZipCacheLayer | MatryoshkaLayer  # what holds a layer's tokens
 
 NAME = "singlepass"
 TRANSFORM = "singlepass_transform"  # an attribute of attention modules: what keys and values become without a cache
-_OF_PADDING = "singlepass_of_padding"  # an attribute of such masks
+_WIDTH = "singlepass_width"  # an attribute of masks made here: how many tokens the attention_mask had, None without one
 _PLANNED = -1  # where keys begin, for masks of planned steps
 _CROP = (
     "Compressed tokens can't be removed: for prompt lookup and assisted decoding give the cache a window of as many "
     "tokens as there are candidates."
 )
+_WHOLE = "Pass the whole conversation with its mask, or call reset() before another. Leave use_cache on."
 # Models that change keys between the cache and attention, or attend to them twice.
 _CHANGE_KEYS = {"diffllama", "idefics", "jetmoe"}
 _CHANGED = (
@@ -75,11 +76,11 @@ class Undo:
     """What the layers were that a model asks before it asks the first compressed one, which may refuse the mask."""
 
     def __init__(self, first: int):
-        self._first = first
+        self.first = first
         self._was: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def note(self, index: int, layer: Any) -> None:
-        if index < self._first:
+        if index < self.first:
             self._was[index] = layer, dict(vars(layer))
 
     def forget(self) -> None:
@@ -235,14 +236,34 @@ class CompressedLayer(CacheLayerMixin):
                 return Read(None, True)
             held = inner.token_mask() if inner.holds_padding else None
             batch, heads, tokens, _ = q.shape
-            final = hasattr(mask, _OF_PADDING)
-            options: dict[str, Any] = {"final": final, "sliding_window": inner.sliding_window}
+            width, all_tokens = getattr(mask, _WIDTH, None), inner.length + tokens
+            if width is not None and width < all_tokens:  # transformers would take the newest tokens for padding
+                contract = f"an attention_mask of {all_tokens} tokens, cached and new"
+                raise ValueError(message(self._shared.where, contract, f"one of {width}", _WHOLE))
+            options: dict[str, Any] = {"final": width is not None, "sliding_window": inner.sliding_window}
             read = read_mask(mask, inner.length, (batch, heads, tokens), held, self._shared.where, **options)
         except ValueError:
             self._undo.restore()
             raise
         mask.singlepass_read = self.index, state, read  # type: ignore[attr-defined]
         return read
+
+    def check_positions(self, positions: Tensor | None, mask: Tensor | None) -> None:
+        """Raises if new tokens begin before the end of those cached: what ``generate`` makes of an unrelated prompt,
+        and of ``use_cache=False``. Not asked for single tokens, as it reads a number of the device."""
+        inner, first = self.inner, self.index == self._undo.first
+        if not first or positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
+            return
+        causal = (
+            mask is None or getattr(mask, _WIDTH, 0) is None
+        )  # with an attention_mask, padding may be at position 0
+        if not causal or inner._planned or inner.holds_padding:
+            return
+        begin = int(positions[0, 0])
+        if begin < inner.length:
+            self._undo.restore()
+            contract = f"new tokens from position {inner.length} on, after those cached"
+            raise ValueError(message(self._shared.where, contract, f"position {begin}", _WHOLE))
 
     @property
     def is_croppable(self) -> bool:
@@ -344,6 +365,8 @@ def attention(
     result = torch.get_autocast_dtype(kind) if autocast else query.dtype
     dtype = layer.stored_dtype(k, v)
     q, k, v = query.to(dtype), k.to(dtype), v.to(dtype)
+    if k.shape[2] > 1 and layer.inner.length:
+        layer.check_positions(kwargs.get("position_ids"), attention_mask)
     sinks = None if sinks is None else sinks.flatten().float()
     if autocast or torch.is_grad_enabled():
         with torch.no_grad(), torch.autocast(kind, enabled=False):
@@ -354,15 +377,15 @@ def attention(
 
 
 def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' mask for "sdpa", which remembers whether it was made of the attention_mask of padding."""
+    """transformers' mask for "sdpa", which remembers how wide the attention_mask of padding was."""
     if kwargs.get("kv_offset") == _PLANNED:
         given, remedy = kwargs.get("attention_mask"), "Leave it out: all tokens of such a step are tokens."
         contract, got = "no attention_mask in a planned step", None if given is None else tuple(given.shape)
         require(given is None, f'attention "{NAME}"', contract, got, remedy)
         return None
-    mask = sdpa_mask(*args, **kwargs)
-    if mask is not None and kwargs.get("attention_mask") is not None:
-        setattr(mask, _OF_PADDING, True)
+    mask, given = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
+    if mask is not None:
+        setattr(mask, _WIDTH, None if given is None else given.shape[-1])
     return mask
 
 
