@@ -102,7 +102,8 @@ def show_results(out: results.Run, to: Console) -> None:
         ' in turn with it. "none": nobody ships it, or it failed. eager is this package\'s reference in plain PyTorch.'
     )
     if out.left_out:
-        to.print(f"Left out: {out.left_out} cases, and what compiles for minutes. All of it: make bench FULL=1")
+        everything = "All of it: singlepass bench run --full"
+        to.print(f"Left out: {out.left_out} cases, and what compiles for minutes. {everything}")
     to.print()
     screen.show([tables.summary_grid(lambda family: out)], to)
 

@@ -111,7 +111,8 @@ def test_what_is_left_out_is_counted(
     others = [dataclasses.replace(case, op=op) for op in ("A", "B")]
     monkeypatch.setattr(run, "cases", lambda device: [case, *others])
     assert cli.main(["run", "--device=cpu", "--seconds=0.01", f"--results={tmp_path}"]) == 0
-    assert "Left out: 2 cases" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Left out: 2 cases, and what compiles for minutes. All of it: singlepass bench run --full" in printed
 
 
 def test_published_results_are_copied(few_cases: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
