@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -64,6 +66,32 @@ def run(model: PreTrainedModel, ids: Tensor, cuts: list[int], cache: Any, mask: 
         options = {"attention_mask": seen, "position_ids": positions, "cache": cache}
         out.append(model(ids[:, begin:end], **options).logits)
     return torch.cat(out, 1)
+
+
+def padded_conversation() -> tuple[Tensor, Tensor, list[int]]:
+    """Tokens of two sequences, their mask with padding before, within and after, and where long and short turns end."""
+    ids = prompt(2, 120)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = mask[1, 65:68] = mask[0, 100:103] = 0
+    return ids, mask, [30, 31, 32, 37, 60, 61, 95, 98, 104, 105]
+
+
+def check_saved_and_loaded(model: PreTrainedModel, cache: Any, other: Any) -> None:
+    """An empty cache goes on as the other one does that it was loaded from, and refuses what is not one's state."""
+    ids = prompt(2, 60)
+    other.load_state_dict(cache.state_dict())
+    assert other.get_seq_length() == 0
+    run(model, ids[:, :45], steps(40, 45), cache)
+    file = io.BytesIO()
+    torch.save(cache.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    want = run(model, ids[:, 45:], steps(1, 15), cache)
+    assert torch.equal(run(model, ids[:, 45:], steps(1, 15), other), want)
+    for wrong in ({}, {"layers": []}, {"layers": [{}] * 3}, None):
+        with pytest.raises(ValueError, match="load_state_dict: expected"):
+            other.load_state_dict(wrong)
+    assert other.get_seq_length() == 60
 
 
 def steps(begin: int, end: int) -> list[int]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,19 @@ from transformers import DynamicCache, MistralConfig, PreTrainedModel
 from singlepass.kv import MatryoshkaBases, MatryoshkaCache, fit_matryoshka
 from singlepass.kv._hf_layer import TRANSFORM
 
-from .models import MODELS, ROUNDINGS, build, decided, error, greedy, prompt, run, steps
+from .models import (
+    MODELS,
+    ROUNDINGS,
+    build,
+    check_saved_and_loaded,
+    decided,
+    error,
+    greedy,
+    padded_conversation,
+    prompt,
+    run,
+    steps,
+)
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # what transformers will remove
 
@@ -120,10 +131,7 @@ def test_padding_and_conversations(bits: int | None) -> None:
     """Long and short turns on the same cache, with padding anywhere, as without a cache."""
     model = build(head_dim=32)
     bases = fitted(model)
-    ids = prompt(2, 120)
-    mask = torch.ones_like(ids)
-    mask[0, :7] = mask[1, 65:68] = mask[0, 100:103] = 0
-    cuts = [30, 31, 32, 37, 60, 61, 95, 98, 104, 105]
+    ids, mask, cuts = padded_conversation()
     want = run(model, ids, [], None, mask)
     for implementation in ("singlepass", "sdpa"):
         model.set_attn_implementation(implementation)
@@ -159,20 +167,8 @@ def test_saved_and_loaded(name: str, bits: Any) -> None:
     model = build(**MODELS[name])
     bases = fitted(model)
     model.set_attn_implementation("singlepass")
-    ids = prompt(2, 60)
     cache, other = (MatryoshkaCache(model.config, bases, budget=1.0, bits=bits, window=8) for _ in range(2))
-    other.load_state_dict(cache.state_dict())
-    run(model, ids[:, :45], steps(40, 45), cache)
-    file = io.BytesIO()
-    torch.save(cache.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    want = run(model, ids[:, 45:], steps(1, 15), cache)
-    assert torch.equal(run(model, ids[:, 45:], steps(1, 15), other), want)
-    for wrong in ({}, {"layers": []}, {"layers": [{}] * 3}, None):
-        with pytest.raises(ValueError, match="load_state_dict: expected"):
-            other.load_state_dict(wrong)
-    assert other.get_seq_length() == 60
+    check_saved_and_loaded(model, cache, other)
 
 
 def test_narrow_dtypes() -> None:

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from singlepass.kv import Codec, ZipCache
 
-from .models import BYTES, MODELS, ROUNDINGS, build, decided, error, greedy, prompt, run, steps
+from .models import BYTES, MODELS, ROUNDINGS, build, decided, error, greedy, padded_conversation, prompt, run, steps
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # what transformers will remove
 
@@ -145,10 +145,7 @@ def test_padding_does_not_matter() -> None:
 def test_conversations() -> None:
     """Long and short turns on the same cache, and turns with padding in the middle."""
     model = build(head_dim=32)
-    ids = prompt(2, 120)
-    mask = torch.ones_like(ids)
-    mask[0, :7] = mask[1, 65:68] = mask[0, 100:103] = 0
-    cuts = [30, 31, 32, 37, 60, 61, 95, 98, 104, 105]
+    ids, mask, cuts = padded_conversation()
     want = run(model, ids, [], None, mask)
     for implementation in ("singlepass", "sdpa"):
         model.set_attn_implementation(implementation)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from transformers import MistralConfig
 from singlepass.kv import ZipCache
 
 from .layers import assert_same
-from .models import BYTES, MODELS, VOCABULARY, build, decided, error, greedy, prompt, run, steps
+from .models import BYTES, MODELS, VOCABULARY, build, check_saved_and_loaded, decided, error, greedy, prompt, run, steps
 from .test_bytes import behind
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # what transformers will remove
@@ -223,22 +222,9 @@ def test_sliding_layers_stay_uncompressed() -> None:
 def test_saved_and_loaded(name: str) -> None:
     model = build(**MODELS[name])
     model.set_attn_implementation("singlepass")
-    ids = prompt(2, 60)
     cache, other = (ZipCache(model.config, window=8) for _ in range(2))
-    other.load_state_dict(cache.state_dict())
-    assert other.get_seq_length() == 0
-    run(model, ids[:, :45], steps(40, 45), cache)
-    file = io.BytesIO()
-    torch.save(cache.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    want = run(model, ids[:, 45:], steps(1, 15), cache)
-    assert torch.equal(run(model, ids[:, 45:], steps(1, 15), other), want)
-    for wrong in ({}, {"layers": []}, {"layers": [{}] * 3}, None):
-        with pytest.raises(ValueError, match="load_state_dict: expected"):
-            other.load_state_dict(wrong)
+    check_saved_and_loaded(model, cache, other)
     with pytest.raises(
         ValueError, match=r"the options \{'window': 9\}; got \{'window': 8\}\. Load it into a cache made"
     ):
         ZipCache(model.config, window=9).load_state_dict(cache.state_dict())
-    assert other.get_seq_length() == 60
