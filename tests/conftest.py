@@ -125,6 +125,14 @@ def _automatic_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SINGLEPASS_BACKEND", raising=False)
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """torch.compile knows nothing of other tests."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _simt_places(request: pytest.FixtureRequest) -> Iterator[None]:
     """Where a test's place says so, native kernels are those of GPUs, run on the CPU."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from singlepass import optim
 from singlepass._ops import OPS
@@ -15,17 +16,12 @@ from ..tolerances import assert_same_bits
 from .steps import Mix, Place, each_case, each_compiled, hyper_of, make_tensors, normal, rule_of, set_grads
 from .trajectory import CLASSES, contents, give_grads, make_optimizer, make_params
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 one_case_a_rule = pytest.mark.parametrize("case", [c for c in CASES if not c.label], ids=lambda case: case.id)
 
 LAYOUTS = {"contiguous": lambda t: t, "permuted": lambda t: t.permute(2, 0, 1).contiguous().permute(1, 2, 0)}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def arguments(case: Case, device: str, layout=LAYOUTS["contiguous"], mix: Mix | None = None):
@@ -73,7 +69,7 @@ def test_a_learning_rate_that_changes_does_not_compile_again() -> None:
     params = make_params([(8,)])
     lr = torch.tensor(1e-2)
     optimizer = optim.AdamW(params, lr=lr)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(optimizer.step, fullgraph=True, backend=counter)
     for k in range(1, 7):
         give_grads(params, k)

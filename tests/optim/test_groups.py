@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -140,15 +140,8 @@ def test_groups_edited_after_the_first_step(name: str, edit: Any) -> None:
         alone.step(optimizer, members, step, optimizer.step)
 
 
-@pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow("torch.compile")
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(("name", "edit"), [("AdamW", replace), ("SGDSaI", append), ("LAMB", delete)])
 def test_groups_edited_after_compiled_steps(name: str, edit: Any) -> None:
     params = make_params(SHAPES)

@@ -21,13 +21,6 @@ from .test_groups import NAMES, each_optimizer, gradient, groups_of, make
 
 
 @pytest.fixture
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     """Of one process."""
     distributed.init_process_group(
@@ -37,7 +30,7 @@ def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     ("name", "compiled"),
     [pytest.param(name, False, id=name) for name in NAMES]

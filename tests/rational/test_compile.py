@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from singlepass.functional import rational
 from singlepass.nn import KATMLP, GroupRational
@@ -13,14 +14,9 @@ from singlepass.nn import KATMLP, GroupRational
 from ..tolerances import assert_same_bits
 from .inputs import Place, each_compiled, make
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @each_compiled
@@ -40,7 +36,7 @@ def test_compiles_into_one_graph(place: Place, compiler: str, form: str) -> None
 
 
 def test_batch_sizes_do_not_compile_anew() -> None:
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     layer = GroupRational(24)
     call = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for batch in (2, 3, 17, 40):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from singlepass import spectral
 from singlepass.spectral import LorentzLinear
@@ -12,14 +13,9 @@ from singlepass.spectral import LorentzLinear
 from ..tolerances import assert_same_bits
 from .layers import evaluated, layer_of
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("frozen_dtype", [None, torch.int8], ids=str)
@@ -49,7 +45,7 @@ def test_compiles_with_inductor() -> None:
 
 def test_few_graphs_serve_any_number_of_tokens() -> None:
     """At most two: one for each way to evaluate the product."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     layer = layer_of("square")
     call = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for tokens in (2, 3, 17, 40, 300, 500, 20):
