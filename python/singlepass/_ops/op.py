@@ -154,7 +154,8 @@ class Op:
         for backend in BACKENDS:
             reason = self.rejection(backend, device_type, dtypes)
             if reason is None:
-                if (device_type, backend) not in self._logged and not torch.compiler.is_compiling():
+                # In this order: a graph that looked at what was logged would be compiled anew once that changes.
+                if not torch.compiler.is_compiling() and (device_type, backend) not in self._logged:
                     self._logged.add((device_type, backend))
                     logger.info("%s on %s: %s", self.name, device_type, "; ".join([backend, *reasons]))
                 return backend
