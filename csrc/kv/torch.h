@@ -29,33 +29,6 @@ inline kv::Tokens tokens_of(const char* op, const char* role, const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(op, role, t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// A tensor of a given dtype and shape, contiguous from dimension `dense` on; -1 is any size.
-inline void check_layout(const char* op, const char* role, const Tensor& t, ScalarType dtype,
-                         const std::vector<int64_t>& shape, int64_t dense) {
-  bool fits = t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(shape.size());
-  for (int64_t k = 0; fits && k < t.dim(); ++k) {
-    const size_t at = static_cast<size_t>(k);
-    fits = shape[at] == -1 || t.size(k) == shape[at];
-  }
-  int64_t expected = 1;
-  for (int64_t k = t.dim() - 1; fits && t.numel() > 0 && k >= dense; --k) {
-    fits = t.size(k) == 1 || t.stride(k) == expected;
-    expected *= t.size(k);
-  }
-  if (fits) return check_memory(op, role, t);
-  std::ostringstream wanted;
-  for (size_t k = 0; k < shape.size(); ++k) {
-    wanted << (k == 0 ? "" : ", ");
-    if (shape[k] == -1) {
-      wanted << "any";
-    } else {
-      wanted << shape[k];
-    }
-  }
-  fail(op, role, " (", wanted.str(), ") of ", torch::headeronly::toString(dtype), ", dense from dimension ", dense,
-       " on; got ", shape_of(t), " of ", torch::headeronly::toString(t.scalar_type()), ". Make it so.");
-}
-
 template <class T>
 PerHead<T> per_head(const Tensor& t) {
   return {static_cast<T*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1)};
