@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,24 @@ sanitized = pytest.mark.deep("what is built under sanitizers takes minutes to bu
 @pytest.mark.parametrize("sanitize", [False, pytest.param(True, marks=sanitized)], ids=["plain", "sanitized"])
 def test_cpp_tests(sanitize: bool) -> None:
     ctest(build(sanitize))
+
+
+@pytest.mark.slow("configures a build twice")
+def test_another_python_than_that_of_the_last_build(tmp_path: Path) -> None:
+    """CMake looks for its headers anew."""
+    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    code = "import sys; print(sys.executable)"
+    commands = [["sh", "-c", f"python3.{minor} -c '{code}'"] for minor in range(10, 14) if minor != sys.version_info[1]]
+    answers = [subprocess.run(command, capture_output=True, text=True) for command in commands]
+    others = [answer.stdout.strip() for answer in answers if not answer.returncode]
+    if cmake is None or not others:
+        pytest.skip("no CMake, or no other Python on PATH")
+    options = ("-S", ROOT, "-B", tmp_path, "-DSINGLEPASS_BUILD_PYBIND=ON")
+    for python in (sys.executable, others[0]):
+        command = [cmake, *options, f"-DPython3_EXECUTABLE={python}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "Could NOT find Python3" not in done.stderr
+    assert not done.returncode or "expected pybind11" in done.stderr
 
 
 def _run(*command: str | Path, **variables: str) -> str:
