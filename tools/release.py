@@ -24,6 +24,7 @@ TESTS = ((".ci/run",), ("make", "test-release"))
 AUDITS = (("twine==7.0.0", "check", "--strict"), ("check-wheel-contents==0.6.3",))
 AUDIT_OF_A_WHEEL = "tests/packaging/test_wheel.py"
 SUMS = "SHA256SUMS"
+CHANGE_WHEELS = ("SINGLEPASS_BUILD_TYPE", "SINGLEPASS_NAMESPACE", "TORCH_CUDA_ARCH_LIST")
 UNPUBLISHED = "no wheel on a package index yet"
 
 
@@ -114,6 +115,9 @@ def files() -> list[Path]:
 
 def packages(torch: str) -> None:
     """Wheels and sources, with nothing else beside them, as indexes accept them and systems load them."""
+    if changed := [name for name in CHANGE_WHEELS if os.environ.get(name)]:
+        got = f"{changed[0]}={os.environ[changed[0]]}"
+        stop("wheels with all architectures and the settings of every release", got, f"Unset {changed[0]}.")
     dist = ROOT / "dist"
     if not (passed("packages").exists() and all(path.exists() for path in files())):
         shutil.rmtree(dist, ignore_errors=True)

@@ -26,6 +26,8 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """tools/release.py in a tree of its own, where everything that it looks at is in order."""
     module = tool("release")
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    for name in module.CHANGE_WHEELS:
+        monkeypatch.delenv(name, raising=False)
     for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
         monkeypatch.setenv(f"{name}_NAME", "a test")
         monkeypatch.setenv(f"{name}_EMAIL", "test@localhost")
@@ -169,6 +171,16 @@ def test_other_files_than_a_release_has(release: ModuleType, ran: Ran, surplus: 
         ran.clear()
         release.packages(TORCH)  # builds again
         assert ("make", "wheels") in ran
+
+
+@pytest.mark.parametrize("name", ["TORCH_CUDA_ARCH_LIST", "SINGLEPASS_BUILD_TYPE", "SINGLEPASS_NAMESPACE"])
+def test_a_shell_whose_settings_change_the_wheels(
+    release: ModuleType, ran: Ran, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "")
+    release.packages(TORCH)
+    monkeypatch.setenv(name, "9.0")
+    assert f"got {name}=9.0. Unset {name}." in says(release, release.packages)
 
 
 def test_files_that_changed_after_their_checksums(release: ModuleType, ran: Ran) -> None:
