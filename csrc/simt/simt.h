@@ -143,6 +143,16 @@ inline unsigned ballot(unsigned mask, int predicate, std::source_location site) 
       Block::current->warp_collective(WarpOp::kBallot, mask, predicate != 0, 0, kWarpSize, site));
 }
 
+inline void copy_later(void* to, const void* from, bool exists) {
+  Block::current->copy_later({to, from, exists});
+}
+
+inline void finish_copies() {
+  for (Copy copy; Block::current->next_copy(copy);) {
+    *static_cast<uint4*>(copy.to) = copy.exists ? *static_cast<const uint4*>(copy.from) : uint4{};
+  }
+}
+
 // The types that CUDA's integer atomics take. Float atomics are left out: their order would change the result.
 template <class T>
 concept Atomic = std::same_as<T, int> || std::same_as<T, unsigned> || std::same_as<T, unsigned long long>;
@@ -192,6 +202,10 @@ inline cudaError_t cudaGetLastError() {
 
 inline void __syncthreads(std::source_location site = std::source_location::current()) {
   simt::Block::current->barrier(site);
+}
+
+inline int __syncthreads_or(int predicate, std::source_location site = std::source_location::current()) {
+  return simt::Block::current->barrier(site, predicate != 0);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, std::source_location site = std::source_location::current()) {

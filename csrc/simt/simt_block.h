@@ -5,6 +5,7 @@
 // waits costs no switch: the fiber that has ended one thread goes on with the next.
 #pragma once
 
+#include <deque>
 #include <exception>
 #include <map>
 #include <memory>
@@ -66,6 +67,13 @@ struct WarpRequest {
 
 enum class State { kNotStarted, kReady, kAtBarrier, kInWarpCollective, kExited };
 
+// Of 16 bytes to shared memory, which nobody has waited for yet.
+struct Copy {
+  void* to;
+  const void* from;
+  bool exists;  // or zeros are written
+};
+
 struct Thread {
   uint3 index;
   unsigned linear;
@@ -73,6 +81,7 @@ struct Thread {
   std::unique_ptr<Fiber> fiber;
   std::source_location site;  // where it waits
   WarpRequest request;
+  std::deque<Copy> copies;
 };
 
 class Block {
@@ -114,20 +123,38 @@ class Block {
     return true;
   }
 
-  // __syncthreads: all threads of the block, at one place of the source.
-  void barrier(std::source_location site) {
+  // __syncthreads: all threads of the block, at one place of the source. Whether any of them says so.
+  bool barrier(std::source_location site, bool any = false) {
     [[maybe_unused]] const Recorder::InRuntime pause;
     wait_at(State::kAtBarrier, site);
+    says_so_ = says_so_ || any;
     if (++at_barrier_ == threads_.size()) {
       for (const Thread& thread : threads_)
         if (!same(thread.site, site)) fail("divergent __syncthreads");
       recorder_.meet(0, static_cast<unsigned>(threads_.size()));
       at_barrier_ = 0;
       yields_ = 0;
+      any_said_so_ = std::exchange(says_so_, false);
       draw_schedule();
       for (Thread& thread : threads_) release(thread);
     }
     suspend();
+    return any_said_so_;
+  }
+
+  // cp.async: it happens when the thread that asks for it waits for it.
+  void copy_later(const Copy& copy) {
+    [[maybe_unused]] const Recorder::InRuntime pause;
+    running_->copies.push_back(copy);
+  }
+
+  // The next of the copies that the thread waits for, or false.
+  bool next_copy(Copy& copy) {
+    [[maybe_unused]] const Recorder::InRuntime pause;
+    if (running_->copies.empty()) return false;
+    copy = running_->copies.front();
+    running_->copies.pop_front();
+    return true;
   }
 
   // The *_sync collectives: all lanes that `mask` names, with the same mask and operation.
@@ -374,6 +401,7 @@ class Block {
   Thread* running_ = nullptr;
   Thread* upcoming_ = nullptr;  // taken from ready_ by a fiber that could not start it itself
   std::size_t at_barrier_ = 0;
+  bool says_so_ = false, any_said_so_ = false;  // of those at the barrier, and of the last one
   std::size_t exited_ = 0;
   std::uint64_t turn_ = 0;    // how many more times a thread may stop before another block runs on
   std::uint64_t yields_ = 0;  // since a thread last ended or met a barrier

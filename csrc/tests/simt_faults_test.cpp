@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "common/async_copy.h"
 #include "common/cuda.h"
 
 namespace {
@@ -245,6 +246,25 @@ __global__ void uninitialised_kernel(float* out) {
   float sum = 0.0f;
   for (const float value : values.value) sum += value;
   out[threadIdx.x] = sum;
+}
+
+template <bool kMissingWait>
+__global__ void reverse_kernel(const float* in, float* out) {
+  SINGLEPASS_SHARED(Floats<256>, values);
+  singlepass::copy_async(&values.value[4 * threadIdx.x], &in[4 * threadIdx.x], threadIdx.x < 63);
+  if constexpr (!kMissingWait) singlepass::wait_for_copies();
+  __syncthreads();
+  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = values.value[255 - (4 * threadIdx.x + i)];
+}
+
+TEST(a_copy_that_nobody_waits_for_is_missing) {
+  alignas(16) float in[256];
+  for (int i = 0; i < 256; ++i) in[i] = static_cast<float>(i);
+  std::vector<float> out(256);
+  CHECK_EQUAL(simt::launch(reverse_kernel<false>, 1, 64, 0, nullptr, in, out.data()), cudaSuccess);
+  for (int i = 0; i < 256; ++i) CHECK_EQUAL(out[i], i < 4 ? 0.0f : 255.0f - static_cast<float>(i));
+  CHECK_EQUAL(simt::launch(reverse_kernel<true>, 1, 64, 0, nullptr, in, out.data()), cudaSuccess);
+  CHECK(std::all_of(out.begin(), out.end(), [](float x) { return std::isnan(x); }));
 }
 
 TEST(uninitialised_shared_memory_reads_as_nan) {

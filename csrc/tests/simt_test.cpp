@@ -163,6 +163,24 @@ __global__ void last_block_kernel(unsigned* tickets, int* order, int* last_block
   if (is_last && threadIdx.x == 0) *last_block = static_cast<int>(blockIdx.x);
 }
 
+__global__ void ask_all_kernel(const int* says_so, int* out) {
+  for (int turn = 0; turn < 3; ++turn) {
+    const int any = __syncthreads_or(says_so[turn * blockDim.x + threadIdx.x]);
+    out[turn * blockDim.x + threadIdx.x] = any != 0;
+  }
+}
+
+TEST(a_barrier_tells_all_threads_whether_any_says_so) {
+  std::vector<int> says_so(3 * 64), out(3 * 64, -1), expected(3 * 64);
+  says_so[64 + 17] = 4;
+  std::fill_n(expected.begin() + 64, 64, 1);
+  for (std::uint64_t seed = 0; seed < 20; ++seed) {
+    simt::set_seed(seed);
+    CHECK_EQUAL(simt::launch(ask_all_kernel, 1, 64, 0, nullptr, says_so.data(), out.data()), cudaSuccess);
+    CHECK(out == expected);
+  }
+}
+
 TEST(atomics_lose_nothing_and_vary_their_order) {
   std::set<std::vector<int>> orders;
   std::set<int> last_blocks;
