@@ -15,18 +15,22 @@ __device__ __forceinline__ float element_of(uint32_t pair, int i, DType dtype) {
   return dtype == DType::kFloat16 ? float16_to_float(bits) : bfloat16_to_float(bits);
 }
 
-// What multiply_accumulate does, where processors do not.
+// What multiply_accumulate does, where processors do not. A function of its own: wherever it stands, it is much code,
+// of which unrolled loops would make megabytes.
 template <DType kDType>
-__device__ __forceinline__ void multiply_accumulate_by_lanes(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                             uint32_t b1) {
+#if defined(__CUDACC__)
+__device__ __noinline__
+#endif
+    float4 multiply_accumulate_by_lanes(float4 to, uint4 a, uint2 b) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const auto two = [](uint32_t low, uint32_t high) { return low | static_cast<unsigned long long>(high) << 32; };
-#pragma unroll 1  // unrolled, it is 4 MB of PTX in saliency.cu, and takes compilers minutes
+  float d[4] = {to.x, to.y, to.z, to.w};
+#pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const unsigned long long rows[2] = {__shfl_sync(kAllLanes, two(a[0], a[1]), g * 4 + k),
-                                        __shfl_sync(kAllLanes, two(a[2], a[3]), g * 4 + k)};
-    const unsigned long long columns[2] = {__shfl_sync(kAllLanes, two(b0, b1), 2 * t * 4 + k),
-                                           __shfl_sync(kAllLanes, two(b0, b1), (2 * t + 1) * 4 + k)};
+    const unsigned long long rows[2] = {__shfl_sync(kAllLanes, two(a.x, a.y), g * 4 + k),
+                                        __shfl_sync(kAllLanes, two(a.z, a.w), g * 4 + k)};
+    const unsigned long long columns[2] = {__shfl_sync(kAllLanes, two(b.x, b.y), 2 * t * 4 + k),
+                                           __shfl_sync(kAllLanes, two(b.x, b.y), (2 * t + 1) * 4 + k)};
 #pragma unroll
     for (int i = 0; i < 16; ++i) {  // for each number of d, two elements of each half of the columns
       const uint32_t row = static_cast<uint32_t>(rows[i / 2 % 2] >> (32 * (i / 8)));
@@ -34,6 +38,7 @@ __device__ __forceinline__ void multiply_accumulate_by_lanes(float (&d)[4], cons
       d[i / 4] += element_of(row, i % 2, kDType) * element_of(column, i % 2, kDType);
     }
   }
+  return {d[0], d[1], d[2], d[3]};
 }
 
 // d += a b for a (16, 16), b (16, 8) in float16 or bfloat16 and d (16, 8) in float32.
@@ -54,7 +59,8 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-#elif defined(__CUDA_ARCH__)
+#else
+#if defined(__CUDA_ARCH__)
   if constexpr (kDType == DType::kFloat16) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -62,11 +68,11 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[2]), "r"(a[3]), "r"(b1));
-  } else {
-    multiply_accumulate_by_lanes<kDType>(d, a, b0, b1);
+    return;
   }
-#else
-  multiply_accumulate_by_lanes<kDType>(d, a, b0, b1);
+#endif
+  const float4 sum = multiply_accumulate_by_lanes<kDType>({d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1});
+  d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 #endif
 }
 
