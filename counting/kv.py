@@ -33,7 +33,8 @@ from .plan import Plan, Tail, Work, kernel
 from .roofline import resident
 
 THREADS, WARPS, ROWS, CHUNK = 128, 4, 4, 32  # csrc/kv/decode.h, decode_codes.h
-TILE, UNIT, LEAST_SPAN, MAX_SPANS = 64, 32, 512, 8  # csrc/kv/saliency.cu
+KEPT, OWN = 128, 32  # csrc/kv/saliency_tile.h: lines that a thread block keeps, and each of its warps
+LEAST_SPAN, MAX_KEY_SPANS, MAX_ROW_SPANS, SPAN_UNIT = 512, 8, 2, 64  # csrc/kv/saliency.cu
 CODEC_THREADS, PIECE = 256, 16  # csrc/kv/pieces.h
 NAN = "0x7fc00000"  # which numbers that are not finite become before they are encoded
 COLUMN_TILE, CHANNELS = 16, 128  # csrc/kv/project.cu: of a launch for a few rows
@@ -194,35 +195,63 @@ def window_work(tiles: int, splits: int, every: int, itemsize: int) -> Work:
 
 
 def saliency(case: Case) -> list[Plan]:
-    """Sums of rows over spans of the keys, then of columns over all rows, on tiles of 64 rows and 64 tokens. Rows are
-    probes at sorted random places: tiles of them see a good half of the tokens."""
+    """Sums of rows over spans of the keys, then of columns over spans of the rows. Rows are probes at sorted random
+    places, so that n neighbours see at least (1 - n / probes) / 2 of the tokens, and at most (1 + n / probes) / 2."""
     shape = SHAPE[case.size]
     probes = min(PROBES, shape.length // 10)
-    heads, tiles, row_tiles = shape.batch * HEADS, -(-shape.length // TILE), -(-GROUP * probes // TILE)
-    of_span = max(LEAST_SPAN // TILE, -(-tiles // MAX_SPANS))
-    spans = -(-tiles // of_span)
-    seen = (1 + TILE / probes) / 2
-    parts = 1 if case.dtype.itemsize == 2 else 3
-    # The keys of a tile or, in the second pass, its queries, whose places are in shared memory; the other stays there.
-    # Three parts are brought anew for every unit of channels, which makes six products of them.
-    units = WIDTH / UNIT
-    times = {"channels": 1.0, "rows": 2.0, "units": units} if parts == 1 else {"channels": units}
+    heads, rows = shape.batch * HEADS, GROUP * probes
+    key_span, row_span = span(shape.length, MAX_KEY_SPANS), span(rows, MAX_ROW_SPANS)
+    parts, lines = (1, 32) if case.dtype.itemsize == 2 else (3, 64)
 
-    def way(marks: tuple[tuple[str, int], ...], places: int) -> tuple[Step, ...]:
-        rows = Step("rows", (("LDG.128", 4), ("STS.128", 4), ("LDS.64", places)))
-        channels = Step("channels", inside=(rows, Step("units", (("HMMA", 16),))))
-        if parts == 3:
-            channels = Step("channels", (("HMMA", 6 * 16), ("LDG.128", 8)))
-        return (Step("tiles", marks, avoids=("MUFU.TANH",), inside=(channels,)),)
+    def most(neighbours: int) -> float:
+        return (1 + min(1.0, neighbours / probes)) / 2
 
-    sums = Work(way((("SHFL", 4),), 0), times | {"tiles": of_span * seen})
-    columns = Work(way((("MUFU+", 32),), 4), times | {"tiles": row_tiles * seen})
+    def work(tiles: float, brought: float, neighbours: int) -> tuple[Work, ...]:
+        """Of a warp's tiles, the share `brought` comes to shared memory. So many neighbouring rows decide which it
+        multiplies, and which of them it masks."""
+        some = most(neighbours)
+        kinds = (
+            (1 - some, products(parts)),
+            (2 * some - 1, products(parts, masks=True)),
+            (brought - some, idle(parts)),
+        )
+        # What others bring, too: places of rows and, where kept lines do not stay in registers, those.
+        cached = {"tiles": 1.0, "units": 1.0}
+        times = {"tiles": tiles * brought, "steps": 2.0, "units": 4.0}
+        return tuple(Work((step,), times, share / brought, cached) for share, step in kinds if share > 0)
 
-    def plan(kernel: str, work: tuple[Work, ...], number: int, blocks: int) -> Plan:
-        name = f"{kernel}_kernel<{parts}, (DType)1>"
-        return Plan("kv/saliency", name, work, case.passes[number].bytes, blocks, THREADS, "tiles", TILE * TILE / WARPS)
+    def plan(kernel: str, kinds: tuple[Work, ...], number: int, blocks: int) -> Plan:
+        name = f"{kernel}_kernel<{parts}, (DType)1, {str(parts == 1).lower()}>"
+        return Plan("kv/saliency", name, kinds, case.passes[number].bytes, blocks, THREADS, "tiles", lines * OWN)
 
-    return [plan("sums", (sums,), 0, heads * row_tiles * spans), plan("columns", (columns,), 1, heads * tiles)]
+    sums = work(key_span / lines, most(KEPT), OWN)
+    columns = work(row_span / lines, most(lines), lines)
+    return [
+        plan("sums", sums, 0, heads * ceil(rows / KEPT) * ceil(shape.length / key_span)),
+        plan("columns", columns, 1, heads * ceil(shape.length / KEPT) * ceil(rows / row_span)),
+    ]
+
+
+def span(lines: int, most: int) -> int:
+    return SPAN_UNIT * ceil(max(LEAST_SPAN, lines / most) / SPAN_UNIT)
+
+
+def products(parts: int, masks: bool = False) -> Step:
+    """A tile that the warp multiplies. Three parts of a float32, of whose products six are made, go through two steps
+    of four units of channels."""
+    weights = 32 if parts == 1 else 64
+    does = (("MUFU.EX2", weights), ("FSEL", weights * masks))
+    if parts == 1:
+        return Step("tiles", (*does, ("HMMA", 64), ("LDGSTS.128", 4)), avoids=("MUFU.TANH",))
+    units = Step("units", (("HMMA", 6 * 16), ("LDG.128", 4)))
+    return Step("tiles", does, avoids=("MUFU.TANH",), inside=(Step("steps", (("LDGSTS.128", 8),), inside=(units,)),))
+
+
+def idle(parts: int) -> Step:
+    """A tile that the warp helps to bring for others."""
+    if parts == 1:
+        return Step("tiles", (("LDGSTS.128", 4),), avoids=("HMMA", "MUFU.EX2"))
+    return Step("tiles", avoids=("MUFU.EX2",), inside=(Step("steps", (("LDGSTS.128", 8),), avoids=("HMMA",)),))
 
 
 def encode(tokens: Tokens, by_channels: bool, itemsize: int) -> Plan:

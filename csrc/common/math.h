@@ -78,12 +78,10 @@ SINGLEPASS_HD float maximum(float a, float b) {
 #endif
 }
 
-// exp(-a) for a >= 0, without a library call: it vectorises, and gives host and device the same bits. exp(-a) = 2^n *
-// 2^f with |f| <= 1/2 and a polynomial for 2^f, minimax in relative error (9.4e-8) with 2^0 = 1. The one rounding of a
-// * log2(e) adds a relative error of up to a * 2^-24. a above 87 counts as 87.
-SINGLEPASS_HD float exp_negative(float a) {
+// 2^x for x between -126 and 127, without a library call: it vectorises, and gives host and device the same bits. It is
+// 2^n * 2^f with |f| <= 1/2 and a polynomial for 2^f, minimax in relative error (9.4e-8) with 2^0 = 1.
+SINGLEPASS_HD float exp2_polynomial(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
-  const float x = (87.0f < a ? 87.0f : a) * -1.44269504f;
   const float shifted = x + kRound;
   const float f = x - (shifted - kRound);
   float e = 1.32695212e-3f;
@@ -93,6 +91,23 @@ SINGLEPASS_HD float exp_negative(float a) {
   e = e * f + 6.93147004e-1f;
   e = e * f + 1.0f;
   return e * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + (127u << 23));
+}
+
+// exp(-a) for a >= 0. The one rounding of a * log2(e) adds a relative error of up to a * 2^-24. a above 87 counts
+// as 87.
+SINGLEPASS_HD float exp_negative(float a) {
+  return exp2_polynomial((87.0f < a ? 87.0f : a) * -1.44269504f);
+}
+
+// 2^x for x < 127, within two ulp; 0 for what is too small. NaN stays NaN.
+SINGLEPASS_HD float exp2_of(float x) {
+#if defined(__CUDA_ARCH__)
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
+  return e;
+#else
+  return x < -125.0f ? 0.0f : exp2_polynomial(x);
+#endif
 }
 
 // exp(x) for x <= 0, within two ulp and what the conversion to base 2 rounds; 0 for what is too small. NaN stays NaN.

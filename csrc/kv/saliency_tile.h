@@ -1,313 +1,325 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 
+#include "common/async_copy.h"
 #include "common/math.h"
 #include "common/mma.h"
+#include "common/raw.h"
 #include "common/reduce.h"
-#include "kv/problem.h"
-#include "kv/runs.h"
+#include "kv/saliency_lines.h"
 
-// A tile of logits is (kSaliencyTile rows, kSaliencyTile tokens), of which a warp has 16 rows. Lane (g, t) = (lane / 4,
-// lane % 4) holds rows g and g + 8 of those, and tokens 2 t and 2 t + 1 of every 8.
+// Products of lines, on tensor cores. A thread block keeps kKept lines of one operand, of which each warp has 32 in
+// registers, as long as they fit; tiles of the other operand go through shared memory, where one is computed with while
+// the next one is copied. So of what tensor cores take, only half comes from shared memory, and each load there is used
+// for two groups of 16 lines.
 namespace singlepass::kv {
 
 inline constexpr int kSaliencyThreads = 128, kWarps = kSaliencyThreads / kWarp;
-inline constexpr int kSaliencyTile = 64;            // rows and tokens of a tile
-inline constexpr int kUnit = 32;                    // channels that a lane takes four words of
-inline constexpr int kColumns = kSaliencyTile / 8;  // groups of 8 tokens; a lane holds two tokens of each
-inline constexpr float kInfinity = INFINITY;
+inline constexpr int kKept = kSaliencyThreads;  // each thread finds out about one
+inline constexpr int kOwn = 4;                  // kept lines of a lane's products: g + 8 i of its warp's
+inline constexpr int kUnits = 4;                // in shared memory at a time
+inline constexpr int kRunBytes = 16;            // of a line: neighbouring channels that a lane has
+inline constexpr int kRuns = 4;                 // of a unit, which as many lanes share
+inline constexpr int kLeastUnit = 16;           // channels of an MMA; there are always a multiple of it
 
-struct DeviceSaliency : Saliency {
-  bool q_vectors, k_vectors;
-  int64_t rows, spans, span;  // rows of a head, spans of its keys, tokens of a span
-  float2* partials;           // (batch, heads, rows, spans): row max and sum of exp(logit - row max)
-  float* made_lse;            // (batch, heads, rows), where lse is not given
-  unsigned* tickets;          // of tiles of rows
-};
+template <int kParts>
+inline constexpr int kRun = kRunBytes / kSize<kParts>;
+template <int kParts>
+inline constexpr int kUnit = kRun<kParts> * kRuns;
+template <int kParts>
+inline constexpr int kChannels = kUnit<kParts> * kUnits;  // of a step
+template <int kParts>
+inline constexpr int kMmas = kUnit<kParts> / kLeastUnit;
 
 // Thread blocks per multiprocessor, at least; registers are limited to fit them.
 template <int kParts>
 inline constexpr int kBlocks = kParts == 1 ? 3 : 2;
 
-// Channels in shared memory at a time.
-template <int kParts>
-inline constexpr int kChannels = kParts == 1 ? 128 : kUnit;
-
-// Operands of MMAs. Each number is a sum of kParts 16-bit parts: each part is what the parts before it leave, rounded.
-// Three bfloat16 parts hold a float32 exactly; a 16-bit number needs one part. Lane (g, t) has four words, which are
-// pairs of channels, of every unit of a row. Keys stand as rows. Queries stand as what the lanes of a warp take for an
-// MMA: two words of row g and two of row g + 8 by turns. What is added makes neighbours lie in different banks.
-template <int kParts>
-struct alignas(16) KeyParts {
-  uint32_t pairs[kParts][kSaliencyTile][kChannels<kParts> / 2 + (kParts == 1 ? 16 : 0)];
-};
-
-template <int kParts>
-struct QueryParts {
-  uint4 words[kParts][kWarps][kChannels<kParts> / kUnit][2 * kWarp + 4];  // of the unit's first MMA, then of its second
-};
-
 template <int kParts>
 struct SaliencyShared {
-  QueryParts<kParts> q;
-  KeyParts<kParts> k;
-  const char* rows[kSaliencyTile];  // of q
-  int visible[kSaliencyTile];       // a row sees the tokens before this one that are not padding
-  float lse[kSaliencyTile];
-  bool is_token[kSaliencyTile];
-  float sums[kWarps][kSaliencyTile];
+  // Two tiles. What is added to a line makes neighbours lie in different banks.
+  alignas(16) char lines[2][kLines<kParts>][(kUnits + 1) * kRuns * kRunBytes];
+  alignas(8) int bounds[2][kLines<kParts>];
+  alignas(8) float lse[2][kLines<kParts>];
+  const char* kept[kKept];
+  int kept_bounds[kKept];
+  alignas(16) int highest[kWarps];  // bound of each warp's kept lines
 };
 
-// Eight channels of a token: pairs of 16-bit numbers that are neighbours or, if they have several parts, floats, of
-// which four are from c on and four from c + kUnit / 2 on, so that the lanes' loads of float32 are neighbours. Channels
-// beyond head_dim are zeros.
-template <int kParts, DType kDType>
-__device__ __forceinline__ void load_channels(const char* token, DType dtype, bool vectors, int64_t c, int64_t head_dim,
-                                              Raw<kVector>& raw) {
-  raw = {};
-  if constexpr (kParts == 1) {
-    if (c < head_dim && vectors) load(token, kDType, c, raw);
-    if (c < head_dim && !vectors) {
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        Raw<1> one;
-        load(token, kDType, c + k, one);
-        raw.bits[k / 2] |= one.bits[0] << (16 * (k % 2));
-      }
-    }
-  } else {
-    float x[kVector] = {};
-    const int64_t size = size_of(dtype), second = c + kUnit / 2;
-    if (c < head_dim) load_run<4>(token + c * size, dtype, vectors, x);
-    if (second < head_dim) load_run<4>(token + second * size, dtype, vectors, x + 4);
-    raw = encode_any_nan<kVector>(x, DType::kFloat32);
-  }
-}
+// A run of channels as MMAs take it: pairs of 16-bit numbers.
+template <int kParts>
+struct Operand {
+  uint32_t pairs[kParts][2 * kMmas<kParts>];
+};
 
 template <int kParts, DType kDType>
-__device__ __forceinline__ void split_parts(const Raw<kVector>& raw, uint4 (&parts)[kParts]) {
-  if constexpr (kParts == 1) {
-    parts[0] = {raw.bits[0], raw.bits[1], raw.bits[2], raw.bits[3]};
-  } else {
-    float x[kVector];
-    decode(raw, DType::kFloat32, x);
+__device__ __forceinline__ Operand<kParts> load_operand(const char* from, uint32_t flip = 0) {
+  uint32_t words[4];
+  load_four(from, words);
+  Operand<kParts> run;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      uint32_t pairs[kVector / 2];
+  for (int k = 0; k < 4; ++k) words[k] ^= flip;
 #pragma unroll
-      for (int k = 0; k < kVector; k += 2) {
-        const uint32_t pair = pairs[k / 2] = pack_pair(x[k], x[k + 1], kDType);
-        x[k] -= element_of(pair, 0, kDType);
-        x[k + 1] -= element_of(pair, 1, kDType);
+  for (int k = 0; k < 2 * kMmas<kParts>; ++k) {
+    if constexpr (kParts == 1) {
+      run.pairs[0][k] = words[k];
+    } else {
+      float first = bit_cast<float>(words[2 * k]), second = bit_cast<float>(words[2 * k + 1]);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const uint32_t pair = run.pairs[part][k] = pack_pair(first, second, kDType);
+        first -= element_of(pair, 0, kDType);
+        second -= element_of(pair, 1, kDType);
       }
-      parts[part] = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }
   }
+  return run;
 }
 
-// A tile of logits, of a tile of rows and one of tokens, by their numbers. The stages are called by all threads of the
-// thread block together.
-template <int kParts, DType kDType>
-class SaliencyTile {
+// Of a warp, for lane (g, t) = (lane / 4, lane % 4): [m][c][i] belongs to the warp's kept line 16 m + g + 8 (i / 2),
+// the lane's own line 2 m + i / 2, and to the tile's line 8 c + 2 t + i % 2.
+template <int kParts>
+using Products = float[2][kLines<kParts> / 8][4];
+
+// Kept and Other are QueryLines and KeyLines, or KeyLines and QueryLines. kWhole: one step takes all channels, so that
+// kept lines stay in registers from one tile to the next. All threads of the thread block call a function together.
+template <int kParts, DType kDType, bool kWhole, class Kept, class Other>
+class SaliencyTiles {
  public:
-  __device__ __forceinline__ SaliencyTile(const DeviceSaliency& p, SaliencyShared<kParts>& shared, int64_t head)
+  // The first tile is the one that run() begins with.
+  __device__ __forceinline__ SaliencyTiles(const DeviceSaliency& p, SaliencyShared<kParts>& shared, int head,
+                                           int kept_tile, int first_tile)
       : p_(p),
         shared_(shared),
-        b_(static_cast<int>(head / p.heads)),
-        h_(static_cast<int>(head % p.heads)),
-        warp_(threadIdx.x / kWarp),
-        g_(threadIdx.x % kWarp / 4),
-        t_(threadIdx.x % 4) {}
-
-  // Stage 1: finds out which tokens exist, and how far each row sees: up to its probe's position, or nothing if the
-  // probe itself is padding. Returns, in every thread, whether any row sees any of the tokens.
-  __device__ __forceinline__ bool look(int row_tile, int token_tile) {
-    const int64_t row = int64_t{row_tile} * kSaliencyTile, first = int64_t{token_tile} * kSaliencyTile;
-    const int i = static_cast<int>(threadIdx.x) % kSaliencyTile;
-    __syncthreads();
-    if (threadIdx.x >= kSaliencyTile) {
-      shared_.is_token[i] = first + i < p_.tokens && is_token(first + i);
-    } else if (row_tile != row_tile_) {
-      // The last row stands in for those that do not exist.
-      const int64_t own = row + i < p_.rows ? row + i : p_.rows - 1, head = own / p_.probes, probe = own % p_.probes;
-      const int64_t position = p_.positions[probe];
-      shared_.rows[i] = p_.q.at(b_, h_ * p_.group_size + head, probe);
-      shared_.visible[i] = row + i < p_.rows && is_token(position) ? static_cast<int>(position) + 1 : 0;
+        g_(static_cast<int>(threadIdx.x) % kWarp / 4),
+        t_(static_cast<int>(threadIdx.x) % 4),
+        line_(static_cast<int>(threadIdx.x) / kSharers),
+        other_(p, head, first_tile * kLines<kParts> + line_) {
+    const int i = static_cast<int>(threadIdx.x), warp = i / kWarp;
+    // The last line stands in for those that do not exist, which see nothing.
+    const int number = kept_tile * kKept + i, last = Kept::count(p) - 1;
+    const Kept kept(p, head, std::min(number, last));
+    shared.kept[i] = kept.data();
+    highest_ = lowest_ = shared.kept_bounds[i] = number <= last ? kept.bound() : Kept::kNever;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      highest_ = std::max(highest_, __shfl_xor_sync(kAllLanes, highest_, offset));
+      lowest_ = std::min(lowest_, __shfl_xor_sync(kAllLanes, lowest_, offset));
     }
+    if (i % kWarp == 0) shared.highest[warp] = highest_;
     __syncthreads();
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, before = static_cast<int>(first);
-    const int low = shared_.visible[lane] - before, high = shared_.visible[lane + kWarp] - before;
-    const bool tokens = shared_.is_token[lane] && shared_.is_token[lane + kWarp];
-    is_whole_ = __all_sync(kAllLanes, tokens && low >= kSaliencyTile && high >= kSaliencyTile);
-    return __any_sync(kAllLanes, low > 0 || high > 0);
+    highest_of_all_ = shared.highest[0];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) highest_of_all_ = std::max(highest_of_all_, shared.highest[w]);
   }
 
-  // Stage 2: logits of the warp, (16 rows, kSaliencyTile tokens). to[c][i] belongs to token 8 c + 2 t + i % 2 and to
-  // row g (i < 2) or g + 8 (i >= 2); it is -inf if the row does not see the token.
-  __device__ __forceinline__ void logits(int row_tile, int token_tile, float (&to)[kColumns][4]) {
-    const int64_t first = int64_t{token_tile} * kSaliencyTile;
+  // Of all kept lines.
+  __device__ __forceinline__ int highest_bound() const { return highest_of_all_; }
+
+  // The kept line of the thread block that is the lane's own number i.
+  __device__ __forceinline__ int own(int i) const { return static_cast<int>(threadIdx.x) / kWarp * kWarp + g_ + 8 * i; }
+
+  // Calls use(products, lse) for each tile before `end` in which lines of the warp see each other; p.factor makes
+  // logits to the base of 2 of products. These are -inf where lines do not see each other. lse: of the lane's pairs of
+  // lines.
+  template <class Use>
+  __device__ __forceinline__ void run(int end, const Use& use) {
+    bool is_next = begin_tile(end, 0);
+    if (kWhole && is_next) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) to[c][0] = to[c][1] = to[c][2] = to[c][3] = 0.0f;
-    // q . k, kChannels channels at a time. If these are all, an operand stays where it is as long as it is the same.
-    // The last token stands in for those that do not exist; their logits are masked below.
-    for (int64_t channel = 0; channel < p_.head_dim; channel += kChannels<kParts>) {
-      const bool all = kParts == 1 && p_.head_dim <= kChannels<kParts>;
-      const int64_t left = p_.head_dim - channel < kChannels<kParts> ? p_.head_dim - channel : kChannels<kParts>;
-      const int units = kChannels<kParts> == kUnit ? 1 : static_cast<int>((left + kUnit - 1) / kUnit);
-      if (channel > 0) __syncthreads();
-      const bool queries = !all || row_tile != row_tile_;
-      const bool keys = !all || token_tile != token_tile_;
-      if constexpr (kParts == 1) {  // one of them at a time: both take more registers than there are
-        if (queries) bring(true, false, first, channel, units);
-        if (keys) bring(false, true, first, channel, units);
-      } else {
-        bring(queries, keys, first, channel, units);
-      }
-      __syncthreads();
-      for (int unit = 0; unit < units; ++unit) multiply(unit, to);
+      for (int unit = 0; unit < kUnits; ++unit) kept_[unit] = load_kept(unit * kUnit<kParts>);
     }
-    row_tile_ = row_tile, token_tile_ = token_tile;
-    if (p_.softcap > 0.0f) {
-      const float inverse = 1.0f / p_.softcap;
-#pragma unroll
-      for (int k = 0; k < kColumns * 4; ++k) {
-        float& logit = to[k / 4][k % 4];
-        logit = p_.softcap * tanhf(logit * p_.scale * inverse);
-      }
-    }
-    // The scale, unless the softcap has applied it, and the mask.
-    const float factor = p_.softcap > 0.0f ? 1.0f : p_.scale;
-#pragma unroll
-    for (int k = 0; k < kColumns * 4; ++k) to[k / 4][k % 4] *= factor;
-    if (is_whole_) return;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = 8 * c + 2 * t_ + i % 2;
-        const bool seen = first + token < shared_.visible[own_row(i / 2)] && shared_.is_token[token];
-        to[c][i] = seen ? to[c][i] : -kInfinity;
+    for (int slot = 0; is_next; slot ^= 1) {
+      Products<kParts> x = {};
+      Sight sight;
+      int channel = 0;
+      do {
+        wait_for_copies();
+        stage_ ^= 1;
+        if (!kWhole && channel + kChannels<kParts> < head_dim()) {
+          __syncthreads();
+          bring(channel + kChannels<kParts>);
+        } else {
+          is_next = begin_tile(end, slot ^ 1);
+        }
+        sight = look(slot);
+        if (sight.any) multiply(channel, x);
+        channel += kChannels<kParts>;
+      } while (!kWhole && channel < head_dim());
+      if (sight.any) {
+        cap(x);
+        if (!sight.all) mask(slot, x);
+        use(x, &shared_.lse[slot][2 * t_]);
       }
     }
   }
-
-  // The row of the tile to which the lane's logits to[c][2 i] and to[c][2 i + 1] belong.
-  __device__ __forceinline__ int own_row(int i) const { return warp_ * 16 + g_ + 8 * i; }
 
  private:
-  __device__ __forceinline__ bool is_token(int64_t t) const {
-    return p_.mask == nullptr || p_.mask[b_ * p_.mask_stride + t];
+  static constexpr int kPitch = sizeof(SaliencyShared<kParts>::lines[0][0]);
+  static constexpr int kSharers = kSaliencyThreads / kLines<kParts>;  // threads that bring a line together
+
+  // A unit of channels of the kept lines, for MMAs.
+  struct Unit {
+    uint32_t words[2][kParts][kMmas<kParts>][4];
+  };
+
+  __device__ __forceinline__ int head_dim() const { return static_cast<int>(p_.head_dim); }
+
+  // Finds the next tile of which a line and a kept one see each other, and begins to bring it. Returns whether there is
+  // one before `end`. It is also a barrier.
+  __device__ __forceinline__ bool begin_tile(int end, int slot) {
+    const int lines = end * kLines<kParts>;
+    int bound = 0;
+    const auto is_found = [&] {
+      bound = other_.bound();
+      return __syncthreads_or(other_.number() >= lines || bound + highest_of_all_ > 0) != 0;
+    };
+    bool found = is_found();
+    while (!found) {
+      other_.go_on();
+      found = is_found();
+    }
+    if (other_.number() >= lines) return false;
+    if (threadIdx.x % kSharers == 0) {
+      shared_.bounds[slot][line_] = bound;
+      if constexpr (Other::kAreQueries) shared_.lse[slot][line_] = other_.lse();
+    }
+    source_ = other_.data();
+    channels_ = other_.exists() ? head_dim() : 0;
+    bring(0);
+    other_.go_on();
+    return true;
   }
 
-  // A thread brings one vector of channels of kBrought rows to shared memory, kTogether at a time. Threads side by side
-  // have neighbours of a row; a thread's rows are 8 apart, and come in twos that belong to the same MMA.
-  static constexpr int kVectors = kChannels<kParts> / kVector, kBrought = kSaliencyTile * kVectors / kSaliencyThreads;
-  static constexpr int kTogether = kParts == 1 ? 4 : 2;  // rows whose loads are in flight at once
-
-  __device__ __forceinline__ static int vector() { return static_cast<int>(threadIdx.x) % kVectors; }
-
-  __device__ __forceinline__ static int brought_row(int i) {
-    const int own = static_cast<int>(threadIdx.x) / kVectors;
-    return own / 8 * 16 + own % 8 + 8 * i;
-  }
-
-  __device__ __forceinline__ void bring(bool queries, bool keys, int64_t first, int64_t channel, int units) {
-    if (vector() >= units * 4) return;
-    const int64_t c = channel + vector() * (kParts == 1 ? kVector : kVector / 2);
-    const char* const tokens = p_.k.at(b_, h_, first);
-    const int64_t stride = p_.k.token_stride * size_of(p_.k.dtype);
-    const int last = static_cast<int>(p_.tokens - first < kSaliencyTile ? p_.tokens - first : kSaliencyTile) - 1;
-    const auto token = [&](int i) { return tokens + (i < last ? i : last) * stride; };
-#pragma unroll 1
-    for (int i = 0; i < kBrought; i += kTogether) {
-      Raw<kVector> q[kTogether], k[kTogether];
-      if (queries) load_rows(p_.q, p_.q_vectors, [&](int row) { return shared_.rows[row]; }, i, c, q);
-      if (keys) load_rows(p_.k, p_.k_vectors, token, i, c, k);
-      if (queries) store_queries(q, i);
-      if (keys) store_keys(k, i);
+  // Begins to bring channels of a tile to the stage that is not computed with. Lines that do not exist are zeros, and
+  // so are channels.
+  __device__ __forceinline__ void bring(int first) {
+    char* const to = shared_.lines[stage_ ^ 1][line_];
+    const int turn = kSharers == 2 ? line_ & 2 : 0;  // so that lines whose pieces are written together differ in banks
+#pragma unroll
+    for (int i = 0; i < kUnits * kRuns / kSharers; ++i) {
+      const int run = (static_cast<int>(threadIdx.x) % kSharers + kSharers * i) ^ turn;
+      const int channel = first + run * kRun<kParts>;
+      copy_async(to + run * kRunBytes, source_ + channel * kSize<kParts>, channel < channels_);
     }
   }
 
-  // From the thread's i-th row on.
-  template <class Address>
-  __device__ __forceinline__ void load_rows(const Tokens& from, bool vectors, const Address& address, int i, int64_t c,
-                                            Raw<kVector> (&raw)[kTogether]) const {
-    if (vectors) {
+  // Whether any or all of the warp's kept lines and of a tile's lines see each other.
+  struct Sight {
+    bool any, all;
+  };
+  __device__ __forceinline__ Sight look(int slot) const {
+    int highest = -INT32_MAX, lowest = INT32_MAX;
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        load_channels<kParts, kDType>(address(brought_row(i + k)), from.dtype, true, c, p_.head_dim, raw[k]);
-      }
-    } else {
-      SINGLEPASS_APART(0);  // else vectors wait for what single elements do not load
-#pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        load_channels<kParts, kDType>(address(brought_row(i + k)), from.dtype, false, c, p_.head_dim, raw[k]);
-      }
+    for (int i = 0; i < kLines<kParts>; i += kWarp) {
+      const int bound = shared_.bounds[slot][static_cast<int>(threadIdx.x) % kWarp + i];
+      highest = std::max(highest, bound);
+      lowest = std::min(lowest, bound);
     }
+    return {__any_sync(kAllLanes, highest + highest_ > 0) != 0, __all_sync(kAllLanes, lowest + lowest_ > 0) != 0};
   }
 
-  __device__ __forceinline__ void store_keys(const Raw<kVector> (&raw)[kTogether], int i) {
+  // Of the kept lines, from a channel on: pairs of line g and of line g + 8 by turns.
+  __device__ __forceinline__ Unit load_kept(int channel) const {
+    channel += t_ * kRun<kParts>;
+    Unit unit;
 #pragma unroll
-    for (int k = 0; k < kTogether; ++k) {
-      uint4 parts[kParts];
-      split_parts<kParts, kDType>(raw[k], parts);
+    for (int i = 0; i < kOwn; ++i) {
+      const char* const from = shared_.kept[own(i)] + channel * kSize<kParts>;
+      Operand<kParts> run = {};
+      if (kUnit<kParts> == kLeastUnit || channel < head_dim())
+        run = load_operand<kParts, kDType>(global_memory(from), p_.flip);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        *reinterpret_cast<uint4*>(&shared_.k.pairs[part][brought_row(i + k)][vector() * 4]) = parts[part];
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_queries(const Raw<kVector> (&raw)[kTogether], int i) {
 #pragma unroll
-    for (int k = 0; k < kTogether; k += 2) {
-      uint4 low[kParts], high[kParts];  // rows g and g + 8
-      split_parts<kParts, kDType>(raw[k], low);
-      split_parts<kParts, kDType>(raw[k + 1], high);
-      const int row = brought_row(i + k), lane = row % 8 * 4 + vector() % 4;
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        auto& to = shared_.q.words[part][row / 16][vector() / 4];
-        to[lane] = {low[part].x, high[part].x, low[part].y, high[part].y};
-        to[kWarp + lane] = {low[part].z, high[part].z, low[part].w, high[part].w};
-      }
-    }
-  }
-
-  // Adds the products of a unit of channels, which two MMAs take. Which of them stand where does not matter, as it is
-  // the same of q and k. Parts i of q and j of k are multiplied only if i + j < kParts: the other products are below
-  // the precision of float32.
-  __device__ __forceinline__ void multiply(int unit, float (&to)[kColumns][4]) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    uint4 q[kParts][2];
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      q[part][0] = shared_.q.words[part][warp_][unit][lane];
-      q[part][1] = shared_.q.words[part][warp_][unit][kWarp + lane];
-    }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-      for (int other = 0; other < kParts; ++other) {
-        const uint32_t* const pairs = &shared_.k.pairs[other][8 * c + g_][unit * kUnit / 2 + t_ * 4];
-        const uint4 k = *reinterpret_cast<const uint4*>(pairs);
-#pragma unroll
-        for (int part = 0; part < kParts - other; ++part) {
-          const uint4 first = q[part][0], second = q[part][1];
-          multiply_accumulate<kDType>(to[c], {first.x, first.y, first.z, first.w}, k.x, k.y);
-          multiply_accumulate<kDType>(to[c], {second.x, second.y, second.z, second.w}, k.z, k.w);
+        for (int k = 0; k < 2 * kMmas<kParts>; ++k) {
+          unit.words[i / 2][part][k / 2][k % 2 * 2 + i % 2] = run.pairs[part][k];
         }
+      }
+    }
+    return unit;
+  }
+
+  // Adds the products of a step's channels. Those of a whole step are one piece of code.
+  __device__ __forceinline__ void multiply(int first, Products<kParts>& x) const {
+    const int units = (head_dim() - first + kUnit<kParts> - 1) / kUnit<kParts>;
+    if constexpr (!kWhole) {
+#pragma unroll 1
+      for (int unit = 0; unit < std::min(units, int{kUnits}); ++unit) {
+        multiply(unit, load_kept(first + unit * kUnit<kParts>), x);
+      }
+    } else if (units == kUnits) {
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) multiply(unit, kept_[unit], x);
+    } else {
+#pragma unroll
+      for (int unit = 0; unit < kUnits - 1; ++unit) {
+        if (unit < units) multiply(unit, kept_[unit], x);
+      }
+    }
+  }
+
+  // The same of a unit. Which of its channels an MMA takes does not matter, as it is the same of both operands. Parts i
+  // and j are multiplied only if i + j < kParts: the other products are below the precision of float32. They are added
+  // in the same order in both passes, so that logits are the same bits.
+  __device__ __forceinline__ void multiply(int unit, const Unit& kept, Products<kParts>& x) const {
+    const char* const lines = &shared_.lines[stage_][g_][(unit * kRuns + t_) * kRunBytes];
+#pragma unroll
+    for (int c = 0; c < kLines<kParts> / 8; ++c) {
+      const Operand<kParts> run = load_operand<kParts, kDType>(lines + 8 * c * kPitch);
+#pragma unroll
+      for (int key = 0; key < kParts; ++key) {
+#pragma unroll
+        for (int query = 0; query < kParts - key; ++query) {
+          const int kept_part = Kept::kAreQueries ? query : key, part = Kept::kAreQueries ? key : query;
+#pragma unroll
+          for (int k = 0; k < kMmas<kParts>; ++k) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+              multiply_accumulate<kDType>(x[m][c], kept.words[m][kept_part][k], run.pairs[part][2 * k],
+                                          run.pairs[part][2 * k + 1]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void cap(Products<kParts>& x) const {
+    if (p_.softcap <= 0.0f) return;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int c = 0; c < kLines<kParts> / 8; ++c) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[m][c][i] = tanhf(x[m][c][i] * p_.before_cap);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void mask(int slot, Products<kParts>& x) const {
+#pragma unroll
+    for (int c = 0; c < kLines<kParts> / 8; ++c) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& product = x[i / 4][c][i % 4];
+        const bool seen = shared_.kept_bounds[own(i / 2)] + shared_.bounds[slot][8 * c + 2 * t_ + i % 2] > 0;
+        product = seen ? product : -kInfinity;
       }
     }
   }
 
   const DeviceSaliency& p_;
   SaliencyShared<kParts>& shared_;
-  const int b_, h_, warp_, g_, t_;
-  int row_tile_ = -1, token_tile_ = -1;  // of the operands in shared memory
-  bool is_whole_ = false;                // whether all rows see all tokens
+  const int g_, t_, line_;        // line_: of a tile, which the thread brings with others
+  Other other_;                   // that line of the next tile to find
+  int highest_, lowest_;          // bounds of the warp's kept lines
+  int highest_of_all_;            // and of the thread block's
+  int stage_ = 1;                 // that is computed with
+  const char* source_ = nullptr;  // the line of the tile that is brought
+  int channels_ = 0;              // that there are of it
+  Unit kept_[kWhole ? kUnits : 1];
 };
 
 }  // namespace singlepass::kv

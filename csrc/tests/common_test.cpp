@@ -109,6 +109,20 @@ TEST(a_product_of_floats_is_added_as_by_one_fused_operation) {
   }
 }
 
+TEST(exp2_of_is_within_two_ulp) {
+  double largest = 0.0;
+  for (double a = -125.0; a < 10.0; a += 0.00037) {
+    const float x = static_cast<float>(a);
+    const double truth = std::exp2(static_cast<double>(x));
+    largest = std::max(largest, std::fabs(exp2_of(x) - truth) / truth);
+  }
+  CHECK(largest <= 2.0 * std::numeric_limits<float>::epsilon());
+  CHECK_EQUAL(exp2_of(0.0f), 1.0f);
+  CHECK_EQUAL(exp2_of(-1000.0f), 0.0f);
+  CHECK_EQUAL(exp2_of(-INFINITY), 0.0f);
+  CHECK(std::isnan(exp2_of(NAN)));
+}
+
 TEST(one_plus_exp_negative_is_within_two_ulp) {
   double largest = 0.0;
   for (double a = 0.0; a < 90.0; a += 0.00037) {

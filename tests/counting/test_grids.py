@@ -20,7 +20,7 @@ from counting.roofline import resident
 from singlepass._ops import OPS
 from singlepass._ops import kv as ops
 from singlepass._ops import spectral as spectral_ops
-from singlepass.bench.kv.caches import DECODE, DEQUANTIZE, PROJECT, QUANTIZE, QUERY_HEADS, RANK
+from singlepass.bench.kv.caches import DECODE, DEQUANTIZE, PROBES, PROJECT, QUANTIZE, QUERY_HEADS, RANK, SALIENCY
 from singlepass.bench.registry import Case, cases
 from singlepass.bench.spectral import layers
 
@@ -109,6 +109,13 @@ def appended(case: Case) -> Callable[[], object]:
     return lambda: overload(ops.project_)(x, bases, None, None, out, heads=list(range(HEADS)))
 
 
+def probed(case: Case) -> Callable[[], object]:
+    length = kv.SHAPE[case.size].length
+    q = torch.empty(1, QUERY_HEADS, min(PROBES, length // 10), WIDTH, dtype=case.dtype)
+    k, positions = torch.empty(1, HEADS, length, WIDTH, dtype=case.dtype), torch.zeros(q.shape[2], dtype=torch.int64)
+    return lambda: overload(ops.saliency)(q, k, positions, None, None, scale=1.0)
+
+
 def stepped(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
     params, grads = ([torch.empty(shape, dtype=dtype) for shape in shapes] for _ in "pg")
     states = [[torch.empty(shape) for shape in shapes] for _ in "mv"]
@@ -136,7 +143,8 @@ def on_layer(case: Case) -> Callable[[], object]:
 OTHERS = [
     case
     for case in cases(torch.device("cuda"))
-    if (case.family == "spectral" and spectral.plans(case, GPUS[0])) or case.op in (QUANTIZE, DEQUANTIZE, PROJECT)
+    if (case.family == "spectral" and spectral.plans(case, GPUS[0]))
+    or case.op in (QUANTIZE, DEQUANTIZE, PROJECT, SALIENCY)
 ]
 
 
@@ -144,9 +152,9 @@ def calls(case: Case) -> list[Callable[[], object]]:
     if case.op in (QUANTIZE, DEQUANTIZE):
         parts = [(part, by_channels) for part in kv.compressed(case) for by_channels in (True, False)]
         return [codec_of(*part, back=case.op == DEQUANTIZE) for part in parts]
-    return [
-        partial(updated, case) if case.op == layers.UPDATE else (appended if case.op == PROJECT else on_layer)(case)
-    ]
+    if case.op == layers.UPDATE:
+        return [partial(updated, case)]
+    return [{PROJECT: appended, SALIENCY: probed}.get(case.op, on_layer)(case)]
 
 
 @pytest.mark.slow("the first one waits until the kernels are compiled for the CPU")

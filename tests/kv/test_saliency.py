@@ -190,6 +190,12 @@ def test_many_tokens(backend: str) -> None:
     torch.testing.assert_close(sums.sum(2), torch.full((1, 2), 120.0), rtol=1e-4, atol=0.0)
 
 
+def test_more_rows_than_32_bits_can_number_are_refused() -> None:
+    q, k, positions = torch.zeros(16).expand(1, 2**31, 1, 16), torch.zeros(1, 1, 1, 16), torch.tensor([0])
+    with pytest.raises(RuntimeError, match="at most 2147483519 tokens, and rows of a head; got 1 and 2147483648"):
+        implementation("kv_saliency", "simt")(q, k, positions, None, None, scale=1.0)
+
+
 @pytest.mark.serial
 def test_the_same_bits_on_any_number_of_threads_and_in_any_batch(each_thread_count: tuple[int, ...]) -> None:
     k, q = tokens((3, 4, 500, 64)), tokens((3, 8, 50, 64), seed=5)

@@ -90,12 +90,13 @@ def test_widths(core: ModuleType, device: str, width: int) -> None:
 
 
 @each_device
-@pytest.mark.parametrize("scale", [0.01, 3.0])
+@pytest.mark.parametrize("scale", [0.01, 3.0, -0.2, 0.0])
 @pytest.mark.parametrize("softcap", [0.0, 0.5, 20.0])
 def test_scale_and_cap(core: ModuleType, device: str, scale: float, softcap: float) -> None:
-    one = case(heads=1, width=32)
-    one.scale, one.softcap = scale, softcap
-    one.check(core, device)
+    for dtype in ("float32", "bfloat16"):
+        one = case(heads=1, width=32, dtype=dtype)
+        one.scale, one.softcap = scale, softcap
+        one.check(core, device, dtype)
 
 
 @each_device
@@ -133,12 +134,14 @@ def test_one_token_and_none(core: ModuleType, device: str) -> None:
 
 
 @each_device
-def test_many_tokens(core: ModuleType, device: str) -> None:
-    """More than a tile of rows, and more tokens than a thread block sums over; sums over a row are one."""
+@pytest.mark.parametrize(("width", "dtype"), [(16, "bfloat16"), (160, "float16"), (80, "float32")])
+def test_many_tokens(core: ModuleType, device: str, width: int, dtype: str) -> None:
+    """More than a tile of rows, and more tokens than a thread block sums over; sums over a row are one. Neighbouring
+    probes stand far apart, so that tiles are seen by some of their rows."""
     positions = np.random.default_rng(1).permutation(700)[:40].tolist()
-    one = case(2, 16, "bfloat16", heads=1, length=700, positions=positions, batch=1)
+    one = case(4, width, dtype, heads=1, length=700, positions=positions, batch=1)
     found = one.check(core, device)
-    assert float(found.sum()) == pytest.approx(80.0, rel=1e-4)
+    assert float(found.sum()) == pytest.approx(160.0, rel=1e-4)
 
 
 @each_device
@@ -172,3 +175,11 @@ def test_launches(core: ModuleType) -> None:
     one.lse = np.full((2, 8, 8), 30.0, np.float32)
     one.run(core, "simt")
     assert core.launches() - before == 3
+
+
+def test_what_is_not_aligned_or_of_another_dtype_is_copied_first(core: ModuleType) -> None:
+    one, other = case(dtype="bfloat16"), case(dtype="float32")
+    for q, k, launches in ((one.q, one.k, 2), (other.q, one.k, 3), (case(room=Room(misalignment=1)).q, other.k, 3)):
+        before = core.launches()
+        Case(q, k, one.positions).run(core, "simt")
+        assert core.launches() - before == launches
