@@ -88,7 +88,8 @@ class Instruction:
         if pipe is None:
             return None
         if pipe == "tensor":
-            return pipe, 0.5 if re.search(r"\.(1688|8816)|\.16816\.[US]8", self.name) else 1.0
+            halves = r"\.(1688|8816)(?!.*TF32)|\.16816\.[US]8"
+            return pipe, 0.5 if re.search(halves, self.name) else 1.0
         return pipe, max(1.0, self.bits / 32) if pipe == "lsu" and self.op != "SHFL" else 1.0
 
     @property

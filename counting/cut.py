@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
-UNIT, WINDOW_UNIT, START, MERGE = 128, 32, 500, 6  # DecodeCut
-RESTORED = 60  # costs of a slot in the window
+UNIT, START, MERGE = 128, 500, 6  # DecodeCut
+RESTORED = 60  # costs of a slot whose codes are first decompressed to shared memory
 TAIL, MOST = 0.25, 512  # kTail, kMostSplits
 
 
@@ -17,16 +17,20 @@ class Stretch:
     """Slots that are cut by themselves. cost: of a slot."""
 
     slots: int
-    unit: int
     cost: int
 
     @property
     def units(self) -> int:
-        return -(-self.slots // self.unit)
+        return -(-self.slots // UNIT)
 
     def longest(self, splits: int) -> int:
         """What the longest of so many splits costs."""
-        return -(-self.units // splits) * self.unit * self.cost if splits else 0
+        return -(-self.units // splits) * UNIT * self.cost if splits else 0
+
+
+def window(slots: int, itemsize: int) -> Stretch:
+    """Of tokens that are not compressed."""
+    return Stretch(slots, 8 * itemsize)
 
 
 def splits(stretches: Sequence[Stretch], columns: int, places: int) -> tuple[int, ...]:

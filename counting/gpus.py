@@ -16,7 +16,7 @@ class Gpu:
     latency, idle_latency, l2_latency: clocks from a load to its data, from memory while that is busy and while it is
         not, and from the L2 cache.
     lanes: results of a clock in each SM, by the pipe that makes them; for `tensor`, 32 over the clocks that one
-        16 x 8 x 16 product of 16-bit floats (or 16 x 8 x 32 of 8-bit integers) takes.
+        16 x 8 x 16 product of 16-bit floats (16 x 8 x 8 of TF32, 16 x 8 x 32 of 8-bit integers) takes.
     units: pipes that are one and the same, by the pipe that they are a part of.
     threads, blocks, shared: what an SM holds of each, the last in bytes; of registers, all hold `REGISTERS`.
     sources: where the numbers are from.

@@ -36,6 +36,7 @@ THREADS, WARPS, ROWS, CHUNK = 128, 4, 4, 32  # csrc/kv/decode.h, decode_codes.h
 KEPT, OWN = 128, 32  # csrc/kv/saliency_tile.h: lines that a thread block keeps, and each of its warps
 LEAST_SPAN, MAX_KEY_SPANS, MAX_ROW_SPANS, SPAN_UNIT = 512, 8, 2, 64  # csrc/kv/saliency.cu
 CODEC_THREADS, PIECE = 256, 16  # csrc/kv/pieces.h
+FROM_FLOAT16 = "HADD2.F32"  # converts a number
 NAN = "0x7fc00000"  # which numbers that are not finite become before they are encoded
 COLUMN_TILE, CHANNELS = 16, 128  # csrc/kv/project.cu: of a launch for a few rows
 MAXIMA, PARTS, MERGED = 4 * 32, 32, 16  # splits that a pass of the merge's loops takes
@@ -76,14 +77,14 @@ def decode(tokens: Sequence[Tokens], heads: int, moved: float, itemsize: int, gp
     compiled = kernel("kv/decode", gpu.arch, name)
     places = gpu.sms * resident(gpu, WARPS, compiled.registers, compiled.shared + SHARED)
     stretches = (
-        *(cut.Stretch(part.slots, cut.UNIT, part.bits + 2) for part in tokens),
-        cut.Stretch(WINDOW, cut.WINDOW_UNIT, cut.RESTORED),
+        *(cut.Stretch(part.slots, part.bits + 2) for part in tokens),
+        cut.window(WINDOW, itemsize),
     )
     numbers = cut.splits(stretches, heads, places)
     every = sum(numbers)
     segments = [Segment(**vars(part), splits=n) for part, n in zip(tokens, numbers, strict=False)]
     work = [part for segment in segments for part in segment.work(every, itemsize)]
-    work.append(window_work(WINDOW // CHUNK, numbers[-1], every, itemsize))
+    work += window_work(numbers[-1], every, itemsize)
     merged = Work((*work[0].steps, Step("rows", inside=merge_loops(gpu.arch))), merge_times(every, gpu.arch))
     return Plan(
         "kv/decode", name, tuple(work), moved, heads * every, THREADS, "chunks", CHUNK * WIDTH * 2, SHARED,
@@ -183,15 +184,26 @@ class Segment(Tokens):
         return self.bits // 2
 
 
-def window_work(tiles: int, splits: int, every: int, itemsize: int) -> Work:
-    """A warp's way through some of the window's tiles, in so many of all splits: a thread brings four vectors of eight
-    channels of keys and of values to shared memory. Products with queries are left out, as not every architecture has a
-    loop for them."""
-    loads = ("LDG.128", 4 * itemsize // 2)
-    channels = Step("channels", (loads,))
-    tile = Step("tile", (loads,), inside=(channels, Step("sums", (("FFMA", 16 * ROWS), ("LDS.32", 16)))))
-    times = {"tile": tiles / splits, "sums": CHUNK / 16}
-    return Work((queries(itemsize), tile), times, splits / every, cached={"queries": 1.0})
+def window_work(splits: int, every: int, itemsize: int) -> list[Work]:
+    """The way of a warp through chunks of the window, in so many of all splits, and that of a warp which finds none.
+
+    Products of keys are in a loop over their channels, those of values in another one where they are float32.
+    """
+    chunks = WINDOW / CHUNK / WARPS / splits
+    busy = min(1.0, chunks)  # of the warps
+    parts, vectors = itemsize // 2, WIDTH * itemsize // 64  # TF32 of a number; loads of a token by four lanes
+    keys = Step("keys", (("HMMA", 8), ("LDG.128", 4), ("LDS.128", 2 // parts)), avoids=(FROM_FLOAT16,))
+    if parts == 1:
+        chunk = Step("window", (("HMMA", 32), ("LDG.128", 16)), avoids=(FROM_FLOAT16,), inside=(keys,))
+    else:
+        chunk = Step("window", inside=(keys, Step("values", (("HMMA", 16), ("LDG.128", 8)))))
+    rows = Step("queries", (("LDG.128", itemsize // 2), ("STS.128", 4)))
+    times = {"keys": float(vectors), "values": vectors / 2}
+    return [
+        Work((rows, chunk), {**times, "window": count}, share * splits / every, cached={"queries": 1.0})
+        for share, count in ((busy, chunks / busy), (1.0 - busy, 0.0))
+        if share
+    ]
 
 
 def saliency(case: Case) -> list[Plan]:

@@ -76,6 +76,37 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
 #endif
 }
 
+// d += a b for a (16, 8), b (8, 8) in TF32, floats whose lowest 13 bits are zero, and d (16, 8) in float32.
+//   a[0], a[1]: rows g and g + 8, column t;   a[2], a[3]: the same rows, column t + 4
+//   b0, b1:     column g, rows t and t + 4
+//   d:          row g, columns 2 t and 2 t + 1; row g + 8, the same columns
+__device__ __forceinline__ void multiply_accumulate(float (&d)[4], const float (&a)[4], float b0, float b1) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(bit_cast<uint32_t>(a[0])), "r"(bit_cast<uint32_t>(a[1])), "r"(bit_cast<uint32_t>(a[2])),
+        "r"(bit_cast<uint32_t>(a[3])), "r"(bit_cast<uint32_t>(b0)), "r"(bit_cast<uint32_t>(b1)));
+#else
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const auto two = [](float low, float high) {
+    return bit_cast<uint32_t>(low) | static_cast<unsigned long long>(bit_cast<uint32_t>(high)) << 32;
+  };
+  const auto part = [](unsigned long long both, int i) {
+    return bit_cast<float>(static_cast<uint32_t>(both >> (32 * i)));
+  };
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) {
+    const unsigned long long rows[2] = {__shfl_sync(kAllLanes, two(a[0], a[1]), g * 4 + k),
+                                        __shfl_sync(kAllLanes, two(a[2], a[3]), g * 4 + k)};
+    const unsigned long long columns[2] = {__shfl_sync(kAllLanes, two(b0, b1), 2 * t * 4 + k),
+                                           __shfl_sync(kAllLanes, two(b0, b1), (2 * t + 1) * 4 + k)};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) d[i / 2] += part(rows[i % 2], i / 4) * part(columns[i / 2 % 2], i % 2);
+  }
+#endif
+}
+
 // The sum of products of four unsigned bytes with four signed ones.
 __device__ __forceinline__ int dot_of_bytes(uint32_t a, uint32_t b) {
   int sum = 0;

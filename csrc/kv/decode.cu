@@ -2,6 +2,7 @@
 #include "kv/decode_codes.h"
 #include "kv/decode_merge.h"
 #include "kv/decode_restored.h"
+#include "kv/decode_window.h"
 
 namespace singlepass::kv {
 namespace {
@@ -39,7 +40,9 @@ bool runs_on_codes(const Segment& s) {
 }
 
 DeviceDecode on_device(const Decode& p, int row_tile, const Gpu& gpu, const DecodeCut& cut) {
-  constexpr int64_t kRestored = 60;  // costs of a slot that is first decompressed to shared memory, as for DecodeCut
+  // Costs of a slot, as for DecodeCut: of one that is first decompressed to shared memory, and of the window's.
+  constexpr int64_t kRestored = 60;
+  const int64_t plain = 4 * (size_of(p.window_k.dtype) + size_of(p.window_v.dtype));
   DeviceDecode d = {};
   static_cast<DecodeArguments&>(d) = p;
   d.num_segments = static_cast<int>(p.segments.size());
@@ -57,7 +60,7 @@ DeviceDecode on_device(const Decode& p, int row_tile, const Gpu& gpu, const Deco
     d.largest[i] = largest_integer(s.keys.bits, p.head_dim);
     d.stretches[i] = {s.slots, cut.slots, d.on_codes[i] ? s.keys.bits + 2 : kRestored};  // a fewth for scales
   }
-  d.stretches[d.num_segments] = {p.window_slots, cut.window_slots, kRestored};
+  d.stretches[d.num_segments] = {p.window_slots, cut.slots, plain};
   const int64_t merged = d.batch * d.heads * d.tiles;
   d.splits = cut_stretches(d.stretches, d.num_segments + 1, merged * d.value_tiles, cut);
   const int64_t numbers = merged * d.splits * partial_size(d);
@@ -82,7 +85,10 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, kGroups*
   if (threadIdx.x == 0) work.find(p);
   __syncthreads();
   const int bits = work.segment < 0 || !p.on_codes[work.segment] ? 0 : p.segments[work.segment].keys.bits;
-  if (bits == 2) {
+  if (work.segment < 0) {
+    WindowAttention<kWidth, kGroups>(p, work, *dynamic_shared<WindowShared<kGroups>>()).run();
+    SINGLEPASS_APART(1);
+  } else if (bits == 2) {
     attend_to_codes<2, kWidth, kGroups, kHalves>(p, work);
   } else if (bits == 4) {
     attend_to_codes<4, kWidth, kGroups, kHalves>(p, work);
@@ -98,7 +104,8 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, kGroups*
 template <int kWidth, int kGroups, int kHalves>
 void run(const Decode& p, const Gpu& gpu, DecodeCut cut) {
   const auto kernel = &decode_kernel<kWidth, kGroups, kHalves>;
-  const size_t bytes = std::max(CodesShared<kGroups, kHalves>::bytes(p), RestoredShared<4 * kGroups>::bytes(p));
+  const size_t bytes = std::max({CodesShared<kGroups, kHalves>::bytes(p), WindowShared<kGroups>::bytes(p),
+                                 RestoredShared<4 * kGroups>::bytes(p)});
   if (cut.places == 0) cut.places = resident_blocks(kernel, kDecodeThreads, bytes, gpu);
   const DeviceDecode d = on_device(p, 4 * kGroups, gpu, cut);
   const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.splits * d.value_tiles));

@@ -23,8 +23,6 @@
 // Lane (g, t) = (lane / 4, lane % 4) of a warp holds row t of each group of four rows, for eight tokens or channels.
 namespace singlepass::kv {
 
-inline constexpr int kChunk = 32;  // tokens that a warp processes at a time
-
 // Shared memory. After this struct come the queries (rows, head_dim) in float32; then, for each warp, what codes of
 // keys are multiplied by, and the channel factors of the values.
 template <int kGroups, int kHalves>
@@ -76,10 +74,8 @@ class CodesAttention {
     for (int i = lane_of_warp(); i < kValueTile; i += kWarp) factors_[i] = 1.0f;
     __syncthreads();
     if (s_.keys.axis == Axis::kToken) queries_.template fold<false>(nullptr);
-    const int share = (work_.end - work_.begin + kDecodeThreads - 1) / kDecodeThreads * kChunk;
-    const int begin = work_.begin + warp_of_block() * share,
-              end = begin + share < work_.end ? begin + share : work_.end;
-    for_each_block(s_, work_, begin, end, [&](int block, int first, int last) {
+    const Share share(work_);
+    for_each_block(s_, work_, share.begin, share.end, [&](int block, int first, int last) {
       for (int at = first; at < last; at += kChunk) attend(block, at == first, at, last);
     });
     write();

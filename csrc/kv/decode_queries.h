@@ -33,10 +33,10 @@ __device__ __forceinline__ int width_of(int64_t channels) {
   return kWidth > 0 ? kWidth : static_cast<int>(channels);
 }
 
-// Copies the rows of the tile to shared memory, (rows, head_dim), scaled; rows beyond the last are zeros. Threads share
-// each row.
-template <int kRows>
-__device__ __forceinline__ void load_queries(const DeviceDecode& p, const Work& work, float* to) {
+// Calls body(row, channel, x) for every kVector channels of the tile's rows; those beyond the last are zeros. Threads
+// share each row.
+template <int kRows, class Body>
+__device__ __forceinline__ void for_each_query_run(const DeviceDecode& p, const Work& work, const Body& body) {
   constexpr int kThreads = kDecodeThreads / kRows;
   const int row = threadIdx.x / kThreads, head_dim = static_cast<int>(p.head_dim);
   const bool any = row < work.rows(p);
@@ -44,10 +44,19 @@ __device__ __forceinline__ void load_queries(const DeviceDecode& p, const Work& 
   for (int d = threadIdx.x % kThreads * kVector; d < head_dim; d += kThreads * kVector) {
     float x[kVector] = {};
     if (any) load_run<kVector>(from + d * size_of(p.q.dtype), p.q.dtype, p.vector_queries, x);
-    float4* const at = reinterpret_cast<float4*>(to + row * head_dim + d);
+    body(row, d, x);
+  }
+}
+
+// Copies the rows of the tile to shared memory, (rows, head_dim), scaled.
+template <int kRows>
+__device__ __forceinline__ void load_queries(const DeviceDecode& p, const Work& work, float* to) {
+  const int head_dim = static_cast<int>(p.head_dim);
+  for_each_query_run<kRows>(p, work, [&](int row, int channel, const float (&x)[kVector]) {
+    float4* const at = reinterpret_cast<float4*>(to + row * head_dim + channel);
     at[0] = {x[0] * p.scale, x[1] * p.scale, x[2] * p.scale, x[3] * p.scale};
     at[1] = {x[4] * p.scale, x[5] * p.scale, x[6] * p.scale, x[7] * p.scale};
-  }
+  });
 }
 
 // Of one warp: what codes of keys are multiplied by.

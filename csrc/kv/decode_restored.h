@@ -4,9 +4,9 @@
 #include "kv/decode.h"
 #include "kv/decode_queries.h"
 
-// Attention in float32 over tokens that a thread block first decompresses to shared memory: the window, and codes whose
-// scales differ within a token. A lane computes the logits of one token of a tile, a warp does the softmax of one row
-// or two, and a thread sums the values of one channel.
+// Attention in float32 over codes whose scales differ within a token, which a thread block first decompresses to shared
+// memory. A lane computes the logits of one token of a tile, a warp does the softmax of one row or two, and a thread
+// sums the values of one channel.
 namespace singlepass::kv {
 
 inline constexpr int kTokenTile = 32;
@@ -16,33 +16,6 @@ static_assert(kChannelTile == kValueTile);
 // Restored tokens. Rows are four floats longer than needed: lanes that each read four floats of a row of their own then
 // meet different banks.
 using Tile = float[kTokenTile][kChannelTile + 4];
-
-// Tokens that are not compressed. Sixteen threads share a token.
-class PlainTokens {
- public:
-  __device__ __forceinline__ PlainTokens(const Tokens& tokens, const Work& work, bool vectors)
-      : tokens_(tokens), work_(work), vectors_(vectors) {}
-
-  __device__ __forceinline__ void restore(int64_t first, int count, int64_t channel, int64_t head_dim, Tile& to) const {
-    constexpr int kThreads = kChannelTile / kVector;
-    const int own = threadIdx.x % kThreads * kVector;
-#pragma unroll
-    for (int t = threadIdx.x / kThreads; t < kTokenTile; t += kDecodeThreads / kThreads) {
-      float x[kVector] = {};
-      if (t < count && channel + own < head_dim) {
-        const char* const from = tokens_.at(work_.b, work_.h, first + t) + (channel + own) * size_of(tokens_.dtype);
-        load_run<kVector>(from, tokens_.dtype, vectors_, x);
-      }
-      float4* const at = reinterpret_cast<float4*>(&to[t][own]);
-      at[0] = {x[0], x[1], x[2], x[3]}, at[1] = {x[4], x[5], x[6], x[7]};
-    }
-  }
-
- private:
-  const Tokens& tokens_;
-  const Work& work_;
-  const bool vectors_;
-};
 
 // c (n s + m) of tokens of one block. A thread restores one channel.
 class PackedTokens {
@@ -55,18 +28,21 @@ class PackedTokens {
     const bool any = own < width, by_channels = packed_.axis == Axis::kChannel;
     const int bytes = static_cast<int>(packed_.bytes()), byte = own % bytes, shift = own / bytes * packed_.bits;
     const int at = by_channels ? own : own / (width / static_cast<int>(packed_.groups));
-    const int64_t minima = by_channels ? packed_.head_dim : packed_.groups;
+    const int minima = static_cast<int>(by_channels ? packed_.head_dim : packed_.groups);
+    const int apart = by_channels ? 0 : 2 * minima;  // scales of a token and of the next one
+    const uint8_t* codes = packed_.codes_at(work_.b, work_.h, first) + byte;
+    const uint16_t* scales = packed_.scales_at(work_.b, work_.h, first, block_) + at;
     float factor = 1.0f;
     if (any && packed_.channels.data != nullptr) {
       factor = float16_to_float(packed_.channels_at(work_.b, work_.h, block_)[own]);
     }
 #pragma unroll 8
-    for (int t = 0; t < kTokenTile; ++t) {
+    for (int t = 0; t < kTokenTile; ++t, codes += bytes, scales += apart) {
       float x = 0.0f;
       if (t < count && any) {
-        const uint32_t n = packed_.codes_at(work_.b, work_.h, first + t)[byte] >> shift & ((1u << packed_.bits) - 1);
-        const uint16_t* scales = packed_.scales_at(work_.b, work_.h, first + t, block_) + at;
-        x = factor * multiply_add(static_cast<float>(n), float16_to_float(scales[0]), float16_to_float(scales[minima]));
+        const uint32_t n = global_memory(codes)[0] >> shift & ((1u << packed_.bits) - 1);
+        x = factor * multiply_add(static_cast<float>(n), float16_to_float(global_memory(scales)[0]),
+                                  float16_to_float(global_memory(scales)[minima]));
       }
       to[t][threadIdx.x] = x;
     }
@@ -95,46 +71,35 @@ class RestoredAttention {
  public:
   __device__ __forceinline__ RestoredAttention(const DeviceDecode& p, const Work& work, RestoredShared<kRows>& shared)
       : p_(p), work_(work), shared_(shared), lane_(threadIdx.x % kWarp), warp_(threadIdx.x / kWarp) {
-    for (int r = 0; r < kOwn; ++r) {
-      row_max_[r] = -INFINITY;
-      later_[r] = p.queries - 1 - (work.tile * kRows + kOwn * warp_ + r) % p.queries;
-    }
+    for (int r = 0; r < kOwn; ++r) row_max_[r] = -INFINITY;
   }
 
   __device__ __forceinline__ void run() {
     load_queries<kRows>(p_, work_, shared_.queries());
-    if (work_.segment < 0) {
-      const int64_t last = p_.window[work_.b * p_.window_stride + 1];
-      const PlainTokens keys(p_.window_k, work_, p_.vector_keys), values(p_.window_v, work_, p_.vector_values);
-      attend(keys, values, work_.begin, work_.end, last);
-    } else {
-      const Segment& s = p_.segments[work_.segment];
-      for_each_block(s, work_, work_.begin, work_.end, [&](int block, int begin, int end) {
-        attend(PackedTokens(s.keys, work_, block), PackedTokens(s.values, work_, block), begin, end, int64_t{1} << 62);
-      });
-    }
+    const Segment& s = p_.segments[work_.segment];
+    for_each_block(s, work_, work_.begin, work_.end, [&](int block, int begin, int end) {
+      attend(PackedTokens(s.keys, work_, block), PackedTokens(s.values, work_, block), begin, end);
+    });
     write();
   }
 
  private:
   static constexpr int kOwn = kRows / kDecodeWarps;  // rows of a warp
 
-  // Tokens [begin, end); row r sees those before last - (queries - 1 - its query).
-  template <class Source>
-  __device__ __forceinline__ void attend(const Source& keys, const Source& values, int64_t begin, int64_t end,
-                                         int64_t last) {
+  // Tokens [begin, end).
+  __device__ __forceinline__ void attend(const PackedTokens& keys, const PackedTokens& values, int64_t begin,
+                                         int64_t end) {
     for (int64_t first = begin; first < end; first += kTokenTile) {
       const int count = static_cast<int>(smaller(kTokenTile, end - first));
       dot(keys, first, count);
-      for (int r = 0; r < kOwn; ++r) softmax(r, first, count, last);
+      for (int r = 0; r < kOwn; ++r) softmax(r, count);
       __syncthreads();
       add(values, first, count);
     }
   }
 
   // Decompresses kChannelTile channels of a tile of tokens to shared memory. What lies beyond the last is zero.
-  template <class Source>
-  __device__ __forceinline__ void restore(const Source& source, int64_t first, int count, int64_t channel,
+  __device__ __forceinline__ void restore(const PackedTokens& source, int64_t first, int count, int64_t channel,
                                           int64_t head_dim) {
     __syncthreads();
     source.restore(first, count, channel, head_dim, shared_.tile);
@@ -142,8 +107,7 @@ class RestoredAttention {
   }
 
   // Stage 1: logits without the softcap, in four parts. A warp sums over a quarter of each tile's channels.
-  template <class Source>
-  __device__ __forceinline__ void dot(const Source& keys, int64_t first, int count) {
+  __device__ __forceinline__ void dot(const PackedTokens& keys, int64_t first, int count) {
     float sums[kRows] = {};
     for (int64_t channel = 0; channel < p_.head_dim; channel += kChannelTile) {
       restore(keys, first, count, channel, p_.head_dim);
@@ -165,12 +129,12 @@ class RestoredAttention {
   }
 
   // Stage 2: online softmax of one of the warp's rows.
-  __device__ __forceinline__ void softmax(int r, int64_t first, int count, int64_t last) {
+  __device__ __forceinline__ void softmax(int r, int count) {
     const int row = kOwn * warp_ + r;
     float logit = 0.0f;
     for (int w = 0; w < kDecodeWarps; ++w) logit += shared_.logits[w][row][lane_];
     if (p_.softcap > 0.0f) logit = capped(p_, logit);
-    if (lane_ >= count || first + lane_ >= last - later_[r]) logit = -INFINITY;
+    if (lane_ >= count) logit = -INFINITY;
     float row_max = fmaxf(row_max_[r], logit);
     for (int offset = 1; offset < kWarp; offset *= 2) {
       row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, offset));
@@ -186,8 +150,7 @@ class RestoredAttention {
   }
 
   // Stage 3: adds the weighted values.
-  template <class Source>
-  __device__ __forceinline__ void add(const Source& values, int64_t first, int count) {
+  __device__ __forceinline__ void add(const PackedTokens& values, int64_t first, int count) {
     restore(values, first, count, work_.first_channel(), p_.value_dim);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) out_[r] *= shared_.factors[r];
@@ -214,7 +177,6 @@ class RestoredAttention {
   const Work& work_;
   RestoredShared<kRows>& shared_;
   const int lane_, warp_;
-  int64_t later_[kOwn];  // slots at the window's end that a row of the warp does not see
   float row_max_[kOwn], row_sum_[kOwn] = {};
   float out_[kRows] = {};
 };

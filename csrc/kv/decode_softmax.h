@@ -2,12 +2,14 @@
 #pragma once
 
 #include "kv/decode.h"
+#include "kv/decode_queries.h"
 #include "kv/limbs.h"
 
 // Online softmax of a warp that goes through a stretch of tokens by itself, and the sum over the warps of a thread
 // block. Of each group of four rows lane (g, t) has row t, and sixteen of its channels in parts of four.
 namespace singlepass::kv {
 
+inline constexpr int kChunk = 32;  // tokens that a warp processes at a time
 inline constexpr int kParts = 4;
 static_assert(kParts == kDecodeWarps);  // each warp writes a part
 
@@ -18,6 +20,17 @@ struct SoftmaxShared {
 
   __device__ __forceinline__ float4* sums() { return reinterpret_cast<float4*>(this + 1); }
   static constexpr int64_t sums_bytes = int64_t{4} * kDecodeWarps * 4 * kGroups * kValueTile;
+};
+
+// The slots that a warp goes through: whole chunks, but for the last.
+struct Share {
+  int begin, end;
+
+  __device__ __forceinline__ explicit Share(const Work& work) {
+    const int slots = (work.end - work.begin + kDecodeThreads - 1) / kDecodeThreads * kChunk;
+    begin = work.begin + warp_of_block() * slots;
+    end = begin + slots < work.end ? begin + slots : work.end;
+  }
 };
 
 template <int kGroups>
@@ -45,6 +58,19 @@ class Softmax {
   // out = out + c value, for a channel of the lane's row of a group.
   __device__ __forceinline__ void add(int group, int channel, float c, float value) {
     out_[group][channel] = multiply_add(c, value, out_[group][channel]);
+  }
+
+  // Moves the lane's channels by some places to the front, the first ones to the end: for loops that are not unrolled.
+  template <int kPlaces>
+  __device__ __forceinline__ void rotate() {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      float moved[4 * kParts];
+#pragma unroll
+      for (int i = 0; i < 4 * kParts; ++i) moved[i] = out_[group][(i + kPlaces) % (4 * kParts)];
+#pragma unroll
+      for (int i = 0; i < 4 * kParts; ++i) out_[group][i] = moved[i];
+    }
   }
 
   // Adds the results of the warps in their order. Calls write(group, part, sum), for one part in each warp.

@@ -141,8 +141,8 @@ inline constexpr size_t kMaxSegments = 4;
 // What decides into how many splits the slots of a head are cut on a GPU (decode_cut.h). Costs are in units of a bit of
 // each channel of a slot; `start` and `merge` are those of a thread block and of merging one split.
 struct DecodeCut {
-  int64_t places = 0;                      // thread blocks that run at the same time; 0: as many as on this GPU
-  int64_t slots = 128, window_slots = 32;  // splits are multiples of them
+  int64_t places = 0;   // thread blocks that run at the same time; 0: as many as on this GPU
+  int64_t slots = 128;  // splits are multiples of it
   int64_t start = 500, merge = 6;
 };
 

@@ -282,8 +282,8 @@ void define_decode(py::module_& m) {
            py::arg("segments"), py::arg("window_k"), py::arg("window_v"), py::arg("window"), py::arg("sinks"),
            py::arg("first"), py::kw_only(), py::arg("scale"), py::arg("softcap"));
   py::class_<kv::DecodeCut>(m, "KvDecodeCut", "What decides into how many splits the slots of a head are cut.")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("places"), py::arg("slots"),
-           py::arg("window_slots"), py::arg("start"), py::arg("merge"));
+      .def(py::init<int64_t, int64_t, int64_t, int64_t>(), py::kw_only(), py::arg("places"), py::arg("slots"),
+           py::arg("start"), py::arg("merge"));
   m.def("kv_decode", &kv_decode, py::arg("placement"), py::arg("q"), py::arg("attention"), py::arg("out"),
         py::arg("cut"), "Results, written over a copy of `out`, and the logarithms of sums.");
 }

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 NVCC = "13.0"
 ARCHS = ("sm_80", "sm_90")
 DECODE_BYTES = 6_000_000  # of decode attention's cubins, for all architectures
+# Instructions of a warp for 32 tokens of decode attention's window, of 128 channels, and for four rows of queries.
+WINDOW_CHUNK = {"bfloat16": 740, "float32": 1703}
 
 # What is counted in a pass of the hot loop, for each element of a lane.
 INSTRUCTIONS, DOUBLES, CONVERSIONS = "instructions", "float64 operations", "conversions to float64"

@@ -105,7 +105,6 @@ EXCEPTIONS = (
     Excess("kv_decode: 2 bits, blocks of 32", REPEATS, 1.062, _SPLITS),
     Excess("kv_decode: 4 and 2 bits, blocks of 128", REPEATS, 1.028, _FOLDS),
     Excess("kv_decode: 2 bits, blocks of 128, groups of 32", REPEATS, 11.77, _RESTORES),
-    Excess("kv_decode: window", REPEATS, 1.045, _SPLITS),
     Excess("kv_saliency: *", BYTES, 1.99, _SOFTMAX),
     Excess("kv_saliency: float32", REPEATS, 2.0, _KEPT),
     Excess("kv_saliency: bfloat16", REPEATS, 1.167, _TILES),

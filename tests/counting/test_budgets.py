@@ -90,6 +90,15 @@ def test_every_planned_kernel_has_a_budget() -> None:
     assert names == budgeted
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("dtype", "most"), budgets.WINDOW_CHUNK.items())
+def test_the_window_of_decode_keeps_its_budget(dtype: str, most: int, arch: str) -> None:
+    _, (plan,) = planned(arch)[f"kv/kv_decode/8x32768/{dtype}"]
+    (work,) = [work for work in plan.work if work.times.get("window")]
+    chunk = plan.compiled(arch).way(work).loop("window").path
+    assert sum(times * len(path.code) for _, times, path in chunk.passes(work.times)) <= most
+
+
 def test_decode_has_few_variants() -> None:
     """Each is compiled for every architecture."""
     paths = list(cubin_folder().glob("kv_decode.*.cubin"))

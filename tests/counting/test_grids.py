@@ -80,8 +80,8 @@ MIXES = [[(4, 128, 19622), (2, 32, 13082)], [(4, 128, 32704)], [(2, 32, 500), (8
 def test_heads_are_cut_as_counted(mix: list[tuple[int, int, int]]) -> None:
     """For GPUs of any size."""
     parts = [kv.Tokens(*part) for part in mix]
-    stretches = [cut.Stretch(part.slots, cut.UNIT, part.bits + 2) for part in parts]
-    stretches.append(cut.Stretch(kv.WINDOW, cut.WINDOW_UNIT, cut.RESTORED))
+    stretches = [cut.Stretch(part.slots, part.bits + 2) for part in parts]
+    stretches.append(cut.window(kv.WINDOW, torch.bfloat16.itemsize))
     for batch in (1, 3, 8):
         run, heads = decode_of(parts, batch, torch.bfloat16), batch * HEADS
         for places in (1, 30, 396, 432, 528, 592, 5000):

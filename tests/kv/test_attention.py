@@ -84,7 +84,7 @@ def test_groups_of_query_heads(backend: str, group: int) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("queries", [1, 2, 5, 12])
+@pytest.mark.parametrize("queries", [1, 2, 5, pytest.param(12, marks=pytest.mark.slow("kernels run lane by lane"))])
 def test_windows(backend: str, queries: int) -> None:
     """Anywhere, of any length; the last queries' own tokens are its last, and earlier ones see less."""
     windows = ((0, 0), (5, 5), (12, 12), (0, 12), (3, 4), (11, 12), (0, 1), (4, 9), (9, 4))

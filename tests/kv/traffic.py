@@ -65,8 +65,7 @@ def partials(bits: tuple[int, ...], window: int, restored: bool = False) -> int:
     """Bytes of what splits leave to be merged: for 2 heads, 4 rows of 128 channels, a maximum and a sum, in float32,
     written and read."""
     costs = [cut.RESTORED if restored else b + 2 for b in bits]
-    stretches = [cut.Stretch(512, cut.UNIT, cost) for cost in costs]
-    stretches.append(cut.Stretch(max(window, 1), cut.WINDOW_UNIT, cut.RESTORED))
+    stretches = [*(cut.Stretch(512, cost) for cost in costs), cut.window(max(window, 1), BF16.itemsize)]
     return 2 * 4 * 2 * 4 * (128 + 2) * sum(cut.splits(stretches, 2, PLACES))
 
 

@@ -20,7 +20,9 @@ Array = NDArray
 LARGEST = np.float32(65504.0)
 
 # Roundings beside those of the sums. A logit: scale and what it multiplies, step or factor, the product, the two sums'
-# own sum, twice where a coefficient is rounded first. A weight: exponential (two ulp), quotient, rescaling.
+# own sum, twice where a coefficient is rounded first. A weight: exponential (two ulp), quotient, rescaling. In the
+# window, GPUs take a float32 as two TF32, which may lose its last bit: two roundings of a query, a key, a weight and a
+# value. These are no more: a logit has six beside those of its scale, as nothing is multiplied by steps.
 LOGIT_ROUNDINGS = 8
 WEIGHT_ROUNDINGS = 32
 PIECE = 8  # weights are rescaled to a new maximum at most once in so many tokens, by five roundings

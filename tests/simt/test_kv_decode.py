@@ -51,8 +51,15 @@ MIXES = {
 }
 
 
+WINDOW_DTYPES = [
+    *((dtype,) * 3 for dtype in DTYPES),
+    ("float32", "bfloat16", "float16"),
+    ("float32", "float16", "bfloat16"),
+    ("bfloat16", "float32", "float16"),
+    ("float16", "bfloat16", "float32"),
+]
 # Several splits for the few slots of tests, as many for any batch: they cost nothing, and there is room for all.
-CUT = {"places": 1 << 20, "slots": 40, "window_slots": 8, "start": 0, "merge": 0}
+CUT = {"places": 1 << 20, "slots": 40, "start": 0, "merge": 0}
 
 
 @dataclass
@@ -218,6 +225,19 @@ def test_windows(core: ModuleType, device: str, queries: int) -> None:
 
 
 @each_device
+@pytest.mark.parametrize("dtypes", WINDOW_DTYPES, ids=" ".join)
+def test_long_windows(core: ModuleType, device: str, dtypes: tuple[str, str, str]) -> None:
+    """Chunks of which the last is not whole, for several warps and splits; queries, keys and values in any dtypes."""
+    windows = ((0, 300), (37, 181), (130, 163))
+    for heads, group, queries, width, value_width in ((2, 4, 1, 128, 128), (1, 3, 3, 48, 16), (1, 9, 1, 80, 144)):
+        few = {"heads": heads, "group": group, "queries": queries, "width": width, "value_width": value_width}
+        one = case(core, (), batch=3, slots=300, window=windows, **few)
+        tokens = zip((one.q, one.window_k, one.window_v), dtypes, strict=True)
+        one.q, one.window_k, one.window_v = (Tokens.of(t.values(), dtype) for t, dtype in tokens)
+        one.check(core, device, f"{width} channels")
+
+
+@each_device
 @each_codec
 def test_first(core: ModuleType, device: str, codec: str) -> None:
     one = case(core, MIXES["ragged"], heads=3, codec=codec, dtype="float16")
@@ -297,8 +317,8 @@ def test_splits_hardly_matter(core: ModuleType, device: str) -> None:
     """However a head's slots are cut, also amid blocks."""
     for codec in ("zipcache", "groups"):
         one = case(core, (RAGGED, Part(2, (0, 3, 90))), codec=codec, queries=3)
-        for places, slots, window_slots, start in ((1, 128, 32, 500), (1 << 20, 7, 1, 0), (9, 33, 5, 0)):
-            one.cut = {"places": places, "slots": slots, "window_slots": window_slots, "start": start, "merge": 0}
+        for places, slots, start in ((1, 128, 500), (1 << 20, 7, 0), (9, 33, 0)):
+            one.cut = {"places": places, "slots": slots, "start": start, "merge": 0}
             one.check(core, device, f"{places} places")
 
 
