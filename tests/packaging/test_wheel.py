@@ -109,7 +109,8 @@ def test_stable_abi_at_the_torch_floor(libraries: list[Path]) -> None:
 
 def test_no_newer_system_than_torch_asks_for(wheel: Path) -> None:
     """torch's own wheels are manylinux_2_28: whoever has torch can load the libraries."""
-    audit = subprocess.run(["auditwheel", "show", "--json", wheel], capture_output=True, text=True)
+    command = [sys.executable, "-m", "auditwheel", "show", "--json", wheel]
+    audit = subprocess.run(command, capture_output=True, text=True)
     assert audit.returncode == 0, audit.stderr
     tag = json.loads(audit.stdout)["sym_tag"]
     _, *glibc = re.fullmatch(r"(manylinux)_(\d+)_(\d+)_\w+", tag).groups()
