@@ -110,6 +110,12 @@ def test_many_small_tensors(make_row: MakeRow, make_run: MakeRun) -> None:
     assert verdicts(make_run(rows)) == {("time over torch fused AdamW", "Lion"): True}
     replace_row(run := make_run(rows), make_row("Lion", "native", 4.3, size="1000x1000"))
     assert verdicts(run) == {("time over torch fused AdamW", "Lion"): False}
+    for ms, holds in ((1.2, True), (1.3, False)):  # AdamW has less to do than those
+        rows = [
+            make_row("AdamW", "native", ms, size="1000x1000"),
+            make_row("AdamW", "torch-fused", 2.1, size="1000x1000"),
+        ]
+        assert verdicts(make_run(rows)) == {("time over torch fused AdamW", "AdamW"): holds}
 
 
 def test_a_step_of_one_element_is_compared_with_an_op_in_python(make_row: MakeRow, make_run: MakeRun) -> None:
