@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 
 from singlepass import _native, optim
+from singlepass._autograd import has_tangent
 from singlepass._ops import BACKENDS, OPS, requested
 
 FLOAT32 = frozenset((torch.float32,))
@@ -85,6 +88,27 @@ def test_the_choice_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         "lion_step_ on cuda: triton; native: not built",
         "lion_step_ on cpu: native",
     ]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_what_is_logged_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: x + len(OP.choose("cpu", FLOAT32, None)), backend=counter, fullgraph=True)
+    compiled(torch.ones(3))
+    OP.choose("cpu", FLOAT32, None)
+    compiled(torch.ones(3))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_forward_mode_elsewhere_compiles_nothing_anew() -> None:
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: x + int(has_tangent(x)), backend=counter, fullgraph=True)
+    compiled(torch.ones(3))
+    with forward_ad.dual_level():
+        compiled(torch.ones(3))
+    assert counter.frame_count == 1
 
 
 def test_steps_log_once(caplog: pytest.LogCaptureFixture) -> None:

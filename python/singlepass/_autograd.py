@@ -39,7 +39,8 @@ def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
 
 def has_tangent(t: Tensor | None) -> bool:
     """Whether a tensor has a derivative of forward mode, of which kernels know nothing: they would drop it."""
-    if t is None or forward_ad._current_level < 0 or torch.compiler.is_compiling():
+    # In this order: a graph that looked at the level would be compiled anew where there is another.
+    if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return False
     return forward_ad.unpack_dual(t).tangent is not None
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._autograd import TANGENT, has_tangent
-from .._errors import message, require
+from .._errors import require
 from .._ops import kv as ops
+from ._checks import FLOATS, check_bits, check_exact, check_queries, check_softcap, check_tokens
 
 __all__ = ["Quantized", "decode_attention", "dequantize", "quantize"]
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,20 +61,6 @@ class Quantized:
         shape = (*self.codes.shape[:3], self.head_dim)
         blocks = self.counts.shape[2]
         return f"Quantized({shape}, bits={self.bits}, axis={self.axis!r}, blocks={blocks}, nbytes={self.nbytes})"
-
-
-def check_tokens(op: str, name: str, x: Tensor) -> None:
-    """Raises unless x can be tokens of a cache."""
-    require(isinstance(x, Tensor), op, f"a tensor {name}", type(x).__name__, "Convert it.")
-    require(x.dim() == 4, op, f"{name} (batch, heads, tokens, channels)", tuple(x.shape), "Reshape it.")
-    require(x.dtype in FLOATS, op, f"a floating-point {name}", x.dtype, "Convert it.")
-    head_dim = x.shape[3]
-    contract = f"{name} of 16, 32, ..., {ops.MAX_HEAD_DIM} channels"
-    require(head_dim % 16 == 0 and 0 < head_dim <= ops.MAX_HEAD_DIM, op, contract, head_dim, "Pad channels with zeros.")
-
-
-def check_bits(op: str, name: str, bits: int) -> None:
-    require(isinstance(bits, int) and bits in ops.BITS, op, f"{name} 2, 4 or 8", repr(bits), "Choose one of them.")
 
 
 def last_dense(x: Tensor) -> Tensor:
@@ -209,47 +192,6 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32, *, backend: str
     out = torch.zeros((*q.codes.shape[:3], q.head_dim), dtype=dtype, device=q.codes.device)
     dequantize_into(q, None, out, backend)
     return out
-
-
-def check_queries(op: str, q: Tensor, k: Tensor) -> None:
-    """Raises unless queries q go with keys k, which were checked."""
-    if isinstance(q, Tensor) and q.dim() == 4 and q.dtype in FLOATS and q.device == k.device and _go_with(q, k):
-        return
-    check_tokens(op, "q", q)
-    contract = f"q of batch {k.shape[0]}, a multiple of {k.shape[1]} heads and {k.shape[3]} channels, as the keys"
-    remedy = "Pass (batch, query heads, tokens, channels)."
-    require(_go_with(q, k), op, contract, tuple(q.shape), remedy)
-    require(q.device == k.device, op, f"q on {k.device}, as the keys", q.device, "Move it there.")
-
-
-def _go_with(q: Tensor, k: Tensor) -> bool:
-    (batch, query_heads, _, head_dim), (its, heads, _, channels) = q.shape, k.shape
-    return batch == its and head_dim == channels and 0 < heads <= query_heads and query_heads % heads == 0
-
-
-def check_needs_no_gradient(op: str, **tensors: Tensor) -> None:
-    """Raises if a derivative is wanted of a tensor, which compressed tokens can't give."""
-    for name, x in tensors.items():
-        wanted = x.requires_grad and torch.is_grad_enabled()
-        if wanted or has_tangent(x):
-            got = "requires_grad=True" if wanted else TANGENT
-            remedy = "Call it under torch.no_grad()." if wanted else "Call it outside of forward mode."
-            raise ValueError(message(op, f"{name} that needs no gradient", got, remedy))
-
-
-def check_softcap(op: str, softcap: float) -> None:
-    require(math.isfinite(softcap) and softcap >= 0, op, "softcap >= 0", softcap, "0 leaves logits as they are.")
-
-
-def check_exact(op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raises unless t is None or a tensor of that dtype and shape where ``like`` is."""
-    if t is not None and not isinstance(t, Tensor):
-        raise ValueError(message(op, f"a tensor {name}", type(t).__name__, "Convert it."))
-    if t is None or (t.shape == shape and t.dtype == dtype and t.device == like.device):
-        return
-    contract = f"{str(dtype).removeprefix('torch.')} {name} of shape {shape} on {like.device}"
-    got = f"{tuple(t.shape)} of {t.dtype} on {t.device}"
-    raise ValueError(message(op, contract, got, "Convert or reshape it."))
 
 
 def _check_segment(op: str, keys: Quantized, values: Quantized, window_k: Tensor, window_v: Tensor) -> None:

@@ -254,9 +254,8 @@ class CompressedLayer(CacheLayerMixin):
         inner, first = self.inner, self.index == self._undo.first
         if not first or positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
             return
-        causal = (
-            mask is None or getattr(mask, _WIDTH, 0) is None
-        )  # with an attention_mask, padding may be at position 0
+        # With an attention_mask, padding may be at position 0.
+        causal = mask is None or getattr(mask, _WIDTH, 0) is None
         if not causal or inner._planned or inner.holds_padding:
             return
         begin = int(positions[0, 0])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._errors import require
+from ._checks import check_exact, check_needs_no_gradient, check_queries
 from ._codec import Codec
-from ._functional import check_exact, check_needs_no_gradient, check_queries
 from ._modes import lasting
 from ._options import (
     check_hides_newest,

@@ -14,8 +14,8 @@ from torch import Tensor
 from .._errors import require
 from .._ops import check_backend
 from .._ops import kv as ops
+from ._checks import check_bits, check_needs_no_gradient, check_softcap, check_tokens
 from ._codec import Codec
-from ._functional import check_bits, check_needs_no_gradient, check_softcap, check_tokens
 from ._saliency import NORMALIZATIONS
 
 _OP = "ZipCacheLayer"

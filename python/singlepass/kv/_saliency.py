@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops import kv as ops
-from ._functional import check_exact, check_queries, check_softcap, check_tokens, last_dense
+from ._checks import check_exact, check_queries, check_softcap, check_tokens
+from ._functional import last_dense
 
 __all__ = ["probe_saliency"]
 

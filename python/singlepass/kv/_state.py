@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._errors import message, require
 from ..reference.kv import unpack
+from ._checks import check_queries
 from ._codec import Codec
-from ._functional import check_queries
 from ._options import check_new_tokens
 from ._segment import Segment
 from ._selection import FILLER, REGULAR, SALIENT

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from ..._errors import require
 from ..._ops import kv as ops
+from .._checks import FLOATS
 from .._dense import DenseLayer
-from .._functional import FLOATS, last_dense
+from .._functional import last_dense
 from .._layer import ZipCacheLayer
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines

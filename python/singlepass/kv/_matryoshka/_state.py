@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..._errors import require
-from .._functional import FLOATS
+from .._checks import FLOATS
 from .._state import check_same_options, shown
 from ._groups import Group, Projection
 
