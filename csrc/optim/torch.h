@@ -69,7 +69,7 @@ inline const Tensor& aligned_grad(const StepArguments& a, size_t i, Step& step) 
     fail(a.op, "gradients of their parameters' shapes; got ", shape_of(g), " for ", shape_of(p), ". Reshape them.");
   }
   if (same_order(p, g)) return g;
-  Tensor copy = torch::stable::empty_like(p);
+  Tensor copy = new_like(p);
   if (copy.scalar_type() != g.scalar_type()) copy = torch::stable::to(copy, g.scalar_type());
   step.kept.push_back(torch::stable::copy_(copy, g));
   return step.kept.back();

@@ -79,7 +79,7 @@ struct RationalCall {
 
   View view(const Tensor& t) {
     if (order.fits(t)) return order.view(t);
-    Tensor copy = torch::stable::empty_like(y);
+    Tensor copy = new_like(y);
     torch::stable::copy_(copy, t);
     kept.push_back(copy);
     return order.view(kept.back());
@@ -130,7 +130,7 @@ inline RationalCall rational_call(const RationalArguments& a) {
   if (!(a.dropout >= 0.0 && a.dropout < 1.0)) fail(a.op, "0 <= dropout < 1; got ", a.dropout, ". Choose one.");
   check_tables(a, channels);
 
-  Tensor y = torch::stable::empty_like(a.x);
+  Tensor y = new_like(a.x);
   RationalCall call{{}, Order(y, channel_dim), y, {}};
   Problem& p = call.problem;
   p.outer = Order::count(y, call.order.outer);
@@ -176,10 +176,9 @@ inline Table like_table(const Table& table, const Tensor& t) {
 inline RationalGradients rational_gradients(const RationalArguments& a, const Tensor& grad, RationalCall& call) {
   check_like_x(a, "grad", grad);
   Problem& p = call.problem;
-  RationalGradients result{
-      call.y, torch::stable::empty_like(a.numerator), torch::stable::empty_like(a.denominator),
-      a.bias.has_value() ? torch::stable::empty_like(*a.bias) : new_tensor(a.x, {0}, a.x.scalar_type()),
-      a.gate.has_value() ? torch::stable::empty_like(a.x) : new_tensor(a.x, {0}, a.x.scalar_type())};
+  RationalGradients result{call.y, new_like(a.numerator), new_like(a.denominator),
+                           a.bias.has_value() ? new_like(*a.bias) : new_tensor(a.x, {0}, a.x.scalar_type()),
+                           a.gate.has_value() ? new_like(a.x) : new_tensor(a.x, {0}, a.x.scalar_type())};
   p.grad = call.view(grad);
   p.grad_x = p.y;
   p.grad_numerator = like_table(p.numerator, std::get<1>(result));

@@ -184,8 +184,7 @@ inline LorentzCall lorentz_call(const char* op, const Tensor* grad, const Tensor
   if (grad != nullptr) check_memory(op, "grad", *grad);
   const int64_t rows = z.numel() / columns;
   const Tensor dense = torch::stable::contiguous(z);
-  LorentzCall call = {
-      {}, dense, dense, as_floats(op, "log_scale", log_scale, z), torch::stable::empty_like(dense), new_sums(z, 1)};
+  LorentzCall call = {{}, dense, dense, as_floats(op, "log_scale", log_scale, z), new_like(dense), new_sums(z, 1)};
   if (grad != nullptr) {
     check_device(op, "grad", *grad, z);
     if (!same_shape(*grad, z) || dtype_of(op, "grad", *grad) != dtype_of(op, "z", z)) {

@@ -65,11 +65,10 @@ inline bool is_strided(const Tensor& t) {
   return layout == aoti_torch_layout_strided();
 }
 
-// A contiguous tensor where another is. torch::stable::new_empty would look an op up by its name at each call.
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(sizes[k], 1)) strides[k] = stride;
+// Memory where another tensor is. torch::stable::new_empty and empty_like would look ops up by their names at each
+// call.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                         ScalarType dtype) {
   int32_t device_type = 0, device_index = 0;
   aoti_torch_get_device_type(like.get(), &device_type);
   aoti_torch_get_device_index(like.get(), &device_index);
@@ -78,6 +77,14 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &made));
   return Tensor(made);
+}
+
+// A contiguous tensor.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t k = sizes.size(); k-- > 0; stride *= std::max<int64_t>(sizes[k], 1)) strides[k] = stride;
+  return new_tensor(like, sizes, strides, dtype);
 }
 
 // Whether the strides order the elements of a tensor without gaps and overlaps.
@@ -96,6 +103,13 @@ inline bool is_dense(const Tensor& t) {
     expected *= sizes[k];
   }
   return true;
+}
+
+// A tensor of the shape and dtype of another, in its order if that is dense.
+inline Tensor new_like(const Tensor& t) {
+  if (!is_dense(t)) return torch::stable::empty_like(t);
+  const auto sizes = t.sizes(), strides = t.strides();
+  return new_tensor(t, {sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, t.scalar_type());
 }
 
 // Whether two tensors of one shape order their elements alike; strides of dimensions of size 1 don't matter.
