@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,10 +41,11 @@ def save(result: dict[str, Any], path: Path, lists: Sequence[str] = ("rows",)) -
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def markdown_table(head: list[str], lines: list[list[str]]) -> list[str]:
-    """The lines of a table whose first column is text."""
+def markdown_section(head: list[str], lines: list[list[str]], found: Iterable[str], made: str = "") -> str:
+    """A table whose first column is text, what was found, and how it was made."""
     rows = [head, [":--"] + ["--:"] * (len(head) - 1), *lines]
-    return [f"| {' | '.join(row)} |" for row in rows]
+    table, end = (f"| {' | '.join(row)} |" for row in rows), ["", f"{made}."] if made else []
+    return "\n".join([*table, "", *(f"* {line}" for line in found), *end]) + "\n"
 
 
 def rich_table(title: str, caption: str, head: list[str], lines: list[list[str]]) -> Table:

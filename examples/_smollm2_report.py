@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from _kv_rows import INT2, Row, difference, mean_and_error, rows_of
-from _report import markdown_table, picture
+from _report import markdown_section, picture
 
 PC, TRAINED, SEARCHED = "principal components", "trained bases", "trained bases, searched ranks"
 # Families of caches by name: how the picture draws them.
@@ -69,8 +69,7 @@ def facts(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The text between the markers in docs/kv.md."""
     rows = rows_of(result)
-    found = [f"* {line}" for line in verdicts(rows)]
-    return "\n".join([*markdown_table(HEAD, cells(rows)), "", *found, "", f"{facts(result)}."]) + "\n"
+    return markdown_section(HEAD, cells(rows), verdicts(rows), facts(result))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from _kv_rows import PAPER, PLAIN, Row, comparisons, difference, mean_and_error, rows_of, verdict
-from _report import OUTPUT, RESULTS, ROOT, fill_in, markdown_table, picture, provenance, rich_table, save
+from _report import OUTPUT, RESULTS, ROOT, fill_in, markdown_section, picture, provenance, rich_table, save
 from _text import VALUE, Curves, Training, build, needles, read_corpus, train, windows
 from _training import progress_bar
 from torch import Tensor, nn
@@ -231,8 +231,7 @@ def facts(result: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """The text between the markers in docs/kv.md."""
     rows = rows_of(result)
-    findings = [f"* {line}" for line in (*comparisons(rows), verdict(rows))]
-    return "\n".join([*markdown_table(HEAD, cells(rows)), "", *findings, "", f"{facts(result)}."]) + "\n"
+    return markdown_section(HEAD, cells(rows), [*comparisons(rows), verdict(rows)], facts(result))
 
 
 def tabulate(result: dict[str, Any]) -> Table:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _from_scratch import CURVE, METHODS, Data, Run, Settings, read_data, train
-from _report import OUTPUT, RESULTS, ROOT, fill_in, markdown_table, picture, provenance, rich_table, save
+from _report import OUTPUT, RESULTS, ROOT, fill_in, markdown_section, picture, provenance, rich_table, save
 from _training import progress_bar
 from torch import Tensor
 
@@ -141,7 +141,7 @@ def facts(result: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The text between the markers in docs/spectral.md."""
-    return "\n".join([*markdown_table(HEAD, cells(result)), "", *(f"* {line}" for line in facts(result))]) + "\n"
+    return markdown_section(HEAD, cells(result), facts(result))
 
 
 def tabulate(result: dict[str, Any]) -> Table:

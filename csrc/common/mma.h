@@ -15,6 +15,11 @@ __device__ __forceinline__ float element_of(uint32_t pair, int i, DType dtype) {
   return dtype == DType::kFloat16 ? float16_to_float(bits) : bfloat16_to_float(bits);
 }
 
+// Two words that one shuffle moves.
+__device__ __forceinline__ unsigned long long two_words(uint32_t low, uint32_t high) {
+  return low | static_cast<unsigned long long>(high) << 32;
+}
+
 // What multiply_accumulate does, where processors do not. A function of its own: wherever it stands, it is much code,
 // of which unrolled loops would make megabytes.
 template <DType kDType>
@@ -23,14 +28,13 @@ __device__ __noinline__
 #endif
     float4 multiply_accumulate_by_lanes(float4 to, uint4 a, uint2 b) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const auto two = [](uint32_t low, uint32_t high) { return low | static_cast<unsigned long long>(high) << 32; };
   float d[4] = {to.x, to.y, to.z, to.w};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const unsigned long long rows[2] = {__shfl_sync(kAllLanes, two(a.x, a.y), g * 4 + k),
-                                        __shfl_sync(kAllLanes, two(a.z, a.w), g * 4 + k)};
-    const unsigned long long columns[2] = {__shfl_sync(kAllLanes, two(b.x, b.y), 2 * t * 4 + k),
-                                           __shfl_sync(kAllLanes, two(b.x, b.y), (2 * t + 1) * 4 + k)};
+    const unsigned long long rows[2] = {__shfl_sync(kAllLanes, two_words(a.x, a.y), g * 4 + k),
+                                        __shfl_sync(kAllLanes, two_words(a.z, a.w), g * 4 + k)};
+    const unsigned long long columns[2] = {__shfl_sync(kAllLanes, two_words(b.x, b.y), 2 * t * 4 + k),
+                                           __shfl_sync(kAllLanes, two_words(b.x, b.y), (2 * t + 1) * 4 + k)};
 #pragma unroll
     for (int i = 0; i < 16; ++i) {  // for each number of d, two elements of each half of the columns
       const uint32_t row = static_cast<uint32_t>(rows[i / 2 % 2] >> (32 * (i / 8)));
@@ -89,9 +93,7 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const float (
         "r"(bit_cast<uint32_t>(a[3])), "r"(bit_cast<uint32_t>(b0)), "r"(bit_cast<uint32_t>(b1)));
 #else
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const auto two = [](float low, float high) {
-    return bit_cast<uint32_t>(low) | static_cast<unsigned long long>(bit_cast<uint32_t>(high)) << 32;
-  };
+  const auto two = [](float low, float high) { return two_words(bit_cast<uint32_t>(low), bit_cast<uint32_t>(high)); };
   const auto part = [](unsigned long long both, int i) {
     return bit_cast<float>(static_cast<uint32_t>(both >> (32 * i)));
   };
@@ -135,7 +137,6 @@ __device__ __forceinline__ void multiply_accumulate(int (&d)[4], const uint32_t 
   }
 #else
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const auto two = [](uint32_t low, uint32_t high) { return low | static_cast<unsigned long long>(high) << 32; };
   for (int k = 0; k < 4; ++k) {
     for (int half = 0; half < 2; ++half) {
       const auto rows = __shfl_sync(kAllLanes, two(a[2 * half], a[2 * half + 1]), g * 4 + k);

@@ -19,6 +19,7 @@
 
 #include "simt/simt_fiber.h"
 #include "simt/simt_memory.h"
+#include "simt/simt_random.h"
 #include "simt/simt_traffic.h"
 #include "simt/simt_types.h"
 
@@ -37,21 +38,6 @@ constexpr std::size_t kMaxSharedBytes = 227 << 10;
 // memory, more shared memory than there is, or a wait without end.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
-};
-
-// SplitMix64.
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed) {}
-  std::uint64_t operator()() {
-    std::uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-  }
-
- private:
-  std::uint64_t state_;
 };
 
 enum class WarpOp { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot };
