@@ -139,7 +139,7 @@ __device__ __forceinline__ void multiply_accumulate(int (&d)[4], const uint32_t 
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   for (int k = 0; k < 4; ++k) {
     for (int half = 0; half < 2; ++half) {
-      const auto rows = __shfl_sync(kAllLanes, two(a[2 * half], a[2 * half + 1]), g * 4 + k);
+      const auto rows = __shfl_sync(kAllLanes, two_words(a[2 * half], a[2 * half + 1]), g * 4 + k);
       for (int column = 0; column < 2; ++column) {
         const uint32_t b = __shfl_sync(kAllLanes, half == 0 ? b0 : b1, (2 * t + column) * 4 + k);
         d[column] += dot_of_bytes(static_cast<uint32_t>(rows), b);
