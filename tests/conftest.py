@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from singlepass._ops import op
+
 from .ranks import Ranks
 from .report import UNCOLLECTED, Report
 from .simt.build import sample
@@ -122,7 +124,13 @@ def _same_numbers() -> None:
 @pytest.fixture(autouse=True)
 def _automatic_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests choose backends by argument; what the shell has set must not choose for them."""
-    monkeypatch.delenv("SINGLEPASS_BACKEND", raising=False)
+    monkeypatch.setattr(op, "WISH", None)
+
+
+@pytest.fixture
+def wish(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Chooses a backend, as the environment variable does that is read at the import."""
+    return lambda backend: monkeypatch.setattr(op, "WISH", backend)
 
 
 @pytest.fixture

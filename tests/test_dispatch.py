@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from torch.autograd import forward_ad
 
 from singlepass import _native, optim
 from singlepass._autograd import has_tangent
-from singlepass._ops import BACKENDS, OPS, requested
+from singlepass._ops import BACKENDS, OPS, op, requested
 
 FLOAT32 = frozenset((torch.float32,))
 OP = OPS["lion_step_"]
@@ -25,6 +29,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test finds out for itself what can run, and has the log to itself."""
     monkeypatch.setattr(OP, "_obstacles", {})
     monkeypatch.setattr(OPS["stream_"], "_obstacles", {})
+    monkeypatch.setattr(OP, "_chosen", {})
     monkeypatch.setattr(OP, "_logged", set())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
@@ -168,8 +173,8 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 @pytest.mark.parametrize("environment", ["triton", "fpga"])
-def test_the_environment_is_as_strict(monkeypatch: pytest.MonkeyPatch, environment: str) -> None:
-    monkeypatch.setenv("SINGLEPASS_BACKEND", environment)
+def test_the_environment_is_as_strict(wish: Callable[[str], None], environment: str) -> None:
+    wish(environment)
     with pytest.raises((RuntimeError, ValueError), match=environment):
         optim.Lion([torch.nn.Parameter(torch.ones(3))])
 
@@ -178,29 +183,48 @@ def test_the_environment_is_as_strict(monkeypatch: pytest.MonkeyPatch, environme
     ("environment", "argument", "expected"),
     [
         (None, None, None),
-        ("", None, None),
         ("eager", None, "eager"),
         ("eager", "native", "native"),
     ],
 )
 def test_the_argument_goes_before_the_environment(
-    monkeypatch: pytest.MonkeyPatch, environment: str | None, argument: str | None, expected: str | None
+    wish: Callable[[str], None], environment: str | None, argument: str | None, expected: str | None
 ) -> None:
     if environment is not None:
-        monkeypatch.setenv("SINGLEPASS_BACKEND", environment)
+        wish(environment)
     assert requested(argument) == expected
+
+
+@pytest.mark.parametrize(("value", "wish"), [("", None), ("eager", "eager")])
+def test_the_environment_is_read_at_the_import(value: str, wish: str | None) -> None:
+    command = [sys.executable, "-c", "from singlepass._ops import requested; print(requested(None))"]
+    environment = os.environ | {"SINGLEPASS_BACKEND": value}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found == f"{wish}\n"
+
+
+def test_a_change_after_the_import_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINGLEPASS_BACKEND", "eager")
+    monkeypatch.setattr(op, "_FOUND", None)
+    found = r"^SINGLEPASS_BACKEND: expected None, as when singlepass was imported; got 'eager'\. Set it before, or "
+    with pytest.raises(ValueError, match=found):
+        optim.Lion([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=found):
+        OP.choose("cpu", FLOAT32)
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
 @pytest.mark.parametrize("backend", ["native", "eager"])
-def test_the_wish_is_what_runs(monkeypatch: pytest.MonkeyPatch, backend: str, by: str) -> None:
+def test_the_wish_is_what_runs(
+    monkeypatch: pytest.MonkeyPatch, wish: Callable[[str], None], backend: str, by: str
+) -> None:
     calls: list[str] = []
     for name in ("native", "eager"):
         function = OP.on(name)
         spy = lambda *a, _name=name, _function=function, **k: (calls.append(_name), _function(*a, **k))[0]  # noqa: E731
         monkeypatch.setitem(OP._functions, name, spy)
     if by == "environment":
-        monkeypatch.setenv("SINGLEPASS_BACKEND", backend)
+        wish(backend)
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optim.Lion([p], backend=backend if by == "argument" else None).step()

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from singlepass import _check, _cli, _info, _native, kv, nn, optim, spectral
-from singlepass._ops import OPS
+from singlepass._ops import OPS, requested
 
 Output = pytest.CaptureFixture[str]
 
@@ -30,6 +31,7 @@ def without_library(monkeypatch: pytest.MonkeyPatch, remedy: str) -> None:
     monkeypatch.setitem(_native._statuses, "cpu", status)
     for op in OPS.values():
         monkeypatch.setitem(op._obstacles, ("native", "cpu"), status.reason)
+        monkeypatch.setattr(op, "_chosen", {})
 
 
 def checked(output: Output, *options: str) -> tuple[int, dict[str, str], list[str]]:
@@ -96,6 +98,7 @@ def test_without_a_library_eager_is_checked_and_named(monkeypatch: pytest.Monkey
 
 def test_a_kernel_that_the_library_lacks_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     monkeypatch.setitem(OPS["grad_norm"]._obstacles, ("native", "cpu"), "no kernel for this op")
+    monkeypatch.setattr(OPS["grad_norm"], "_chosen", {})
     status, results, _ = checked(capsys)
     assert status == 1
     assert results.pop("LAMB on cpu (native, eager)") == "grad_norm ran on eager: no kernel for this op"
@@ -117,24 +120,25 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
-def test_the_backend_asked_for_is_checked(monkeypatch: pytest.MonkeyPatch, capsys: Output, backend: str) -> None:
-    monkeypatch.setenv("SINGLEPASS_BACKEND", backend)
+def test_the_backend_asked_for_is_checked(wish: Callable[[str], None], capsys: Output, backend: str) -> None:
+    wish(backend)
     status, results, rest = checked(capsys)
     assert (status, rest) == (0, [])
     assert results == {f"{name} on cpu ({backend})": "ok" for name in _check.CASES}
-    assert os.environ["SINGLEPASS_BACKEND"] == backend
+    assert requested(None) == backend
 
 
-def test_a_backend_that_cannot_run_fails(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
-    monkeypatch.setenv("SINGLEPASS_BACKEND", "triton")
+def test_a_backend_that_cannot_run_fails(wish: Callable[[str], None], capsys: Output) -> None:
+    wish("triton")
     status, results, _ = checked(capsys)
     assert status == 1
     assert results["AdamW on cpu (none)"].startswith(
         "RuntimeError: adamw_step_: expected backend 'triton' to be usable"
     )
-    monkeypatch.setenv("SINGLEPASS_BACKEND", "fpga")
+    wish("fpga")
     assert _cli.main(["info", "--check"]) == 2
-    assert capsys.readouterr().err.startswith("SINGLEPASS_BACKEND: expected native, triton, eager; got 'fpga'. ")
+    found = "SINGLEPASS_BACKEND: expected backend among native, triton, eager; got 'fpga'. "
+    assert capsys.readouterr().err.startswith(found)
 
 
 def test_json_has_the_same(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:

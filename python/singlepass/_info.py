@@ -115,7 +115,7 @@ def _print_check(results: list[dict[str, str]]) -> None:
         what = f"{result['name']} on {result['device']} ({result['backend']})"
         print(f"  {what:40} {result['outcome']}")
     eager = {r["device"] for r in results} - {r["device"] for r in results if r["backend"] not in ("eager", "none")}
-    if eager and not os.environ.get(ENV):
+    if eager and requested(None) is None:
         places = " and ".join(sorted(eager))
         print(f"  On {places} there are no kernels: everything ran in eager PyTorch, which is many times slower.")
 

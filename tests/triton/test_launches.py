@@ -126,6 +126,7 @@ def record_kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
     for op in OPS.values():
         monkeypatch.setattr(op, "_obstacles", {})
+        monkeypatch.setattr(op, "_chosen", {})
     recorders = {}
     for name in (
         "codec_kernel",

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ from .._errors import message, require
 NAMESPACE = __name__.partition(".")[0]  # singlepass, unless a loader imports the package under another name
 BACKENDS = ("native", "triton", "eager")
 ENV = "SINGLEPASS_BACKEND"
+_FOUND = os.environ.get(ENV) or None
+WISH = _FOUND  # read once: to look for a variable at each call takes as long as a small op
 OPS: dict[str, Op] = {}  # all ops, by name
 
 _NATIVE = "Leave it out to have one chosen; native is C++ on CPU tensors and CUDA on CUDA tensors."
@@ -71,7 +73,8 @@ class Op:
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake or _no_results, lib=_library)
         self.overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         self._functions: dict[str, Callable[..., Any]] = {"native": self.overload}
-        self._obstacles: dict[tuple[str, str], str | None] = {}  # found once, so that torch.compile traces a choice
+        self._obstacles: dict[tuple[str, str], str | None] = {}
+        self._chosen: dict[tuple[str, frozenset[torch.dtype], str | None], str] = {}
         self._logged: set[tuple[str, str]] = set()
         OPS[self.name] = self
 
@@ -97,25 +100,32 @@ class Op:
         tensors: list[Tensor] = []
         for i in self.typed:
             tensors += args[i] if isinstance(args[i], list) else (args[i],)
-        dtypes = {t.dtype for t in tensors if t.dtype != torch.int8}  # int8: codes of a float tensor
-        return self.on(self.choose(tensors[0].device.type, dtypes, backend))(*args, **options)
+        chosen = self.choose(tensors[0].device.type, {t.dtype for t in tensors}, backend)
+        return self.on(chosen)(*args, **options)
 
-    def choose(self, device_type: str, dtypes: Collection[torch.dtype], backend: str | None = None) -> str:
+    @torch.compiler.assume_constant_result  # a graph keeps the choice, and does not look at what led to it
+    def choose(self, device_type: str, dtypes: Iterable[torch.dtype], backend: str | None = None) -> str:
         """The backend that runs the op for these dtypes and this type of device.
 
         Raises:
             ValueError: an unknown backend.
             RuntimeError: an explicit backend that can't run here.
         """
-        backend = requested(backend)
+        case = device_type, frozenset(dtypes), WISH if backend is None else backend
+        return self._chosen.get(case) or self._choose(*case)
+
+    def _choose(self, device_type: str, dtypes: frozenset[torch.dtype], backend: str | None) -> str:
+        check_backend(ENV if backend == WISH else self.name, backend)
+        floats = dtypes - {torch.int8}  # codes of a float tensor
         if backend is None:
-            return self._first_usable(device_type, dtypes)
-        check_backend(self.name, backend)
-        reason = self.rejection(backend, device_type, dtypes)
-        if reason:
+            chosen = self._first_usable(device_type, floats)
+        elif (reason := self.rejection(backend, device_type, floats)) is None:
+            chosen = backend
+        else:
             remedy = f"Unset backend and {ENV}: what can run is then chosen."
             raise RuntimeError(message(self.name, f"backend {backend!r} to be usable", reason, remedy))
-        return backend
+        self._chosen[device_type, dtypes, backend] = chosen
+        return chosen
 
     def rejection(self, backend: str, device_type: str, dtypes: Iterable[torch.dtype] = ()) -> str | None:
         """Why a backend can't run the op on this type of device and these dtypes, or None if it can."""
@@ -148,14 +158,13 @@ class Op:
             return "there is no Triton kernel for this op"
         return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
-    def _first_usable(self, device_type: str, dtypes: Collection[torch.dtype]) -> str:
+    def _first_usable(self, device_type: str, dtypes: Iterable[torch.dtype]) -> str:
         """The automatic choice, logged once for each type of device and outcome, with the reasons against others."""
         reasons: list[str] = []
         for backend in BACKENDS:
             reason = self.rejection(backend, device_type, dtypes)
             if reason is None:
-                # In this order: a graph that looked at what was logged would be compiled anew once that changes.
-                if not torch.compiler.is_compiling() and (device_type, backend) not in self._logged:
+                if (device_type, backend) not in self._logged:
                     self._logged.add((device_type, backend))
                     logger.info("%s on %s: %s", self.name, device_type, "; ".join([backend, *reasons]))
                 return backend
@@ -182,9 +191,13 @@ def _run_on_triton(op: Op, *args: Any, **options: Any) -> Any:
 
 
 def check_backend(where: str, backend: str | None) -> None:
-    """Raises ValueError for what is neither None nor the name of a backend."""
+    """Raises ValueError for what is neither None nor the name of a backend, and if the environment variable is not what
+    it was when this was imported."""
     known = backend is None or backend in BACKENDS
     require(known, where, f"backend among {', '.join(BACKENDS)}", repr(backend), _NATIVE)
+    now = os.environ.get(ENV) or None
+    contract, remedy = f"{_FOUND!r}, as when singlepass was imported", "Set it before, or pass backend=."
+    require(now == _FOUND, ENV, contract, repr(now), remedy)
 
 
 def requested(backend: str | None) -> str | None:
@@ -193,12 +206,9 @@ def requested(backend: str | None) -> str | None:
     Raises:
         ValueError: the environment variable names no backend.
     """
-    if backend is not None:
-        return backend
-    wish = os.environ.get(ENV) or None
-    if wish is not None and wish not in BACKENDS:
-        raise ValueError(message(ENV, ", ".join(BACKENDS), repr(wish), _NATIVE))
-    return wish
+    if backend is None and WISH is not None:
+        check_backend(ENV, WISH)
+    return WISH if backend is None else backend
 
 
 def _no_results(*args: object, **kwargs: object) -> None:

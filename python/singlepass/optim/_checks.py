@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._errors import require
-from .._ops import requested
+from .._ops import check_backend, requested
 from .._ops.optim import StepOp
 from ._shards import check_placements, is_sharded
 
@@ -84,9 +84,10 @@ def check_places(where: str, rule: StepOp, group: dict[str, Any], params: Iterab
     """Checks what depends on where a group's parameters are.
 
     Raises:
-        ValueError: an lr of a capturable optimizer on another device.
+        ValueError: an lr of a capturable optimizer on another device; an unknown backend.
         RuntimeError: a backend that was asked for and cannot run there.
     """
+    check_backend(where, group["backend"])
     lr, backend = group["lr"], requested(group["backend"])
     for p in params:
         if group["capturable"] and isinstance(lr, Tensor):
