@@ -37,12 +37,15 @@ def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may have derivatives of forward mode."""
+    # In this order: a graph that looked at the level would be compiled anew where there is another.
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def has_tangent(t: Tensor | None) -> bool:
     """Whether a tensor has a derivative of forward mode, of which kernels know nothing: they would drop it."""
-    # In this order: a graph that looked at the level would be compiled anew where there is another.
-    if t is None or torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(t).tangent is not None
+    return t is not None and in_forward_mode() and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _is_dtensor(t: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._autograd import TANGENT, has_tangent
+from .._autograd import TANGENT, has_tangent, in_forward_mode
 from .._errors import message, require
 from .._ops import kv as ops
 
@@ -47,6 +47,8 @@ def _go_with(q: Tensor, k: Tensor) -> bool:
 
 def check_needs_no_gradient(op: str, **tensors: Tensor) -> None:
     """Raises if a derivative is wanted of a tensor, which compressed tokens can't give."""
+    if not torch.is_grad_enabled() and not in_forward_mode():
+        return
     for name, x in tensors.items():
         wanted = x.requires_grad and torch.is_grad_enabled()
         if wanted or has_tangent(x):
@@ -57,6 +59,12 @@ def check_needs_no_gradient(op: str, **tensors: Tensor) -> None:
 
 def check_softcap(op: str, softcap: float) -> None:
     require(math.isfinite(softcap) and softcap >= 0, op, "softcap >= 0", softcap, "0 leaves logits as they are.")
+
+
+def check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
+    """Raises unless they are None, or logits of attention sinks for the heads of q."""
+    if sinks is not None:
+        check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), q)
 
 
 def check_exact(op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:

@@ -159,13 +159,15 @@ class DenseLayer(Planned):
             return None
         self.make_room(0)
         assert self._room is not None
-        begin, end = self._held, self._held + tokens
-        if self._max_tokens is not None and not self._grew and end > self._room[0].shape[2]:
-            self._grew = True
-            logger.warning(GROWS, "MatryoshkaLayer", self._max_tokens)
-        keys, values = (grown(held, 2, begin, end) for held in self._room)
-        self._room = keys, values
-        return keys[:, :, begin:end], values[:, :, begin:end]
+        keys, values = self._room
+        begin = self._held
+        end = begin + tokens
+        if end > keys.shape[2]:
+            if self._max_tokens is not None and not self._grew:
+                self._grew = True
+                logger.warning(GROWS, "MatryoshkaLayer", self._max_tokens)
+            self._room = keys, values = grown(keys, 2, begin, end), grown(values, 2, begin, end)
+        return keys.narrow(2, begin, tokens), values.narrow(2, begin, tokens)
 
     def take(self, tokens: int, mask: Tensor | None = None) -> None:
         if mask is not None and self._mask is None:

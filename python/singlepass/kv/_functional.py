@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops import kv as ops
-from ._checks import FLOATS, check_bits, check_exact, check_queries, check_softcap, check_tokens
+from ._checks import FLOATS, check_bits, check_exact, check_queries, check_sinks, check_softcap, check_tokens
 
 __all__ = ["Quantized", "decode_attention", "dequantize", "quantize"]
 
@@ -274,7 +274,7 @@ def decode_attention(
     require(fits, op, contract, f"{tuple(window_v.shape)} of {window_v.dtype}", "Only channels may differ.")
     check_exact(op, "window", window, torch.int32, (batch, 2), window_k)
     check_exact(op, "first", first, torch.int32, (len(segments), batch, heads), window_k)
-    check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), window_k)
+    check_sinks(op, sinks, q)
     pairs = all(isinstance(segment, tuple) and len(segment) == 2 for segment in segments)
     require(pairs, op, "segments as a list of pairs", type(segments).__name__, "Pass [(keys, values), ...].")
     for keys, values in segments:
@@ -284,8 +284,8 @@ def decode_attention(
     return attend(
         q,
         Segments.of(segments),
-        window_k,
-        window_v,
+        last_dense(window_k),
+        last_dense(window_v),
         window,
         first=first,
         sinks=sinks,
@@ -335,12 +335,13 @@ def attend(
     softcap: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`decode_attention` does once it has checked its arguments."""
+    """What :func:`decode_attention` does once it has checked its arguments, with a window whose channels are
+    neighbours."""
     return ops.decode(
         last_dense(q),
         segments.tensors,
-        last_dense(window_k),
-        last_dense(window_v),
+        window_k,
+        window_v,
         window,
         sinks,
         first,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._errors import require
-from ._checks import check_exact, check_needs_no_gradient, check_queries
+from ._checks import check_needs_no_gradient, check_queries, check_sinks
 from ._codec import Codec
 from ._modes import lasting
 from ._options import (
@@ -180,7 +180,7 @@ class ZipCacheLayer(LayerTokens):
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         self._check_prompt(q, k, v, mask)
-        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        check_sinks(_OP, sinks, q)
         k, v = without_padding(k, v, mask)
         if self.codec.rotate:
             q, k, v = rotate(q), rotate(k), rotate(v)
@@ -293,7 +293,7 @@ class ZipCacheLayer(LayerTokens):
         """
         check_queries(_OP, q, self._tokens().window.room[0])
         check_needs_no_gradient(_OP, q=q)
-        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        check_sinks(_OP, sinks, q)
         if self._planned:
             check_step(_OP, q.shape[2], self._planned, sliding_window)
         if sliding_window is not None:

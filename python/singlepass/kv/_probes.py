@@ -125,7 +125,11 @@ class WindowProbes:
     def drop(self, length: int) -> None:
         """Forgets the tokens after the first ``length``."""
         self._settle()
-        self._keep(lambda place: place < length)
+        while self.queries and self.queries[-1].places[-1] >= length:
+            part = self.queries.pop()
+            if part.places[0] < length and (rest := part.only(lambda place: place < length)) is not None:
+                self.queries.append(rest)
+        self._settled = min(self._settled, len(self.queries))
 
     def _keep(self, wanted: Callable[[int], bool]) -> None:
         """Forgets all queries but those wanted."""

@@ -129,10 +129,11 @@ class Window:
 
     def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Where the next tokens go, keys and values. Whoever fills that calls :meth:`take`."""
+        keys, values = self.room
         begin, end = self.length, self.length + tokens
-        keys, values = (grown(held, 2, begin, end, self.size) for held in self.room)
-        self.room = keys, values
-        return keys[:, :, begin:end], values[:, :, begin:end]
+        if end > keys.shape[2]:
+            self.room = keys, values = grown(keys, 2, begin, end, self.size), grown(values, 2, begin, end, self.size)
+        return keys.narrow(2, begin, tokens), values.narrow(2, begin, tokens)
 
     def take(self, tokens: int, shown: Tensor | None = None) -> None:
         """Counts the tokens in the room reserved, as :meth:`append` does."""

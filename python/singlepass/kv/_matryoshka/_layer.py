@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._errors import require
-from .._checks import check_exact, check_needs_no_gradient, check_queries
+from ..._errors import message, require
+from .._checks import check_needs_no_gradient, check_queries, check_sinks
 from .._codec import Codec
 from .._layer import ZipCacheLayer
 from .._modes import lasting
@@ -201,7 +201,7 @@ class MatryoshkaLayer(GroupedTokens):
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         self._check_prompt(q, k, v, mask)
-        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        check_sinks(_OP, sinks, q)
         k, v = without_padding(k, v, mask)
         places = self._places(k, v, prompt=True)
         projected = self._project(k, v, places)
@@ -299,8 +299,9 @@ class MatryoshkaLayer(GroupedTokens):
         k, v = self._check_held()
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
-        require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
-        check_exact(_OP, "sinks", sinks, torch.float32, (q.shape[1],), q)
+        if q.dtype != k.dtype:
+            raise ValueError(message(_OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it."))
+        check_sinks(_OP, sinks, q)
         if self._planned:
             check_step(_OP, q.shape[2], self._planned, None)
         elif q.shape[2] > 1:
