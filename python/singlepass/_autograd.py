@@ -37,10 +37,10 @@ def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # a graph that looked at the level would be compiled anew where it changes
 def in_forward_mode() -> bool:
     """Whether tensors may have derivatives of forward mode."""
-    # In this order: a graph that looked at the level would be compiled anew where there is another.
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
 
 
 def has_tangent(t: Tensor | None) -> bool:

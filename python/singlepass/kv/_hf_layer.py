@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from .._errors import message, require
 from ._layer import ZipCacheLayer
-from ._masks import Read, read_mask
+from ._masks import CAUSAL, Read, read_mask
 from ._matryoshka._layer import MatryoshkaLayer
 from ._modes import cut, lasting
 from ._prompt import explicit_attention, masked_attention
@@ -32,6 +32,7 @@ NAME = "singlepass"
 TRANSFORM = "singlepass_transform"  # an attribute of attention modules: what keys and values become without a cache
 _WIDTH = "singlepass_width"  # an attribute of masks made here: how many tokens the attention_mask had, None without one
 _PLANNED = -1  # where keys begin, for masks of planned steps
+_HERE, _ANOTHER = f'attention "{NAME}"', "Choose another attention for this model."
 _CROP = (
     "Compressed tokens can't be removed: for prompt lookup and assisted decoding give the cache a window of as many "
     "tokens as there are candidates."
@@ -215,7 +216,8 @@ class CompressedLayer(CacheLayerMixin):
             its = None if padding is None else padding[:, :head]
             first = inner.prefill(q[:, :, :head], k[:, :, :head], v[:, :, :head], its, sinks=sinks)
             q, k, v = q[:, :, head:], k[:, :, head:], v[:, :, head:]
-        inner.make_room(tokens - head)
+        if tokens - head > 1:  # for one, append makes it
+            inner.make_room(tokens - head)
         inner.append(k, v, ended)
         out = inner.attend(q, sinks=sinks)
         return out if first is None else torch.cat((first, out), 2)
@@ -230,10 +232,11 @@ class CompressedLayer(CacheLayerMixin):
             return found[2]
         try:
             if mask is None:
-                contract = "a mask that hides padding, which the cache does not hold"
-                remedy = "Pass the attention_mask of the whole conversation."
-                require(not inner.holds_padding, self._shared.where, contract, "no mask", remedy)
-                return Read(None, True)
+                if inner.holds_padding:
+                    contract = "a mask that hides padding, which the cache does not hold"
+                    remedy = "Pass the attention_mask of the whole conversation."
+                    raise ValueError(message(self._shared.where, contract, "no mask", remedy))
+                return CAUSAL
             held = inner.token_mask() if inner.holds_padding else None
             batch, heads, tokens, _ = q.shape
             width, all_tokens = getattr(mask, _WIDTH, None), inner.length + tokens
@@ -343,8 +346,8 @@ def attention(
     if layer is None and softcap is None and sinks is None:
         options: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
-    where, remedy = f'attention "{NAME}"', "Choose another attention for this model."
-    require(bias is None, where, "no position bias with this cache, softcap or sinks", "a tensor", remedy)
+    if bias is not None:
+        raise ValueError(message(_HERE, "no position bias with this cache, softcap or sinks", "a tensor", _ANOTHER))
     if layer is None:
         if attention_mask is None and causal and query.shape[2] > 1:
             shape = (1, 1, query.shape[2], key.shape[2])
@@ -353,17 +356,21 @@ def attention(
         return out.transpose(1, 2).contiguous(), None
     k, v = layer.take()
     its = layer.inner.sliding_window
-    fits = local in (None, its)
-    require(fits, where, f"a sliding window {its}, as in the config", f"a sliding window {local}", remedy)
-    require(not dropout, where, "no dropout with a cache", dropout, "Call model.eval().")
-    known = causal or attention_mask is not None or k.shape[2] == 1
-    require(known, where, "causal attention with a cache", "attention in both directions", remedy)
+    if local is not None and local != its:
+        contract = f"a sliding window {its}, as in the config"
+        raise ValueError(message(_HERE, contract, f"a sliding window {local}", _ANOTHER))
+    if dropout:
+        raise ValueError(message(_HERE, "no dropout with a cache", dropout, "Call model.eval()."))
+    if not (causal or attention_mask is not None or k.shape[2] == 1):
+        raise ValueError(message(_HERE, "causal attention with a cache", "attention in both directions", _ANOTHER))
     layer.inner.scale, layer.inner.softcap = scaling, softcap or 0.0
     kind = query.device.type
     autocast = torch.is_autocast_enabled(kind)
     result = torch.get_autocast_dtype(kind) if autocast else query.dtype
     dtype = layer.stored_dtype(k, v)
-    q, k, v = query.to(dtype), k.to(dtype), v.to(dtype)
+    q = query
+    if not q.dtype == k.dtype == v.dtype == dtype:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if k.shape[2] > 1 and layer.inner.length:
         layer.check_positions(kwargs.get("position_ids"), attention_mask)
     sinks = None if sinks is None else sinks.flatten().float()
@@ -380,7 +387,7 @@ def padding_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if kwargs.get("kv_offset") == _PLANNED:
         given, remedy = kwargs.get("attention_mask"), "Leave it out: all tokens of such a step are tokens."
         contract, got = "no attention_mask in a planned step", None if given is None else tuple(given.shape)
-        require(given is None, f'attention "{NAME}"', contract, got, remedy)
+        require(given is None, _HERE, contract, got, remedy)
         return None
     mask, given = sdpa_mask(*args, **kwargs), kwargs.get("attention_mask")
     if mask is not None:

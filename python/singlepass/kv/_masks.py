@@ -29,6 +29,9 @@ class Read(NamedTuple):
     cached: Tensor | None = None
 
 
+CAUSAL = Read(None, True)
+
+
 def read_mask(
     mask: Tensor,
     before: int,

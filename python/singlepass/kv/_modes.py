@@ -11,8 +11,8 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .._autograd import TANGENT, has_tangent
-from .._errors import message, require
+from .._autograd import TANGENT, has_tangent, in_forward_mode
+from .._errors import message
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +61,8 @@ def cut(out: Tensor, *sources: Tensor) -> Tensor:
     Raises:
         ValueError: some of these have tangents of forward mode.
     """
-    plain = not any(map(has_tangent, sources))
-    require(plain, "singlepass.kv", "no derivative through compressed tokens", TANGENT, "Train without the cache.")
+    if in_forward_mode() and any(map(has_tangent, sources)):
+        contract = "no derivative through compressed tokens"
+        raise ValueError(message("singlepass.kv", contract, TANGENT, "Train without the cache."))
     needed = torch.is_grad_enabled() and any(x.requires_grad for x in sources)
     return _Cut.apply(out, *sources) if needed else out

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from .._errors import require
+from .._errors import message, require
 
 MOST_PLANNED = 16  # tokens of a step
 
@@ -54,8 +54,9 @@ class Planned:
                 self._planned = 0
 
     def _require_unplanned(self, call: str) -> None:
-        remedy = "Leave the step before."
-        require(not self._planned, type(self).__name__, "append and attend alone within a planned step", call, remedy)
+        if self._planned:
+            contract = "append and attend alone within a planned step"
+            raise ValueError(message(type(self).__name__, contract, call, "Leave the step before."))
 
     def _parts(self) -> Sequence[Planned]:
         """What it consists of, whose steps are planned before."""
