@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from math import ceil
 
@@ -25,12 +26,24 @@ NAMES = {"AdamW": "AdamW<false>", "AdaBelief": "AdaBelief<false>", "SGDSaI": "Sg
 OTHERS = ("HADD2.F32", "0x37fff001", "-0x2daee0ad")
 
 
+def accesses(kind: str, own: int, states: int, dtype: torch.dtype) -> list[tuple[str, int]]:
+    """Of so many spread vectors of that dtype and of float32: two each, of four elements."""
+    counts = Counter({f"{kind}.{32 * dtype.itemsize}": 2 * own})
+    counts[f"{kind}.128"] += 2 * states
+    return list(counts.items())
+
+
 def vectors(reads: str, updates: str, dtype: torch.dtype) -> Step:
-    """The loop over vectors of eight elements. Those of a 16-bit dtype are one access, others two; bfloat16 is decoded
-    by masks, four to a vector, and encoded by adding 0x7fff."""
+    """The loop over vectors of eight elements: two accesses each, or one of 16-bit elements without states. bfloat16 is
+    decoded by masks, four to a vector, and encoded by adding 0x7fff."""
     small = "pgh" if dtype == torch.bfloat16 else ""
-    loads, stores = (sum(1 if letter in small else 2 for letter in part) for part in (reads + updates, updates))
-    does = [("LDG.128", loads), ("STG.128", stores)]
+    does: list[tuple[str, int]] = []
+    for kind, part in (("LDG", reads + updates), ("STG", updates)):
+        own = sum(letter in small for letter in part)
+        if set(reads + updates) <= set(small):
+            does.append((f"{kind}.128", own))
+        else:
+            does += accesses(kind, own, len(part) - own, dtype)
     if small:
         encoded = sum(letter in small for letter in updates)
         decoded = sum(letter in small for letter in reads + updates)

@@ -22,7 +22,7 @@ from singlepass.bench.spectral.layers import (
 )
 
 from .gpus import Gpu
-from .optim import OTHERS
+from .optim import OTHERS, accesses
 from .paths import Step
 from .plan import IN_FLIGHT, PARTIALS, Plan, Work
 
@@ -51,20 +51,15 @@ def update(case: Case) -> list[Plan]:
     return [unit_vectors(vectors, case.dtype, of_element), not_negative(values, case.dtype, of_element)]
 
 
-def accesses(dtype: torch.dtype) -> tuple[int, int]:
-    """Of 16 bytes: those of a vector of parameters or gradients, and of states."""
-    return VECTOR * dtype.itemsize // 16, VECTOR * 4 // 16
-
-
 def step_kernel(dtype: torch.dtype) -> str:
     return f"unit_step_kernel<{str(dtype == torch.float32).lower()}, false>"  # which rounds to the nearest
 
 
 def updating(name: str, dtype: torch.dtype, stores: int, holds: int) -> Step:
-    """A loop over vectors that computes new elements and writes states; so many accesses more, and to shared memory."""
-    own, state = accesses(dtype)
-    does = ("LDG.128", 2 * own + STATES * state), ("STG.128", STATES * state + stores), ("STS.128", holds)
-    return converting(Step(name, does), dtype, decoded=2, encoded=int(stores > 0))
+    """A loop over vectors that computes new elements and writes states; so many vectors of parameters, too, and so many
+    accesses to shared memory."""
+    does = *accesses("LDG", 2, STATES, dtype), *accesses("STG", stores, STATES, dtype), ("STS.128", holds)
+    return converting(Step(name, does), dtype, decoded=2, encoded=stores)
 
 
 def converting(step: Step, dtype: torch.dtype, decoded: int, encoded: int) -> Step:
@@ -77,9 +72,9 @@ def converting(step: Step, dtype: torch.dtype, decoded: int, encoded: int) -> St
 
 def unit_vectors(tensors: list[tuple[int, int]], dtype: torch.dtype, of_element: float) -> Plan:
     """A block takes a few whole rows. Threads that a row has no vector for do nothing."""
-    own, _ = accesses(dtype)
     update = updating("update", dtype, stores=0, holds=2)
-    unit = converting(Step("unit", (("LDS.128", 2), ("STG.128", own))), dtype, decoded=0, encoded=1)
+    unit = Step("unit", (("LDS.128", 2), *accesses("STG", 1, 0, dtype)))
+    unit = converting(unit, dtype, decoded=0, encoded=1)
     steps = (Step("rows", inside=(update, unit)),)
     longest = max(columns for _, columns in tensors)
     work: list[Work] = []
@@ -100,7 +95,7 @@ def unit_vectors(tensors: list[tuple[int, int]], dtype: torch.dtype, of_element:
 
 
 def not_negative(values: list[int], dtype: torch.dtype, of_element: float) -> Plan:
-    step = updating("values", dtype, stores=accesses(dtype)[0], holds=0)
+    step = updating("values", dtype, stores=1, holds=0)
     work = Work((step,), {"values": values[0] / VECTOR / STEP_THREADS})
     moved = of_element * sum(values)
     return Plan("spectral/step", step_kernel(dtype), (work,), moved, len(values), STEP_THREADS, "values", 32 * VECTOR)
@@ -130,7 +125,7 @@ def scale(case: Case, shape: LayerShape) -> list[Plan]:
 def lorentz(case: Case, shape: LayerShape) -> list[Plan]:
     """A warp for each row, in two sweeps, of which the second finds in a cache what registers do not hold."""
     backward = case.op == LORENTZ_BACKWARD
-    access, _ = accesses(case.dtype)
+    access = VECTOR * case.dtype.itemsize // 16
     loads = access * (1 + backward)
     sums = Step("sums", (("LDG.128", loads), ("STG.128", 0)))
     result = Step("result", (("LDG.128", loads), ("STG.128", access)))

@@ -5,15 +5,15 @@
 #include "common/dtype.h"
 #include "common/reduce.h"
 
-// Elements between memory and registers, in one access or two of 16 bytes each. Where the dtype is a constant, nothing
-// is left of the branches on it; else all threads of a block take them alike, so that loops stand inside them.
+// Elements between memory and registers, in one access or two of up to 16 bytes each. Where the dtype is a constant,
+// nothing is left of the branches on it; else all threads of a block take them alike, so that loops stand inside them.
 namespace singlepass {
 
 inline constexpr int kVector = 8;
 
 // How a run of elements divides into vectors: eight neighbours each or, spread, four of the run's first half and the
-// four that stand as far into the second. For float32, whose vectors are two accesses each: spread, the lanes of a warp
-// are neighbours in both, which then touch half as many sectors.
+// four that stand as far into the second. For float32, whose vectors are two accesses each, and what stands beside it:
+// spread, the lanes of a warp are neighbours in both, which then touch half as many sectors.
 struct Vectors {
   bool spread;
   int64_t run = kWarp * kVector;  // a row, or what else a vector may not leave; without such, a warp's vectors
@@ -55,7 +55,22 @@ __device__ __forceinline__ void store_four(const uint32_t* bits, char* address) 
   *reinterpret_cast<uint4*>(address) = {bits[0], bits[1], bits[2], bits[3]};
 }
 
-// apart: Vectors::apart() of float32.
+__device__ __forceinline__ void load_two(const char* address, uint32_t* bits) {
+  const uint2 two = *reinterpret_cast<const uint2*>(address);
+  bits[0] = two.x, bits[1] = two.y;
+}
+
+// To global memory. nvcc would take two of four words that are stored elsewhere for the same store, and split the four.
+__device__ __forceinline__ void store_two(const uint32_t* bits, char* address) {
+#if defined(__CUDA_ARCH__)
+  const size_t global = __cvta_generic_to_global(address);
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(global), "r"(bits[0]), "r"(bits[1]) : "memory");
+#else
+  *reinterpret_cast<uint2*>(address) = {bits[0], bits[1]};
+#endif
+}
+
+// apart: Vectors::apart().
 template <int kWidth>
 __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, Raw<kWidth>& raw,
                                      int64_t apart = kVector / 2) {
@@ -63,9 +78,14 @@ __device__ __forceinline__ void load(const void* base, DType dtype, int64_t i, R
   if constexpr (kWidth == 1) {
     raw.bits[0] = dtype == DType::kFloat32 ? *reinterpret_cast<const uint32_t*>(address)
                                            : *reinterpret_cast<const uint16_t*>(address);
-  } else {
+  } else if (dtype == DType::kFloat32) {
     load_four(address, &raw.bits[0]);
-    if (dtype == DType::kFloat32) load_four(address + apart * sizeof(float), &raw.bits[4]);
+    load_four(address + apart * sizeof(float), &raw.bits[4]);
+  } else if (apart == kVector / 2) {
+    load_four(address, &raw.bits[0]);
+  } else {
+    load_two(address, &raw.bits[0]);
+    load_two(address + apart * sizeof(uint16_t), &raw.bits[2]);
   }
 }
 
@@ -79,9 +99,14 @@ __device__ __forceinline__ void store(const Raw<kWidth>& raw, DType dtype, void*
     } else {
       *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(raw.bits[0]);
     }
-  } else {
+  } else if (dtype == DType::kFloat32) {
     store_four(&raw.bits[0], address);
-    if (dtype == DType::kFloat32) store_four(&raw.bits[4], address + apart * sizeof(float));
+    store_four(&raw.bits[4], address + apart * sizeof(float));
+  } else if (apart == kVector / 2) {
+    store_four(&raw.bits[0], address);
+  } else {
+    store_two(&raw.bits[0], address);
+    store_two(&raw.bits[2], address + apart * sizeof(uint16_t));
   }
 }
 

@@ -27,19 +27,29 @@ __device__ __forceinline__ Rounding rounding_of(const TensorRecord& t, const Ste
 }
 
 // Rounds to bfloat16 at random. Element i of the whole tensor takes 16 random bits: half i % 2 of word (i % 8) / 2 of
-// Philox block i / 8. A vector begins at a block.
+// Philox block i / 8. A spread vector takes half of two blocks, and a neighbouring lane the other halves.
 template <int kWidth>
 __device__ __forceinline__ void round_stochastic(const float* values, int64_t i, const Rounding& rounding,
                                                  uint16_t* half) {
   i += rounding.offset;
-  const Philox4 random = philox4x32(rounding.seed, static_cast<uint64_t>(i) / kVector, rounding.stream);
+  const bool is_upper = i % kVector >= kVector / 2;  // half of a block
+  const int64_t drawn = kWidth > 1 && is_upper ? i + Vectors{true}.apart() : i;
+  const Philox4 random = philox4x32(rounding.seed, static_cast<uint64_t>(drawn) / kVector, rounding.stream);
+  uint32_t words[4] = {is_upper ? random.word[2] : random.word[0], is_upper ? random.word[3] : random.word[1]};
+  if constexpr (kWidth == 1) {
+    const uint32_t word = i % 4 < 2 ? words[0] : words[1];
+    half[0] = float_to_bfloat16_stochastic(values[0], i % 2 == 0 ? word & 0xffffu : word >> 16);
+  } else {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    const int lane = kWidth == 1 ? static_cast<int>(i % kVector) : k;
-    const uint32_t low = lane < 2 ? random.word[0] : random.word[1];
-    const uint32_t high = lane < 6 ? random.word[2] : random.word[3];
-    const uint32_t word = lane < 4 ? low : high;
-    half[k] = float_to_bfloat16_stochastic(values[k], lane % 2 == 0 ? word & 0xffffu : word >> 16);
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t other = __shfl_xor_sync(kAllLanes, is_upper ? random.word[k] : random.word[k + 2], 1);
+      words[k + 2] = is_upper ? words[k] : other;
+      words[k] = is_upper ? other : words[k];
+    }
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      half[k] = float_to_bfloat16_stochastic(values[k], k % 2 == 0 ? words[k / 2] & 0xffffu : words[k / 2] >> 16);
+    }
   }
 }
 
@@ -58,7 +68,10 @@ __device__ __forceinline__ Raw<kWidth> encode(const float* values, DType dtype, 
 template <class Rule, Pass pass, bool kFloat32>
 struct Tile {
   static constexpr Access kAccess = access<Rule, pass>();
-  static constexpr int kApart = Vectors{kFloat32}.apart();
+  // Beside states, which may be float32. All lanes of a warp have a vector, or none.
+  static constexpr bool kSpread = kFloat32 || kAccess.reads >= kState;
+  static_assert(kSpread || kAccess.writes == 0, "only spread vectors are rounded stochastically");
+  static constexpr int64_t kApart = Vectors{kSpread}.apart();
   const TensorRecord& t;
   const typename Rule::Coefficients& c;
   float factor;
@@ -183,8 +196,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr TouchedStates<Rule, pass> kStatesTouched = {};
   const int64_t begin = static_cast<int64_t>(chunk.index) * table.shape.chunk;
   const int64_t end = begin + table.shape.chunk < t.numel ? begin + table.shape.chunk : t.numel;
-  const int64_t vectors_end = is_aligned<Rule>(t) ? end - (end - begin) % Vectors{kFloat32}.unit() : begin;
-  for (int64_t i = begin + Vectors{kFloat32}.first(); i < vectors_end; i += blockDim.x * kVector) {
+  constexpr bool kSpread = Tile<Rule, pass, kFloat32>::kSpread;
+  const int64_t vectors_end = is_aligned<Rule>(t) ? end - (end - begin) % Vectors{kSpread}.unit() : begin;
+  for (int64_t i = begin + Vectors{kSpread}.first(); i < vectors_end; i += blockDim.x * kVector) {
     tile.template run<kVector>(i, kStatesTouched);
   }
   for (int64_t i = vectors_end + threadIdx.x; i < end; i += blockDim.x) tile.template run<1>(i, kStatesTouched);

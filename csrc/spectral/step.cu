@@ -13,6 +13,8 @@ namespace {
 
 using optim::TensorRecord;
 
+constexpr bool kSpread = true;  // vectors stand beside states, which may be float32
+
 struct LaunchOptions {
   StepOptions step;
   int held;  // elements of a row that shared memory has room for: all, or a multiple of Vectors::unit()
@@ -26,7 +28,7 @@ class Span {
                                   int held, const optim::Rounding& rounding)
       : t_(t), first_(first), c_(c), factor_(factor), held_(held), rounding_(rounding) {
     const bool has_vectors = optim::is_aligned<Rule>(t) && (!kStochastic || first % kVector == 0);
-    vectors_end_ = has_vectors ? t.numel - t.numel % Vectors{kFloat32}.unit() : 0;
+    vectors_end_ = has_vectors ? t.numel - t.numel % Vectors{kSpread}.unit() : 0;
   }
 
   // Projects the gradient: from here on, update() subtracts its part along the row, (g . p) p.
@@ -90,7 +92,7 @@ class Span {
   }
 
  private:
-  static constexpr int kApart = Vectors{kFloat32}.apart();
+  static constexpr int64_t kApart = Vectors{kSpread}.apart();
 
   // The elements of a vector, or one.
   template <int kWidth>
@@ -114,7 +116,7 @@ class Span {
   // Calls body for the thread's elements: vectors first, where the row is aligned, then single elements.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
-    for (int64_t i = Vectors{kFloat32}.first(); i < vectors_end_; i += blockDim.x * kVector) {
+    for (int64_t i = Vectors{kSpread}.first(); i < vectors_end_; i += blockDim.x * kVector) {
       body.template operator()<kVector>(i);
     }
     for (int64_t i = vectors_end_ + threadIdx.x; i < t_.numel; i += blockDim.x) body.template operator()<1>(i);
@@ -158,30 +160,25 @@ class Span {
     store(optim::encode<kWidth>(e.p, to, first_ + i, kStochastic, rounding_), to, t_.param, i, kApart);
   }
 
-  // Where element i is held. A vector is two float4. Of eight neighbours, first come the low ones of all vectors, then
-  // the high ones, so that the float4 which a warp accesses together are neighbours, without bank conflicts.
-  __device__ __forceinline__ float* held_at(int64_t i) const {
-    if constexpr (kFloat32) return dynamic_shared<float>() + i;
-    return dynamic_shared<float>() + (i % kVector / 4 * (held_ / kVector) + i / kVector) * 4 + i % 4;
-  }
-
   template <int kWidth>
   __device__ __forceinline__ void hold(int64_t i, const Element<kWidth>& e) const {
+    float* at = dynamic_shared<float>() + i;
     if constexpr (kWidth == 1) {
-      *held_at(i) = e.p[0];
+      *at = e.p[0];
     } else {
-      *reinterpret_cast<float4*>(held_at(i)) = {e.p[0], e.p[1], e.p[2], e.p[3]};
-      *reinterpret_cast<float4*>(held_at(i + kApart)) = {e.p[4], e.p[5], e.p[6], e.p[7]};
+      *reinterpret_cast<float4*>(at) = {e.p[0], e.p[1], e.p[2], e.p[3]};
+      *reinterpret_cast<float4*>(at + kApart) = {e.p[4], e.p[5], e.p[6], e.p[7]};
     }
   }
 
   template <int kWidth>
   __device__ __forceinline__ void give_back(int64_t i, Element<kWidth>& e) const {
+    const float* at = dynamic_shared<float>() + i;
     if constexpr (kWidth == 1) {
-      e.p[0] = *held_at(i);
+      e.p[0] = *at;
     } else {
-      const float4 low = *reinterpret_cast<const float4*>(held_at(i));
-      const float4 high = *reinterpret_cast<const float4*>(held_at(i + kApart));
+      const float4 low = *reinterpret_cast<const float4*>(at);
+      const float4 high = *reinterpret_cast<const float4*>(at + kApart);
       e.p[0] = low.x, e.p[1] = low.y, e.p[2] = low.z, e.p[3] = low.w;
       e.p[4] = high.x, e.p[5] = high.y, e.p[6] = high.z, e.p[7] = high.w;
     }
@@ -258,7 +255,7 @@ void step(const optim::DeviceTable& table, const Rule::Hyper& hyper, const StepO
           int64_t held) {
   if (table.chunk_count == 0) return;
   const auto round_up = [](int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; };
-  const int64_t row = round_up(table.longest_row, kVector), unit = Vectors{table.all_float32}.unit();
+  const int64_t row = round_up(table.longest_row, kVector), unit = Vectors{kSpread}.unit();
   // No more threads than the longest row has vectors, in whole warps; all threads if there are only singular values.
   const int64_t useful = row == 0 ? table.shape.threads : round_up(row / kVector, kWarp);
   const dim3 threads(static_cast<unsigned>(std::min<int64_t>(table.shape.threads, useful)));
