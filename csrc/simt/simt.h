@@ -60,7 +60,7 @@ inline cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::
   if (!within(grid.x, 0x7fffffffu) || !within(grid.y, 65535) || !within(grid.z, 65535))
     return cudaErrorInvalidConfiguration;
   if (!within(block.x, 1024) || !within(block.y, 1024) || !within(block.z, 64)) return cudaErrorInvalidConfiguration;
-  if (block.x * block.y * block.z > 1024) return cudaErrorInvalidConfiguration;
+  if (block.x * block.y * block.z > kMaxThreads) return cudaErrorInvalidConfiguration;
   const auto raised = device().dynamic_limit.find(kernel);
   const std::size_t limit = raised == device().dynamic_limit.end() ? kMaxStaticSharedBytes : raised->second;
   return dynamic_bytes <= limit ? cudaSuccess : cudaErrorInvalidValue;

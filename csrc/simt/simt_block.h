@@ -5,6 +5,8 @@
 // waits costs no switch: the fiber that has ended one thread goes on with the next.
 #pragma once
 
+#include <bit>
+#include <cstdint>
 #include <deque>
 #include <exception>
 #include <map>
@@ -31,6 +33,7 @@ inline dim3 gridDim{};
 namespace simt {
 
 constexpr unsigned kWarpSize = 32;
+constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr std::size_t kMaxStaticSharedBytes = 48 << 10;
 constexpr std::size_t kMaxSharedBytes = 227 << 10;
 
@@ -70,6 +73,12 @@ struct Thread {
   std::deque<Copy> copies;
 };
 
+struct Warp {
+  std::uint64_t order = 0;  // among the warps of the block, until the next barrier
+  unsigned absent = 0;      // lanes that have exited, or that the block does not have
+  unsigned waiting = 0;     // lanes in a collective
+};
+
 class Block {
  public:
   Block(uint3 index, void (*body)(void*), void* arguments, std::size_t dynamic_bytes, Random& random)
@@ -82,6 +91,8 @@ class Block {
     const unsigned count = blockDim.x * blockDim.y * blockDim.z;
     recorder_.add_shared(dynamic_.data(), dynamic_.bytes());
     threads_.resize(count);
+    warps_.resize((count + kWarpSize - 1) / kWarpSize);
+    if (count % kWarpSize != 0) warps_.back().absent = ~0u << count % kWarpSize;
     for (unsigned i = 0; i < count; ++i) {
       threads_[i].linear = i;
       threads_[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -148,29 +159,23 @@ class Block {
                                 std::source_location site) {
     [[maybe_unused]] const Recorder::InRuntime pause;
     Thread& self = *running_;
-    self.request = {op, mask, value, argument, width, 0};
-    wait_at(State::kInWarpCollective, site);
+    Warp& warp = warps_[self.linear / kWarpSize];
     const unsigned own_lane = self.linear % kWarpSize;
     const unsigned first = self.linear - own_lane;
+    self.request = {op, mask, value, argument, width, 0};
+    wait_at(State::kInWarpCollective, site);
     if ((mask >> own_lane & 1u) == 0) fail("a warp collective's mask leaves out the lane that calls it");
-    bool complete = true;
-    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-      if ((mask >> lane & 1u) == 0) continue;
-      if (first + lane >= threads_.size() || threads_[first + lane].state == State::kExited)
-        fail("a warp collective's mask names lane " + std::to_string(lane) + ", which is not there");
-      const Thread& other = threads_[first + lane];
-      const bool meets =
-          other.state == State::kInWarpCollective && other.request.op == op && other.request.mask == mask;
-      if (!meets && other.state == State::kInWarpCollective && (other.request.mask >> own_lane & 1u) != 0)
-        fail("lanes of one warp wait for each other in different collectives");
-      complete &= meets;
-    }
-    if (complete) {
+    if (const unsigned missing = mask & warp.absent; missing != 0)
+      fail("a warp collective's mask names lane " + std::to_string(std::countr_zero(missing)) + ", which is not there");
+    warp.waiting |= 1u << own_lane;
+    // Only the last lane to come looks at the others' requests: if each did, that would be most of what kernels cost.
+    if ((mask & ~warp.waiting) == 0 && all_meet(&threads_[first], own_lane)) {
       if (mask == ~0u) recorder_.meet(first, kWarpSize);
       for (unsigned lane = 0; lane < kWarpSize; ++lane)
         if (mask >> lane & 1u) threads_[first + lane].request.result = collective_result(&threads_[first], lane);
       for (unsigned lane = 0; lane < kWarpSize; ++lane)
         if (mask >> lane & 1u) release(threads_[first + lane]);
+      warp.waiting &= ~mask;
     }
     suspend();
     return self.request.result;
@@ -242,6 +247,7 @@ class Block {
       failure_ = std::current_exception();
     }
     thread.state = State::kExited;
+    warps_[thread.linear / kWarpSize].absent |= 1u << thread.linear % kWarpSize;
     ++exited_;
     yields_ = 0;
     if (failure_) return nullptr;
@@ -277,7 +283,7 @@ class Block {
   Thread* next() {
     if (upcoming_ != nullptr) return std::exchange(upcoming_, nullptr);
     if (ready_.empty()) return nullptr;
-    Thread* thread = &threads_[ready_.top().second];
+    Thread* thread = &threads_[ready_.top() % kMaxThreads];
     ready_.pop();
     return thread;
   }
@@ -285,18 +291,32 @@ class Block {
   // Until the next barrier: either any thread may come next, or one warp runs as far as it can before another starts.
   void draw_schedule() {
     warp_by_warp_ = random_() % 2 == 0;
-    warp_order_.resize((threads_.size() + kWarpSize - 1) / kWarpSize);
-    for (std::uint64_t& order : warp_order_) order = random_() << 32;
+    for (Warp& warp : warps_) warp.order = random_() << 32;
   }
 
   void enqueue(const Thread& thread) {
     const std::uint64_t draw = random_();
-    const std::uint64_t order = warp_by_warp_ ? warp_order_[thread.linear / kWarpSize] | draw >> 32 : draw;
-    ready_.emplace(order, thread.linear);
+    const std::uint64_t order = warp_by_warp_ ? warps_[thread.linear / kWarpSize].order | draw >> 32 : draw;
+    ready_.push(order / kMaxThreads * kMaxThreads + thread.linear);
   }
 
   static bool same(const std::source_location& a, const std::source_location& b) {
     return a.line() == b.line() && a.column() == b.column() && std::string_view(a.file_name()) == b.file_name();
+  }
+
+  // Whether the lanes that one lane's mask names, all of which wait, wait in the same collective.
+  bool all_meet(const Thread* warp, unsigned own_lane) const {
+    const WarpRequest& own = warp[own_lane].request;
+    bool all = true;
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+      if ((own.mask >> lane & 1u) == 0) continue;
+      const WarpRequest& other = warp[lane].request;
+      const bool meets = other.op == own.op && other.mask == own.mask;
+      if (!meets && (other.mask >> own_lane & 1u) != 0)
+        fail("lanes of one warp wait for each other in different collectives");
+      all &= meets;
+    }
+    return all;
   }
 
   std::uint64_t collective_result(const Thread* warp, unsigned lane) const {
@@ -379,10 +399,11 @@ class Block {
   std::size_t static_bytes_ = 0;
   Recorder recorder_;
 
-  using Ready = std::pair<std::uint64_t, unsigned>;
-  std::priority_queue<Ready, std::vector<Ready>, std::greater<>> ready_;
+  std::vector<Warp> warps_;
+
+  // Threads that may run, in the order that was drawn: the last bits of each number are the thread's own.
+  std::priority_queue<std::uint64_t, std::vector<std::uint64_t>, std::greater<>> ready_;
   bool warp_by_warp_ = false;
-  std::vector<std::uint64_t> warp_order_;
 
   Thread* running_ = nullptr;
   Thread* upcoming_ = nullptr;  // taken from ready_ by a fiber that could not start it itself
