@@ -27,6 +27,7 @@ settings.register_profile("short", _PATIENT, max_examples=25, derandomize=True, 
 settings.register_profile("long", _PATIENT, max_examples=1000)  # make test-deep
 settings.load_profile("short")
 
+TESTS = Path(__file__).parent
 REASONED = ("deep", "release", "slow")  # markers that say why
 
 
@@ -36,11 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Doctests:
-    """Those of modules whose package is missing are left out, as the tests of these modules are. Not a hook of this
-    file itself, which would be asked about tests/ alone."""
+    """Those of modules whose package is missing are left out, as the tests of these modules are; and what tests share
+    has none: looking for them would import in every worker what one test imports in a process of its own. Not a hook of
+    this file itself, which would be asked about tests/ alone."""
 
     @staticmethod
     def pytest_ignore_collect(collection_path: Path) -> bool | None:
+        if collection_path.suffix == ".py" and collection_path.is_relative_to(TESTS):
+            return True if not collection_path.name.startswith("test_") else None
         parts = collection_path.parts[-3:]
         needs_transformers = parts[:2] == ("singlepass", "kv") and parts[-1].startswith("_hf")
         needs_timm = parts == ("singlepass", "optim", "_timm.py")
