@@ -36,10 +36,6 @@ def installed(clean_python: Run, tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(tmp_path / "kept", folder)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
 @pytest.mark.slow("builds the wheel")
 def test_imports_away_from_the_repository(clean_python: Run, root: Path) -> None:
     report = json.loads(clean_python(REPORT))  # which also shows that importing prints nothing
@@ -57,24 +53,15 @@ def test_console_script_is_installed(clean_python: Run) -> None:
 
 
 @pytest.mark.slow("imports torch in a process of its own")
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (Path.unlink, "_C_cpu.so is missing from"),
-        (lambda path: path.write_text("not a library " * 100), "invalid ELF header"),
-        (lambda path: path.write_bytes(b""), "file too short"),
-        (truncate, "is truncated"),
-    ],
-    ids=["missing", "garbage", "empty", "truncated"],
-)
-def test_a_broken_library_does_not_break_the_import(
-    clean_python: Run, installed: Path, damage: Callable[[Path], object], reason: str
-) -> None:
-    damage(installed / "_C_cpu.so")
+def test_a_broken_library_does_not_break_the_import(clean_python: Run, installed: Path) -> None:
+    """One that is truncated. What is said of others does not depend on how the package is installed:
+    tests/test_native.py damages them in many ways, in its own process."""
+    library = installed / "_C_cpu.so"
+    library.write_bytes(library.read_bytes()[: library.stat().st_size // 2])
     report = json.loads(clean_python(REPORT))
     status = report["cpu"]
     assert not status["loaded"]
-    assert reason in status["reason"]
+    assert "is truncated" in status["reason"]
     assert "\n" not in status["reason"]
     (warned,) = report["warned"]
     assert status["reason"] in warned
