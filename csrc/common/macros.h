@@ -4,6 +4,8 @@
 // SINGLEPASS_HD marks mathematics that is compiled for the host and for the device.
 #if defined(__CUDACC__)
 #define SINGLEPASS_HD __host__ __device__ __forceinline__
+#elif defined(SINGLEPASS_SIMT)
+#define SINGLEPASS_HD inline  // as __forceinline__ is in simt/simt_types.h
 #else
 #define SINGLEPASS_HD inline __attribute__((always_inline))
 #endif
