@@ -31,9 +31,10 @@ SOURCES := $(shell find csrc -type f -not -path 'csrc/tests/*' -not -path 'csrc/
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ENVIRONMENT = $(PYTHON) tools/environment.py
 INSTALLS := tools/environment.py $(wildcard locks/*.txt)
-# Workers share the cores, so torch gets one thread in each. Triton's cache need not be in a home that may be read-only.
-PYTEST_RUN = OMP_NUM_THREADS=1 CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) TRITON_CACHE_DIR='$(CURDIR)/build/triton' \
-  python -m pytest -n $(JOBS) --dist loadgroup --durations 10
+# Workers share the cores, so torch gets one thread in each, and its compiler no processes of its own, which would import
+# torch again. Triton's cache need not be in a home that may be read-only.
+PYTEST_RUN = OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+  TRITON_CACHE_DIR='$(CURDIR)/build/triton' python -m pytest -n $(JOBS) --dist loadgroup --durations 10
 
 help:
 	@echo 'make setup        what all others begin with: .venv, and the package built into it'
