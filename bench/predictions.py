@@ -10,31 +10,51 @@ from typing import Any
 from .grid import Grid, number
 from .results import Run
 
+NOT_COUNTED = "not counted"
+
 
 def model_grid(model: dict[str, Any] | None, runs: Iterable[Run], family: str, size: str | None = None) -> Grid:
-    """A line for each case of a family, or of one of its sizes, and a column for each GPU."""
+    """A line for each case of a family, or of one of its sizes, and a column for each GPU. Below each, the same in
+    Triton, which older files do not have."""
     gpus = list(model["gpus"]) if model else []
     grid = Grid(f"{family}, predicted from counts, not measured: µs (share of the floor, limit)", ["case", *gpus])
     if model is None:
         return grid
     for row in model["rows"]:
         if row["family"] == family and size in (None, row["size"]):
-            cells = (row["gpus"][gpu] for gpu in gpus)
-            shown = (f"{number(cell['us'])} ({cell['share']:.2f}, {cell['binds']})" for cell in cells)
-            grid.lines.append([f"{row['op']}, {row['size']}, {row['dtype']}", *shown])
-    grid.notes = [f"Counted at commit {model['commit']} with nvcc {model['nvcc']}.", *calibration(model, runs)]
+            lines = [(f"{row['op']}, {row['size']}, {row['dtype']}", row["gpus"])]
+            lines += [("– in Triton", row["triton"])] if "triton" in row else []
+            grid.lines += [[label, *(shown(of_gpus[gpu]) for gpu in gpus)] for label, of_gpus in lines]
+    compilers = f"nvcc {model['nvcc']}" + (f" and Triton {model['triton']}" if "triton" in model else "")
+    grid.notes = [f"Counted at commit {model['commit']} with {compilers}.", *calibration(model, runs)]
+    if any(NOT_COUNTED in line for line in grid.lines):
+        cells = (cell for row in model["rows"] for cell in row["triton"].values())
+        reasons = {cell["not_counted"] for cell in cells if "us" not in cell}
+        grid.notes.insert(1, f"Not counted: {'; '.join(sorted(reasons))}.")
     return grid
 
 
+def shown(cell: dict[str, Any]) -> str:
+    if "us" not in cell:
+        return NOT_COUNTED
+    return f"{number(cell['us'])} ({cell['share']:.2f}, {cell['binds']})"
+
+
 def errors(model: dict[str, Any], run: Run) -> dict[str, list[float]]:
-    """By GPU, the predicted over the measured time of each case of ours that this run has on it, less 1."""
+    """By GPU, and by GPU in Triton, the predicted over the measured time of each case of ours that this run has on it,
+    less 1."""
     found: dict[str, list[float]] = {}
     predicted: dict[tuple[str, ...], dict[str, Any]]
-    predicted = {(r["family"], r["op"], r["size"], r["dtype"], "native"): r["gpus"] for r in model["rows"]}
+    predicted = {
+        (r["family"], r["op"], r["size"], r["dtype"], backend): r.get(key, {})
+        for r in model["rows"]
+        for key, backend in (("gpus", "native"), ("triton", "triton"))
+    }
     for row in run.rows:
         for gpu, cell in predicted.get(row.key, {}).items():
-            if row.median is not None and gpu in run.machine["device"]:
-                found.setdefault(gpu, []).append(cell["us"] / (1e3 * row.median) - 1.0)
+            if row.median is not None and gpu in run.machine["device"] and "us" in cell:
+                name = f"{gpu} in Triton" if row.provider == "triton" else gpu
+                found.setdefault(name, []).append(cell["us"] / (1e3 * row.median) - 1.0)
     return found
 
 

@@ -30,6 +30,7 @@ _WIDTH = re.compile(r"\.(?:(128|64|32)|[US](16|8))\b")
 DRIVER_SHARED = 1024  # bytes of shared memory of each block, on sm_80 and later
 STEP = 16  # bytes of an instruction
 NO_BARRIER = 7
+WGMMA = 0.62  # of the time that a Hopper's tensor cores take for the same products by mma.sync
 
 PIPES = {
     "fma": ("FADD", "FMUL", "FFMA", "FFMA2", "IMAD", "HADD2", "HMUL2", "HFMA2"),
@@ -39,8 +40,11 @@ PIPES = {
     ),
     "fp64": ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX"),
     "special": ("MUFU", "F2F", "F2I", "I2F", "FRND", "POPC", "FLO", "BREV"),
-    "lsu": ("LDG", "STG", "LDS", "STS", "LDSM", "LDGSTS", "LD", "ST", "SHFL", "ATOM", "ATOMG", "ATOMS", "RED", "REDG"),
-    "tensor": ("HMMA", "IMMA"),
+    "lsu": (
+        *("LDG", "STG", "LDS", "STS", "LDSM", "STSM", "LDGSTS", "LD", "ST", "SHFL", "ATOM", "ATOMG", "ATOMS", "RED"),
+        "REDG",
+    ),
+    "tensor": ("HMMA", "IMMA", "HGMMA"),
 }
 _PIPE_OF = {name: pipe for pipe, names in PIPES.items() for name in names}
 
@@ -87,6 +91,8 @@ class Instruction:
         pipe = "convert64" if self.is_convert64 else _PIPE_OF.get(self.op)
         if pipe is None:
             return None
+        if self.op == "HGMMA":  # each of four warps multiplies 16 rows
+            return pipe, WGMMA * int(self.name.split(".")[1].split("x")[1]) / 8
         if pipe == "tensor":
             halves = r"\.(1688|8816)(?!.*TF32)|\.16816\.[US]8"
             return pipe, 0.5 if re.search(halves, self.name) else 1.0
@@ -121,7 +127,7 @@ class Instruction:
         return tuple(barrier for barrier in range(6) if self.high >> 52 + barrier & 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One function of a cubin. shared: static. local: bytes of spilled registers and of arrays indexed at run time."""
 

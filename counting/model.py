@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from .roofline import predict, resident
 
 SCHEMA = 1
 PLANS = {"optim": optim.plans, "rational": rational.plans, "kv": kv.plans, "spectral": spectral.plans}
+UNKNOWN = {"UTCHMMA": "products by tcgen05, whose time cannot be read from machine code"}
+OnGpus = dict[str, list[Compiled]]
 
 
 def planned(gpu: Gpu) -> Iterator[tuple[Case, list[Plan]]]:
@@ -31,6 +35,10 @@ def planned(gpu: Gpu) -> Iterator[tuple[Case, list[Plan]]]:
         found = PLANS[case.family](case, gpu) if case.family in PLANS else []
         if found:
             yield case, found
+
+
+def on(gpu: Gpu, plans: list[Plan]) -> list[Compiled]:
+    return [plan.compiled(gpu.arch) for plan in plans]
 
 
 def counts(compiled: Compiled) -> dict[str, Any]:
@@ -52,13 +60,21 @@ def counts(compiled: Compiled) -> dict[str, Any]:
     }
 
 
-def row(case: Case, compiled: dict[str, list[Compiled]]) -> dict[str, Any]:
-    """A case on every GPU: the launches, one after the other."""
+def row(case: Case, compiled: OnGpus, in_triton: OnGpus) -> dict[str, Any]:
+    """A case on every GPU, in CUDA and in Triton."""
     of_case = {"family": case.family, "op": case.op, "size": case.size, "dtype": dtype_name(case.dtype)}
-    return of_case | {"gpus": {gpu.name: cell(gpu, case.bytes, compiled[gpu.name]) for gpu in GPUS}}
+    found = {"gpus": compiled, "triton": in_triton}
+    return of_case | {
+        key: {gpu.name: cell(gpu, case.bytes, launches[gpu.name]) for gpu in GPUS} for key, launches in found.items()
+    }
 
 
 def cell(gpu: Gpu, floor_bytes: int, launches: list[Compiled]) -> dict[str, Any]:
+    """The launches, one after the other; or why they are not counted."""
+    for c in launches:
+        unknown = next((UNKNOWN[i.op] for i in c.kernel.code if i.op in UNKNOWN), None)
+        if unknown is not None:
+            return {"not_counted": unknown}
     made = [c.launch(gpu) for c in launches]
     found = [predict(gpu, launch) for launch in made]
     us, floor = sum(p.us for p in found), gpu.microseconds(gpu.clocks(floor_bytes))
@@ -78,7 +94,15 @@ def cell(gpu: Gpu, floor_bytes: int, launches: list[Compiled]) -> dict[str, Any]
 
 
 def make(nvcc: str) -> dict[str, Any]:
-    """A prediction from the cubins as they are."""
+    """A prediction from the cubins as they are, and from what Triton makes of its kernels.
+
+    Raises:
+        ValueError: there is no Triton, or a kernel is not as it is described here.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("counting: expected Triton, whose kernels are counted, too; got none. Install it")
+    from . import triton
+
     commit, dirty = results.git_state()
     constants = {
         key: value for key, value in vars(roofline).items() if key.isupper() and isinstance(value, int | float | tuple)
@@ -88,6 +112,7 @@ def make(nvcc: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": f"{commit}{'+' * dirty}",
         "nvcc": nvcc,
+        "triton": version("triton"),
         "gpus": {gpu.name: asdict(gpu) for gpu in GPUS},
         "constants": constants,
         "kernels": [],
@@ -95,12 +120,11 @@ def make(nvcc: str) -> dict[str, Any]:
     }
     kernels: dict[tuple[str, str, str], dict[str, Any]] = {}
     for everywhere in zip(*(planned(gpu) for gpu in GPUS), strict=True):
-        compiled = {
-            gpu.name: [plan.compiled(gpu.arch) for plan in plans]
-            for gpu, (_, plans) in zip(GPUS, everywhere, strict=True)
-        }
-        out["rows"].append(row(everywhere[0][0], compiled))
-        for launches in compiled.values():
+        case = everywhere[0][0]
+        compiled = {gpu.name: on(gpu, plans) for gpu, (_, plans) in zip(GPUS, everywhere, strict=True)}
+        in_triton = {gpu.name: on(gpu, plans) for plans in (triton.plans(case),) for gpu in GPUS}
+        out["rows"].append(row(case, compiled, in_triton))
+        for launches in (*compiled.values(), *in_triton.values()):
             kernels |= {(c.plan.source, c.kernel.plain_name, c.kernel.arch): counts(c) for c in launches}
     out["kernels"] = list(kernels.values())
     return out
@@ -119,9 +143,11 @@ def changes(before: dict[str, Any], after: dict[str, Any], least: float = 0.005)
 
     def times(model: dict[str, Any]) -> dict[str, float]:
         return {
-            "/".join((row["family"], row["op"], row["size"], row["dtype"], gpu)): cell["us"]
+            "/".join((row["family"], row["op"], row["size"], row["dtype"], gpu, *backend)): cell["us"]
             for row in model["rows"]
-            for gpu, cell in row["gpus"].items()
+            for key, backend in (("gpus", ()), ("triton", ("triton",)))
+            for gpu, cell in row.get(key, {}).items()
+            if "us" in cell
         }
 
     old, new = times(before), times(after)

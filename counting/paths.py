@@ -80,10 +80,12 @@ class Path:
             found[pipe] = found.get(pipe, 0.0) + count
         return found
 
-    def clocks(self, times: Mapping[str, float], far: Callable[[str], float], near: float, name: str = "") -> float:
+    def clocks(
+        self, times: Mapping[str, float], far: Callable[[str, Instruction], float], near: float, name: str = ""
+    ) -> float:
         """Of one pass of a warp that is alone, after another one: what the compiler makes it wait between instructions,
         and what its barriers make it wait for results. These come after `near` clocks, what is loaded from global
-        memory in a loop after far(its name); the second half of a sector is then in the L1 cache."""
+        memory in a loop after far(its name, the load); the second half of a sector is then in the L1 cache."""
         ready: dict[int, float] = {}
         clock = began = 0.0
         for _ in range(2):
@@ -99,7 +101,7 @@ class Path:
                 clock = max([clock, *(ready.pop(barrier, 0.0) for barrier in i.waits)])
                 if i.sets is not None:
                     is_far = i.op in GLOBAL_LOADS and i.sector not in sectors
-                    ready[i.sets] = max(ready.get(i.sets, 0.0), clock + (far(name) if is_far else near))
+                    ready[i.sets] = max(ready.get(i.sets, 0.0), clock + (far(name, i) if is_far else near))
                     sectors.add(i.sector)
                 clock += i.stall
         return clock - began
@@ -164,17 +166,18 @@ class Paths:
         self.kernel = kernel
         self._flow = Flow(kernel)
 
-    def through(self, *steps: Step) -> Path:
+    def through(self, *steps: Step, does: tuple[tuple[str, int], ...] = ()) -> Path:
         """The way from the kernel's start to its end through these loops that has the fewest calls and, of those, the
-        fewest instructions.
+        fewest instructions. does: as of a step, what it does outside of loops.
 
         Raises:
             ValueError: no loop does what a step says, or no way leads through all.
         """
-        whole = Step("the kernel", inside=steps)
+        whole = Step("the kernel", does, inside=steps)
         found = self._way(self._flow.reached, 0, self._flow.loops, whole, is_loop=False)
         if found is None:
-            raise self._missing("a way through " + ", ".join(step.name for step in steps))
+            doing = f" that does {dict(does)}" if does else ""
+            raise self._missing(f"a way through {', '.join(step.name for step in steps) or 'no loop'}{doing}")
         return found
 
     def _missing(self, what: str) -> ValueError:

@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path as FilePath
 
 from . import cubins
-from .cubins import Kernel
+from .cubins import Instruction, Kernel
 from .gpus import Gpu
 from .paths import Inner, Path, Paths, Step
 from .roofline import SHORT_LATENCY, Launch, Warp
@@ -25,17 +25,20 @@ class Work:
     """What a share of the warps of a launch does: the loops that they run through, and how often.
 
     cached: of some loops, the share of passes whose loads another pass or warp has brought to the L2 cache before. All
-        loads outside of these loops come from there.
+        loads outside of these loops come from there, but for those with the mark `streamed`.
+    does: as of a step, what it does outside of loops, where branches are to be chosen.
     """
 
     steps: tuple[Step, ...]
     times: Mapping[str, float]
     share: float = 1.0
     cached: Mapping[str, float] = field(default_factory=dict)
+    streamed: str = ""
+    does: tuple[tuple[str, int], ...] = ()
 
-    def latency(self, l2: float, memory: float, loop: str) -> float:
+    def latency(self, l2: float, memory: float, loop: str, load: Instruction) -> float:
         """Clocks of a load in a loop, or outside of all for "", given those of the L2 cache and of memory."""
-        cached = self.cached.get(loop, 0.0) if loop else 1.0
+        cached = self.cached.get(loop, 0.0) if loop else float(self.streamed not in load.marks)
         return cached * l2 + (1.0 - cached) * memory
 
 
@@ -62,7 +65,8 @@ class Plan:
     source: the .cu file, as "family/stem". kernel: how its name begins, without namespaces.
     work: by kinds of warps; the hot loop is in the first. bytes: what must cross memory.
     threads, shared: of a block, the latter in bytes of dynamic shared memory.
-    hot: the loop whose passes the budgets are about. elements: how many a pass of a warp works on.
+    hot: the loop whose passes the budgets are about, or "" for all of a kernel without one. elements: how many a pass
+        of a warp works on.
     tail: what comes after the work.
     """
 
@@ -106,8 +110,8 @@ def kernel(source: str, arch: str, name: str) -> Kernel:
 
 
 @cache
-def _way(source: str, arch: str, name: str, steps: tuple[Step, ...]) -> Path:
-    return Paths(kernel(source, arch, name)).through(*steps)
+def _way(kernel: Kernel, steps: tuple[Step, ...], does: tuple[tuple[str, int], ...]) -> Path:
+    return Paths(kernel).through(*steps, does=does)
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,13 @@ class Compiled:
 
     def way(self, work: Work) -> Path:
         """Of a warp that does this."""
-        return _way(self.plan.source, self.kernel.arch, self.plan.kernel, work.steps)
+        return _way(self.kernel, work.steps, work.does)
 
     @property
     def hot(self) -> Inner:
         """The hot loop."""
-        return self.way(self.plan.work[0]).loop(self.plan.hot)
+        way = self.way(self.plan.work[0])
+        return way.loop(self.plan.hot) if self.plan.hot else Inner("", way)
 
     def hot_count(self, count: Callable[[Path], float]) -> float:
         """A count of one pass of the hot loop and the loops inside it, for each element."""
@@ -156,7 +161,7 @@ class Compiled:
             return 0.0
         l2 = gpu.l2_latency
         return sum(
-            sign * self.way(work).clocks(work.times, lambda _: l2, SHORT_LATENCY) for sign, work in self.plan.tail.both
+            sign * self.way(work).clocks(work.times, lambda *_: l2, SHORT_LATENCY) for sign, work in self.plan.tail.both
         )
 
     @property

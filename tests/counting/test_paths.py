@@ -192,15 +192,15 @@ def code(*lines: tuple[str, int, int | None, tuple[int, ...]]) -> tuple[Instruct
     ids=["stalls", "a load", "two at a time", "one after the other", "shared memory", "ahead"],
 )  # fmt: skip
 def test_clocks_of_a_pass(lines: tuple[tuple[str, int, int | None, tuple[int, ...]], ...], clocks: float) -> None:
-    assert Way(code(*lines)).clocks({}, lambda loop: 1000.0, 30.0) == clocks
+    assert Way(code(*lines)).clocks({}, lambda loop, load: 1000.0, 30.0) == clocks
 
 
 def test_clocks_of_loops_inside() -> None:
     """What is loaded before a loop comes while it runs."""
     loop = Inner("loop", Way(code(("FADD", 10, None, ()))), at=1)
     way = Way(code(("LDG.E", 1, 0, ()), ("FADD", 2, None, (0,))), (loop,))
-    assert way.clocks({"loop": 3}, lambda loop: 20.0, 0.0) == 1 + 30 + 2
-    assert way.clocks({"loop": 1}, lambda loop: 20.0, 0.0) == 20 + 2
+    assert way.clocks({"loop": 3}, lambda loop, load: 20.0, 0.0) == 1 + 30 + 2
+    assert way.clocks({"loop": 1}, lambda loop, load: 20.0, 0.0) == 20 + 2
 
 
 def test_an_unrolled_loop_runs_less_often() -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections import OrderedDict
+from collections.abc import Iterator
 
 import pytest
+
+from .recorded import Recorded
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["interpreted", "test_[!i]*.py"]
@@ -19,19 +21,9 @@ else:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch):
-    """Launches of steps, norms and tables on CPU tensors, which nothing runs."""
-    from singlepass.triton_kernels import _launch, _table
-    from singlepass.triton_kernels.optim import grad_norm
-    from singlepass.triton_kernels.optim import launchers as optim
+def recorded() -> Iterator[Recorded]:
+    """Launches on CPU tensors, which nothing runs."""
+    from counting.triton.recorder import recording
 
-    from .recorder import Recorder
-
-    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
-    monkeypatch.setattr(optim._plans, "_entries", OrderedDict())
-    monkeypatch.setattr(grad_norm._plans, "_entries", OrderedDict())
-    recorders = {}
-    for module, name in ((optim, "step_kernel"), (grad_norm, "grad_norm_kernel"), (_table, "list_chunks_kernel")):
-        recorders[name] = Recorder(getattr(module, name))
-        monkeypatch.setattr(module, name, recorders[name])
-    return {name: recorder.launches for name, recorder in recorders.items()}
+    with recording() as launches:
+        yield Recorded(launches)

@@ -21,6 +21,7 @@ from singlepass.kv import dequantize, probe_saliency, quantize
 from ..kv.inputs import attention
 from ..optim.steps import Mix, call, make_tensors, rule_of
 from ..simt.truth import CASES, Case
+from .recorded import Recorded
 from .test_launches import (
     call_exchange,
     call_lorentz,
@@ -28,9 +29,6 @@ from .test_launches import (
     call_rational,
     call_scale,
     call_spectral_step,
-    record_kv,
-    record_rational,
-    record_spectral,
 )
 
 ARCHS = [80, 90, 100, 120]
@@ -81,7 +79,7 @@ def check(
 
 @each_arch
 @pytest.mark.parametrize("case", RULES, ids=lambda case: case.id)
-def test_steps(case: Case, arch: int, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_steps(case: Case, arch: int, recorded: Recorded, tmp_path: Path) -> None:
     # Neighbouring rules and architectures take turns in dtypes: each rule has both, and so has each architecture.
     step(case, (FLOAT32, BFLOAT16)[(RULES.index(case) + ARCHS.index(arch)) % 2])
     for launch in recorded["step_kernel"]:
@@ -93,13 +91,13 @@ def test_steps(case: Case, arch: int, recorded: dict[str, list[Any]], tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("param", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_more_dtypes(param: torch.dtype, dtype: torch.dtype, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_more_dtypes(param: torch.dtype, dtype: torch.dtype, recorded: Recorded, tmp_path: Path) -> None:
     step(RULES[0], Mix(param, dtype, dtype))
     check(recorded["step_kernel"][0], 90, tmp_path)
 
 
 @each_arch
-def test_gradient_norm_and_table(arch: int, recorded: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_gradient_norm_and_table(arch: int, recorded: Recorded, tmp_path: Path) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     OPS["grad_norm"].on("triton")([torch.zeros(1, dtype=dtype) for dtype in dtypes])
     OPS["grad_squares"].on("triton")([torch.zeros(1)])
@@ -123,15 +121,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.slow("large kernels")
 @each_arch
 @pytest.mark.parametrize("name", RATIONAL)
-def test_rational(name: str, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rational(name: str, arch: int, recorded: Recorded, tmp_path: Path) -> None:
     options = dict(RATIONAL[name])
     turn = [*RATIONAL].index(name) + ARCHS.index(arch)
     x = torch.empty(options.pop("shape", (4096, 768)), dtype=DTYPES[turn % 3])
-    recorded = record_rational(monkeypatch)
     call_rational(x, tables=DTYPES[turn % 2], **options)
     # Sums of products are fused on purpose, and quotients within 2 ulp.
     otherwise = r"(?:add|sub|mul|fma|sqrt|rcp)\.\S*(?:ftz|approx|full)\S*|div\.(?:approx|\S*ftz)"
-    for launch in [launch for launches in recorded.values() for launch in launches]:
+    for launch in recorded.launches:
         ptx = check(launch, arch, tmp_path, otherwise)
         if launch.kernel is not recorded["finish_kernel"][0].kernel and name != "odd":
             assert re.search(r"ld\.global\S*\.v[248]\.b32", ptx), "tiles are loaded by vectors"
@@ -149,8 +146,7 @@ KV_CODECS = [("channel", None, False), ("token", None, True), ("token", 32, Fals
 
 @pytest.mark.slow("the largest kernel")
 @each_arch
-def test_kv_decode(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorded = record_kv(monkeypatch)
+def test_kv_decode(arch: int, recorded: Recorded, tmp_path: Path) -> None:
     name = [*KV_DECODE][ARCHS.index(arch)]
     attention(**KV_DECODE[name]).call("triton")
     for launch in [*recorded["decode_kernel"], *recorded["merge_kernel"]]:
@@ -162,10 +158,7 @@ def test_kv_decode(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @each_arch
 @pytest.mark.parametrize("axis", KV_CODECS, ids=str)
-def test_kv_codec(
-    axis: tuple[str, int | None, bool], arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    recorded = record_kv(monkeypatch)
+def test_kv_codec(axis: tuple[str, int | None, bool], arch: int, recorded: Recorded, tmp_path: Path) -> None:
     turn = KV_CODECS.index(axis) + ARCHS.index(arch)
     x = torch.zeros(1, 1, 64, 128, dtype=DTYPES[turn % 3])
     options = {} if axis[0] == "channel" else {"group": axis[1], "channel_separable": axis[2]}
@@ -177,8 +170,7 @@ def test_kv_codec(
 
 
 @each_arch
-def test_kv_saliency(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorded = record_kv(monkeypatch)
+def test_kv_saliency(arch: int, recorded: Recorded, tmp_path: Path) -> None:
     dtype, width = [(torch.bfloat16, 128), (torch.float16, 256), (torch.float32, 128), (torch.bfloat16, 80)][
         ARCHS.index(arch)
     ]
@@ -190,8 +182,7 @@ def test_kv_saliency(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 @each_arch
-def test_kv_projection(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorded = record_kv(monkeypatch)
+def test_kv_projection(arch: int, recorded: Recorded, tmp_path: Path) -> None:
     turn = ARCHS.index(arch)
     x = torch.zeros(1, 4, 100, (128, 256, 80, 512)[turn], dtype=DTYPES[turn % 3])
     call_projection(x, (64, 16), rotated=(0, 64)[turn % 2])
@@ -210,9 +201,8 @@ WIDTHS = [768, 4096, 16384, 0, 77, 9001]
 
 @each_arch
 @pytest.mark.parametrize("width", WIDTHS, ids=lambda width: f"width {width}")
-def test_spectral_step(width: int, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_spectral_step(width: int, arch: int, recorded: Recorded, tmp_path: Path) -> None:
     """Of short, middling and long rows, of misaligned ones, and of singular values (0)."""
-    recorded = record_spectral(monkeypatch)
     turn = WIDTHS.index(width) + ARCHS.index(arch)
     shape = (4, width) if width else (1000,)
     dtypes = DTYPES[turn % 3], DTYPES[turn // 2 % 3]
@@ -228,8 +218,7 @@ def test_spectral_step(width: int, arch: int, monkeypatch: pytest.MonkeyPatch, t
 
 @each_arch
 @pytest.mark.parametrize("columns", [32, 4096, 77], ids=lambda columns: f"{columns} columns")
-def test_spectral_rows(columns: int, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorded = record_spectral(monkeypatch)
+def test_spectral_rows(columns: int, arch: int, recorded: Recorded, tmp_path: Path) -> None:
     dtype = DTYPES[(columns + ARCHS.index(arch)) % 3]
     call_scale(4096, columns, dtype)
     call_lorentz(4096, columns, dtype)
@@ -242,8 +231,7 @@ def test_spectral_rows(columns: int, arch: int, monkeypatch: pytest.MonkeyPatch,
 
 
 @each_arch
-def test_spectral_exchange(arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorded = record_spectral(monkeypatch)
+def test_spectral_exchange(arch: int, recorded: Recorded, tmp_path: Path) -> None:
     call_exchange(100, 10, 50)
     for launch in recorded["draw_kernel"] + recorded["swap_kernel"]:
         check(launch, arch, tmp_path, SPECTRAL_ROUNDED_OTHERWISE)

@@ -11,16 +11,14 @@ from triton.backends.compiler import GPUTarget
 
 from singlepass._ops import OPS
 from singlepass.kv import dequantize, probe_saliency, quantize
-from singlepass.triton_kernels import _launch, _table
 from singlepass.triton_kernels._table import CHUNK, IS_ALIGNED
 from singlepass.triton_kernels.kv import launchers as kv
-from singlepass.triton_kernels.rational import launchers as rational
 from singlepass.triton_kernels.spectral import launchers as spectral
 
 from ..kv.inputs import Part, attention
 from ..optim.steps import Mix, call, make_tensors, rule_of
 from ..simt.truth import CASES, Case
-from .recorder import Recorder
+from .recorded import Recorded
 
 TARGET = GPUTarget("cuda", 90, 32)
 BY_ID = {case.id: case for case in CASES}
@@ -31,7 +29,7 @@ def step(case: Case, tensors: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize(("name", "launches"), [("adamw", 1), ("adan", 1), ("lamb", 2), ("lars", 2)])
-def test_one_launch_for_any_number_of_tensors(name: str, launches: int, recorded: dict[str, list[Any]]) -> None:
+def test_one_launch_for_any_number_of_tensors(name: str, launches: int, recorded: Recorded) -> None:
     tensors = make_tensors(BY_ID[name], [(1,)] * 298 + [(0,), (2 * CHUNK + 1,)], Mix())
     step(BY_ID[name], tensors)
     assert [launch.grid for launch in recorded["step_kernel"]] == [(302,)] * launches
@@ -41,7 +39,7 @@ def test_one_launch_for_any_number_of_tensors(name: str, launches: int, recorded
     assert len(recorded["list_chunks_kernel"]) == 1, "the table is kept"
 
 
-def test_one_launch_for_each_combination_of_dtypes(recorded: dict[str, list[Any]]) -> None:
+def test_one_launch_for_each_combination_of_dtypes(recorded: Recorded) -> None:
     parts = [make_tensors(BY_ID["lion"], [(5,), (6,)], mix) for mix in (Mix(), Mix(torch.bfloat16), Mix())]
     parts[0].params += parts[1].params + parts[2].params
     parts[0].grads += parts[1].grads + parts[2].grads
@@ -51,7 +49,7 @@ def test_one_launch_for_each_combination_of_dtypes(recorded: dict[str, list[Any]
     assert [launch.grid for launch in recorded["step_kernel"]] == [(4,), (2,)]
 
 
-def test_gradient_norm_launches(recorded: dict[str, list[Any]]) -> None:
+def test_gradient_norm_launches(recorded: Recorded) -> None:
     norm = OPS["grad_norm"].on("triton")
     grads = [torch.zeros(5), torch.zeros(2 * CHUNK), torch.zeros(0)]
     for _ in range(2):
@@ -63,7 +61,7 @@ def test_gradient_norm_launches(recorded: dict[str, list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_nothing_is_compiled_again(name: str, recorded: dict[str, list[Any]]) -> None:
+def test_nothing_is_compiled_again(name: str, recorded: Recorded) -> None:
     case, one = BY_ID[name], torch.ones(())
     mix = Mix(torch.bfloat16, torch.bfloat16)
 
@@ -92,7 +90,7 @@ def test_nothing_is_compiled_again(name: str, recorded: dict[str, list[Any]]) ->
     assert len({launch.specialization(TARGET)[2] for launch in recorded["list_chunks_kernel"]}) == 1
 
 
-def test_gradient_norm_is_not_compiled_again(recorded: dict[str, list[Any]]) -> None:
+def test_gradient_norm_is_not_compiled_again(recorded: Recorded) -> None:
     norm = OPS["grad_norm"].on("triton")
     for numel in (1, 16, 1000):
         for max_norm in (0.0, 1.0, 16.0):
@@ -102,7 +100,7 @@ def test_gradient_norm_is_not_compiled_again(recorded: dict[str, list[Any]]) -> 
 
 
 @pytest.mark.parametrize("shifted", ["params", "grads", "states"])
-def test_one_misaligned_tensor_keeps_its_record_from_vectors(shifted: str, recorded: dict[str, list[Any]]) -> None:
+def test_one_misaligned_tensor_keeps_its_record_from_vectors(shifted: str, recorded: Recorded) -> None:
     def shift(t: torch.Tensor) -> torch.Tensor:
         return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
 
@@ -112,43 +110,6 @@ def test_one_misaligned_tensor_keeps_its_record_from_vectors(shifted: str, recor
     step(BY_ID["adamw"], tensors)
     records = recorded["step_kernel"][0].args[0].view(3, -1)
     assert records[:, IS_ALIGNED.value].tolist() == [1, 0, 1]
-
-
-KV_KERNELS = (
-    *("codec_kernel", "decode_kernel", "merge_kernel", "log_sums_kernel", "column_sums_kernel"),
-    "project_kernel",
-)
-
-
-def record_kv(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What the launchers of the KV cache would launch."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
-    for op in OPS.values():
-        monkeypatch.setattr(op, "_obstacles", {})
-        monkeypatch.setattr(op, "_chosen", {})
-    recorders = {}
-    for name in (
-        "codec_kernel",
-        "decode_kernel",
-        "merge_kernel",
-        "log_sums_kernel",
-        "column_sums_kernel",
-        "project_kernel",
-    ):
-        recorders[name] = Recorder(getattr(kv, name))
-        monkeypatch.setattr(kv, name, recorders[name])
-    return {name: recorder.launches for name, recorder in recorders.items()}
-
-
-def record_rational(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What the launchers of rational activations would launch."""
-    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
-    recorders = {}
-    for name in ("forward_kernel", "backward_kernel", "finish_kernel"):
-        recorders[name] = Recorder(getattr(rational, name))
-        monkeypatch.setattr(rational, name, recorders[name])
-    return {name: recorder.launches for name, recorder in recorders.items()}
 
 
 def call_rational(
@@ -191,21 +152,20 @@ def call_rational(
     ids=str,
 )
 def test_rational_launches(
-    shape: tuple[int, ...], channel_dim: int, groups: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], channel_dim: int, groups: int, bias: bool, recorded: Recorded
 ) -> None:
-    recorded = record_rational(monkeypatch)
     call_rational(torch.empty(shape, dtype=torch.bfloat16), channel_dim=channel_dim, groups=(1, groups), bias=bias)
-    assert [len(launches) for launches in recorded.values()] == [1, 1, 1]
+    assert [len(launches) for launches in recorded.by_kernel().values()] == [1, 1, 1]
     partials = recorded["finish_kernel"][0].args[0]
     assert partials.nbytes <= 1 << 20
 
 
 @pytest.mark.slow("compiles kernels")
-def test_rational_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = record_rational(monkeypatch)
+def test_rational_is_not_compiled_again(recorded: Recorded) -> None:
 
     def variants() -> list[int]:
-        return [len({launch.specialization(TARGET)[2] for launch in launches}) for launches in recorded.values()]
+        by_kernel = recorded.by_kernel().values()
+        return [len({launch.specialization(TARGET)[2] for launch in launches}) for launches in by_kernel]
 
     for bias in (False, True):
         for rows in (16, 64, 65, 1000, 197 * 128):
@@ -221,9 +181,8 @@ def test_rational_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None
     assert all(count <= 2 * 5 * 3 for count in variants())
 
 
-def test_kv_decode_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_decode_is_not_compiled_again(recorded: Recorded) -> None:
     """Two launches for any number of segments, blocks and queries, and code for dtypes and layouts alone."""
-    recorded = record_kv(monkeypatch)
     for length in (1, 16, 17, 128):
         starts = tuple(range(0, 2 * length + 1, 2))  # of two slots at least, so that codes of 2 bits are aligned
         for batch, heads, group, queries in ((1, 1, 1, 1), (2, 1, 16, 1), (1, 16, 4, 5)):
@@ -236,8 +195,7 @@ def test_kv_decode_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow("compiles kernels")
-def test_kv_splits_depend_on_one_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = record_kv(monkeypatch)
+def test_kv_splits_depend_on_one_sequence_alone(recorded: Recorded) -> None:
     starts = tuple(range(1001))
     for batch, heads in ((1, 1), (3, 1), (1, 4)):
         attention((Part(4, starts),), batch=batch, heads=heads, width=16).call("triton")
@@ -245,8 +203,7 @@ def test_kv_splits_depend_on_one_sequence_alone(monkeypatch: pytest.MonkeyPatch)
         assert programs == batch * heads * (-(-1000 // kv.BLOCKS) + 1)
 
 
-def test_kv_codec_and_saliency_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = record_kv(monkeypatch)
+def test_kv_codec_and_saliency_are_not_compiled_again(recorded: Recorded) -> None:
     for batch, heads, length in ((1, 1, 1), (2, 16, 16), (3, 5, 1000)):
         x = torch.zeros(batch, heads, length, 32)
         for block in (1, 16, 500):
@@ -266,31 +223,12 @@ def call_projection(x: torch.Tensor, ranks: tuple[int, ...] = (32, 16), rotated:
     OPS["kv_project_"].on("triton")([x], bases, *turns, out, heads=list(range(x.shape[1])))
 
 
-def test_kv_projection_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_projection_is_not_compiled_again(recorded: Recorded) -> None:
     """For other lengths, batches and heads; each rank is a kernel of its own."""
-    recorded = record_kv(monkeypatch)
     for batch, length in ((1, 1), (2, 16), (3, 1000)):
         call_projection(torch.zeros(batch, 4, length, 32))
         call_projection(torch.zeros(batch, 4, length, 32), rotated=32)
     assert len({launch.specialization(TARGET)[2] for launch in recorded["project_kernel"]}) == 4
-
-
-SPECTRAL_KERNELS = (
-    *("step_kernel", "draw_kernel", "swap_kernel", "scale_kernel", "sum_parts_kernel"),
-    *("lorentz_kernel", "lorentz_backward_kernel", "sum_numbers_kernel"),
-)
-
-
-def record_spectral(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
-    """What the launchers of sparse spectral training would launch."""
-    monkeypatch.setattr(_launch, "is_interpreted", lambda: True)
-    monkeypatch.setattr(spectral, "_buckets", _launch.Cache())
-    recorders = {}
-    places = [(spectral, name) for name in SPECTRAL_KERNELS] + [(_table, "list_chunks_kernel")]
-    for module, name in places:
-        recorders[name] = Recorder(getattr(module, name))
-        monkeypatch.setattr(module, name, recorders[name])
-    return {name: recorder.launches for name, recorder in recorders.items()}
 
 
 def call_spectral_step(
@@ -332,20 +270,17 @@ def call_lorentz(rows: int, columns: int, dtype: torch.dtype = torch.float32) ->
     OPS["lorentz_backward"].on("triton")(z, z, log_scale, k=16.0, offset=4.5)
 
 
-def test_spectral_step_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = record_spectral(monkeypatch)
-    steps = recorded["step_kernel"]
+def test_spectral_step_launches(recorded: Recorded) -> None:
     call_spectral_step([(8, 768), (8, 1024), (3, 40)] * 20)
-    assert [launch.grid for launch in steps] == [(380,)], "a program for each row"
+    assert [launch.grid for launch in recorded["step_kernel"]] == [(380,)], "a program for each row"
     call_spectral_step([(8, 768), (8, 3072), (4, 8192), (2, 16384), (8, 4096)])
-    assert [launch.grid for launch in steps[1:]] == [(8,), (16,), (4,), (2,)]
+    assert [launch.grid for launch in recorded["step_kernel"]][1:] == [(8,), (16,), (4,), (2,)]
     call_spectral_step([(1024,), (2000,), (0,), (0, 8), (8, 0)])
     # Aligned ones and that of odd length; whatever has no element counts its step.
-    assert sum(launch.grid[0] for launch in steps[5:]) == 1 + 2 + 1 + 1 + 1
+    assert sum(launch.grid[0] for launch in recorded["step_kernel"][5:]) == 1 + 2 + 1 + 1 + 1
 
 
-def test_spectral_ops_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = record_spectral(monkeypatch)
+def test_spectral_ops_are_not_compiled_again(recorded: Recorded) -> None:
     for rows in (1, 16, 1000):
         for columns in (8, 16, 1000):
             call_spectral_step([(rows, columns)] * rows, lr=rows, eps=columns, grad_scale=torch.ones(2)[1:])
@@ -356,7 +291,7 @@ def test_spectral_ops_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) ->
             call_lorentz(rows, columns)
         for columns in (1, 16, 1000):
             call_exchange(columns + rows, rows, columns, torch.int8 if rows == 1 else torch.bfloat16)
-    for name, launches in recorded.items():
+    for name, launches in recorded.by_kernel().items():
         assert len({launch.specialization(TARGET)[2] for launch in launches}) == 1, name
     for columns in (*range(2, 700, 3), 2047, 2048, 2049, 5000, 9000, 100000):
         call_scale(3, columns)
@@ -368,8 +303,7 @@ def test_spectral_ops_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) ->
         assert len({launch.specialization(TARGET)[2] for launch in recorded[name]}) <= 2 * classes, name
 
 
-def test_spectral_sums_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorded = record_spectral(monkeypatch)
+def test_spectral_sums_take_little_memory(recorded: Recorded) -> None:
     for rows, columns in ((1 << 20, 32), (4096, 4096), (1 << 16, 1000), (100, 1 << 15)):
         call_scale(rows, columns)
         call_lorentz(rows, columns)

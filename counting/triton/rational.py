@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches of rational activations: a program for a part of a group's tiles."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from singlepass.bench.rational.activations import BACKWARD, FORWARD, GROUPS
+from singlepass.bench.registry import Case
+
+from ..paths import Step
+from ..plan import Plan, Work
+from .plan import ITEMSIZE, accesses, plan, summed
+from .recorder import Launch
+
+
+def plans(case: Case, launches: list[Launch]) -> list[Plan]:
+    partials = 4 * sum(launch.arguments["p_partials"].numel() for launch in launches if reads_partials(launch))
+    found: list[Plan] = []
+    for launch, moved in zip(launches, [*(p.bytes for p in case.passes), 0], strict=False):
+        if reads_partials(launch):
+            found.append(sum_up(launch, partials))
+        else:
+            found.append(tiles(launch, moved, partials))
+    return found
+
+
+def reads_partials(launch: Launch) -> bool:
+    return bool(launch.kernel.__name__ == "finish_kernel")
+
+
+def tiles(launch: Launch, moved: float, partials: float) -> Plan:
+    """Forward reads x, backward the gradient, too, and leaves partial sums."""
+    a = launch.arguments
+    backward = launch.kernel.__name__ == "backward_kernel"
+    each, size = a["BLOCK_R"] * a["BLOCK_C"] // launch.threads, ITEMSIZE[a["STORAGE"]]
+    does = summed(accesses("LDG", size, each, 1 + backward), accesses("STG", size, each))
+    times = {"units": a["units"] / a["unit_parts"], "tiles": a["tiles"] / a["tile_parts"]}
+    work = Work((Step("units", inside=(Step("tiles", does),)),), times)
+    return plan(launch, "rational", (work,), moved + partials * backward, "tiles", 32 * each)
+
+
+def sum_up(launch: Launch, partials: float) -> Plan:
+    """A program for each coefficient: that of a numerator, which all groups share, has the most to add."""
+    a = launch.arguments
+    each = a["BLOCK"] // launch.threads
+    shared, own = a["COUNT_A"], a["COUNT_B"] * GROUPS
+    step = Step("partials", (("LDG.32", each), ("DADD", each)))
+    work = tuple(
+        Work((step,), {"partials": ceil(groups * a["parts"] / a["BLOCK"])}, n / (shared + own), {"partials": 1.0})
+        for n, groups in ((shared, GROUPS), (own, 1))
+    )
+    return plan(launch, "rational", work, partials, "partials", 32 * each)
+
+
+PLANS = {FORWARD: plans, BACKWARD: plans}
