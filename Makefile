@@ -44,7 +44,7 @@ help:
 	@echo 'make test-newest  which newer releases of other packages break a test'
 	@echo 'make bench        measure against torch and other packages on this machine, in five minutes (FULL=1 for everything)'
 	@echo 'make gpu-proof    prove everything on this machine'"'"'s GPU, with the torch of $(PYTHON) (QUICK=1: what was predicted; ON=cpu rehearses)'
-	@echo 'make gpu-model    predict times on GPUs from the compiled kernels, without a GPU; needs nvcc'
+	@echo 'make gpu-model    predict times on GPUs from the compiled kernels, CUDA'"'"'s and Triton'"'"'s, without a GPU; needs nvcc'
 	@echo 'make gpu-bundle   pack what has to travel to a machine with a GPU'
 	@echo 'make core         the part without torch, and its C++ tests'
 	@echo 'make docs         the documentation site, in build/docs/html'
@@ -118,7 +118,7 @@ gpu-proof:
 gpu-model: $(PACKAGES)
 	@cmake -S . -B build/cmake --log-level=WARNING
 	@MAKEFLAGS= cmake --build build/cmake --target cubin_check -j$(JOBS)
-	@python -m counting --results $(RESULTS)
+	@TRITON_CACHE_DIR='$(CURDIR)/build/triton' python -m counting --results $(RESULTS)
 
 # Needs nvcc and a torch with CUDA, such as: make gpu-bundle VENV=.venv-cuda TORCH=torch==2.14.1
 gpu-bundle: $(PACKAGES)

@@ -44,6 +44,10 @@ def block(
 
         cuda = [run for run in (newest("cuda", family=options["family"]),) if run is not None]
         return predictions.model_grid(newest_model(), cuda, options["family"], options.get("size")).markdown()
+    if name == "fallback":
+        from . import predictions
+
+        return predictions.fallback_grid(newest_model()).markdown()
     if name == "summary":
         summary = tables.summary_grid(find)
         found = {family: run for family in FAMILIES if (run := find(family))}
@@ -65,7 +69,7 @@ def block(
         return "\n".join(g.markdown() for g in picked) or f"{NOT_MEASURED}\n"
     raise ValueError(
         "bench table: expected a marker machine, summary, tokens, checks, traffic, caches, training-memory, model, "
-        f"proof, predictions, support, plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. "
+        f"fallback, proof, predictions, support, plot, {', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}; got {name!r}. "
         "Correct the marker"
     )
 

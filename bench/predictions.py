@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from .grid import Grid, number
+from .grid import Grid, number, times
 from .results import Run
 
 NOT_COUNTED = "not counted"
@@ -32,6 +32,28 @@ def model_grid(model: dict[str, Any] | None, runs: Iterable[Run], family: str, s
         reasons = {cell["not_counted"] for cell in cells if "us" not in cell}
         grid.notes.insert(1, f"Not counted: {'; '.join(sorted(reasons))}.")
     return grid
+
+
+def fallback_grid(model: dict[str, Any] | None) -> Grid:
+    """Triton's time over CUDA's, a line for each op: the least and the most of its cases."""
+    gpus = list(model["gpus"]) if model else []
+    grid = Grid("Triton, predicted from counts, not measured: times CUDA's time, lowest to highest", ["op", *gpus])
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for row in model["rows"] if model else []:
+        for gpu, cell in row.get("triton", {}).items():
+            if "us" in cell:
+                of_op = ratios.setdefault(f"{row['family']}: {row['op']}", {})
+                of_op.setdefault(gpu, []).append(cell["us"] / row["gpus"][gpu]["us"])
+    for op, of_gpus in ratios.items():
+        grid.lines.append([op, *(span(of_gpus.get(gpu, [])) for gpu in gpus)])
+    return grid
+
+
+def span(ratios: list[float]) -> str:
+    if not ratios:
+        return NOT_COUNTED
+    low, high = times(min(ratios)), times(max(ratios))
+    return low if low == high else f"{low} to {high}"
 
 
 def shown(cell: dict[str, Any]) -> str:

@@ -121,7 +121,7 @@ def count(
     counted = functions.simt_finish_counting()
     requests = _array(counted.requests, counted.request_count, 5)
     sectors = _array(counted.sectors, counted.sector_count, 1)[:, 0]
-    owners = _Owners(tensors)
+    owners = Owners(tensors)
     by_request = owners.of(requests[:, 0], 1)
     stored = (sectors & 1).astype(bool)
     by_sector = owners.of((sectors >> 1 & (1 << _LAUNCH_SHIFT - 1) - 1).astype(np.int64) * SECTOR, SECTOR)
@@ -143,7 +143,7 @@ def _array(pointer: Any, rows: int, columns: int) -> NDArray[Any]:
     return np.ctypeslib.as_array(pointer, (rows, columns)).copy()
 
 
-class _Owners:
+class Owners:
     """To which buffer addresses belong: a number in ``names``."""
 
     def __init__(self, named: Tensors) -> None:

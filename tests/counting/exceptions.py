@@ -18,7 +18,7 @@ TOLERANCE = 0.01  # up to which a count is what stands here
 @dataclass(frozen=True)
 class Excess:
     """``subject``: what is counted, as a pattern; each that it matches has this ``count``: "<op>: <layout>" of traffic,
-    "<case> <launch> <architecture>" of instructions, "<entry>" of the host."""
+    "triton <op>: <layout>" of Triton's, "<case> <launch> <architecture>" of instructions, "<entry>" of the host."""
 
     subject: str
     measure: str
@@ -114,6 +114,16 @@ EXCEPTIONS = (
     Excess("lorentz: bfloat16", REPEATS, 1.031, _FIRST),
     Excess("lorentz_backward: float32", REPEATS, 1.021, _FIRST),
     Excess("lorentz_backward: bfloat16", REPEATS, 1.042, _FIRST),
+    # Triton, whose requests are those of programs for tiles.
+    Excess("triton lamb_step_: float32", BYTES, 1.429, _NORMS),
+    Excess("triton lars_step_: float32", BYTES, 1.4, _NORMS),
+    Excess("triton kv_quantize_: *", REPEATS, 1.79, _ENCODES),
+    Excess("triton kv_decode: *", REPEATS, 1.085, _SPLITS),
+    Excess("triton kv_saliency: *", BYTES, 1.99, _SOFTMAX),
+    Excess("triton kv_saliency: *", REPEATS, 2.5, _TILES),
+    Excess("triton spectral_sample: *", REPEATS, 1.913, _KEYS),
+    Excess("triton lorentz: *", REPEATS, 1.016, _FIRST),
+    Excess("triton lorentz_backward: *", REPEATS, 1.021, _FIRST),
     # Instructions of compiled kernels.
     Excess("optim/Ada[mMB]*/gpt2-small/bfloat16 0 *", NARROW, 14.0, _BESIDE),
     Excess("optim/DiffGrad/gpt2-small/bfloat16 0 *", NARROW, 14.0, _BESIDE),

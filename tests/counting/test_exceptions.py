@@ -9,10 +9,10 @@ from . import exceptions
 from .budgets import ALLOCATED, ARCHS, ATEN, BUDGETS, COPIED, HOST_BUDGETS
 from .exceptions import EXCEPTIONS, Excess, faults
 from .traffic_row import MEASURES
-from .traffic_table import ROWS
+from .traffic_table import ROWS, TRITON_ROWS
 
 # What is counted, by kind.
-OF_TRAFFIC = [str(row) for row in ROWS]
+OF_TRAFFIC = [*map(str, ROWS), *(f"triton {row}" for row in TRITON_ROWS)]
 OF_INSTRUCTIONS = [f"{budget.subject} {arch}" for budget in BUDGETS for arch in ARCHS]
 OF_THE_HOST = [budget.entry for budget in HOST_BUDGETS]
 
