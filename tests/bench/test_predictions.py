@@ -25,9 +25,9 @@ def prediction(us: float = 100.0, date: str = "2026-01-02") -> dict[str, Any]:
     }
 
 
-def measured(ms: float, device: str = "NVIDIA H100 80GB HBM3") -> results.Run:
-    key = ("optim", "Lion", "gpt2-small", "float32", "native")
-    row = results.Row(*key, column="native", status="ok", ms={"q50": ms})
+def measured(ms: float, device: str = "NVIDIA H100 80GB HBM3", provider: str = "native") -> results.Run:
+    key = ("optim", "Lion", "gpt2-small", "float32", provider)
+    row = results.Row(*key, column=provider, status="ok", ms={"q50": ms})
     return results.Run("2026-02-03", "def", False, {"kind": "cuda", "device": device}, {}, 3000.0, None, rows=[row])
 
 
@@ -41,9 +41,43 @@ def test_a_table_of_one_size() -> None:
     assert predictions.model_grid(None, [], "optim").lines == []
 
 
+def in_triton(us: float | None) -> dict[str, Any]:
+    """The same, with a kernel of Triton that takes so long, or that cannot be counted."""
+
+    def cell() -> dict[str, Any]:
+        known = {"us": us, "share": 0.25, "binds": "issue", "launches": []}
+        return known if us else {"not_counted": "no such products"}
+
+    model = prediction()
+    rows = [row | {"triton": {"H100": cell()}} for row in model["rows"]]
+    return model | {"triton": "3.7.1", "rows": rows}
+
+
+def test_triton_stands_below() -> None:
+    grid = predictions.model_grid(in_triton(200.0), [], "optim", "gpt2-small")
+    assert grid.lines[1:] == [["– in Triton", "200 (0.25, issue)"]]
+    assert grid.notes[0] == "Counted at commit abc with nvcc 13.0 and Triton 3.7.1."
+    grid = predictions.model_grid(in_triton(None), [], "optim", "gpt2-small")
+    assert grid.lines[1:] == [["– in Triton", "not counted"]]
+    assert grid.notes[1] == "Not counted: no such products."
+
+
+def test_what_the_fallback_costs() -> None:
+    slower = in_triton(200.0)
+    slower["rows"][1]["triton"]["H100"]["us"] = 250.0
+    assert predictions.fallback_grid(slower).lines == [["optim: Lion", "2.00x to 2.50x"]]
+    assert predictions.fallback_grid(in_triton(100.0)).lines == [["optim: Lion", "1.00x"]]
+    assert predictions.fallback_grid(in_triton(None)).lines == []
+    assert predictions.fallback_grid(prediction()).lines == []
+    assert predictions.fallback_grid(None).lines == []
+
+
 def test_measuring_calibrates_the_gpu_that_it_is_of() -> None:
     assert predictions.errors(prediction(), measured(0.08)) == {"H100": [0.25]}
     assert predictions.errors(prediction(), measured(0.08, "NVIDIA H200")) == {}
+    assert predictions.errors(in_triton(200.0), measured(0.08, provider="triton")) == {"H100 in Triton": [1.5]}
+    assert predictions.errors(in_triton(None), measured(0.08, provider="triton")) == {}
+    assert predictions.errors(prediction(), measured(0.08, provider="triton")) == {}
     (note,) = predictions.calibration(prediction(), [measured(0.08)])
     assert note.startswith("H100, measured on 2026-02-03: the predicted times of 1 cases are off by +25% in the median")
 
@@ -66,6 +100,9 @@ def test_changes_are_told() -> None:
     del before["rows"][1], after["rows"][1]
     assert model.changes(before, after) == ["optim/Lion/gpt2-small/float32/H100: 100.0 -> 110.0 µs (+10.0%)"]
     assert model.changes(before, prediction(100.2)) == ["optim/Lion/other/float32/H100: 100.2 µs, not predicted before"]
+    assert model.changes(in_triton(100.0), in_triton(110.0))[0] == (
+        "optim/Lion/gpt2-small/float32/H100/triton: 100.0 -> 110.0 µs (+10.0%)"
+    )
     assert model.changes(prediction(), before) == ["optim/Lion/other/float32/H100: no longer predicted"]
 
 

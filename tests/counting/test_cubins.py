@@ -61,6 +61,7 @@ def test_a_gap_is_an_error() -> None:
         ("HMMA.1688.F32.TF32", "HMMA", ("tensor", 1.0)),
         ("IMMA.16832.U8.S8", "IMMA", ("tensor", 1.0)),
         ("IMMA.16816.S8.S8", "IMMA", ("tensor", 0.5)),
+        ("HGMMA.64x64x8.F32.TF32", "HGMMA", ("tensor", 8 * cubins.WGMMA)),
         ("UIADD3", "UIADD3", None),
     ],
 )

@@ -130,6 +130,15 @@ def test_branches_are_chosen(kernels: dict[str, Kernel], wanted: tuple[tuple[str
 
 
 @needs_nvcc
+def test_branches_outside_of_loops_are_chosen(kernels: dict[str, Kernel]) -> None:
+    """The table that chooses among loops leads past all of them, too, unless something is to be loaded."""
+    paths = Paths(kernels["squares"])
+    assert not paths.through().loops
+    with pytest.raises(ValueError, match=r"expected a way through no loop that does \{'LDG.32': 1\} in squares"):
+        paths.through(does=(("LDG.32", 1),))
+
+
+@needs_nvcc
 def test_what_is_avoided(kernels: dict[str, Kernel]) -> None:
     paths = Paths(kernels["either"])
     assert paths.through(Step("loop", (("LDG.32", 1),), avoids=("MUFU",))).loop("loop").path.count("MUFU") == 0
