@@ -15,32 +15,29 @@ from .recorder import Launch
 
 
 def plans(case: Case, launches: list[Launch]) -> list[Plan]:
-    partials = 4 * sum(launch.arguments["p_partials"].numel() for launch in launches if reads_partials(launch))
-    found: list[Plan] = []
-    for launch, moved in zip(launches, [*(p.bytes for p in case.passes), 0], strict=False):
-        if reads_partials(launch):
-            found.append(sum_up(launch, partials))
-        else:
-            found.append(tiles(launch, moved, partials))
-    return found
+    """Those over tiles, one for each pass over memory; backward leaves partial sums, which a third one adds up."""
+    passes = launches[: len(case.passes)]
+    found = [tiles(launch, moved.bytes) for launch, moved in zip(passes, case.passes, strict=True)]
+    return found + [sum_up(launch) for launch in launches[len(passes) :]]
 
 
-def reads_partials(launch: Launch) -> bool:
-    return bool(launch.kernel.__name__ == "finish_kernel")
+def partials(launch: Launch) -> int:
+    """Bytes of partial sums."""
+    return int(launch.arguments["p_partials"].nbytes) if "p_partials" in launch.arguments else 0
 
 
-def tiles(launch: Launch, moved: float, partials: float) -> Plan:
-    """Forward reads x, backward the gradient, too, and leaves partial sums."""
+def tiles(launch: Launch, moved: float) -> Plan:
+    """Forward reads x, backward the gradient, too."""
     a = launch.arguments
-    backward = launch.kernel.__name__ == "backward_kernel"
+    backward = "a_grad" in a
     each, size = a["BLOCK_R"] * a["BLOCK_C"] // launch.threads, ITEMSIZE[a["STORAGE"]]
     does = summed(accesses("LDG", size, each, 1 + backward), accesses("STG", size, each))
     times = {"units": a["units"] / a["unit_parts"], "tiles": a["tiles"] / a["tile_parts"]}
     work = Work((Step("units", inside=(Step("tiles", does),)),), times)
-    return plan(launch, "rational", (work,), moved + partials * backward, "tiles", 32 * each)
+    return plan(launch, "rational", (work,), moved + partials(launch), "tiles", 32 * each)
 
 
-def sum_up(launch: Launch, partials: float) -> Plan:
+def sum_up(launch: Launch) -> Plan:
     """A program for each coefficient: that of a numerator, which all groups share, has the most to add."""
     a = launch.arguments
     each = a["BLOCK"] // launch.threads
@@ -50,7 +47,7 @@ def sum_up(launch: Launch, partials: float) -> Plan:
         Work((step,), {"partials": ceil(groups * a["parts"] / a["BLOCK"])}, n / (shared + own), {"partials": 1.0})
         for n, groups in ((shared, GROUPS), (own, 1))
     )
-    return plan(launch, "rational", work, partials, "partials", 32 * each)
+    return plan(launch, "rational", work, partials(launch), "partials", 32 * each)
 
 
 PLANS = {FORWARD: plans, BACKWARD: plans}
