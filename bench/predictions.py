@@ -25,13 +25,17 @@ def model_grid(model: dict[str, Any] | None, runs: Iterable[Run], family: str, s
             lines = [(f"{row['op']}, {row['size']}, {row['dtype']}", row["gpus"])]
             lines += [("– in Triton", row["triton"])] if "triton" in row else []
             grid.lines += [[label, *(shown(of_gpus[gpu]) for gpu in gpus)] for label, of_gpus in lines]
-    compilers = f"nvcc {model['nvcc']}" + (f" and Triton {model['triton']}" if "triton" in model else "")
-    grid.notes = [f"Counted at commit {model['commit']} with {compilers}.", *calibration(model, runs)]
+    grid.notes = [origin(model), *calibration(model, runs)]
     if any(NOT_COUNTED in line for line in grid.lines):
         cells = (cell for row in model["rows"] for cell in row["triton"].values())
         reasons = {cell["not_counted"] for cell in cells if "us" not in cell}
         grid.notes.insert(1, f"Not counted: {'; '.join(sorted(reasons))}.")
     return grid
+
+
+def origin(model: dict[str, Any]) -> str:
+    compilers = f"nvcc {model['nvcc']}" + (f" and Triton {model['triton']}" if "triton" in model else "")
+    return f"Counted at commit {model['commit']} with {compilers}."
 
 
 def fallback_grid(model: dict[str, Any] | None) -> Grid:
@@ -44,6 +48,8 @@ def fallback_grid(model: dict[str, Any] | None) -> Grid:
             if "us" in cell:
                 of_op = ratios.setdefault(f"{row['family']}: {row['op']}", {})
                 of_op.setdefault(gpu, []).append(cell["us"] / row["gpus"][gpu]["us"])
+    if model is not None and ratios:
+        grid.notes = [origin(model)]
     for op, of_gpus in ratios.items():
         grid.lines.append([op, *(span(of_gpus.get(gpu, [])) for gpu in gpus)])
     return grid

@@ -65,7 +65,9 @@ def test_triton_stands_below() -> None:
 def test_what_the_fallback_costs() -> None:
     slower = in_triton(200.0)
     slower["rows"][1]["triton"]["H100"]["us"] = 250.0
-    assert predictions.fallback_grid(slower).lines == [["optim: Lion", "2.00x to 2.50x"]]
+    grid = predictions.fallback_grid(slower)
+    assert grid.lines == [["optim: Lion", "2.00x to 2.50x"]]
+    assert grid.notes == ["Counted at commit abc with nvcc 13.0 and Triton 3.7.1."]
     assert predictions.fallback_grid(in_triton(100.0)).lines == [["optim: Lion", "1.00x"]]
     assert predictions.fallback_grid(in_triton(None)).lines == []
     assert predictions.fallback_grid(prediction()).lines == []
