@@ -85,7 +85,8 @@ class Path:
     ) -> float:
         """Of one pass of a warp that is alone, after another one: what the compiler makes it wait between instructions,
         and what its barriers make it wait for results. These come after `near` clocks, what is loaded from global
-        memory in a loop after far(its name, the load); the second half of a sector is then in the L1 cache."""
+        memory in a loop after far(its name, the load); the second half of a sector is then in the L1 cache. Copies to
+        shared memory that run ahead are taken to be there in time."""
         ready: dict[int, float] = {}
         clock = began = 0.0
         for _ in range(2):

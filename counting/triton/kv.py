@@ -14,7 +14,7 @@ from ..plan import Plan, Work
 from .plan import ITEMSIZE, accesses, plan, summed
 from .recorder import Launch
 
-PACKED = (1 << 62) - 1  # what arguments.unspecialized() leaves of an integer, which is twice as large
+PACKED = (1 << 62) - 1  # the bits in which arguments.unspecialized() puts twice an integer, and one
 
 
 def codec(case: Case, launches: list[Launch]) -> list[Plan]:
@@ -24,21 +24,17 @@ def codec(case: Case, launches: list[Launch]) -> list[Plan]:
     found: list[Plan] = []
     for (part, by_channels), launch in zip(parts, launches, strict=True):
         a = launch.arguments
-        tokens = a["TILE"] * a["BLOCK_W"]  # bytes of a tile's codes, which have 8 / bits channels each
-        each = tokens * 8 // part.bits // launch.threads
-        size = ITEMSIZE[a["STORAGE"]]
-        times = ceil(part.slots / ceil(part.slots / part.block)) / a["TILE"]
+        codes = a["TILE"] * a["BLOCK_W"] // launch.threads  # bytes of a thread, of a tile
+        each, size = codes * 8 // part.bits, ITEMSIZE[a["STORAGE"]]
+        tiles = ceil(part.slots / ceil(part.slots / part.block)) / a["TILE"]
         if a["QUANTIZE"]:
-            loads, words = accesses("LDG", size, each), accesses("STG", 1, tokens // launch.threads)
-            # Float16 scales of tokens are stored one by one.
-            steps: tuple[Step, ...] = Step("first", loads, avoids=(words[0][0],)), Step("codes", summed(loads, words))
-            moved = kv.encode(part, by_channels, case.dtype.itemsize).bytes
+            loads, stores = accesses("LDG", size, each), accesses("STG", 1, codes)
+            steps: tuple[Step, ...] = Step("first", loads, avoids=(stores[0][0],)), Step("codes", summed(loads, stores))
+            moved, cached = kv.encode(part, by_channels, case.dtype.itemsize).bytes, {"codes": 1.0}
         else:
-            does = summed(accesses("LDG", 1, tokens // launch.threads), accesses("STG", size, each))
-            steps = (Step("codes", does),)
-            moved = kv.restore(part, by_channels).bytes
-        cached = {"codes": 1.0} if a["QUANTIZE"] else {}
-        work = Work(steps, {"first": times, "codes": times}, cached=cached)
+            steps = (Step("codes", summed(accesses("LDG", 1, codes), accesses("STG", size, each))),)
+            moved, cached = kv.restore(part, by_channels).bytes, {}
+        work = Work(steps, {"first": tiles, "codes": tiles}, cached=cached)
         found.append(plan(launch, "kv", (work,), moved, "codes", 32 * each))
     return found
 

@@ -32,6 +32,7 @@ def launches(name: str, dtype: torch.dtype) -> list[Launch]:
 
 
 def plans(case: Case) -> list[Plan]:
+    """One for each pass over memory; a program takes full tiles of its chunk, and what is left of the last."""
     model, recorded = MODELS[case.size], launches(case.op, case.dtype)
     sizes = [torch.Size(shape).numel() for shape in model.shapes]
     blocks = sum(ceil(size / CHUNK) for size in sizes)

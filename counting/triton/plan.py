@@ -61,8 +61,7 @@ def _compiled(launch: Launch, arch: str) -> Kernel:
             path.write_bytes(compiled.asm["cubin"])
             (kernel,) = cubins.read(path).values()
         # Triton asks for all of its shared memory when it launches.
-        named = replace(kernel, name=name_of(launch), shared=compiled.metadata.shared)
-        _kernels[compiled.hash, arch] = named
+        _kernels[compiled.hash, arch] = replace(kernel, name=name_of(launch), shared=compiled.metadata.shared)
     return _kernels[compiled.hash, arch]
 
 
@@ -73,9 +72,9 @@ def accesses(kind: str, itemsize: int, elements: int, tensors: int = 1) -> tuple
     return ((f"{kind}.{min(128, 8 * size)}", tensors * max(1, size // 16)),)
 
 
-def alone(kind: str, itemsize: int, elements: int, tensors: int = 1) -> tuple[tuple[str, int], ...]:
-    """The same where each element is an access."""
-    return ((f"{kind}.{8 * itemsize}", tensors * elements),)
+def alone(kind: str, itemsize: int, elements: int) -> tuple[tuple[str, int], ...]:
+    """The same of one tensor, where each element is an access."""
+    return ((f"{kind}.{8 * itemsize}", elements),)
 
 
 def summed(*parts: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
