@@ -184,7 +184,7 @@ class WindowAttention {
   template <DType kDType>
   __device__ __forceinline__ void add_values(int first, int last, const float (&columns)[kGroups][4][2]) {
     constexpr int kCount = Channels<kDType>::kCount;
-    constexpr int kUnrolled =
+    [[maybe_unused]] constexpr int kUnrolled =                // by compilers that ignore the pragma
         kDType == DType::kFloat32 ? 1 : 4 * kParts / kCount;  // float32, which is rarer, saves code
     const int channels = kWidth > 0 ? kWidth : static_cast<int>(work_.channels(p_));
     const char* tokens[8];

@@ -22,7 +22,7 @@ using namespace singlepass::optim;
 const ParallelFor kSerial = [](std::int64_t n, const std::function<void(std::int64_t, std::int64_t)>& body) {
   body(0, n);
 };
-const Gpu kGpu = {"optim_test", nullptr, nullptr};
+const Gpu kGpu = {"optim_test", nullptr, nullptr, nullptr};
 
 template <class Rule>
 typename Rule::Hyper hyper();

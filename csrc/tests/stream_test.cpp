@@ -57,7 +57,7 @@ TEST(the_cpu_stream_reads_everything_and_changes_nothing) {
 
 TEST(the_cuda_stream_reads_everything_and_changes_nothing) {
   check_stream([](const auto& reads, const auto& updates,
-                  std::int64_t n) { stream(reads, updates, n, Gpu{"stream_", nullptr, nullptr}); },
+                  std::int64_t n) { stream(reads, updates, n, Gpu{"stream_", nullptr, nullptr, nullptr}); },
                {0, 1, 7, 1024, 3001});
 }
 

@@ -40,6 +40,18 @@ def test_every_kernel_compiles_for_every_architecture_without_spills() -> None:
     assert expected <= {path.name for path in cubin_folder().glob("*.cubin")}
 
 
+@pytest.mark.slow("starts nvcc")
+def test_a_warning_about_a_kernel_fails(tmp_path: Path) -> None:
+    source = tmp_path / "kernel.cu"
+    source.write_text("__global__ void kernel(float* x) {\n  int unused;\n  x[0] = 1.0f;\n}\n")
+    settings = {"NVCC": NVCC, "ARCH": 90, "SOURCE": source, "CUBIN": tmp_path / "cubin", "FLAGS": ";".join(NVCC_FLAGS)}
+    script = ROOT / "csrc" / "tests" / "cubin_check.cmake"
+    command = ["cmake", *(f"-D{name}={value}" for name, value in settings.items()), "-P", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert 'variable "unused" was declared but never' in done.stderr
+
+
 @pytest.mark.slow("nvcc compiles a kernel for two architectures")
 @pytest.mark.parametrize("kernel", ["decode", "project", "saliency"])
 def test_products_without_tensor_cores_do_not_blow_up_a_kernel(kernel: str, tmp_path: Path) -> None:

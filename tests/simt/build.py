@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 # Set in a process that runs under sanitizers: its modules are built already, and need their run time loaded first.
 MODULE_FOLDER = "SINGLEPASS_TEST_CORE_FOLDER"
-GCC = "12"  # whose accesses are counted
+GCC = "12"  # of CI: its accesses are counted, and its warnings are errors
 EVERY = "SINGLEPASS_TEST_EVERY"  # and runs one case in so many of each test
 
 
@@ -29,14 +29,14 @@ def _run(*command: str | Path) -> str:
     return done.stdout
 
 
-def _tool(name: str) -> str | None:
+def tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 @functools.cache
 def build(sanitize: bool, target: str = "all") -> Path:
     """The build folder, up to date. Skips the test where there is nothing to build with; a failed build fails it."""
-    cmake = _tool("cmake")
+    cmake = tool("cmake")
     if cmake is None:
         pytest.skip("no CMake on PATH")
     if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
@@ -56,7 +56,7 @@ def build(sanitize: bool, target: str = "all") -> Path:
 @functools.cache
 def cubin_folder() -> Path:
     """The cubins of all kernels for all architectures, up to date. Skips the test where there is no CMake."""
-    cmake = _tool("cmake")
+    cmake = tool("cmake")
     if cmake is None:
         pytest.skip("no CMake on PATH")
     folder = ROOT / "build" / "cmake"
@@ -69,22 +69,25 @@ def cubin_folder() -> Path:
     return folder / "cubin"
 
 
+def gcc_version() -> str | None:
+    """The major version of the C++ compiler, if that is GCC."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or "Free Software" not in _run(compiler, "--version"):
+        return None
+    return _run(compiler, "-dumpversion").strip().partition(".")[0]
+
+
 def build_counting() -> Path:
     """The build folder, with the ops that count what kernels do to memory. Skips the test with another compiler than
     the one of the counts: another may keep in a register what this one loads."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    found = "" if compiler is None else _run(compiler, "--version")
-    version = (
-        _run(compiler, "-dumpversion").strip().partition(".")[0] if compiler and "Free Software" in found else "none"
-    )
-    if version != GCC:
-        pytest.skip(f"accesses are counted as GCC {GCC} compiles them, not {found.partition(chr(10))[0] or version}")
+    if (found := gcc_version()) != GCC:
+        pytest.skip(f"accesses are counted as GCC {GCC} compiles them; got GCC {found}" if found else "no GCC on PATH")
     return build(sanitize=False, target="singlepass_traffic_ops")
 
 
 def ctest(folder: Path) -> None:
     """Runs the C++ tests of a build folder."""
-    command = _tool("ctest")
+    command = tool("ctest")
     assert command is not None
     _run(command, "--test-dir", folder, "--output-on-failure", "--no-tests=error")
 

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .build import EVERY, MODULE_FOLDER, ROOT, build, ctest
+from .build import EVERY, GCC, MODULE_FOLDER, ROOT, build, ctest, gcc_version, tool
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("kv", "optim", "rational", "spectral")
@@ -25,10 +25,22 @@ def test_cpp_tests(sanitize: bool) -> None:
     ctest(build(sanitize))
 
 
+@pytest.mark.slow("configures a build")
+def test_a_warning_fails_with_the_compiler_of_ci_alone(tmp_path: Path) -> None:
+    """Others warn of other things. The package itself is built by whatever compiler a user has."""
+    if (found := gcc_version()) is None or (cmake := tool("cmake")) is None:
+        pytest.skip("no GCC or no CMake on PATH")
+    _run(cmake, "-S", ROOT, "-B", tmp_path)
+    commands = [entry["command"].split() for entry in json.loads((tmp_path / "compile_commands.json").read_text())]
+    assert {"-Werror" in command for command in commands} == {found == GCC}
+    flags = json.loads((ROOT / "csrc" / "sources.json").read_text())
+    assert not [flag for name in ("cxx_flags", "nvcc_flags") for flag in flags[name] if "error" in flag]
+
+
 @pytest.mark.slow("configures a build twice")
 def test_another_python_than_that_of_the_last_build(tmp_path: Path) -> None:
     """CMake looks for its headers anew."""
-    cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    cmake = tool("cmake")
     code = "import sys; print(sys.executable)"
     commands = [["sh", "-c", f"python3.{minor} -c '{code}'"] for minor in range(10, 14) if minor != sys.version_info[1]]
     answers = [subprocess.run(command, capture_output=True, text=True) for command in commands]
