@@ -54,7 +54,7 @@ void stream(const std::vector<const float*>& reads, const std::vector<float*>& u
                             : reads.size() == 1 ? pick<1>(count, Counts{})
                             : reads.size() == 2 ? pick<2>(count, Counts{})
                                                 : pick<3>(count, Counts{});
-  parallel_for((n + kChunk - 1) / kChunk, [&](int64_t begin, int64_t end) {
+  parallel_for_elements(parallel_for, (n + kChunk - 1) / kChunk, n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       chunk(reads.data(), updates.data(), i * kChunk, std::min(n, (i + 1) * kChunk));
     }

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common/convert.h"
@@ -31,7 +33,9 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kPiece = 128;  // tokens of a block that share one step of the online softmax
 constexpr int64_t kStep = 16;    // tokens whose keys are multiplied while as many of the next piece come
-constexpr int64_t kSpan = 2048;  // slots of a split
+// A sequence is cut in about so many splits, for threads to share, whose slots are within these bounds. The number of
+// threads does not matter, nor other sequences, so that the sums are the same whatever these are.
+constexpr int64_t kSplits = 16, kFewestSlots = 256, kMostSlots = 2048;
 
 // Slots of a segment, or, if segment is -1, of the window.
 struct Span {
@@ -39,14 +43,17 @@ struct Span {
 };
 
 std::vector<Span> spans_of(const Decode& p) {
+  int64_t slots = p.window_slots;
+  for (const Segment& s : p.segments) slots += s.blocks.used();
+  const int64_t pieces = (slots + kSplits * kPiece - 1) / (kSplits * kPiece);
+  const int64_t size = std::clamp(pieces * kPiece, kFewestSlots, kMostSlots);
   std::vector<Span> splits;
-  const auto cut = [&](int64_t segment, int64_t slots) {
-    for (int64_t begin = 0; begin < slots; begin += kSpan) {
-      splits.push_back({segment, begin, std::min(begin + kSpan, slots)});
-    }
+  const auto cut = [&](int64_t segment, int64_t its) {
+    for (int64_t begin = 0; begin < its; begin += size) splits.push_back({segment, begin, std::min(begin + size, its)});
   };
-  for (size_t s = 0; s < p.segments.size(); ++s) cut(static_cast<int64_t>(s), p.segments[s].slots);
+  for (size_t s = 0; s < p.segments.size(); ++s) cut(static_cast<int64_t>(s), p.segments[s].blocks.used());
   cut(-1, p.window_slots);
+  if (splits.empty()) splits.push_back({-1, 0, 0});  // results are written all the same
   return splits;
 }
 
@@ -108,14 +115,8 @@ class Worker {
         integer_sums_(as_integers_ ? p.rows() * std::max(kPiece, p.value_dim) : 0) {}
 
   void run(int64_t b, int64_t h, const Span& split, Partial to) {
-    b_ = b;
-    h_ = h;
     clear(p_, to);
-    for (int64_t r = 0; r < p_.rows(); ++r) {  // converts and scales the queries
-      float* q = &q_[r * p_.head_dim];
-      widen(p_.q.at(b, h * p_.group_size + r / p_.queries, r % p_.queries), p_.q.dtype, q, p_.head_dim);
-      for (int64_t d = 0; d < p_.head_dim; ++d) q[d] *= p_.scale;
-    }
+    if (b != b_ || h != h_) read_queries(b, h);
     if (split.segment < 0) {
       run_window(split, to);
     } else {
@@ -124,6 +125,17 @@ class Worker {
   }
 
  private:
+  // Those of a head, as floats and scaled.
+  void read_queries(int64_t b, int64_t h) {
+    b_ = b;
+    h_ = h;
+    for (int64_t r = 0; r < p_.rows(); ++r) {
+      float* q = &q_[r * p_.head_dim];
+      widen(p_.q.at(b, h * p_.group_size + r / p_.queries, r % p_.queries), p_.q.dtype, q, p_.head_dim);
+      for (int64_t d = 0; d < p_.head_dim; ++d) q[d] *= p_.scale;
+    }
+  }
+
   // Goes through the blocks of tokens that the split meets, piece by piece.
   void run_segment(const Span& split, Partial& to) {
     const Segment& s = p_.segments[static_cast<size_t>(split.segment)];
@@ -332,22 +344,24 @@ class Worker {
 
   const Decode& p_;
   const bool as_integers_;
-  int64_t b_ = 0, h_ = 0;
+  int64_t b_ = -1, h_ = -1;  // whose queries are in q_
   std::vector<float> q_, scores_, shifts_, tokens_, steps_, minima_, channels_, sums_;
   Factors queries_, weights_;
   std::vector<int32_t> integer_sums_;  // (rows, kPiece or value_dim)
 };
 
 // Merges the splits of one head, adds the sinks, and writes results and lse.
-void merge(const Decode& p, int64_t b, int64_t h, const std::vector<Partial>& parts) {
+template <class Part>
+void merge(const Decode& p, int64_t b, int64_t h, int64_t splits, const Part& part_of) {
   std::vector<float> out(p.value_dim);
   for (int64_t r = 0; r < p.rows(); ++r) {
     const int64_t head = h * p.group_size + r / p.queries, query = r % p.queries;
     float row_max = p.sinks == nullptr ? -kInfinity : p.sinks[head];
-    for (const Partial& part : parts) row_max = maximum(part.row_max[r], row_max);
+    for (int64_t split = 0; split < splits; ++split) row_max = maximum(part_of(split).row_max[r], row_max);
     std::fill(out.begin(), out.end(), 0.0f);
     float sum = p.sinks == nullptr || row_max == -kInfinity ? 0.0f : expf(p.sinks[head] - row_max);
-    for (const Partial& part : parts) {
+    for (int64_t split = 0; split < splits; ++split) {
+      const Partial part = part_of(split);
       if (part.row_max[r] == -kInfinity) continue;
       const float factor = expf(part.row_max[r] - row_max);
       sum += part.row_sum[r] * factor;
@@ -365,25 +379,25 @@ void merge(const Decode& p, int64_t b, int64_t h, const std::vector<Partial>& pa
 void decode(const Decode& p, const ParallelFor& parallel_for) {
   const std::vector<Span> splits = spans_of(p);
   const int64_t num_splits = static_cast<int64_t>(splits.size()), heads = p.batch * p.heads;
-  std::vector<float> memory(heads * num_splits * Partial::size(p));
+  const auto memory = std::make_unique_for_overwrite<float[]>(heads * num_splits * Partial::size(p));
   const auto partial = [&](int64_t head, int64_t split) {
     return Partial(p, &memory[(head * num_splits + split) * Partial::size(p)]);
   };
-  int64_t slots = 0;
-  for (const Segment& s : p.segments) slots += s.slots;
-  const int64_t elements = heads * (slots + kPiece) * (p.head_dim + p.value_dim);
+  std::vector<std::atomic<int64_t>> open(heads);  // splits of a head that are not done
+  for (std::atomic<int64_t>& left : open) left.store(num_splits, std::memory_order_relaxed);
+  int64_t slots = kPiece;  // what a call costs besides, as slots
+  for (const Span& split : splits) slots += split.end - split.begin;
+  const int64_t elements = heads * slots * (p.head_dim + p.value_dim);
   parallel_for_elements(parallel_for, heads * num_splits, elements, [&](int64_t begin, int64_t end) {
     Worker worker(p);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / num_splits, split = task % num_splits;
       worker.run(head / p.heads, head % p.heads, splits[static_cast<size_t>(split)], partial(head, split));
+      if (open[head].fetch_sub(1) == 1) {  // the last of its head
+        merge(p, head / p.heads, head % p.heads, num_splits, [&](int64_t its) { return partial(head, its); });
+      }
     }
   });
-  for (int64_t head = 0; head < heads; ++head) {
-    std::vector<Partial> parts;
-    for (int64_t split = 0; split < num_splits; ++split) parts.push_back(partial(head, split));
-    merge(p, head / p.heads, head % p.heads, parts);
-  }
 }
 
 }  // namespace singlepass::kv

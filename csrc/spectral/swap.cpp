@@ -71,19 +71,28 @@ void swap_row(const Swap& pair, int64_t place, std::vector<float>& coming, std::
 }  // namespace
 
 void sample(const std::vector<Draw>& layers, const DrawOptions& options, const ParallelFor& parallel_for) {
-  parallel_for(static_cast<int64_t>(layers.size()), [&](int64_t begin, int64_t end) {
+  parallel_for(static_cast<int64_t>(layers.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) draw(layers[i], options);
   });
 }
 
 void swap(const std::vector<Swap>& pairs, const ParallelFor& parallel_for) {
-  parallel_for(static_cast<int64_t>(pairs.size()), [&](int64_t begin, int64_t end) {
-    std::vector<float> coming, leaving;
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t place = 0; place < pairs[i].rank; ++place) {
-        if (pairs[i].changes(place)) swap_row(pairs[i], place, coming, leaving);
-      }
+  struct Row {
+    const Swap& pair;
+    int64_t place;
+  };
+  std::vector<Row> rows;
+  int64_t elements = 0;
+  for (const Swap& pair : pairs) {
+    for (int64_t place = 0; place < pair.rank; ++place) {
+      if (!pair.changes(place)) continue;
+      rows.push_back({pair, place});
+      elements += pair.columns;
     }
+  }
+  parallel_for_elements(parallel_for, static_cast<int64_t>(rows.size()), elements, [&](int64_t begin, int64_t end) {
+    std::vector<float> coming, leaving;
+    for (int64_t i = begin; i < end; ++i) swap_row(rows[i].pair, rows[i].place, coming, leaving);
   });
 }
 

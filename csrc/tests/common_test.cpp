@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "common/math.h"
+#include "common/parallel.h"
 #include "common/philox.h"
 
 namespace {
@@ -135,6 +136,19 @@ TEST(one_plus_exp_negative_is_within_two_ulp) {
   CHECK_EQUAL(one_plus_exp_negative(1e30f), 1.0f);
   CHECK_EQUAL(one_plus_exp_negative(INFINITY), 1.0f);
   CHECK(std::isnan(one_plus_exp_negative(NAN)));
+}
+
+TEST(threads_get_enough_elements_to_be_worth_waking) {
+  const auto grain_of = [](int64_t n, int64_t elements) {
+    int64_t found = 0;
+    const ParallelFor threads = [&](int64_t, int64_t grain, const auto&) { found = grain; };
+    parallel_for_elements(threads, n, elements, [](int64_t, int64_t) {});
+    return found;
+  };
+  CHECK_EQUAL(grain_of(64, kParallelElements - 1), 0);  // all on this thread
+  CHECK_EQUAL(grain_of(64, kParallelElements), 64);
+  CHECK_EQUAL(grain_of(64, 3 * kParallelElements), 22);
+  CHECK_EQUAL(grain_of(64, 1000 * kParallelElements), 1);
 }
 
 TEST(sign_and_maximum) {

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "common/convert.h"
 #include "kv/integer_tiles.h"
+#include "kv/problem.h"
 #include "kv/tiles.h"
 #include "kv/token_tiles.h"
 
@@ -173,6 +174,49 @@ TEST(factors_are_rounded_to_the_nearest_integers) {
   run();
   for (const Folded& row : found) CHECK(row.step == 0.0f);
   for (const int16_t integer : integers) CHECK(integer == 0);
+}
+
+// Sequences of any length keep many threads busy, and whoever is the last merges a head's splits in their order.
+TEST(threads_share_a_head_and_end_in_any_order) {
+  constexpr int64_t kSlots = 5000, kDim = 32, kRows = 2;
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](int64_t n) {
+    std::vector<float> x(n);
+    for (float& value : x) value = normal(random);
+    return x;
+  };
+  std::vector<float> q = draw(kRows * kDim), k = draw(kSlots * kDim), v = draw(kSlots * kDim);
+  const auto tokens = [](std::vector<float>& x, int64_t n) {
+    return Tokens{x.data(), singlepass::DType::kFloat32, n * kDim, n * kDim, kDim};
+  };
+  const int32_t window[] = {0, kSlots};
+  const auto attend = [&](const singlepass::ParallelFor& threads) {
+    std::vector<float> out(kRows * kDim), lse(kRows);
+    Decode p = {};
+    p.batch = p.heads = p.queries = 1;
+    p.group_size = kRows;
+    p.head_dim = p.value_dim = kDim;
+    p.q = tokens(q, 1), p.q.head_stride = kDim;
+    p.window_k = tokens(k, kSlots), p.window_v = tokens(v, kSlots);
+    p.window_slots = kSlots, p.window = window, p.window_stride = 2;
+    p.scale = 1.0f;
+    p.out = tokens(out, 1), p.out.head_stride = kDim;
+    p.lse = lse.data();
+    decode(p, threads);
+    out.insert(out.end(), lse.begin(), lse.end());
+    return out;
+  };
+  int64_t tasks = 0;
+  const std::vector<float> expected = attend([&](int64_t n, int64_t, const auto& body) {
+    tasks = n;
+    body(0, n);
+  });
+  CHECK(tasks >= 12);
+  const std::vector<float> backwards = attend([](int64_t n, int64_t, const auto& body) {
+    for (int64_t i = n; i-- > 0;) body(i, i + 1);
+  });
+  CHECK(backwards == expected);
 }
 
 }  // namespace

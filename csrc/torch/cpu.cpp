@@ -22,8 +22,9 @@ class Cpu {
   Cpu(const char*, const Tensor&) {}
 
   const ParallelFor& where() const {
-    static const ParallelFor parallel_for = [](int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-      torch::stable::parallel_for(0, n, 1, body);
+    static const ParallelFor parallel_for = [](int64_t n, int64_t grain,
+                                              const std::function<void(int64_t, int64_t)>& body) {
+      torch::stable::parallel_for(0, n, grain, body);
     };
     return parallel_for;
   }
