@@ -27,7 +27,12 @@ README = Path(__file__).parents[1] / "README.md"
 FAMILIES = {"kv": kv, "optim": optim, "rational": rational, "spectral": spectral}
 
 # Measured inside what uses it; and the op that measures the others.
-MEASURED_WITHIN = {"grad_norm": "lamb_step_", "grad_squares": "lamb_step_", "kv_project_": "low_rank_append"}
+MEASURED_WITHIN = {
+    "grad_norm": "lamb_step_",
+    "grad_squares": "lamb_step_",
+    "kv_project_": "low_rank_append",
+    "kv_step_": "next_token",
+}
 YARDSTICK = "stream_"
 
 

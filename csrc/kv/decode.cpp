@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -44,14 +45,14 @@ struct Span {
 
 std::vector<Span> spans_of(const Decode& p) {
   int64_t slots = p.window_slots;
-  for (const Segment& s : p.segments) slots += s.blocks.used();
+  for (const Segment& s : p.segments) slots += s.slots;
   const int64_t pieces = (slots + kSplits * kPiece - 1) / (kSplits * kPiece);
   const int64_t size = std::clamp(pieces * kPiece, kFewestSlots, kMostSlots);
   std::vector<Span> splits;
   const auto cut = [&](int64_t segment, int64_t its) {
     for (int64_t begin = 0; begin < its; begin += size) splits.push_back({segment, begin, std::min(begin + size, its)});
   };
-  for (size_t s = 0; s < p.segments.size(); ++s) cut(static_cast<int64_t>(s), p.segments[s].blocks.used());
+  for (size_t s = 0; s < p.segments.size(); ++s) cut(static_cast<int64_t>(s), p.segments[s].slots);
   cut(-1, p.window_slots);
   if (splits.empty()) splits.push_back({-1, 0, 0});  // results are written all the same
   return splits;
@@ -118,6 +119,7 @@ class Worker {
     clear(p_, to);
     if (b != b_ || h != h_) read_queries(b, h);
     if (split.segment < 0) {
+      if (p_.added.k.data != nullptr) store_added(split);
       run_window(split, to);
     } else {
       run_segment(split, to);
@@ -306,6 +308,21 @@ class Worker {
     }
   }
 
+  // Writes the new tokens whose slots the split has.
+  void store_added(const Span& split) {
+    const int64_t first = p_.window[b_ * p_.window_stride + 1] - p_.queries;
+    const int64_t begin = std::max(first, split.begin), end = std::min(first + p_.queries, split.end);
+    for (int64_t slot = begin; slot < end; ++slot) {
+      copy(p_.added.k, slot - first, p_.window_k, slot, p_.head_dim);
+      copy(p_.added.v, slot - first, p_.window_v, slot, p_.value_dim);
+    }
+  }
+
+  // A token of the head.
+  void copy(const Tokens& from, int64_t token, const Tokens& to, int64_t slot, int64_t channels) const {
+    std::memcpy(to.at(b_, h_, slot), from.at(b_, h_, token), channels * size_of(to.dtype));
+  }
+
   // Attends to slots of the window, whose tokens are not compressed.
   void run_window(const Span& split, Partial& to) {
     const int64_t begin = p_.window[b_ * p_.window_stride], newest = p_.window[b_ * p_.window_stride + 1];
@@ -350,7 +367,7 @@ class Worker {
   std::vector<int32_t> integer_sums_;  // (rows, kPiece or value_dim)
 };
 
-// Merges the splits of one head, adds the sinks, and writes results and lse.
+// Merges the splits of one head, adds the sinks, and writes results and lse, and the copy of the queries.
 template <class Part>
 void merge(const Decode& p, int64_t b, int64_t h, int64_t splits, const Part& part_of) {
   std::vector<float> out(p.value_dim);
@@ -370,6 +387,9 @@ void merge(const Decode& p, int64_t b, int64_t h, int64_t splits, const Part& pa
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int64_t d = 0; d < p.value_dim; ++d) out[d] *= inverse;
     narrow(out.data(), p.out.at(b, head, query), p.out.dtype, p.value_dim);
+    if (p.added.kept.data != nullptr) {
+      std::memcpy(p.added.kept.at(b, head, query), p.q.at(b, head, query), p.head_dim * size_of(p.q.dtype));
+    }
     p.lse[(b * p.heads * p.group_size + head) * p.queries + query] = sum == 0.0f ? -kInfinity : row_max + logf(sum);
   }
 }

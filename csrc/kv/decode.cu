@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "kv/decode_added.h"
 #include "kv/decode_codes.h"
 #include "kv/decode_merge.h"
 #include "kv/decode_restored.h"
@@ -51,6 +52,8 @@ DeviceDecode on_device(const Decode& p, int row_tile, const Gpu& gpu, const Deco
   d.vector_keys = are_vectors(p.window_k);
   d.vector_values = are_vectors(p.window_v);
   d.vector_out = are_vectors(p.out);
+  d.vector_added = d.vector_queries && d.vector_keys && d.vector_values && are_vectors(p.added.k) &&
+                   are_vectors(p.added.v) && are_vectors(p.added.kept);
   d.inverse_softcap = 1.0f / p.softcap;
   d.tiles = (p.rows() + row_tile - 1) / row_tile;
   d.value_tiles = (p.value_dim + kValueTile - 1) / kValueTile;
@@ -84,6 +87,7 @@ __global__ void __launch_bounds__(kDecodeThreads, decode_blocks(kWidth, kGroups*
   SINGLEPASS_SHARED(Work, work);
   if (threadIdx.x == 0) work.find(p);
   __syncthreads();
+  if (p.added.k.data != nullptr) store_added(p, work);
   const int bits = work.segment < 0 || !p.on_codes[work.segment] ? 0 : p.segments[work.segment].keys.bits;
   if (work.segment < 0) {
     WindowAttention<kWidth, kGroups>(p, work, *dynamic_shared<WindowShared<kGroups>>()).run();

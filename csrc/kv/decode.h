@@ -26,6 +26,7 @@ struct DeviceDecode : DecodeArguments {
   bool on_codes[kMaxSegments];                                  // tensor cores multiply the codes themselves
   float largest[kMaxSegments];                                  // integer that a query becomes
   bool vector_queries, vector_keys, vector_values, vector_out;  // accessed as such; keys and values of the window
+  bool vector_added;                                            // copied so
   float inverse_softcap;
   int row_tile;
   Stretch stretches[kMaxSegments + 1];  // the segments, and then the window

@@ -94,8 +94,15 @@ struct Segment {
   int64_t slots;
 };
 
+// Tokens that come with their queries, one for each, and go to the last slots of the window that are seen. `kept` is a
+// copy of the queries. Data is null where there are none.
+struct NewTokens {
+  Tokens k, v, kept;
+};
+
 struct DecodeArguments {
   int64_t batch, heads, group_size, queries, head_dim, value_dim;
+  NewTokens added;
   Tokens q, window_k, window_v;
   int64_t window_slots;
   const int32_t* window;  // window[b * window_stride + 0 or 1]

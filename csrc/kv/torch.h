@@ -190,11 +190,10 @@ inline kv::Segment segment_of(const char* op, const Tensor* parts, int64_t bits,
   return s;
 }
 
-inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tensor& window_k, const Tensor& window_v,
-                            const Tensor& window, const std::optional<Tensor>& sinks,
+inline kv::Decode decode_of(const char* op, const Tensor& q, const Tensors& segments, const Tensor& window_k,
+                            const Tensor& window_v, const Tensor& window, const std::optional<Tensor>& sinks,
                             const std::optional<Tensor>& first, const std::vector<int64_t>& bits, int64_t key_axis,
                             double scale, double softcap) {
-  const char* op = "kv_decode";
   kv::Decode p = {};
   p.q = tokens_of(op, "q", q);
   p.window_k = tokens_of(op, "window_k", window_k);
@@ -237,6 +236,28 @@ inline kv::Decode decode_of(const Tensor& q, const Tensors& segments, const Tens
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   return p;
+}
+
+// New tokens of a call that was checked, as many as queries.
+inline void add_tokens(kv::Decode* p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& window_k,
+                       const Tensor& window_v, const Tensor& kept) {
+  const char* op = "kv_step_";
+  p->added = {tokens_of(op, "k", k), tokens_of(op, "v", v), tokens_of(op, "kept", kept)};
+  for (const auto& [own, window] : {std::pair{&k, &window_k}, std::pair{&v, &window_v}}) {
+    check_device(op, "everything", *own, window_k);
+    const bool fits = own->size(0) == p->batch && own->size(1) == p->heads && own->size(2) == p->queries &&
+                      own->size(3) == window->size(3) && own->scalar_type() == window->scalar_type();
+    if (!fits) {
+      fail(op, "a token for each of ", p->queries, " queries, as those of the window, ", shape_of(*window), "; got ",
+           shape_of(*own), ". Pass the queries' own.");
+    }
+  }
+  for (int64_t b = 0; q.is_cpu() && b < p->batch; ++b) {
+    const int64_t begin = p->window[b * p->window_stride], end = p->window[b * p->window_stride + 1];
+    if (begin > end - p->queries) {
+      fail(op, "a window that ends with the ", p->queries, " new tokens; got slots ", begin, " to ", end, ".");
+    }
+  }
 }
 
 // cos or sin of every token, for all heads.
@@ -348,18 +369,39 @@ Tensor kv_saliency(Tensor q, Tensor k, Tensor positions, std::optional<Tensor> m
   return sums;
 }
 
+// The result and its lse.
+template <class Backend>
+std::tuple<Tensor, Tensor> decode_on(const Backend& on, const char* op, kv::Decode* p, const Tensor& q) {
+  const Tensor out = new_tensor(q, {p->batch, q.size(1), p->queries, p->value_dim}, q.scalar_type());
+  const Tensor lse = new_tensor(q, {p->batch, q.size(1), p->queries}, ScalarType::Float);
+  p->out = tokens_of(op, "out", out);
+  p->lse = static_cast<float*>(lse.data_ptr());
+  kv::decode(*p, on.where());
+  return {out, lse};
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor> kv_decode(Tensor q, Tensors segments, Tensor window_k, Tensor window_v, Tensor window,
                                      std::optional<Tensor> sinks, std::optional<Tensor> first,
                                      std::vector<int64_t> bits, int64_t key_axis, double scale, double softcap) {
-  const Backend on("kv_decode", q);
-  kv::Decode p = decode_of(q, segments, window_k, window_v, window, sinks, first, bits, key_axis, scale, softcap);
-  const Tensor out = new_tensor(q, {p.batch, q.size(1), p.queries, p.value_dim}, q.scalar_type());
-  const Tensor lse = new_tensor(q, {p.batch, q.size(1), p.queries}, ScalarType::Float);
-  p.out = tokens_of("kv_decode", "out", out);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  kv::decode(p, on.where());
-  return {out, lse};
+  const char* op = "kv_decode";
+  const Backend on(op, q);
+  kv::Decode p = decode_of(op, q, segments, window_k, window_v, window, sinks, first, bits, key_axis, scale, softcap);
+  return decode_on(on, op, &p, q);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> kv_step_(Tensor q, Tensor k, Tensor v, Tensors segments, Tensor window_k,
+                                            Tensor window_v, Tensor window, std::optional<Tensor> sinks,
+                                            std::optional<Tensor> first, std::vector<int64_t> bits, int64_t key_axis,
+                                            double scale, double softcap) {
+  const char* op = "kv_step_";
+  const Backend on(op, q);
+  kv::Decode p = decode_of(op, q, segments, window_k, window_v, window, sinks, first, bits, key_axis, scale, softcap);
+  const Tensor kept = new_tensor(q, {p.batch, q.size(1), p.queries, p.head_dim}, q.scalar_type());
+  add_tokens(&p, q, k, v, window_k, window_v, kept);
+  const auto [out, lse] = decode_on(on, op, &p, q);
+  return {out, lse, kept};
 }
 
 template <class Backend>
@@ -376,6 +418,7 @@ void register_kv(Library& m) {
   m.impl("kv_dequantize_", TORCH_BOX(&kv_dequantize_<Backend>));
   m.impl("kv_saliency", TORCH_BOX(&kv_saliency<Backend>));
   m.impl("kv_decode", TORCH_BOX(&kv_decode<Backend>));
+  m.impl("kv_step_", TORCH_BOX(&kv_step_<Backend>));
   m.impl("kv_project_", TORCH_BOX(&kv_project_<Backend>));
 }
 

@@ -19,9 +19,8 @@ namespace {
 using namespace singlepass;
 using namespace singlepass::optim;
 
-const ParallelFor kSerial = [](std::int64_t n, std::int64_t, const std::function<void(std::int64_t, std::int64_t)>& body) {
-  body(0, n);
-};
+const ParallelFor kSerial = [](std::int64_t n, std::int64_t,
+                               const std::function<void(std::int64_t, std::int64_t)>& body) { body(0, n); };
 const Gpu kGpu = {"optim_test", nullptr, nullptr, nullptr};
 
 template <class Rule>

@@ -23,7 +23,7 @@ class Cpu {
 
   const ParallelFor& where() const {
     static const ParallelFor parallel_for = [](int64_t n, int64_t grain,
-                                              const std::function<void(int64_t, int64_t)>& body) {
+                                               const std::function<void(int64_t, int64_t)>& body) {
       torch::stable::parallel_for(0, n, grain, body);
     };
     return parallel_for;

@@ -75,9 +75,9 @@ def _sst(dtype: torch.dtype, device: str) -> list[Tensor]:
 def _cache(dtype: torch.dtype, device: str) -> list[Tensor]:
     q, k, v = _random(3, 1, 2, 100, 32).to(device, dtype)
     layer = kv.ZipCacheLayer(salient_ratio=0.5)
-    layer.prefill(q[:, :, :99], k[:, :, :99], v[:, :, :99])
-    layer.append(k[:, :, 99:], v[:, :, 99:])
-    return [layer.attend(q[:, :, 99:])]
+    layer.prefill(q[:, :, :98], k[:, :, :98], v[:, :, :98])
+    layer.append(k[:, :, 98:99], v[:, :, 98:99])
+    return [layer.attend(q[:, :, 98:99]), layer.step(q[:, :, 99:], k[:, :, 99:], v[:, :, 99:])]
 
 
 def _low_rank(dtype: torch.dtype, device: str) -> list[Tensor]:

@@ -145,7 +145,7 @@ _TRAINED = "with the forward and the backward pass of what is around"
 _PRODUCTS = "the same, with matrix products"
 _ALONE = "one op, which makes its result"
 _STORED = "once for each prompt or compression: blocks, and what is stored"
-_CACHE = "a step that compresses nothing: the token into the window, and one op"
+_CACHE = "a step that compresses nothing: one op, which stores the token, too"
 _WHOLE = "where tokens keep their dtype: three projections, and on CPUs attention by the op, with where tokens end"
 _RAGGED = "the same for two groups of heads, and results in their order"
 _FEW_BITS = "a step that compresses nothing: three projections around what ZipCacheLayer does"
@@ -174,11 +174,11 @@ HOST_BUDGETS = (
     HostBudget("functional.dequantize", 1, 1, 1, 0, _ALONE),
     HostBudget("functional.decode_attention", 1, 0, 0, 0, _ALONE),
     HostBudget("functional.probe_saliency", 1, 14, 2, 0, _STORED),
-    HostBudget("kv.ZipCacheLayer", 1, 8, 1, 0, _CACHE),
+    HostBudget("kv.ZipCacheLayer", 1, 2, 0, 0, _CACHE),
     HostBudget("kv.MatryoshkaLayer", 4, 8, 2, 0, _WHOLE),
     HostBudget("kv.MatryoshkaLayer, ragged ranks", 6, 22, 5, 0, _RAGGED),
-    HostBudget("kv.MatryoshkaLayer, 4 and 2 bits", 4, 7, 3, 0, _FEW_BITS),
-    HostBudget("kv.ZipCacheLayer, planned", 1, 15, 2, 0, _PLANNED),
-    HostBudget("kv.MatryoshkaLayer, planned", 4, 14, 5, 0, _PLANNED),
+    HostBudget("kv.MatryoshkaLayer, 4 and 2 bits", 4, 4, 2, 0, _FEW_BITS),
+    HostBudget("kv.ZipCacheLayer, planned", 1, 9, 1, 0, _PLANNED),
+    HostBudget("kv.MatryoshkaLayer, planned", 4, 12, 5, 0, _PLANNED),
     HostBudget("kv.MatryoshkaLayer, 4 and 2 bits, planned", 4, 19, 6, 0, _PLANNED),
 )

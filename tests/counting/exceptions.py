@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .budgets import COPIED, DIVISIONS, NARROW
+from .budgets import DIVISIONS, NARROW
 from .traffic_row import BYTES, REPEATS, SECTORS, WAVEFRONTS
 
 TOLERANCE = 0.01  # up to which a count is what stands here
@@ -58,8 +58,6 @@ _WORDS = "a lane takes 8 bytes of each row of codes, as tensor cores do, and a t
 _PARTIAL_SUMS = "partial sums in float64 lie apart"
 _CODES = "16 channels are 4 or 8 bytes of codes, in as many runs of neighbours"
 _OF_GROUPS = "scales are read channel by channel, as groups may begin anywhere; where they do takes divisions"
-_LAID_ASIDE = "the token's key and value go into the window, and its query is laid aside as a probe"
-_PROBE = "the token's query is laid aside as a probe"
 
 EXCEPTIONS = (
     # Rules with norms read parameter and states twice.
@@ -148,9 +146,6 @@ EXCEPTIONS = (
     Excess("kv/kv_dequantize_/1x32768/float32 [02] *", NARROW, 10.0, _CODES),
     Excess("kv/kv_dequantize_/1x32768/float32 [13] *", NARROW, 42.0, _OF_GROUPS),
     Excess("kv/kv_dequantize_/1x32768/float32 [13] *", DIVISIONS, 2.0, _OF_GROUPS),
-    # The host.
-    Excess("kv.ZipCacheLayer", COPIED, 3.0, _LAID_ASIDE),
-    Excess("kv.MatryoshkaLayer, 4 and 2 bits", COPIED, 1.0, _PROBE),
 )
 
 

@@ -91,14 +91,8 @@ def decoding(layer: kv.ZipCacheLayer | kv.MatryoshkaLayer) -> Call:
     prompt, new = tokens(300), tokens(1)
     layer.prefill(prompt, prompt, prompt)
     for _ in range(8):
-        layer.append(new, new)
-        layer.attend(new)
-
-    def call() -> None:
-        layer.append(new, new)
-        layer.attend(new)
-
-    return call
+        layer.step(new, new, new)
+    return lambda: layer.step(new, new, new)
 
 
 def planned(layer: kv.ZipCacheLayer | kv.MatryoshkaLayer) -> Call:
@@ -107,8 +101,7 @@ def planned(layer: kv.ZipCacheLayer | kv.MatryoshkaLayer) -> Call:
 
     def call() -> None:
         with layer.planned():
-            layer.append(new, new)
-            layer.attend(new)
+            layer.step(new, new, new)
 
     step()
     return call

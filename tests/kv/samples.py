@@ -13,7 +13,7 @@ from singlepass._ops import kv as ops
 from singlepass.kv import quantize
 
 from ..samples import Sample
-from . import test_attention, test_functional, test_projection, test_saliency
+from . import test_attention, test_functional, test_projection, test_saliency, test_step
 from .inputs import Attention, attention, tokens
 from .test_attention import CODECS, RAGGED
 
@@ -23,6 +23,7 @@ FLOAT64 = {
     ops.quantize_: test_functional.test_against_float64,
     ops.project_: test_projection.test_against_float64,
     ops.saliency: test_saliency.test_against_float64,
+    ops.step_: test_step.test_against_float64,
 }
 
 
@@ -68,6 +69,13 @@ def decode(case: Attention) -> Sample:
     return Sample(ops.decode, arguments, {"bits": bits, "key_axis": axis, "scale": 0.1, "softcap": case.softcap})
 
 
+def step(case: Attention) -> Sample:
+    """The same with a new token for each query."""
+    (q, *held), options = (sample := decode(case)).arguments, sample.options
+    new = [x[:, :, : q.shape[2]].clone().nan_to_num() for x in (case.window_k, case.window_v)]
+    return Sample(ops.step_, (q, *new, *held), options)
+
+
 def samples(device: str) -> Iterator[Sample]:
     made = [*codecs(), *saliencies(), *projections()]
     for codec in (*CODECS, None):
@@ -77,5 +85,5 @@ def samples(device: str) -> Iterator[Sample]:
         if more:
             case.sinks, case.softcap = torch.zeros(8), 3.0
             case.first = torch.zeros(len(case.segments), 2, 2, dtype=torch.int32)
-        made.append(decode(case))
+        made += [decode(case), step(case)]
     yield from (sample.to(device) for sample in made)

@@ -16,7 +16,7 @@ from singlepass._ops import kv as ops
 from ..counting.traffic_row import BF16, FP32, NAMES, Row
 from ..samples import Sample
 from .inputs import Part, attention, quantized, tokens
-from .samples import decode
+from .samples import decode, step
 
 PLACES = 8  # for thread blocks on the CPU (csrc/simt/simt.h)
 
@@ -61,6 +61,12 @@ def attends(bits: tuple[int, ...], block: int, window: int, **codec: object) -> 
     return decode(attention(parts, **shape, slots=max(window, 1), window=((0, window),), **codec))
 
 
+def steps(queries: int) -> Sample:
+    """New tokens behind others in a window."""
+    shape = {"batch": 1, "heads": 2, "group": 4, "width": 128, "dtype": BF16, "queries": queries}
+    return step(attention((), **shape, slots=512, window=((0, 512),)))
+
+
 def partials(bits: tuple[int, ...], window: int, restored: bool = False) -> int:
     """Bytes of what splits leave to be merged: for 2 heads, 4 rows of 128 channels, a maximum and a sum, in float32,
     written and read."""
@@ -96,6 +102,10 @@ def rows() -> Iterator[Row]:
     workspace = partials((2,), 0, restored=True)
     yield Row(ops.decode, "2 bits, blocks of 128, groups of 32", grouped, workspace=workspace, deep=True)
     yield Row(ops.decode, "window", partial(attends, (), 128, 128), workspace=partials((), 128))
+    for queries in (1, 2):
+        layout = f"{queries} token{'s' * (queries > 1)}, window"
+        written = {"window_k": queries / 512, "window_v": queries / 512}
+        yield Row(ops.step_, layout, partial(steps, queries), workspace=queries * partials((), 512), written=written)
     for dtype in (FP32, BF16):
         yield Row(ops.saliency, NAMES[dtype], partial(probes, dtype), 2, deep=dtype is FP32)
     for dtype, length in product((FP32, BF16), (1, 256)):

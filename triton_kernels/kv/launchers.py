@@ -7,6 +7,8 @@ alignment of codes to 16 bytes. Launchers read nothing from the device, so a CUD
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -207,6 +209,34 @@ def kv_decode(
             **FUSED_OPTIONS,
         )
     return out, lse
+
+
+@ops.step_.triton
+def kv_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: list[Tensor],
+    window_k: Tensor,
+    window_v: Tensor,
+    window: Tensor,
+    sinks: Tensor | None,
+    first: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``kv_step_``: PyTorch stores the new tokens and copies the queries."""
+    op = "kv_step_"
+    check_device(op, q, k, v, window_k, window_v, window)
+    for new, held in ((k, window_k), (v, window_v)):
+        shape = (*held.shape[:2], q.shape[2], held.shape[3])
+        contract, got = f"tokens {shape} of {held.dtype}, as the window's", f"{tuple(new.shape)} of {new.dtype}"
+        require(new.shape == shape and new.dtype == held.dtype, op, contract, got, "Pass the queries' own.")
+    slots = window[:, 1:] + torch.arange(-q.shape[2], 0, device=q.device)
+    sequences = torch.arange(len(q), device=q.device)[:, None]
+    for new, held in ((k, window_k), (v, window_v)):
+        held.transpose(1, 2)[sequences, slots] = new.transpose(1, 2)
+    out, lse = kv_decode(q, segments, window_k, window_v, window, sinks, first, **options)
+    return out, lse, q.clone(memory_format=torch.contiguous_format)
 
 
 @ops.saliency.triton

@@ -90,6 +90,24 @@ decode = Op(
     typed=(0, 2),
 )
 
+step_ = Op(
+    "kv",
+    "kv_step_(Tensor q, Tensor k, Tensor v, Tensor[] segments, Tensor(a!) window_k, Tensor(b!) window_v, "
+    "Tensor window, Tensor? sinks, Tensor? first, *, int[] bits, int key_axis, float scale, float softcap=0.0) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda q, k, v, segments, window_k, window_v, *_, **__: (
+        q.new_empty((*q.shape[:3], window_v.shape[3])),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        q.new_empty(q.shape),
+    ),
+    """kv_decode of tokens that come with their queries: k (B, H, Lq, D) and v (B, H, Lq, Dv), of the window's dtype, go
+    to its slots window[b, 1] - Lq and up before it is read; none of those is before window[b, 0]. Returns the result,
+    the logarithms, and q in memory of its own, for probes.""",
+    used_by="the caches",
+    dtypes="fp32, bf16, fp16; 8, 4, 2 bits",
+    typed=(0, 4),
+)
+
 project_ = Op(
     "kv",
     "kv_project_(Tensor[] x, Tensor[] bases, Tensor? cos, Tensor? sin, Tensor(a!)[] out, *, int[] heads) -> ()",

@@ -238,7 +238,7 @@ class DenseLayer(Planned):
         assert self._bounds is not None
         return self._room, self._bounds
 
-    def attend_checked(self, q: Tensor, *, sinks: Tensor | None = None) -> Tensor:
+    def attend_checked(self, q: Tensor, *, sinks: Tensor | None = None, own: bool = False) -> Tensor:
         options: dict[str, Any] = {"first": None, "sinks": sinks, "scale": self.scale, "softcap": self.softcap}
         options["backend"] = self._backend
         if self._planned:

@@ -337,17 +337,37 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """What :func:`decode_attention` does once it has checked its arguments, with a window whose channels are
     neighbours."""
-    return ops.decode(
-        last_dense(q),
-        segments.tensors,
-        window_k,
-        window_v,
-        window,
-        sinks,
-        first,
-        bits=segments.bits,
-        key_axis=segments.key_axis,
-        scale=float(q.shape[3] ** -0.5 if scale is None else scale),
-        softcap=float(softcap),
-        backend=backend,
-    )
+    held = segments.tensors, window_k, window_v, window, sinks, first
+    return ops.decode(last_dense(q), *held, **_options(q, segments, scale, softcap, backend))
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    window_k: Tensor,
+    window_v: Tensor,
+    window: Tensor,
+    *,
+    first: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attend` of new tokens, which are stored before at the end of what is seen of the window; and a copy of the
+    queries."""
+    held = segments.tensors, window_k, window_v, window, sinks, first
+    options = _options(q, segments, scale, softcap, backend)
+    return ops.step_(last_dense(q), last_dense(k), last_dense(v), *held, **options)
+
+
+def _options(q: Tensor, segments: Segments, scale: float | None, softcap: float, backend: str | None) -> dict[str, Any]:
+    return {
+        "bits": segments.bits,
+        "key_axis": segments.key_axis,
+        "scale": float(q.shape[3] ** -0.5 if scale is None else scale),
+        "softcap": float(softcap),
+        "backend": backend,
+    }

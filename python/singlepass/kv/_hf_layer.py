@@ -196,8 +196,7 @@ class CompressedLayer(CacheLayerMixin):
         if inner._planned:
             remedy = "Leave it out: all tokens of a planned step are tokens."
             require(mask is None, f"{self._shared.where}.planned", "no mask", "one of four dimensions", remedy)
-            inner.append(k, v)
-            return inner.attend(q, sinks=sinks)
+            return inner.step(q, k, v, sinks=sinks)
         padding, is_plain, cached = self._read_mask(mask, q)
         self._undo.forget()
         if cached is not None:
@@ -216,10 +215,11 @@ class CompressedLayer(CacheLayerMixin):
             its = None if padding is None else padding[:, :head]
             first = inner.prefill(q[:, :, :head], k[:, :, :head], v[:, :, :head], its, sinks=sinks)
             q, k, v = q[:, :, head:], k[:, :, head:], v[:, :, head:]
-        if tokens - head > 1:  # for one, append makes it
-            inner.make_room(tokens - head)
-        inner.append(k, v, ended)
-        out = inner.attend(q, sinks=sinks)
+        if ended is None:
+            out = inner.step(q, k, v, sinks=sinks)
+        else:
+            inner.append(k, v, ended)
+            out = inner.attend(q, sinks=sinks)
         return out if first is None else torch.cat((first, out), 2)
 
     def _read_mask(self, mask: Tensor | None, q: Tensor) -> Read:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._errors import require
+from ._attention import LayerAttention
 from ._checks import check_needs_no_gradient, check_queries, check_sinks
 from ._codec import Codec
 from ._modes import lasting
@@ -26,7 +27,6 @@ from ._prompt import causal_attention, rotate
 from ._segment import held_nbytes
 from ._state import check, pack
 from ._steps import check_step
-from ._tokens import LayerTokens
 
 _OP = "ZipCacheLayer"
 _SAVED = (
@@ -35,7 +35,7 @@ _SAVED = (
 )
 
 
-class ZipCacheLayer(LayerTokens):
+class ZipCacheLayer(LayerAttention):
     """Compressed keys and values of one attention layer: salient tokens in more bits than regular ones, the newest ones
     uncompressed.
 
@@ -80,8 +80,7 @@ class ZipCacheLayer(LayerTokens):
         >>> layer = ZipCacheLayer(salient_ratio=0.6)
         >>> layer.prefill(q, k, v).shape
         torch.Size([1, 8, 200, 64])
-        >>> layer.append(k[:, :, :1], v[:, :, :1])
-        >>> layer.attend(q[:, :, :1]).shape
+        >>> layer.step(q[:, :, :1], k[:, :, :1], v[:, :, :1]).shape
         torch.Size([1, 8, 1, 64])
         >>> layer.length, layer.window_length
         (201, 1)
@@ -251,20 +250,6 @@ class ZipCacheLayer(LayerTokens):
             done += n
         self.length += tokens
 
-    def reserve(self, tokens: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        """Where new tokens go, keys and values, for those who compute them there and then call :meth:`take`. None: they
-        can't go there as they are, and :meth:`append` takes them."""
-        if self._held is None or self._planned or mask is not None or self.codec.rotate:
-            return None
-        window = self._held.window
-        fits = window.length + tokens <= self.window and window.takes(None)
-        return window.reserve(tokens) if fits else None
-
-    def take(self, tokens: int, mask: Tensor | None = None) -> None:
-        """Counts the tokens in what :meth:`reserve` gave for them."""
-        self._tokens().window.take(tokens)
-        self.length += tokens
-
     @lasting
     def make_room(self, tokens: int) -> None:
         """Compresses the window unless it has room for so many tokens, or is empty: new ones are to stay in one
@@ -274,34 +259,6 @@ class ZipCacheLayer(LayerTokens):
             self._flush()
 
     # Using them
-
-    @lasting
-    def attend(self, q: Tensor, *, sliding_window: int | None = None, sinks: Tensor | None = None) -> Tensor:
-        """Attention of the newest tokens' queries over all cached tokens, computed on the packed codes.
-
-        Args:
-            q: (batch, query heads, queries, channels). The last query belongs to the last token, and the tokens of all
-                queries must still be in the window.
-            sliding_window: number of the newest tokens that a query sees, including its own; None: that of the layer.
-            sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
-
-        Returns:
-            Tensor: (batch, query heads, queries, value channels), q's dtype.
-
-        Raises:
-            ValueError: invalid shapes or options, or a tensor that requires gradients.
-        """
-        check_queries(_OP, q, self._tokens().window.room[0])
-        check_needs_no_gradient(_OP, q=q)
-        check_sinks(_OP, sinks, q)
-        if self._planned:
-            check_step(_OP, q.shape[2], self._planned, sliding_window)
-        if sliding_window is not None:
-            most = "" if self.sliding_window is None else f", at most {self.sliding_window}"
-            fits = sliding_window >= 1 and (self.sliding_window is None or sliding_window <= self.sliding_window)
-            contract = f"a sliding window of at least 1{most}"
-            require(fits, _OP, contract, sliding_window, "Leave it out for that of the layer.")
-        return self.attend_checked(q, sliding_window, sinks=sinks)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were

@@ -72,8 +72,8 @@ class WindowProbes:
             self.queries.append(self._rows.read(planned))
 
     def add(self, q: Tensor, lse: Tensor, begin: int) -> None:
-        """Lays aside a copy of the queries of neighbouring tokens, the first one's at place ``begin``, and their lse
-        itself; both as in Queries."""
+        """Lays aside the queries of neighbouring tokens, the first one's at place ``begin``, in memory that nobody else
+        writes to, and their lse; both as in Queries."""
         self._settle()
         if self.queries and self.queries[-1].places[-1] >= begin:  # these tokens were removed again
             self.drop(begin)
@@ -89,7 +89,7 @@ class WindowProbes:
                 break
             self._settled += 1
         places = list(range(begin, begin + q.shape[2]))
-        self.queries.append(Queries(places, q.clone(memory_format=torch.contiguous_format), lse))
+        self.queries.append(Queries(places, q, lse))
 
     def saliency(
         self, k: Tensor, mask: Tensor | None, newest: int, normalization: str, **options: Any

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from .._errors import message, require
 from ._codec import Codec
-from ._functional import attend
 from ._modes import Lasting, lasting
 from ._options import alike, without_padding
-from ._prompt import behind, rotate
+from ._prompt import behind
 from ._saliency import prompt_saliency
 from ._segment import Room
 from ._selection import REGULAR, SALIENT, ProbeDraw, all_of_kind, classify
@@ -183,41 +182,6 @@ class LayerTokens(Planned, Lasting):
         if self.max_tokens is not None and (self._queries is None or not alike(q, self._queries)):
             self._queries = q.new_empty((*q.shape[:2], 0, q.shape[3]))
 
-    def attend_checked(self, q: Tensor, sliding_window: int | None = None, *, sinks: Tensor | None = None) -> Tensor:
-        """Attention of the newest tokens' queries, whose shape was checked.
-
-        Raises:
-            ValueError: several queries of tokens that the window does not hold, or some after padding.
-        """
-        rotated = self.codec.rotate
-        q = rotate(q) if rotated else q
-        if self._planned:
-            out = self._attend_planned(q, sinks)
-            return rotate(out) if rotated else out
-        queries, window = q.shape[2], self._tokens().window
-        if queries > 1:
-            contract = f"at most {window.length} queries, whose tokens the window holds"
-            remedy = "Pass longer pieces to prefill, which appends and attends by itself."
-            require(queries <= window.length, _OP, contract, queries, remedy)
-            remedy = "Pass the tokens to prefill, with a mask."
-            require(window.takes(None), _OP, "one query at a time after padding", queries, remedy)
-        if sliding_window is None:
-            sliding_window = self.sliding_window
-        if sliding_window is None or self.length <= sliding_window or queries == 1:
-            out = self._attend(q, sliding_window, sinks, 0)
-        else:  # each query sees other tokens
-            rows = (q[:, :, i : i + 1] for i in range(queries))
-            out = torch.cat([self._attend(x, sliding_window, sinks, queries - 1 - i) for i, x in enumerate(rows)], 2)
-        return rotate(out) if rotated else out
-
-    def _attend_planned(self, q: Tensor, sinks: Tensor | None) -> Tensor:
-        """Attention of the queries of the tokens written last, by the device alone."""
-        window = self._tokens().window
-        out, lse = self._attention(q, window.ends, None, sinks)
-        if self.mixed:
-            window.lay_aside(q, lse)
-        return out
-
     def _flush(self, fixed: bool = False) -> None:
         """Compresses the window. ``fixed``: an error if there is no room for that."""
         if self.window_length == 0:
@@ -271,30 +235,19 @@ class LayerTokens(Planned, Lasting):
         require(not fixed or compressed.fits(slots), _PLANNED, contract, got, remedy)
         compressed.append(k, v, kinds, slots, salient, total, padded=mask is not None)
 
-    def _attend(self, q: Tensor, sliding_window: int | None, sinks: Tensor | None, newer: int) -> Tensor:
-        """The same, of queries after whose tokens there are ``newer`` ones; of one where the sliding window matters."""
-        self._note_queries(q)
-        window, compressed = self._tokens()
-        begin, end = self.length - window.length, window.length - newer
-        lowest, first = 0, None
-        if sliding_window is not None and begin + end > sliding_window:
-            oldest = begin + end - sliding_window
-            lowest = max(oldest - begin, 0)
-            first = compressed.first_slots(oldest)
-        out, lse = self._attention(q, window.bounds(lowest, newer), first, sinks)
-        place = end - q.shape[2]  # -1: right after a prompt, which is compressed already
-        sees_all = lowest == 0  # else it tells nothing of the window's first tokens
-        if self.mixed and sees_all and 0 <= place < end:
-            window.probes.add(q, lse, place)
-        return out
+    def reserve(self, tokens: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """Where new tokens go, keys and values, for those who compute them there and then call :meth:`take`. None: they
+        can't go there as they are, and :meth:`append` takes them."""
+        if self._held is None or self._planned or mask is not None or self.codec.rotate:
+            return None
+        window = self._held.window
+        fits = window.length + tokens <= self.window and window.takes(None)
+        return window.reserve(tokens) if fits else None
 
-    def _attention(
-        self, q: Tensor, bounds: Tensor, first: Tensor | None, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """As :func:`decode_attention` gives it, over the tokens of the window within ``bounds`` and the segments' slots
-        from ``first`` on."""
-        window, compressed = self._tokens()
-        return attend(q, compressed.operands, *window.room, bounds, first=first, sinks=sinks, **self._logits)
+    def take(self, tokens: int, mask: Tensor | None = None) -> None:
+        """Counts the tokens in what :meth:`reserve` gave for them."""
+        self._tokens().window.take(tokens)
+        self.length += tokens
 
     def _restore(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All tokens as they are stored, in their order."""

@@ -129,11 +129,16 @@ class Window:
 
     def reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Where the next tokens go, keys and values. Whoever fills that calls :meth:`take`."""
+        self.make_room(tokens)
+        keys, values = self.room
+        return keys.narrow(2, self.length, tokens), values.narrow(2, self.length, tokens)
+
+    def make_room(self, tokens: int) -> None:
+        """Makes sure that there is room for the next tokens."""
         keys, values = self.room
         begin, end = self.length, self.length + tokens
         if end > keys.shape[2]:
-            self.room = keys, values = grown(keys, 2, begin, end, self.size), grown(values, 2, begin, end, self.size)
-        return keys.narrow(2, begin, tokens), values.narrow(2, begin, tokens)
+            self.room = grown(keys, 2, begin, end, self.size), grown(values, 2, begin, end, self.size)
 
     def take(self, tokens: int, shown: Tensor | None = None) -> None:
         """Counts the tokens in the room reserved, as :meth:`append` does."""
@@ -166,6 +171,10 @@ class Window:
     def write(self, k: Tensor, v: Tensor) -> None:
         """Adds tokens that were planned."""
         write_behind(self.room, self.ends, k, v)
+
+    def advance(self, tokens: int) -> None:
+        """Moves the end behind tokens that were planned, which come next."""
+        self.ends.select(1, 1).add_(tokens)
 
     def lay_aside(self, q: Tensor, lse: Tensor) -> None:
         """Keeps the queries of the tokens written last, and what belongs to them, as in Queries."""

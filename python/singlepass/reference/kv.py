@@ -11,6 +11,7 @@ channels, values by tokens).
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,6 +239,34 @@ def decode(
     v = torch.where(seen[0].any(2)[..., None], values[0], 0.0)
     out = p @ torch.cat((v, *values[1:]), 2)[:, :, None]
     return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)[..., 0].float()
+
+
+@ops.step_.eager
+def step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: list[Tensor],
+    window_k: Tensor,
+    window_v: Tensor,
+    window: Tensor,
+    sinks: Tensor | None,
+    first: Tensor | None,
+    *,
+    bits: list[int],
+    key_axis: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stores the new tokens, then attends."""
+    slots = window[:, 1:] + torch.arange(-q.shape[2], 0, device=q.device)  # (B, Lq)
+    sequences = torch.arange(len(q), device=q.device)[:, None]
+    for held, new in ((window_k, k), (window_v, v)):
+        held.transpose(1, 2)[sequences, slots] = new.transpose(1, 2)
+    options: dict[str, Any] = {"bits": bits, "key_axis": key_axis, "scale": scale, "softcap": softcap}
+    return *decode(q, segments, window_k, window_v, window, sinks, first, **options), q.clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from singlepass.triton_kernels.kv import launchers as kv
 
 from ...kv import test_projection as projection
 from ...kv import test_saliency as saliency
+from ...kv import test_step as step
 from ...kv.inputs import NAN, Part, attention, check_bounds, check_codes, generator, quantized, restored, tokens
 from ...kv.test_attention import CODECS, RAGGED, alone
 from ...simt.bounded import Bounded
@@ -148,3 +149,18 @@ def test_projection(dtype: torch.dtype, layout: str) -> None:
     k, v = tokens((2, 8, 37, 64), dtype, layout), tokens((2, 8, 37, 48), dtype, layout, seed=5)
     its = [projection.bases(64), projection.bases(48, seed=7)]
     projection.check("triton", [k, v], its, projection.turns(k, 48, batch=2))
+
+
+def test_new_tokens() -> None:
+    """Stored, attended to, and their queries copied."""
+    for dtype, queries in ((BFLOAT16, 1), (FLOAT32, 3)):
+        step.check(attention((RAGGED,), dtype=dtype, queries=queries), "triton")
+
+
+def test_other_tokens_are_refused() -> None:
+    case = attention((RAGGED,), queries=2, window=((0, 5), (0, 12)))
+    k, v = (x[:, :, :2].clone() for x in (case.window_k, case.window_v))
+    changed = [(k[:, :, :1], v), (k, v[:, :1]), (k.bfloat16(), v), (k, v[..., :32])]
+    for pair in changed:
+        with pytest.raises(ValueError, match=r"kv_step_: expected tokens \(2, 2, 2, 64\)"):
+            step.step(case, *pair, "triton")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._errors import message, require
-from .._checks import check_needs_no_gradient, check_queries, check_sinks
+from .._checks import check_sinks
 from .._codec import Codec
 from .._layer import ZipCacheLayer
 from .._modes import lasting
@@ -19,17 +19,17 @@ from .._options import check_hides_newest, check_index, check_mask, check_new_to
 from .._prompt import behind, causal_attention
 from .._segment import held_nbytes
 from .._steps import check_step
+from ._attention import GroupedAttention
 from ._bases import check_bases, check_ranks
 from ._groups import Rotary, check_bits, check_rotary
 from ._state import fingerprint, load, pack
-from ._tokens import GroupedTokens
 
 _OP = "MatryoshkaLayer"
 _ANY_WIDTH = Codec()  # projected vectors are what is quantised, whose ranks the constructor has checked
 PREFILLS = ("full", "truncated")
 
 
-class MatryoshkaLayer(GroupedTokens):
+class MatryoshkaLayer(GroupedAttention):
     """Keys and values of one attention layer, projected on orthogonal bases of which each head keeps as many directions
     as its ranks say: a fraction of the memory, in as many bits as they came with, or in few.
 
@@ -76,8 +76,7 @@ class MatryoshkaLayer(GroupedTokens):
         >>> layer = MatryoshkaLayer(bases, bases, key_ranks=32, value_ranks=[32, 48])
         >>> layer.prefill(q, k, v).shape
         torch.Size([1, 8, 200, 64])
-        >>> layer.append(k[:, :, :1], v[:, :, :1])
-        >>> layer.attend(q[:, :, :1]).shape
+        >>> layer.step(q[:, :, :1], k[:, :, :1], v[:, :, :1]).shape
         torch.Size([1, 8, 1, 64])
         >>> layer.kept_channels, layer.all_channels, layer.length
         (144, 256, 201)
@@ -124,12 +123,6 @@ class MatryoshkaLayer(GroupedTokens):
     def reset(self) -> None:
         """Removes all tokens. Room for ``max_tokens`` is kept."""
         self._clear()
-
-    @property
-    def window_length(self) -> int:
-        """How many of the cached tokens can be removed. These are the ones not quantised yet, as long as no tokens were
-        forgotten that would be seen again."""
-        return self._groups[0].inner.window_length
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -238,9 +231,7 @@ class MatryoshkaLayer(GroupedTokens):
         self._require_unplanned("a prompt")
         self._check_new(k, v, mask)
         if q is not None:
-            check_queries(_OP, q, k)
-            check_needs_no_gradient(_OP, q=q)
-            require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
+            self._check_queries(q, k, None)
             require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
 
     @lasting
@@ -260,7 +251,41 @@ class MatryoshkaLayer(GroupedTokens):
         self._check_new(k, v, mask)
         if self._planned:
             check_step(_OP, k.shape[2], self._planned, mask)
-        rotary = check_rotary(_OP, rotary, k)
+        self._append(k, v, mask, check_rotary(_OP, rotary, k))
+
+    @lasting
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
+        """:meth:`append` and :meth:`attend` of tokens that come with their queries.
+
+        Args:
+            q: (batch, query heads, tokens, channels).
+            k: (batch, heads, tokens, channels). With ``bits``, there must be no more tokens than the window takes.
+            v: (batch, heads, tokens, value channels).
+            sinks, rotary: as for both; cosines and sines are those of q and k.
+
+        Returns:
+            Tensor: (batch, query heads, tokens, value channels), q's dtype.
+
+        Raises:
+            ValueError: as both. The cache is unchanged.
+        """
+        self._check_new(k, v, None)
+        self._check_queries(q, k, sinks)
+        tokens, most = k.shape[2], k.shape[2] if self.bits is None else self.window
+        if not q.shape[2] == tokens <= most:
+            contract, got = f"a query for each of at most {most} tokens", f"{q.shape[2]} for {tokens}"
+            raise ValueError(message(_OP, contract, got, "Pass prompts to prefill."))
+        rotary = check_rotary(_OP, rotary, q)
+        if self._planned:
+            check_step(_OP, tokens, self._planned, None)
+        elif tokens > 1:
+            self._make_room(tokens)
+        self._append(k, v, None, rotary)
+        return self._attend(q, sinks, rotary)
+
+    def _append(self, k: Tensor, v: Tensor, mask: Tensor | None, rotary: Rotary | None) -> None:
         k, v = without_padding(k, v, mask)
         places = self._places(k, v, mask)
         for group, (keys, values) in zip(self._groups, self._project(k, v, places, rotary), strict=True):
@@ -275,45 +300,9 @@ class MatryoshkaLayer(GroupedTokens):
     def make_room(self, tokens: int) -> None:
         """Makes sure that the next ``tokens`` tokens can be removed again together."""
         self._require_unplanned("make_room")
-        for group in self._groups:
-            group.inner.make_room(tokens)
+        self._make_room(tokens)
 
     # Using them
-
-    @lasting
-    def attend(self, q: Tensor, *, sinks: Tensor | None = None, rotary: Rotary | None = None) -> Tensor:
-        """Attention of the newest tokens' queries over all cached tokens, computed on projected vectors.
-
-        Args:
-            q: (batch, query heads, queries, channels). The last query belongs to the last token; with ``bits``, the
-                tokens of all queries must not be quantised yet.
-            sinks: float32 (query heads,), the logit of an attention sink for each head, or None.
-            rotary: as for :meth:`append`, of the queries' tokens.
-
-        Returns:
-            Tensor: (batch, query heads, queries, value channels), q's dtype.
-
-        Raises:
-            ValueError: an empty cache, invalid shapes or options, or a tensor that requires gradients.
-        """
-        k, v = self._check_held()
-        check_queries(_OP, q, k)
-        check_needs_no_gradient(_OP, q=q)
-        if q.dtype != k.dtype:
-            raise ValueError(message(_OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it."))
-        check_sinks(_OP, sinks, q)
-        if self._planned:
-            check_step(_OP, q.shape[2], self._planned, None)
-        elif q.shape[2] > 1:
-            most = max(self.window_length, 1)
-            remedy = "Pass longer pieces to prefill, which adds and attends by itself."
-            require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
-        rotary = check_rotary(_OP, rotary, q)
-        outs = []
-        for group, its in zip(self._groups_for(k, v), self._project_queries(q, rotary), strict=True):
-            its_sinks = None if sinks is None else group.queries_of(sinks, k.shape[1])
-            outs.append(group.inner.attend_checked(its, sinks=its_sinks))
-        return self._projections[1].back(outs, self.backend)
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """All keys and values in token order, (batch, heads, tokens, channels), in the dtype of the tokens that were

@@ -128,6 +128,17 @@ class GroupedTokens(Planned, Lasting):
             if isinstance(group.inner, DenseLayer):
                 group.inner.begin(*(p.empty(x)[i] for p, x in zip(self._projections, like, strict=True)))
 
+    @property
+    def window_length(self) -> int:
+        """How many of the cached tokens can be removed. These are the ones not quantised yet, as long as no tokens were
+        forgotten that would be seen again."""
+        return self._groups[0].inner.window_length
+
+    def _make_room(self, tokens: int) -> None:
+        """Makes sure that the next tokens stay together, so that they can be removed."""
+        for group in self._groups:
+            group.inner.make_room(tokens)
+
     def _check_held(self) -> tuple[Tensor, Tensor]:
         if self._like is None:
             raise ValueError(message(_OP, "cached tokens", "an empty cache", "Call append or prefill."))
