@@ -140,9 +140,9 @@ typename Rule::Coefficients coefficients_of(const TensorRecord& t, const typenam
   return Rule::coefficients(hyper, lr, step, t.scale == nullptr ? 1.0 : static_cast<double>(*t.scale));
 }
 
-// Rules with norms go through their tensors in waves small enough that the update pass finds in the cache what the
-// norm pass read; a larger tensor is a wave of its own.
-inline constexpr int64_t kWave = 1 << 19;
+// Rules with norms go through their tensors in waves of so many elements for each thread, and at least twice as many:
+// few enough that the update pass finds in the caches what the norm pass read. A larger tensor is a wave of its own.
+inline constexpr int64_t kWave = 1 << 18;
 
 inline int64_t element_count(const std::vector<TensorRecord>& tensors, int64_t first, int64_t last) {
   int64_t count = 0;
@@ -169,12 +169,12 @@ struct Wave {
   }
 };
 
-inline int64_t end_of_wave(const std::vector<TensorRecord>& tensors, int64_t first) {
-  const int64_t count = static_cast<int64_t>(tensors.size());
+inline int64_t end_of_wave(const std::vector<TensorRecord>& tensors, int64_t first, int64_t threads) {
+  const int64_t count = static_cast<int64_t>(tensors.size()), most = kWave * std::max<int64_t>(threads, 2);
   int64_t last = first;
   for (int64_t total = 0; last < count; ++last) {
     total += tensors[last].numel;
-    if (total > kWave && last > first) break;
+    if (total > most && last > first) break;
   }
   return last;
 }
@@ -220,7 +220,7 @@ void step(const std::vector<TensorRecord>& tensors, const typename Rule::Hyper& 
   const bool in_waves = kHasNorms<Rule> && phase.norm_pass && phase.update_pass;
 
   for (int64_t first = 0, last = 0; first < count; first = last) {
-    last = in_waves ? end_of_wave(tensors, first) : count;
+    last = in_waves ? end_of_wave(tensors, first, parallel_for.threads()) : count;
     const Wave wave(tensors, first, last);
     double* squares = phase.norms;
     if constexpr (kHasNorms<Rule>) {

@@ -33,11 +33,12 @@ struct Placement {
 
 // Cuts [0, n) in `workers` pieces, however small, each on a thread of its own.
 inline ParallelFor parallel_for(int workers) {
-  return [workers](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+  const auto run = [workers](int64_t n, int64_t, const ParallelFor::Body& body) {
     std::vector<std::thread> threads;
     for (int w = 0; w < workers; ++w) threads.emplace_back(body, n * w / workers, n * (w + 1) / workers);
     for (std::thread& thread : threads) thread.join();
   };
+  return {run, workers};
 }
 
 [[noreturn]] inline void guards_overwritten(const char* what) {

@@ -141,7 +141,7 @@ TEST(one_plus_exp_negative_is_within_two_ulp) {
 TEST(threads_get_enough_elements_to_be_worth_waking) {
   const auto grain_of = [](int64_t n, int64_t elements) {
     int64_t found = 0;
-    const ParallelFor threads = [&](int64_t, int64_t grain, const auto&) { found = grain; };
+    const ParallelFor threads([&](int64_t, int64_t grain, const auto&) { found = grain; }, 64);
     parallel_for_elements(threads, n, elements, [](int64_t, int64_t) {});
     return found;
   };

@@ -191,7 +191,7 @@ TEST(threads_share_a_head_and_end_in_any_order) {
     return Tokens{x.data(), singlepass::DType::kFloat32, n * kDim, n * kDim, kDim};
   };
   const int32_t window[] = {0, kSlots};
-  const auto attend = [&](const singlepass::ParallelFor& threads) {
+  const auto attend = [&](const singlepass::ParallelFor::Run& run) {
     std::vector<float> out(kRows * kDim), lse(kRows);
     Decode p = {};
     p.batch = p.heads = p.queries = 1;
@@ -203,7 +203,7 @@ TEST(threads_share_a_head_and_end_in_any_order) {
     p.scale = 1.0f;
     p.out = tokens(out, 1), p.out.head_stride = kDim;
     p.lse = lse.data();
-    decode(p, threads);
+    decode(p, singlepass::ParallelFor(run, 1));
     out.insert(out.end(), lse.begin(), lse.end());
     return out;
   };

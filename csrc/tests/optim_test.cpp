@@ -19,8 +19,7 @@ namespace {
 using namespace singlepass;
 using namespace singlepass::optim;
 
-const ParallelFor kSerial = [](std::int64_t n, std::int64_t,
-                               const std::function<void(std::int64_t, std::int64_t)>& body) { body(0, n); };
+const ParallelFor kSerial([](std::int64_t n, std::int64_t, const ParallelFor::Body& body) { body(0, n); }, 1);
 const Gpu kGpu = {"optim_test", nullptr, nullptr, nullptr};
 
 template <class Rule>
@@ -233,6 +232,21 @@ TEST(a_table_of_300_tensors_is_one_upload_where_the_driver_takes_many_arguments)
   };
   CHECK_EQUAL(uploads(12000), 9u);
   CHECK_EQUAL(uploads(12010), 1u);
+}
+
+// A tensor has two chunks here.
+TEST(waves_keep_all_threads_busy) {
+  Tensors tensors(std::vector<std::int64_t>(64, 1 << 16), Lamb::kStates, DType::kFloat32, DType::kFloat32,
+                  DType::kFloat32, 0);
+  for (const std::int64_t threads : {1, 2, 8, 32}) {
+    std::int64_t fewest = 128;
+    const auto run = [&](std::int64_t n, std::int64_t, const ParallelFor::Body& body) {
+      fewest = std::min(fewest, n);
+      body(0, n);
+    };
+    step<Lamb>(tensors.records, hyper<Lamb>(), {}, ParallelFor(run, threads));
+    CHECK_EQUAL(fewest, std::min<std::int64_t>(std::max<std::int64_t>(8 * threads, 16), 128));
+  }
 }
 
 TEST(a_step_with_found_inf_changes_nothing_its_counter_included) {

@@ -48,8 +48,7 @@ void check_stream(const Stream& run, const std::vector<std::int64_t>& sizes) {
 }
 
 TEST(the_cpu_stream_reads_everything_and_changes_nothing) {
-  const ParallelFor serial = [](std::int64_t n, std::int64_t,
-                                const std::function<void(std::int64_t, std::int64_t)>& body) { body(0, n); };
+  const ParallelFor serial([](std::int64_t n, std::int64_t, const ParallelFor::Body& body) { body(0, n); }, 1);
   check_stream([&](const auto& reads, const auto& updates, std::int64_t n) { stream(reads, updates, n, serial); },
                {0, 1, 7, 32768, 32769});
 }

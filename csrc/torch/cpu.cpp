@@ -21,12 +21,11 @@ class Cpu {
  public:
   Cpu(const char*, const Tensor&) {}
 
-  const ParallelFor& where() const {
-    static const ParallelFor parallel_for = [](int64_t n, int64_t grain,
-                                               const std::function<void(int64_t, int64_t)>& body) {
+  ParallelFor where() const {
+    const auto run = [](int64_t n, int64_t grain, const ParallelFor::Body& body) {
       torch::stable::parallel_for(0, n, grain, body);
     };
-    return parallel_for;
+    return {run, torch::stable::get_num_threads()};
   }
 
   const std::vector<TensorRecord>& table(const std::vector<TensorRecord>& records, int, optim::LaunchShape = {}) const {
