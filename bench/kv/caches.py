@@ -10,6 +10,7 @@ DECODE, QUANTIZE, DEQUANTIZE, SALIENCY = "kv_decode", "kv_quantize_", "kv_dequan
 LOW_RANK, LOW_RANK_CODES, PROJECT = "low_rank_attend", "low_rank_attend_4_2", "low_rank_append"
 # A whole model, which reads a prompt and writes on.
 FIRST_TOKEN, NEXT_TOKEN = "first_token", "next_token"
+STEP = "kv_step_"  # what a model's next token runs
 TITLES = {
     DECODE: "decode attention",
     LOW_RANK: "decode attention, half the ranks",

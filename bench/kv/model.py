@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..registry import Case, Gate, Pass, Provider, Step, Tier, missing, own_reason
 from .caches import (
-    DECODE,
     FIRST_TOKEN,
     NEXT_TOKEN,
     QUANTIZE,
     SALIENCY,
+    STEP,
     CacheShape,
     ModelShape,
     packed_bytes,
@@ -139,7 +139,7 @@ def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
 
     def provider_of(name: str, column: str, tier: Tier, kind: Callable[[], Any], truth: Callable[[], Any]) -> Provider:
         def why_not(device: torch.device) -> str | None:
-            own = None if kind is uncompressed else own_reason((DECODE,), name, dtype, device)
+            own = None if kind is uncompressed else own_reason((STEP,), name, dtype, device)
             return missing("transformers", device) or own
 
         def prepare(data: Any) -> Step:
@@ -154,7 +154,7 @@ def model_case(op: str, length: int, dtype: torch.dtype) -> Case:
         op=op,
         size=shape.name,
         dtype=dtype,
-        ops=(DECODE,) if op == NEXT_TOKEN else (QUANTIZE, SALIENCY),
+        ops=(STEP,) if op == NEXT_TOKEN else (QUANTIZE, SALIENCY),
         passes=(Pass((weights + packed,), ()),),
         flops=2 * SMOLLM2.parameters * (length if op == FIRST_TOKEN else 1),
         elements=length,
