@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -82,10 +83,62 @@ def test_a_group_that_cannot_be_stepped_stops_all_groups(name: str, broken: str)
         q.grad = None
         q.data, q.grad = torch.zeros(1), torch.ones(1)
     before = contents(optimizer)
-    with pytest.raises((ValueError, KeyError)):
+    with pytest.raises(ValueError, match="expected"):
         optimizer.step()
     for key, value in contents(optimizer).items():
         assert_same_bits(value, before[key], key)
+
+
+OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
+    "lr": (-1.0, "x", torch.ones(2), torch.tensor(0.1, dtype=torch.float16), torch.tensor(1)),
+    "betas": ((0.9, 1.0), (0.9, 1.0, 0.9), (0.9,), 0.9, None),
+    "eps": (-1.0, math.nan, None),
+    "weight_decay": (-1.0, math.nan, None),
+    "momentum": (1.0, None),
+    "trust_coefficient": (-1.0, None),
+    "maximize": ("no", None),
+    "amsgrad": (None,),
+    "rectify": (None,),
+    "no_prox": (None,),
+    "always_adapt": (None,),
+    "guard_gain": (None,),
+    "stochastic_rounding": (None,),
+    "state_dtype": ("fp8", torch.int8),
+}
+
+
+@each_optimizer
+@pytest.mark.parametrize("steps", [0, 1], ids=["first-step", "second-step"])
+def test_hyperparameters_edited_out_of_their_range_are_refused(name: str, steps: int) -> None:
+    """Before any group is stepped, also those that come first."""
+    p, q = make_params([(4,), (4,)])
+    optimizer = make(name, [{"params": [p]}, {"params": [q]}])
+    for t in (p, q):
+        t.grad = torch.ones_like(t)
+    for _ in range(steps):
+        optimizer.step()
+    group = groups_of(optimizer)[1]
+    for key in OUT_OF_RANGE.keys() & group.keys():
+        good = group[key]
+        for bad in OUT_OF_RANGE[key]:
+            group[key] = bad
+            before = contents(optimizer)
+            with pytest.raises(ValueError, match=f"{optimizer._name}: expected .*{key}"):
+                optimizer.step()
+            for where, value in contents(optimizer).items():
+                assert_same_bits(value, before[where], f"{where} with {key} {bad!r}")
+        group[key] = good
+    optimizer.step()
+
+
+def test_a_list_of_betas_edited_in_place_is_checked() -> None:
+    (p,) = make_params([(4,)])
+    optimizer = optim.AdamW([p], betas=[0.9, 0.99])  # type: ignore[arg-type]
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["betas"][1] = 1.0
+    with pytest.raises(ValueError, match="betas in"):
+        optimizer.step()
 
 
 @each_optimizer

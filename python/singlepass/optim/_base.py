@@ -24,6 +24,7 @@ from ._checks import (
     check_places,
     check_spread,
     check_values,
+    is_number,
     one_max_grad_norm,
 )
 from ._exchange import Exchange, Exchanges
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Defaults that are checked elsewhere, or, the last one, torch's own.
-_NO_RANGE = ("state_dtype", "backend", "seed", "differentiable")
+_NO_RANGE = ("lr", "state_dtype", "backend", "seed", "differentiable")
 
 # The groups of a step, each with its buckets.
 Work = list[tuple[dict[str, Any], list[Bucket]]]
@@ -83,7 +84,7 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError for hyperparameters outside their range."""
+        """Raises ValueError for hyperparameters outside their range; the learning rate is checked apart."""
         self._check_values(group, [name for name in self.defaults if name not in _NO_RANGE])
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -135,9 +136,32 @@ class FusedOptimizer(Optimizer):
         """Checks the hyperparameters of groups that are to be the optimizer's."""
         for group in groups:
             check_dtypes(self._name, group["state_dtype"], group["lr"])
+            self._check_values(group, ["lr"])
             self._check_group(group)
         if "max_grad_norm" in self.defaults:
             one_max_grad_norm(self._name, groups)
+
+    def _check_edits(self, index: int, group: dict[str, Any]) -> None:
+        """Checks the hyperparameters of one of the optimizer's groups, if they are others than in the last step.
+
+        A learning rate that is a tensor is not read, for which the host would wait.
+        """
+        try:
+            # Of all rules lr comes first; the last one is torch's own.
+            lr, *values = [group[name] for name in self.defaults if name != "differentiable"]
+        except KeyError as error:
+            contract, got = f"groups with {', '.join(self.defaults)}", f"no {error.args[0]}"
+            remedy = "Let add_param_group make the group, which adds what is missing."
+            raise ValueError(message(self._name, contract, got, remedy)) from None
+        is_known = self._checked.get(index) == values
+        if isinstance(lr, Tensor) or not is_known:
+            check_dtypes(self._name, group["state_dtype"], lr)
+        if not isinstance(lr, Tensor):
+            self._check_values(group, ["lr"])
+        if not is_known:
+            self._check_group(group)
+            # A list, which may be edited in place, is none that is known.
+            self._checked[index] = [tuple(value) if isinstance(value, list) else value for value in values]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking its tensors and hyperparameters; nothing is added if one is refused."""
@@ -179,6 +203,7 @@ class FusedOptimizer(Optimizer):
 
     def _forget_steps(self) -> None:
         """Drops what is derived from earlier steps, and would be derived again."""
+        self._checked: dict[int, list[Any]] = {}  # hyperparameters, by position of the group
         self._sorter = Sorter()
         self._exchanges = Exchanges()
 
@@ -196,8 +221,8 @@ class FusedOptimizer(Optimizer):
             RuntimeError: a gradient that is sparse or of another shape than its parameter; nothing is changed. One on
                 another device, as only a new ``p.data`` can bring about: parameters of its dtype and group are not
                 changed.
-            ValueError: groups that were edited into what the constructor refuses, or a parameter that no longer has the
-                shape of its state; nothing is changed.
+            ValueError: groups that were edited into what the constructor refuses (of an ``lr`` that is a tensor the
+                value is not read), or a parameter that no longer has the shape of its state; nothing is changed.
         """
         loss = None
         if closure is not None:
@@ -236,6 +261,8 @@ class FusedOptimizer(Optimizer):
         work: Work = []
         first_id = 0
         for index, group in enumerate(self.param_groups):
+            if not torch.compiler.is_compiling():
+                self._check_edits(index, group)
             work.append((group, self._sorter.sort(self, index, first_id)))
             first_id += len(group["params"])
         if self._sorter.has_sorted:
@@ -251,7 +278,8 @@ class FusedOptimizer(Optimizer):
         """
         if (self.state and not is_first) or torch.compiler.is_compiling() or is_capturing():
             return False
-        return all(float(group["lr"]) == 0.0 for group in self.param_groups)
+        rates = [group.get("lr") for group in self.param_groups]
+        return all(is_number(rate) and float(rate) == 0.0 for rate in rates)
 
     def _make_states(self, work: Work) -> None:
         for group, buckets in work:
@@ -262,11 +290,7 @@ class FusedOptimizer(Optimizer):
 
     def _step_groups(self, work: Work, exchange: Exchange) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        # Whatever an edited group lacks is missed here, before anything is changed.
         hypers = [(self._hyper(group), self._state_names(group)) for group, _ in work]
-        if not torch.compiler.is_compiling():
-            for group in (group for group, _ in work if not isinstance(group["lr"], Tensor)):
-                self._check_values(group, ["lr"])
         if self._measures() or (self._norms_follow_states and not exchange.is_alone):
             buckets = [bucket for _, some in work for bucket in some]
             options = (*self._clipping(), grad_scale, found_inf, exchange)

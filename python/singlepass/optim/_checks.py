@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ _PARAM_DTYPES = (*STATE_DTYPES, torch.float64)
 _MISSPELT = 0.85
 
 
+def is_number(value: object) -> TypeGuard[Real | Tensor]:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
 def _below(limit: float) -> Callable[[Any], bool]:
     def keeps(value: Any) -> bool:
-        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-        return number and 0.0 <= float(value) < limit
+        return is_number(value) and 0.0 <= float(value) < limit
 
     return keeps
 
