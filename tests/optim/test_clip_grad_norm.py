@@ -112,6 +112,20 @@ def test_gradients_that_are_not_finite(poison: float) -> None:
     assert not clip_grad_norm_(params, 1.0).isfinite()
 
 
+def test_gradients_with_a_graph_of_their_own() -> None:
+    """As create_graph=True leaves them: neither norm nor clipping becomes a part of the graph."""
+    found = []
+    for clip in (clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        p = Parameter(torch.ones(4))
+        (p.grad,) = torch.autograd.grad(p.pow(3).sum(), [p], create_graph=True)
+        graph = p.grad.grad_fn
+        norm = clip([p], 1.0)
+        found.append((norm.requires_grad, p.grad.grad_fn is graph, p.grad.detach()))
+    ours, theirs = found
+    assert ours[:2] == theirs[:2] == (False, True)
+    torch.testing.assert_close(ours[2], theirs[2])
+
+
 @pytest.mark.parametrize("max_norm", [-1.0, math.nan, "1", None, torch.ones(2)])
 def test_a_bad_max_norm_changes_nothing(max_norm: object) -> None:
     params = given()

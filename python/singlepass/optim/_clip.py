@@ -21,6 +21,7 @@ _WHERE = "clip_grad_norm_"
 _EPS = 1e-6  # torch's
 
 
+@torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
