@@ -118,6 +118,22 @@ def test_tangents_of_incoming_gradients_are_not_lost(name: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+@each_module
+def test_many_gradients_at_a_time(name: str, backend: str | None) -> None:
+    """As a Jacobian takes them: autograd's own vmap, and torch.vmap around a backward pass."""
+    module, x = module_of(name, backend=backend), input_of()
+    inputs = [x, *trained(module).values()]
+    y = module(x)
+    directions = torch.randn(3, *y.shape)
+    wanted = [torch.autograd.grad(y, inputs, direction, retain_graph=True) for direction in directions]
+    batched = torch.autograd.grad(y, inputs, directions, is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda g: torch.autograd.grad(y, inputs, g, retain_graph=True))(directions)
+    for want, *found in zip(zip(*wanted, strict=True), batched, mapped, strict=True):
+        for got in found:
+            torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
 @each_module
 def test_kernels_that_were_asked_for_refuse(name: str) -> None:
     module, x = module_of(name, backend="native"), input_of()

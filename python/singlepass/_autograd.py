@@ -70,14 +70,16 @@ def must_be_plain(where: str, requested: str | None, *tensors: Tensor | None) ->
     return True
 
 
-def _gradients_to_differentiate(
+def _plain_gradients(
     function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``function(*inputs)`` that can be differentiated again; the function is plain PyTorch."""
-    # Names of their own: an input that was made of another one counts as independent of it.
-    named = [None if t is None else t.view_as(t) for t in inputs]
-    wanted = [t for t in named if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(function(*named), wanted, grad, create_graph=True))
+    """Gradients of ``function(*inputs)``, which is plain PyTorch; they can be differentiated again in grad mode."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Names of their own: an input that was made of another one counts as independent of it.
+        named = [None if t is None else t.view_as(t) for t in inputs]
+        wanted = [t for t in named if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(function(*named), wanted, grad, create_graph=create_graph))
     return tuple(next(found) if t is not None and t.requires_grad else None for t in named)
 
 
@@ -105,7 +107,8 @@ def gradients(
     """The gradients of inputs in a backward pass, which ``run`` computes of ``grad``, that of ``function(*inputs)``.
 
     Where the pass has to leave a graph, with create_graph=True, the function is differentiated instead, as plain
-    PyTorch computes it, if the backend is eager. Gradients of kernels raise where they are differentiated: such that
+    PyTorch computes it, if the backend is eager; and with any backend where the pass is for many gradients at a time,
+    under vmap, with is_grads_batched=True. Gradients of kernels raise where they are differentiated: such that
     looked constant would make second derivatives silently wrong.
 
     Raises:
@@ -113,10 +116,14 @@ def gradients(
     """
     if backend != "eager" and has_tangent(grad):
         raise RuntimeError(message(where, _CONTRACT, TANGENT, PLAIN))
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return tuple(run())
+    if torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        return _plain_gradients(function, grad, *inputs)
+    if not torch.is_grad_enabled():
         return tuple(run())
     if backend == "eager":
-        return _gradients_to_differentiate(function, grad, *inputs)
+        return _plain_gradients(function, grad, *inputs)
     with torch.no_grad():
         grads = tuple(run())
     return tuple(None if g is None else _OnlyOnce.apply(where, g, grad, *inputs) for g in grads)
