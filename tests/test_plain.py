@@ -134,6 +134,18 @@ def test_many_gradients_at_a_time(name: str, backend: str | None) -> None:
             torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["A", "D"])
+def test_vmap_draws_once_or_for_each_sample(form: str) -> None:
+    """Samples have numbers of their own with randomness="different", and the same ones with "same"."""
+    module, x = GroupRational(64, form=form, dropout=0.5), torch.ones(3, 5, 64)
+    for randomness in ("same", "different"):
+        y = torch.vmap(module, randomness=randomness)(x)
+        assert torch.equal(y[0], y[1]) == torch.equal(y[1], y[2]) == (randomness == "same")
+        assert 0.4 < (y == 0.0).float().mean() < 0.6
+        grads = torch.vmap(torch.func.grad(lambda x: module(x).sum()), randomness=randomness)(x)
+        assert torch.equal(grads[0], grads[1]) == (randomness == "same")
+
+
 @each_module
 def test_kernels_that_were_asked_for_refuse(name: str) -> None:
     module, x = module_of(name, backend="native"), input_of()
@@ -184,3 +196,13 @@ def test_dtensors(mesh: DeviceMesh, placement: Replicate | Shard) -> None:
         sharded(x)
     with pytest.raises(RuntimeError, match="plain tensors and reverse mode for kernels; got a DTensor"):
         rational(y, sharded.numerator, sharded.denominator, backend="native")
+
+
+def test_dtensors_have_neither_dropout_nor_noise(mesh: DeviceMesh) -> None:
+    """Replicas would draw different numbers."""
+    x = distribute_tensor(input_of(), mesh, [Replicate()])
+    for options in ({"dropout": 0.5}, {"form": "D"}):
+        module = distribute_module(GroupRational(6, 2, "silu", **options), mesh)
+        with pytest.raises(ValueError, match=r"rational: expected neither dropout nor noise for DTensors.*nn\.Dropout"):
+            module(x)
+        assert isinstance(module.eval()(x), DTensor)

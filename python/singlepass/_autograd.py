@@ -30,7 +30,7 @@ def _what_kernels_cannot(tensors: Iterable[Tensor | None]) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func"
     for t in tensors:
-        if _is_dtensor(t):
+        if is_dtensor(t):
             return "a DTensor"
         if has_tangent(t):
             return TANGENT
@@ -48,7 +48,7 @@ def has_tangent(t: Tensor | None) -> bool:
     return t is not None and in_forward_mode() and forward_ad.unpack_dual(t).tangent is not None
 
 
-def _is_dtensor(t: Tensor | None) -> bool:
+def is_dtensor(t: Tensor | None) -> bool:
     return t is not None and type(t) not in _PLAIN_TYPES and hasattr(t, "placements")
 
 
@@ -65,7 +65,7 @@ def must_be_plain(where: str, requested: str | None, *tensors: Tensor | None) ->
         return False
     if requested not in (None, "eager"):
         raise RuntimeError(message(where, _CONTRACT, what, PLAIN))
-    whole = what != "a DTensor" or all(t is None or _is_dtensor(t) for t in tensors)
+    whole = what != "a DTensor" or all(t is None or is_dtensor(t) for t in tensors)
     require(whole, where, "DTensors alone, or none", "some", "Distribute the module's parameters and its input alike.")
     return True
 

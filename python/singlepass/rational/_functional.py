@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._autograd import gradients, must_be_plain
+from .._autograd import gradients, is_dtensor, must_be_plain
 from .._errors import message, require
 from .._ops import rational as ops
 from .._ops import requested
@@ -128,8 +128,8 @@ def rational(
     One pass over memory computes ``dropout(f(x + bias)) * gate``, a second one all gradients. Only the inputs are saved
     for backward. Arithmetic is float32 whatever the storage dtype; autocast has no effect. The derivative of ``|v|`` at
     zero is 1. Second derivatives need ``backend="eager"``, plain PyTorch. That also runs under transforms of
-    ``torch.func``, in forward mode, for DTensors, in ``torch.jit.trace`` and in exports to ONNX, unless a kernel is
-    asked for.
+    ``torch.func``, in forward mode, for DTensors (without dropout and noise), in ``torch.jit.trace`` and in exports to
+    ONNX, unless a kernel is asked for.
 
     Args:
         x: any shape and strides; float32, bfloat16, float16 or float64 (eager only).
@@ -195,6 +195,9 @@ def rational(
         require(fits, op, f"seed as one int64 on {x.device}", got, "Pass an int, or None.")
     tensors = [t for t in (x, numerator, denominator, bias, gate) if t is not None]
     plain = must_be_plain(op, requested(backend), *tensors)
+    if plain and seed is not None and is_dtensor(x):
+        got, remedy = f"dropout {dropout}, form {form}", "Use torch.nn.Dropout instead, and form B."
+        raise ValueError(message(op, "neither dropout nor noise for DTensors in training", got, remedy))
     backend = "eager" if plain else ops.rational.choose(x.device.type, {t.dtype for t in tensors}, backend)
     numerator, denominator = numerator.contiguous(), denominator.contiguous()
     bias = None if bias is None else bias.contiguous()

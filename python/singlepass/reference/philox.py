@@ -9,8 +9,13 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox4x32(key: int, counter_low: Tensor, counter_high: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four int64 tensors of 32 random bits each, for a 64-bit key and 128-bit counters given as int64 halves."""
+def philox4x32(
+    key: Tensor | int, counter_low: Tensor, counter_high: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four int64 tensors of 32 random bits each, for a 64-bit key and 128-bit counters given as int64 halves.
+
+    The host does not read a key that is a tensor, which under vmap may be one for each sample.
+    """
     counter_high = torch.as_tensor(counter_high, device=counter_low.device).expand_as(counter_low)
     c0, c1 = counter_low & _MASK, (counter_low >> 32) & _MASK
     c2, c3 = counter_high & _MASK, (counter_high >> 32) & _MASK

@@ -48,14 +48,14 @@ def _half(words: tuple[Tensor, ...], index: int) -> Tensor:
     return (words[index // 2] >> (16 * (index % 2))) & 0xFFFF
 
 
-def _noise(seed: int, stream: int, offsets: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
+def _noise(seed: Tensor, stream: int, offsets: Tensor, count: int, dtype: torch.dtype) -> list[Tensor]:
     """Factors for ``count`` coefficients of every element."""
-    words = philox4x32(seed, offsets, stream)
+    words = philox4x32(seed.reshape(()), offsets, stream)
     return [(1.0 - NOISE) + _half(words, i).to(dtype) * (2.0 * NOISE / 65536.0) for i in range(count)]
 
 
-def _kept(seed: int, offsets: Tensor, threshold: int) -> Tensor:
-    words = torch.stack(philox4x32(seed, offsets // 8, _STREAM_DROPOUT))
+def _kept(seed: Tensor, offsets: Tensor, threshold: int) -> Tensor:
+    words = torch.stack(philox4x32(seed.reshape(()), offsets // 8, _STREAM_DROPOUT))
     lane = offsets % 8
     word = words.gather(0, (lane // 2).unsqueeze(0)).squeeze(0)
     return ((word >> (16 * (lane % 2))) & 0xFFFF) >= threshold
@@ -90,9 +90,9 @@ def rational(
     b = _per_channel(denominator.to(dtype), x, channel_dim)
     if form == _D:
         assert seed is not None
-        key, offsets = int(seed), _offsets(x)
-        noise_a = _noise(key, _STREAM_NUMERATOR, offsets, len(a), dtype)
-        noise_b = _noise(key, _STREAM_DENOMINATOR, offsets, len(b), dtype)
+        offsets = _offsets(x)
+        noise_a = _noise(seed, _STREAM_NUMERATOR, offsets, len(a), dtype)
+        noise_b = _noise(seed, _STREAM_DENOMINATOR, offsets, len(b), dtype)
         a = [coefficient * factor for coefficient, factor in zip(a, noise_a, strict=True)]
         b = [coefficient * factor for coefficient, factor in zip(b, noise_b, strict=True)]
     if form == _A:
@@ -105,7 +105,7 @@ def rational(
     threshold = ops.dropout_threshold(dropout)
     if threshold > 0:
         assert seed is not None
-        kept = _kept(int(seed), _offsets(x), threshold)
+        kept = _kept(seed, _offsets(x), threshold)
         y = torch.where(kept, y * (65536.0 / (65536.0 - threshold)), 0.0)
     if gate is not None:
         y = y * gate.to(dtype)
