@@ -150,13 +150,15 @@ def test_layers_that_have_not_drifted_are_left_alone() -> None:
 
 
 def test_gradients_of_vectors_that_were_swapped_are_gone() -> None:
+    """Those of singular values, too: they would be in the order of before."""
     model = model_of()
     optimizer = SST(model, lr=1e-2, **SCHEDULE)
     run(model, optimizer, 3)
     assert layers_of(model)[0].active_u.grad is not None
     run(model, optimizer, 1)
     assert layers_of(model)[0].active_u.grad is None
-    assert layers_of(model)[0].singular_values.grad is not None
+    assert layers_of(model)[0].singular_values.grad is None
+    assert layers_of(model)[0].bias.grad is not None
 
 
 def test_draws_depend_on_the_seed_alone() -> None:

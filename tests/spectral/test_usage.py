@@ -17,7 +17,7 @@ from singlepass import spectral
 from singlepass.spectral import SST
 
 from ..tolerances import assert_same_bits
-from .training import SCHEDULE, layers_of, model_of, snapshot
+from .training import SCHEDULE, give_gradients, layers_of, model_of, run, snapshot
 
 
 def loss_of(model: nn.Module, step: int, tokens: int = 8) -> torch.Tensor:
@@ -93,6 +93,37 @@ def test_autocast_and_a_scheduler() -> None:
         scheduler.step()
     assert losses[-1] < 0.5 * losses[0]
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("frozen_dtype", [None, torch.int8], ids=str)
+def test_a_frozen_layer_stays_as_it_is(frozen_dtype: torch.dtype | None) -> None:
+    """Through swaps and rounds, and other layers are trained as if it were not frozen. Thawed, it goes on."""
+    models = [model_of(frozen_dtype=frozen_dtype) for _ in range(2)]
+    optimizers = [SST(model, lr=1e-2, **SCHEDULE) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        run(model, optimizer, 6)
+    layer, other = layers_of(models[0])
+    layer.requires_grad_(False)
+    layer.zero_grad()
+    before = {name: t.clone() for name, t in layer.state_dict().items() if name != "draws"}
+    for i in range(6, 20):
+        give_gradients(models[1], i)
+        for p, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            p.grad = twin.grad if p.requires_grad else None
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, t in before.items():
+        assert_same_bits(layer.state_dict()[name], t, name)
+    for name, t in layers_of(models[1])[1].state_dict().items():
+        assert_same_bits(other.state_dict()[name], t, name)
+    layer.requires_grad_(True)
+    run(models[0], optimizers[0], 8, 20)
+    assert not torch.equal(layer.singular_values, before["singular_values"])
+    again = model_of(frozen_dtype=frozen_dtype)
+    again.load_state_dict(models[0].state_dict())
+    resumed = SST(again, lr=1e-2, **SCHEDULE)
+    resumed.load_state_dict(optimizers[0].state_dict())
+    run(again, resumed, 1)
 
 
 def test_a_closure() -> None:

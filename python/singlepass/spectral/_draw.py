@@ -31,9 +31,11 @@ def draws_of(layers: list[SSTLinear]) -> set[int]:
 def draw_vectors(
     layers: list[SSTLinear], moments: list[list[Tensor]], seed: int, draw: int, uniform: float, backend: str | None
 ) -> None:
-    """Draws for all layers, and swaps their vectors, singular values, and the ``moments`` (k,) of the values."""
-    for device in dict.fromkeys(layer.singular_values.device for layer in layers):
-        ids = [i for i, layer in enumerate(layers) if layer.singular_values.device == device]
+    """Draws for all layers that are trained, and swaps their vectors, singular values, and the ``moments`` (k,) of the
+    values. What a layer draws does not depend on others, nor on whether they are trained."""
+    trained = [i for i, layer in enumerate(layers) if layer._is_trained()]
+    for device in dict.fromkeys(layers[i].singular_values.device for i in trained):
+        ids = [i for i in trained if layers[i].singular_values.device == device]
         here = [layers[i] for i in ids]
         exchange = ops.sample(
             [layer.singular_values.detach() for layer in here],

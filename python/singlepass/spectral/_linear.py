@@ -246,6 +246,10 @@ class SSTLinear(nn.Module):
         """The parameters that have singular vectors: active u and v, frozen u and v."""
         return self.active_u, self.active_v, self.frozen_u, self.frozen_v
 
+    def _is_trained(self) -> bool:
+        """Whether the layer is not frozen by ``requires_grad_(False)``."""
+        return any(p.requires_grad for p in (self.singular_values, self.active_u, self.active_v))
+
     def trust_vectors(self) -> None:
         """Takes the active vectors to be of unit length until somebody writes to them. SST calls this after its steps.
 

@@ -321,6 +321,8 @@ class SST(AdamW):
         """Decomposes again what has drifted."""
         drifted = []
         for index, layer in enumerate(self._layers):
+            if not layer._is_trained():
+                continue
             u, s, v = layer.factors()
             finite = all(bool(t.isfinite().all()) for t in (u, s, v))
             if not finite:
@@ -336,18 +338,24 @@ class SST(AdamW):
 
     @torch.no_grad()
     def _begin_iteration(self) -> None:
-        """Draws the vectors that are active from now on, and forgets the moments of those that were."""
+        """Draws the vectors that are active from now on, and forgets the moments of those that were.
+
+        Layers that are frozen count the draw, and are not changed: stored in 8 or 16 bits, swapped vectors would be
+        rounded again.
+        """
         if self.rank_schedule is not None:
             self._set_rank(self.rank_schedule(self.progress.draws))
         moments = [[t for t in self._own_states(layer.singular_values) if t.dim() > 0] for layer in self._layers]
         uniform, backend = SAMPLINGS[self.sampling], self.param_groups[0]["backend"]
         draw_vectors(self._layers, moments, self.seed, self.progress.draws, uniform, backend)
-        vectors = [getattr(layer, name) for layer in self._layers for name in VECTORS]
+        trained = [layer for layer in self._layers if layer._is_trained()]
+        vectors = [getattr(layer, name) for layer in trained for name in VECTORS]
+        values = [layer.singular_values for layer in trained]
         self._forget(vectors)
-        for p in vectors:
-            p.grad = None  # of vectors that are now others
+        for p in (*vectors, *values):
+            p.grad = None  # of vectors that are now others, and of values that are now in another order
         if self.reset_singular_values:
-            self._forget([layer.singular_values for layer in self._layers])
+            self._forget(values)
         self.progress.draws += 1
         for layer in self._layers:
             layer.draws.fill_(self.progress.draws)
@@ -367,7 +375,8 @@ class SST(AdamW):
         for layer in self._layers:
             rank_of("SST: rank_schedule", rank, len(layer.singular_values))
         for layer in self._layers:
-            layer.set_rank(rank)
+            if layer._is_trained():
+                layer.set_rank(rank)
         self._refresh()
 
     def state_dict(self) -> dict[str, Any]:
