@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from singlepass._ops import requested
+
 from . import checks, documents, results, tables
 from .grid import Grid, number, times
 from .registry import FAMILIES, Case, Provider, cases, dtype_name
@@ -186,6 +188,7 @@ def require_some(chosen: Sequence[object]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from .run import run as measure
 
+    requested(None)  # each provider names its backend, so that nothing else would look at what was set
     return measure(choose_device(arguments.device), arguments, wanted_cases(arguments), wanted_providers(arguments))
 
 

@@ -53,6 +53,12 @@ def few_cases(monkeypatch: pytest.MonkeyPatch, small_buffers: None) -> None:
     monkeypatch.setattr(run, "probe", lambda device: PROBE)
 
 
+def test_a_variable_that_names_no_backend_stops_a_run(few_cases: None, wish: Callable[[str], None]) -> None:
+    wish("fpga")
+    with pytest.raises(SystemExit, match=r"SINGLEPASS_BACKEND: expected backend among .*; got 'fpga'"):
+        cli.main(["run", "--device", "cpu", "--seconds", "0.01", "--no-save"])
+
+
 @pytest.mark.slow("draws with matplotlib, whose first picture looks for fonts")
 def test_run_saves_rows_pictures_and_a_report(
     few_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
