@@ -212,6 +212,9 @@ BAD = {
     "gradient": (lambda t: t | {"gradient": "none"}, "gradient among"),
     "evaluation": (lambda t: t | {"evaluation": "dense"}, "evaluation among"),
     "device": (lambda t: t | {"x": torch.ones(3, 6, device="meta")}, "tensors of one device"),
+    "codes without scales": (lambda t: t | {"frozen_u": t["frozen_u"].to(torch.int8)}, r"scales of shape \(2, 1\)"),
+    "scales without codes": (lambda t: t | {"scales": (torch.ones(2, 1), torch.ones(2, 1))}, r"scales of shape \(0,\)"),
+    "bias": (lambda t: t | {"bias": torch.ones(6)}, r"bias of shape \(8,\)"),
 }
 
 
@@ -232,6 +235,7 @@ def test_bad_input_of_lorentz_is_refused() -> None:
         (torch.ones(3, 1), one, {}, "z of shape"),
         (torch.ones(3, 4).int(), one, {}, "a floating-point z"),
         (torch.ones(3, 4), torch.zeros(2), {}, "log_scale as one number"),
+        (torch.ones(3, 4), 0.0, {}, "log_scale as a tensor"),
         (torch.ones(3, 4), one, {"k": 4.0, "offset": 1.1}, "k > 0 and offset"),
         (torch.ones(3, 4), one, {"k": -1.0}, "k > 0 and offset"),
     ):

@@ -13,6 +13,7 @@ from .._autograd import gradients, must_be_plain
 from .._errors import require
 from .._ops import requested
 from .._ops import spectral as ops
+from ._frozen import factors_shape
 from ._product import Sizes, SSTProduct, evaluation_of, plain_product
 
 GRADIENTS = ("enhanced", "default")
@@ -32,6 +33,15 @@ def _check_factors(x: Tensor, u: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor]
     require(x.dim() >= 1 and x.shape[-1] == v[0].shape[1], op, contract, tuple(x.shape), "Check in_features.")
     devices = {t.device for t in (x, *u, *v, s)}
     require(len(devices) == 1, op, "tensors of one device", sorted(map(str, devices)), "Move them to x's.")
+
+
+def _check_codes(frozen: tuple[Tensor, Tensor], scales: tuple[Tensor, Tensor] | None) -> None:
+    """Codes without their scales would be taken for rows."""
+    for rows, factors in zip(frozen, (None, None) if scales is None else scales, strict=True):
+        wanted = factors_shape(rows.shape[0], rows.shape[1], rows.dtype)
+        got = (0,) if factors is None else tuple(factors.shape)
+        contract, remedy = f"scales of shape {wanted} for frozen rows of {rows.dtype}", "int8 codes alone have scales."
+        require(got == wanted, "sst_linear", contract, got, remedy)
 
 
 def sst_linear(
@@ -91,6 +101,10 @@ def sst_linear(
     contract = f"evaluation among {', '.join(EVALUATIONS)}"
     require(evaluation in EVALUATIONS, op, contract, repr(evaluation), "Choose one of them.")
     _check_factors(x, (active_u, frozen_u), (active_v, frozen_v), singular_values)
+    _check_codes((frozen_u, frozen_v), scales)
+    if bias is not None:
+        got, outputs = tuple(bias.shape), active_u.shape[1]
+        require(got == (outputs,), op, f"bias of shape ({outputs},)", got, "Check out_features.")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     elif x.dtype != active_u.dtype:
@@ -155,6 +169,8 @@ def lorentz(z: Tensor, log_scale: Tensor, *, k: float = 1.0, offset: float = 1.1
     """
     require(z.dim() >= 1 and z.shape[-1] >= 2, "lorentz", "z of shape (..., 2 or more)", tuple(z.shape), "Widen it.")
     require(z.is_floating_point(), "lorentz", "a floating-point z", z.dtype, "Convert it.")
+    tensor = isinstance(log_scale, Tensor)
+    require(tensor, "lorentz", "log_scale as a tensor", type(log_scale).__name__, "Use torch.tensor.")
     fits = log_scale.numel() == 1 and log_scale.device == z.device and log_scale.is_floating_point()
     got = f"{tuple(log_scale.shape)} of {log_scale.dtype} on {log_scale.device}"
     require(fits, "lorentz", f"log_scale as one number on {z.device}", got, "Reshape or move it.")

@@ -350,7 +350,7 @@ class SST(AdamW):
         draw_vectors(self._layers, moments, self.seed, self.progress.draws, uniform, backend)
         trained = [layer for layer in self._layers if layer._is_trained()]
         vectors = [getattr(layer, name) for layer in trained for name in VECTORS]
-        values = [layer.singular_values for layer in trained]
+        values: list[Tensor] = [layer.singular_values for layer in trained]
         self._forget(vectors)
         for p in (*vectors, *values):
             p.grad = None  # of vectors that are now others, and of values that are now in another order
