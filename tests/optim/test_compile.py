@@ -78,6 +78,21 @@ def test_a_learning_rate_that_changes_does_not_compile_again() -> None:
     assert counter.frame_count <= 2  # states are made in the first step
 
 
+@pytest.mark.parametrize("name", ["Adan", "LAMB"])
+def test_a_norm_for_clipping_may_change(name: str) -> None:
+    """torch.compile takes it for a number that it does not know from then on."""
+    compiled_params, plain_params = (make_params([(5, 7), (8,)]) for _ in range(2))
+    compiled, plain = (getattr(optim, name)(ps, max_grad_norm=1.0) for ps in (compiled_params, plain_params))
+    step = torch.compile(compiled.step, fullgraph=True, backend="aot_eager")
+    for k, max_norm in enumerate((1.0, 0.5, 0.25), 1):
+        for optimizer, params, do in ((compiled, compiled_params, step), (plain, plain_params, plain.step)):
+            optimizer.param_groups[0]["max_grad_norm"] = max_norm
+            give_grads(params, k)
+            do()
+    for a, b in zip(compiled_params, plain_params, strict=True):
+        assert_same_bits(a, b)
+
+
 class Norm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return OPS["grad_norm"].overload([x], max_norm=1.0)
