@@ -16,6 +16,7 @@ from .._ops import Op
 from .._ops.optim import StepOp
 from ._buckets import Bucket, Sorter
 from ._checks import (
+    Edits,
     check_dtypes,
     check_keys,
     check_norm_group,
@@ -141,28 +142,6 @@ class FusedOptimizer(Optimizer):
         if "max_grad_norm" in self.defaults:
             one_max_grad_norm(self._name, groups)
 
-    def _check_edits(self, index: int, group: dict[str, Any]) -> None:
-        """Checks the hyperparameters of one of the optimizer's groups, if they are others than in the last step.
-
-        A learning rate that is a tensor is not read, for which the host would wait.
-        """
-        try:
-            # Of all rules lr comes first; the last one is torch's own.
-            lr, *values = [group[name] for name in self.defaults if name != "differentiable"]
-        except KeyError as error:
-            contract, got = f"groups with {', '.join(self.defaults)}", f"no {error.args[0]}"
-            remedy = "Let add_param_group make the group, which adds what is missing."
-            raise ValueError(message(self._name, contract, got, remedy)) from None
-        is_known = self._checked.get(index) == values
-        if isinstance(lr, Tensor) or not is_known:
-            check_dtypes(self._name, group["state_dtype"], lr)
-        if not isinstance(lr, Tensor):
-            self._check_values(group, ["lr"])
-        if not is_known:
-            self._check_group(group)
-            # A list, which may be edited in place, is none that is known.
-            self._checked[index] = [tuple(value) if isinstance(value, list) else value for value in values]
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, after checking its tensors and hyperparameters; nothing is added if one is refused."""
         group = self.defaults | {key: value for key, value in param_group.items() if key != "params"}
@@ -203,7 +182,7 @@ class FusedOptimizer(Optimizer):
 
     def _forget_steps(self) -> None:
         """Drops what is derived from earlier steps, and would be derived again."""
-        self._checked: dict[int, list[Any]] = {}  # hyperparameters, by position of the group
+        self._edits = Edits()
         self._sorter = Sorter()
         self._exchanges = Exchanges()
 
@@ -262,7 +241,7 @@ class FusedOptimizer(Optimizer):
         first_id = 0
         for index, group in enumerate(self.param_groups):
             if not torch.compiler.is_compiling():
-                self._check_edits(index, group)
+                self._edits.check(self, index, group)
             work.append((group, self._sorter.sort(self, index, first_id)))
             first_id += len(group["params"])
         if self._sorter.has_sorted:
@@ -413,7 +392,8 @@ class FusedOptimizer(Optimizer):
         ``backend`` and ``capturable``. If ``lr`` is a tensor, the loaded value is written into it.
 
         Raises:
-            ValueError: another number of groups or of parameters, or another optimizer's states; nothing is changed.
+            ValueError: another number of groups or of parameters, states of other names or shapes, or hyperparameters
+                outside their range; nothing is changed.
         """
         self._loading(self).load(state_dict, super().load_state_dict)
 

@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .._errors import message, require
 from .._ops import check_backend, requested
 from .._ops.optim import StepOp
 from ._shards import check_placements, is_sharded
+
+if TYPE_CHECKING:
+    from ._base import FusedOptimizer
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PARAM_DTYPES = (*STATE_DTYPES, torch.float64)
@@ -70,6 +73,37 @@ def check_values(where: str, group: dict[str, Any], names: Iterable[str], betas:
         keeps, remedy = _CONTRACTS[contract]
         for value in values:
             require(keeps(value), where, f"{key} {contract}", repr(value), remedy)
+
+
+class Edits:
+    """Checks the hyperparameters of groups in each step, but those that were the same in the last one."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, list[Any]] = {}  # by position of the group
+
+    def check(self, optimizer: FusedOptimizer, index: int, group: dict[str, Any]) -> None:
+        """A learning rate that is a tensor is not read, for which the host would wait.
+
+        Raises:
+            ValueError: what the constructor would refuse.
+        """
+        where = optimizer._name
+        try:
+            # Of all rules lr comes first; the last one is torch's own.
+            lr, *values = [group[name] for name in optimizer.defaults if name != "differentiable"]
+        except KeyError as error:
+            contract, got = f"groups with {', '.join(optimizer.defaults)}", f"no {error.args[0]}"
+            remedy = "Let add_param_group make the group, which adds what is missing."
+            raise ValueError(message(where, contract, got, remedy)) from None
+        is_known = self._known.get(index) == values
+        if isinstance(lr, Tensor) or not is_known:
+            check_dtypes(where, group["state_dtype"], lr)
+        if not isinstance(lr, Tensor):
+            check_values(where, group, ["lr"], 0)
+        if not is_known:
+            optimizer._check_group(group)
+            # A list, which may be edited in place, is none that is known.
+            self._known[index] = [tuple(value) if isinstance(value, list) else value for value in values]
 
 
 def check_dtypes(where: str, state_dtype: object, lr: object) -> None:

@@ -80,7 +80,7 @@ def sst_linear(
         backend: for everything but the matrix products: "native", "triton" or "eager"; None selects one.
 
     Matrix products use x's dtype (float32, bfloat16, float16 or float64), or autocast's. Singular values and the sums
-    for their gradients keep their dtype, at least float32. Second derivatives raise a RuntimeError.
+    for their gradients keep their dtype, at least float32. Second derivatives need ``backend="eager"``.
 
     Returns:
         Tensor: (..., m), contiguous, of the products' dtype.

@@ -194,6 +194,8 @@ class SSTLinear(nn.Module):
     def set_weight(self, weight: Tensor) -> None:
         """Takes the singular value decomposition of a weight (m, n), finite; the largest values become active.
 
+        They count as not drawn: what is saved before the next draw of an optimizer does not resume.
+
         Raises:
             ValueError: another shape, or values that are not finite; nothing is changed.
         """
