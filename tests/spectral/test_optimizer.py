@@ -70,9 +70,9 @@ def test_an_iteration_swaps_what_was_drawn_and_nothing_else() -> None:
     moments = {}
     real = optimizer._begin_iteration
 
-    def spied() -> None:
+    def spied(rank: float | None) -> None:
         moments.update({id(m): (m.factors(), m.weight) for m in layers_of(model)})
-        real()
+        real(rank)
 
     optimizer._begin_iteration = spied  # type: ignore[method-assign]
     optimizer.step()

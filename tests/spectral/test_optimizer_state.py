@@ -161,6 +161,20 @@ def test_bad_parameters_are_refused() -> None:
         assert_same_bits(a, b)
 
 
+def test_a_schedule_of_ranks_that_do_not_fit_changes_nothing() -> None:
+    model = model_of()
+    optimizer = SST(model, lr=1e-2, rank_schedule=lambda draw: 3 if draw == 0 else 99, **SCHEDULE)
+    run(model, optimizer, 3)
+    give_gradients(model, 3)
+    before, progress = snapshot(model), optimizer.progress.as_tuple()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="SST: rank_schedule: expected a rank from 1 to 12"):
+            optimizer.step()
+        assert optimizer.progress.as_tuple() == progress
+        for a, b in zip(snapshot(model), before, strict=True):
+            assert_same_bits(a, b)
+
+
 def test_layers_that_are_not_finite_stop_a_round() -> None:
     model = model_of()
     optimizer = SST(model, lr=1e-2, **SCHEDULE)

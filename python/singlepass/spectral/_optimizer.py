@@ -112,8 +112,9 @@ class SST(AdamW):
 
     Raises:
         ValueError: a hyperparameter outside its range, no layer to train, a part of a layer, parameters that are
-            DTensors. Nothing is changed.
-        RuntimeError: the chosen backend cannot run here; in ``step()``, a sparse gradient.
+            DTensors; in ``step()``, what ``rank_schedule`` returns. Nothing is changed.
+        RuntimeError: the chosen backend cannot run here; in ``step()``, a sparse gradient, or a layer that is not
+            finite at the end of a round.
 
     Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML
     2025, arXiv 2405.15481, Algorithm 1. Choices that the paper leaves open are arguments.
@@ -194,7 +195,7 @@ class SST(AdamW):
         drawn = draws_of(self._layers)
         self.progress.draws = max(drawn)
         if len(drawn) > 1 or drawn == {0}:
-            self._begin_iteration()
+            self._begin_iteration(self._next_rank())
         self._note_progress()
 
     @property
@@ -268,16 +269,18 @@ class SST(AdamW):
 
     def _step_groups(self, work: Work, exchange: Exchange) -> None:
         """Updates every parameter that has a gradient; then, where an iteration ends, begins the next."""
+        ends = self.progress.step + 1 >= self.steps_per_iteration
+        rank = self._next_rank() if ends else None
         super()._step_groups(work, exchange)
         self.progress.step += 1
-        if self.progress.step >= self.steps_per_iteration:
+        if ends:
             self.progress.step = 0
             self.progress.iteration += 1
             if self.progress.iteration >= self.iterations_per_round:
                 self.progress.iteration = 0
                 self.progress.round += 1
                 self._end_round()
-            self._begin_iteration()
+            self._begin_iteration(rank)
         self._note_progress()
         for layer in self._layers:
             layer.trust_vectors()
@@ -337,14 +340,13 @@ class SST(AdamW):
             self._forget([layer.singular_values])
 
     @torch.no_grad()
-    def _begin_iteration(self) -> None:
+    def _begin_iteration(self, rank: float | None = None) -> None:
         """Draws the vectors that are active from now on, and forgets the moments of those that were.
 
-        Layers that are frozen count the draw, and are not changed: stored in 8 or 16 bits, swapped vectors would be
-        rounded again.
+        Frozen layers only count the draw: vectors stored in 8 or 16 bits would be rounded again by a swap.
         """
-        if self.rank_schedule is not None:
-            self._set_rank(self.rank_schedule(self.progress.draws))
+        if rank is not None:
+            self._set_rank(rank)
         moments = [[t for t in self._own_states(layer.singular_values) if t.dim() > 0] for layer in self._layers]
         uniform, backend = SAMPLINGS[self.sampling], self.param_groups[0]["backend"]
         draw_vectors(self._layers, moments, self.seed, self.progress.draws, uniform, backend)
@@ -371,9 +373,16 @@ class SST(AdamW):
         state = self.state.get(p, {})
         return [state[name] for name in (*self.rule.states, "step") if name in state]
 
-    def _set_rank(self, rank: float) -> None:
+    def _next_rank(self) -> float | None:
+        """The rank of the next iteration, if there is a schedule. Raises ValueError for one that does not fit."""
+        if self.rank_schedule is None:
+            return None
+        rank = self.rank_schedule(self.progress.draws)
         for layer in self._layers:
             rank_of("SST: rank_schedule", rank, len(layer.singular_values))
+        return rank
+
+    def _set_rank(self, rank: float) -> None:
         for layer in self._layers:
             if layer._is_trained():
                 layer.set_rank(rank)
