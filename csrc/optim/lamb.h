@@ -51,7 +51,7 @@ struct Lamb {
 
   SINGLEPASS_HD static void apply_norms(const Hyper& h, Coefficients& c, const double* squares) {
     const bool adapt = h.always_adapt || h.weight_decay != 0.0;
-    if (adapt && squares[0] > 0.0 && squares[1] > 0.0) c.lr = static_cast<float>(c.lr * sqrt(squares[0] / squares[1]));
+    if (adapt && squares[0] > 0.0 && squares[1] > 0.0) c.lr = rate_of(c.lr * sqrt(squares[0] / squares[1]));
   }
 
   SINGLEPASS_HD static void update(const Coefficients& c, float& p, float, float* s) {

@@ -37,7 +37,7 @@ struct Lars {
     if (squares[0] > 0.0 && squares[1] > 0.0) {
       const double norm = sqrt(squares[0]);
       const double rate = h.trust_coefficient * norm / (sqrt(squares[1]) + h.weight_decay * norm + h.eps);
-      c.lr = static_cast<float>(c.lr * rate);
+      c.lr = rate_of(c.lr * rate);
     }
   }
 

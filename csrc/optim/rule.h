@@ -25,6 +25,12 @@ namespace singlepass::optim {
 inline constexpr int kMaxStates = 4;
 inline constexpr int kNorms = 2;
 
+// A rate that norms made. Norms near zero make some that float32 does not hold, which count as its largest number.
+SINGLEPASS_HD float rate_of(double rate) {
+  constexpr double kLargest = 0x1.fffffep127;
+  return static_cast<float>(rate > kLargest ? kLargest : rate);
+}
+
 // Bits that name the tensors of one parameter in Access masks; states follow: kState << 0, kState << 1, ...
 enum : uint32_t { kParam = 1, kGrad = 2, kState = 4 };
 

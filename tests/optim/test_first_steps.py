@@ -292,3 +292,17 @@ def test_tiny_gradients_are_not_lost_in_the_states(place: Place) -> None:
     q = parameter([0.0] * 4, place)
     step(optim.AdamW([q], lr=1.0, eps=1e-8, weight_decay=0.0, backend=place.backend), tiny)
     assert_values(q, [-g / (abs(g) + 1e-8) for g in tiny])
+
+
+@each_place
+@pytest.mark.parametrize("name", ["LARS", "LAMB"])
+def test_rates_of_norms_near_zero_stay_finite(name: str, place: Place) -> None:
+    """A rate beyond float32 is its largest number. It was infinite, and so were the weights."""
+    p, tiny = parameter([3e3] * 4, place), 2.0**-140
+    options = {"eps": 0.0} if name == "LARS" else {"eps": 1e10, "always_adapt": True, "betas": (0.0, 0.0)}
+    optimizer = getattr(optim, name)([p], lr=1.0, weight_decay=0.0, backend=place.backend, **options)
+    step(optimizer, [tiny, -tiny, 2 * tiny, 0.0] if name == "LARS" else [1e-29] * 4)
+    assert bool(p.isfinite().all())
+    if name == "LARS":
+        largest = torch.finfo(torch.float32).max
+        assert_values(p, [3e3 - largest * x for x in (tiny, -tiny, 2 * tiny, 0.0)])

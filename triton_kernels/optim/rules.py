@@ -243,12 +243,18 @@ def lamb_norm_terms(c, p, g, s):
 
 
 @triton.jit
+def rate_of(rate):
+    """In float32. What it does not hold counts as its largest number."""
+    return tl.where(rate > 3.4028234663852886e38, 3.4028234663852886e38, rate).to(tl.float32)
+
+
+@triton.jit
 def lamb_apply_norms(h, c, squares, FLAGS: tl.constexpr):
     always_adapt: tl.constexpr = FLAGS[0]
     adapt = (squares[0] > 0.0) & (squares[1] > 0.0)
     if not always_adapt:
         adapt = adapt & (h[3] != 0.0)
-    adapted = (c[0].to(tl.float64) * tl.sqrt(squares[0] / squares[1])).to(tl.float32)
+    adapted = rate_of(c[0].to(tl.float64) * tl.sqrt(squares[0] / squares[1]))
     return (tl.where(adapt, adapted, c[0]),) + c[1:]
 
 
@@ -274,7 +280,7 @@ def lars_apply_norms(h, c, squares, FLAGS: tl.constexpr):
     norm = tl.sqrt(squares[0])
     rate = trust_coefficient * norm / (tl.sqrt(squares[1]) + weight_decay * norm + eps)
     adapt = (squares[0] > 0.0) & (squares[1] > 0.0)
-    return (tl.where(adapt, (c[0].to(tl.float64) * rate).to(tl.float32), c[0]),) + c[1:]
+    return (tl.where(adapt, rate_of(c[0].to(tl.float64) * rate), c[0]),) + c[1:]
 
 
 @triton.jit

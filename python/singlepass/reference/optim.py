@@ -177,6 +177,11 @@ class DiffGrad:
         return p - c.step_size * (m / denominator), [m, v, g]
 
 
+def _rate(rate: Tensor, dtype: torch.dtype) -> Tensor:
+    """A rate that norms made. What the dtype does not hold counts as its largest number."""
+    return rate.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
 @reference_of(ops.lamb)
 class LAMB:
     """LAMB, arXiv 1904.00962, Algorithm 2 with phi the identity."""
@@ -207,7 +212,7 @@ class LAMB:
     def apply_norms(c, squares):
         if c.adapt:
             adapted = c.lr.double() * (squares[0] / squares[1]).sqrt()
-            c.lr = torch.where((squares[0] > 0.0) & (squares[1] > 0.0), adapted.to(c.lr.dtype), c.lr)
+            c.lr = torch.where((squares[0] > 0.0) & (squares[1] > 0.0), _rate(adapted, c.lr.dtype), c.lr)
 
     @staticmethod
     def update(c, p, g, s):
@@ -230,7 +235,7 @@ class LARS:
     def apply_norms(c, squares):
         norm_p, norm_g = squares[0].sqrt(), squares[1].sqrt()
         rate = c.trust * norm_p / (norm_g + c.decay * norm_p + c.eps)
-        c.lr = torch.where((norm_p > 0.0) & (norm_g > 0.0), (c.lr.double() * rate).to(c.lr.dtype), c.lr)
+        c.lr = torch.where((norm_p > 0.0) & (norm_g > 0.0), _rate(c.lr.double() * rate, c.lr.dtype), c.lr)
 
     @staticmethod
     def update(c, p, g, s):
