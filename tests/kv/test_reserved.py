@@ -146,3 +146,16 @@ def test_not_with_a_sliding_window() -> None:
     for make in (ZipCacheLayer, made):
         with pytest.raises(ValueError, match="expected max_tokens or a sliding window; got both"):
             make(max_tokens=100, sliding_window=50)
+
+
+@pytest.mark.parametrize("prompt", range(6))
+def test_room_grows_evenly(prompt: int) -> None:
+    """Blocks have a start each, and one end: where they grow, so do the starts, whatever number there was before."""
+    q, k, v = drawn(140, batch=1)
+    layer, grows = (ZipCacheLayer(window=8, max_tokens=room) for room in (16 + 8 * prompt, None))
+    for its in (layer, grows):
+        its.prefill(*part((q, k, v), 0, 4))
+    new = part((q, k, v), 4, 140)
+    for a, b in zip(stream(layer, *new), stream(grows, *new), strict=True):
+        assert_same_bits(a, b)
+    assert_same(layer.state_dict(), grows.state_dict())

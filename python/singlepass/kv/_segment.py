@@ -24,12 +24,13 @@ def held_nbytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
 
 
-def grown(tensor: Tensor, dim: int, used: int, size: int, most: int | None = None) -> Tensor:
+def grown(tensor: Tensor, dim: int, used: int, size: int, most: int | None = None, extra: int = 0) -> Tensor:
     """A tensor with room for ``size`` along a dimension: itself, or a larger copy of what is used. Sizes grow
-    geometrically, to ``most`` at most, so that adding token after token copies each byte a bounded number of times."""
+    geometrically, to ``most`` at most, so that adding token after token copies each byte a bounded number of times.
+    Tensors that differ by ``extra`` elements alone go on doing so."""
     if tensor.shape[dim] >= size:
         return tensor
-    room = size if used == 0 else max(size, int(tensor.shape[dim] * GROWTH) + 1)
+    room = size if used == extra else max(size, int((tensor.shape[dim] - extra) * GROWTH) + 1 + extra)
     room = room if most is None else min(room, most)
     shape = (*tensor.shape[:dim], room, *tensor.shape[dim + 1 :])
     larger = tensor.new_zeros(shape)
@@ -116,7 +117,7 @@ class Segment:
         for name, tensor in self._tensors.items():
             dim, unit, extra = self.extent(name)
             used, size = (begin, end) if unit == "slots" else (first + extra, last + extra)
-            self._tensors[name] = grown(tensor, dim, used, size)
+            self._tensors[name] = grown(tensor, dim, used, size, extra=extra)
         views = self._views((begin, end), (first, last))
         views["starts"][1:] = starts[1:] + begin
         views["counts"].copy_((lengths[:, None, None] - starts[:-1]).clamp(min=0).minimum(starts.diff()))
