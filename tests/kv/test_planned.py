@@ -14,7 +14,7 @@ from counting.host import COPIES, HostOps
 from singlepass.kv import MatryoshkaLayer, ZipCacheLayer
 
 from ..tolerances import assert_same_bits
-from .layers import drawn, part, stream
+from .layers import assert_same, drawn, part, stream
 from .test_matryoshka_layer import made
 from .test_reserved import LAYERS, Layer, addresses, each_layer
 
@@ -311,3 +311,19 @@ def test_300_tokens_and_two_compressions_are_compiled_once(name: str, compiler: 
     else:
         torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)  # codes may differ by one
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("window", "random_probes"), [(128, 0.0), (7, 0.05)])
+def test_all_probes_are_the_newest(window: int, random_probes: float) -> None:
+    """There are no random places: each of the newest queries has a row of its own all the same."""
+    q, k, v = drawn(150)
+    options: dict[str, Any] = {"window": window, "random_probes": random_probes, "recent_probes": 0.3}
+    layers = [ZipCacheLayer(max_tokens=200, **options), ZipCacheLayer(**options)]
+    for its in layers:
+        its.prefill(*part((q, k, v), 0, 10))
+    planned(layers[0], *part((q, k, v), 10, 150), tokens=2)
+    for i in range(10, 150, 2):
+        layers[1].make_room(2)
+        layers[1].append(*part((k, v), i, i + 2))
+        layers[1].attend(q[:, :, i : i + 2])
+    assert_same(*(its.state_dict()["segments"] for its in layers))

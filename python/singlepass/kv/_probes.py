@@ -166,8 +166,8 @@ class ProbeRows:
     def __init__(self, size: int, due: int, newest: int, like: Tensor):
         batch, heads, _, channels = like.shape
         self._turns = newest + MOST_PLANNED
-        self._rows = [0] * size
-        self._row_of = torch.zeros(size, dtype=torch.int64, device=like.device)
+        self._rows = [place % self._turns for place in range(size)]
+        self._row_of = torch.tensor(self._rows, device=like.device)
         self._q = like.new_zeros((batch, heads, due + self._turns, channels))
         self._lse = like.new_zeros((batch, heads, due + self._turns), dtype=torch.float32)
         self._due: set[int] = set()
