@@ -154,3 +154,19 @@ def test_padding_that_ends_and_is_saved() -> None:
     for wrong in (0, 2.5, "4"):
         with pytest.raises(ValueError, match="sliding_window as a whole number, 1 or more, or None"):
             made(sliding_window=wrong)
+
+
+@each_bits
+def test_hidden_tokens_do_not_come_back_when_newer_ones_are_removed(bits: Any) -> None:
+    """Nor for a query that is not the newest."""
+    q, k, v = drawn(40)
+    layer = made(ranks=RANKS, bits=bits, window=40, sliding_window=5)
+    layer.append(*part((k, v), 0, 40))
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, -9:] = False
+    layer.hide(mask)
+    if bits is None:
+        assert not layer.attend(q[:, :, :3])[0].any()
+    layer.drop_newest(3)
+    assert torch.equal(layer.token_mask(), torch.arange(37).ge(32).expand(2, -1) & mask[:, :37])
+    assert not layer.attend(q[:, :, :1])[0].any()

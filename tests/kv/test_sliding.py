@@ -150,3 +150,28 @@ def test_hiding_nothing_changes_nothing(window: int) -> None:
     mask[0, 35:] = False
     layer.hide(mask)
     assert_same_bits(layer.token_mask(), mask)
+
+
+def test_no_tokens_after_many() -> None:
+    """An empty piece of a prompt, where older tokens are out of sight."""
+    q, k, v = drawn(30)
+    layer = ZipCacheLayer(window=16, sliding_window=10)
+    layer.prefill(*part((q, k, v), 0, 30))
+    before = layer.state_dict()
+    assert layer.prefill(*part((q, k, v), 0, 0)).shape == (2, 4, 0, 32)
+    assert_same(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("held", [4, 40])
+def test_hidden_tokens_do_not_come_back_when_newer_ones_are_removed(held: int) -> None:
+    """More of them than the sliding window is wide; in the window of uncompressed tokens, and compressed."""
+    q, k, v = drawn(60)
+    layer = ZipCacheLayer(1.0, salient_bits=8, window=held, sliding_window=5)
+    layer.append(*part((k, v), 0, 40))
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, -9:] = False
+    layer.hide(mask)
+    layer.drop_newest(3)
+    seen = torch.arange(37).ge(32).expand(2, -1) & mask[:, :37]
+    assert torch.equal(layer.token_mask(), seen)
+    assert not layer.attend(q[:, :, :1])[0].any()

@@ -288,7 +288,8 @@ class DenseLayer(Planned):
 
     def hide(self, mask: Tensor) -> None:
         mask = mask.clone()
-        mask[:, : self._unseen] = True  # what left the sliding window is forgotten in its own time
+        # What left the sliding window is forgotten in its own time, unless its sequence ended before the window.
+        mask[:, : self._unseen] |= mask[:, self._unseen :].any(1, keepdim=True)
         self._mask, self._ends = self._mask_held() & mask[:, self._forgotten :], None
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -284,7 +284,8 @@ class ZipCacheLayer(LayerAttention):
         check_mask(_OP, mask, (len(window.keys), self.length))
         check_hides_newest(_OP, self.token_mask(), mask)
         mask = mask.clone()
-        mask[:, : self._unseen] = True  # what left the sliding window is forgotten in its own time
+        # What left the sliding window is forgotten in its own time, unless its sequence ended before the window.
+        mask[:, : self._unseen] |= mask[:, self._unseen :].any(1, keepdim=True)
         compressed.hide(mask[:, : self.length - window.length])
         window.hide(mask[:, self.length - window.length :])
 

@@ -78,7 +78,7 @@ def _sliding_attention(
             mask = mask & seen[:, None, None, first:end]
         out = masked_attention(part, k[:, :, first:end], v[:, :, first:end], mask, scale, softcap, sinks)
         parts.append(out.masked_fill(~mask.any(3, keepdim=True), 0.0))
-    return torch.cat(parts, 2)
+    return torch.cat(parts, 2) if parts else q.new_zeros((*q.shape[:3], v.shape[3]))
 
 
 def masked_attention(
