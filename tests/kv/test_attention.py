@@ -29,7 +29,7 @@ from .inputs import (
     restored,
     tokens,
 )
-from .places import quantize
+from .places import decode_attention, quantize
 
 RAGGED = Part(4, (0, 16, 32, 48, 50), ((16, 16, 16, 2), (16, 3, 0, 1)))
 MIXES = {
@@ -364,3 +364,32 @@ def test_errors() -> None:
         case.call("cuda")
     with pytest.raises(RuntimeError, match=r"kernels take float32, bfloat16 and float16, not torch\.float64"):
         dataclasses.replace(case, q=case.q.double()).call("native")
+
+
+def test_small_tensors_may_be_strided() -> None:
+    case = attention()
+    case.sinks, case.first = torch.randn(8, generator=generator(5)), torch.ones(2, 2, 2, dtype=torch.int32)
+    want = case.call("native")
+    for strided in (lambda t: torch.stack((t, t), -1)[..., 0], lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
+        its = {name: strided(getattr(case, name)) for name in ("window", "sinks", "first")}
+        for got, part in zip(dataclasses.replace(case, **its).call("native"), want, strict=True):
+            assert_same_bits(got, part)
+
+
+@pytest.mark.parametrize("name", ["q", "window_k", "window_v", "sinks"])
+def test_gradients_are_refused(name: str) -> None:
+    case = attention()
+    case.sinks = torch.zeros(8)
+    changed = dataclasses.replace(case, **{name: getattr(case, name).clone().requires_grad_()})
+    with pytest.raises(ValueError, match=f"decode_attention: expected {name} that needs no gradient"):
+        changed.call("native")
+    with torch.no_grad():
+        changed.call("native")
+
+
+def test_factors_of_other_blocks_are_refused() -> None:
+    k = tokens((1, 2, 40, 32))
+    keys, values = quantize(k, 4, block=20), quantize(k, 4, axis="token", block=30, channel_separable=True)
+    window = torch.tensor([[0, 1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"values whose blocks start at \[0, 20, 40\], as keys; got \[0, 30, 40\]"):
+        decode_attention(k[:, :, :1], [(keys, values)], k[:, :, :1], k[:, :, :1], window)

@@ -372,3 +372,15 @@ def test_slots_and_an_index_beyond_the_tokens_are_refused() -> None:
 def test_what_quantized_tokens_look_like() -> None:
     q = quantize(tokens((1, 2, 40, 32)), 4, axis="token", block=16)
     assert repr(q) == f"Quantized((1, 2, 40, 32), bits=4, axis='token', blocks=3, nbytes={q.nbytes})"
+
+
+def test_sizes_that_are_no_whole_numbers_and_gradients_are_refused() -> None:
+    x = tokens((1, 1, 4, 32))
+    for options, text in (
+        ({"block": 1.5}, "a block of at least one token; got 1.5"),
+        ({"axis": "token", "group": 16.0}, "a group that divides 32 channels; got 16.0"),
+    ):
+        with pytest.raises(ValueError, match=f"quantize: expected {text}"):
+            quantize(x, 4, **options)
+    with pytest.raises(ValueError, match="quantize: expected x that needs no gradient"):
+        quantize(x.clone().requires_grad_(), 4)

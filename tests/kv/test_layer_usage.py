@@ -70,3 +70,17 @@ def test_copies_outlive_inference_mode() -> None:
         other.append(*part((k, v), 32, 33))
     other.append(*part((k, v), 33, 34))
     assert (layer.length, other.length) == (32, 34)
+
+
+@pytest.mark.parametrize("ratio", [0.6, 1.0])
+def test_masks_and_sinks_may_be_strided(ratio: float) -> None:
+    q, k, v = drawn(40)
+    mask, sinks = torch.arange(40).ge(3).expand(2, -1).clone(), torch.tensor([0.5, -1.0, 2.0, 0.0])
+    outs = []
+    for its, one in ((mask, sinks), (mask.T.contiguous().T, torch.stack((sinks, sinks), 1)[:, 0])):
+        layer = ZipCacheLayer(ratio, window=8)
+        prompt = layer.prefill(q, k, v, its, sinks=one)
+        layer.append(*part((k, v), 0, 1))
+        outs.append((prompt, layer.attend(q[:, :, :1], sinks=one), *layer.dequantize()))
+    for a, b in zip(*outs, strict=True):
+        assert_same_bits(a, b)

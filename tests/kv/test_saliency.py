@@ -235,3 +235,31 @@ def test_errors(changes: dict[str, Any], text: str) -> None:
     options = {"q": q, "k": k, "positions": positions} | changes
     with pytest.raises(ValueError, match=f": expected {text}"):
         probe_saliency(**options)
+
+
+def test_small_tensors_may_be_strided() -> None:
+    """Positions, masks and sums that are every second element of others, or transposed, or expanded."""
+    q, k, positions = inputs()
+    mask, lse = torch.arange(37).ge(3).expand(2, -1), torch.zeros(2, 8, len(POSITIONS))
+    plain = probe_saliency(q, k, positions, mask=mask.contiguous(), lse=lse)
+    for strided in (_every_second, _transposed):
+        got = probe_saliency(q, k, _every_second(positions), mask=strided(mask), lse=strided(lse))
+        assert_same_bits(got, plain)
+    assert_same_bits(probe_saliency(q, k, positions, mask=mask, lse=lse[:1].expand(2, -1, -1)), plain)
+
+
+def _every_second(t: Tensor) -> Tensor:
+    return torch.stack((t, t), -1)[..., 0]
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT
+
+
+def test_gradients_are_refused() -> None:
+    q, k, positions = inputs()
+    for name, its in (("q", (q.clone().requires_grad_(), k)), ("k", (q, k.clone().requires_grad_()))):
+        with pytest.raises(ValueError, match=f"probe_saliency: expected {name} that needs no gradient"):
+            probe_saliency(*its, positions)
+        with torch.no_grad():
+            probe_saliency(*its, positions)

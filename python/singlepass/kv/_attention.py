@@ -41,7 +41,7 @@ class LayerAttention(LayerTokens):
         """
         check_queries(_OP, q, self._tokens().window.room[0])
         check_needs_no_gradient(_OP, q=q)
-        check_sinks(_OP, sinks, q)
+        sinks = check_sinks(_OP, sinks, q)
         if self._planned:
             check_step(_OP, q.shape[2], self._planned, sliding_window)
         if sliding_window is not None:
@@ -70,7 +70,7 @@ class LayerAttention(LayerTokens):
         check_new_tokens(_OP, k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
-        check_sinks(_OP, sinks, q)
+        sinks = check_sinks(_OP, sinks, q)
         tokens = k.shape[2]
         if not q.shape[2] == tokens <= self.window:
             contract = f"a query for each token, and at most the {self.window} tokens of a window"

@@ -61,10 +61,19 @@ def check_softcap(op: str, softcap: float) -> None:
     require(math.isfinite(softcap) and softcap >= 0, op, "softcap >= 0", softcap, "0 leaves logits as they are.")
 
 
-def check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
-    """Raises unless they are None, or logits of attention sinks for the heads of q."""
-    if sinks is not None:
-        check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), q)
+def check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """They themselves, contiguous as kernels take them. Raises unless they are None, or logits of attention sinks for
+    the heads of q."""
+    if sinks is None:
+        return None
+    check_exact(op, "sinks", sinks, torch.float32, (q.shape[1],), q)
+    check_needs_no_gradient(op, sinks=sinks)
+    return sinks.contiguous()
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    """t, or a contiguous copy of it; None if it is."""
+    return None if t is None else t.contiguous()
 
 
 def check_exact(op: str, name: str, t: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:

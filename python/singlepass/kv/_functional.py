@@ -12,7 +12,17 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops import kv as ops
-from ._checks import FLOATS, check_bits, check_exact, check_queries, check_sinks, check_softcap, check_tokens
+from ._checks import (
+    FLOATS,
+    check_bits,
+    check_exact,
+    check_needs_no_gradient,
+    check_queries,
+    check_sinks,
+    check_softcap,
+    check_tokens,
+    dense,
+)
 
 __all__ = ["Quantized", "decode_attention", "dequantize", "quantize"]
 
@@ -124,7 +134,7 @@ def quantize(
         Quantized: the error of every element is at most half a scale.
 
     Raises:
-        ValueError: invalid shapes, dtypes or options.
+        ValueError: invalid shapes, dtypes or options, or a tensor that requires gradients.
 
     Source: He et al., "ZipCache", arXiv 2405.14256, Algorithm 1.
 
@@ -140,6 +150,7 @@ def quantize(
     """
     op = "quantize"
     check_tokens(op, "x", x)
+    check_needs_no_gradient(op, x=x)
     check_bits(op, "bits", bits)
     require(axis in ops.AXES, op, 'axis "channel" or "token"', repr(axis), "Choose one of them.")
     head_dim, tokens = x.shape[3], x.shape[2]
@@ -148,11 +159,11 @@ def quantize(
     remedy = 'Pass axis="token", or leave group and channel_separable out.'
     require(by_token or plain, op, 'axis "token" with group or channel_separable', repr(axis), remedy)
     group = head_dim if group is None else group
-    require(
-        group > 0 and head_dim % group == 0, op, f"a group that divides {head_dim} channels", group, "Choose another."
-    )
+    fits = type(group) is int and group > 0 and head_dim % group == 0
+    require(fits, op, f"a group that divides {head_dim} channels", repr(group), "Choose another.")
     block = max(tokens, 1) if block is None else block
-    require(block > 0, op, "a block of at least one token", block, "Leave it out for all tokens.")
+    fits = type(block) is int and block > 0
+    require(fits, op, "a block of at least one token", repr(block), "Leave it out for all tokens.")
     blocks = -(-tokens // block)
     q = empty(x, tokens, blocks, bits, axis, head_dim // group, channel_separable)
     q.starts.copy_(block_starts(tokens, block, x.device))
@@ -204,8 +215,12 @@ def _check_segment(op: str, keys: Quantized, values: Quantized, window_k: Tensor
         got = (*part.codes.shape[:3], part.head_dim)
         require(got == shape, op, f"{name} {shape}, as the window's but for slots", got, "Quantise the same tokens.")
     blocks, found = keys.counts.shape[2], values.counts.shape[2]
-    fits = values.channels is None or found == blocks  # factors belong to blocks, and blocks are those of the keys
-    require(fits, op, f"values in {blocks} blocks, as keys", found, "Quantise both with the same block.")
+    if values.channels is None:  # else factors belong to blocks, which are those of the keys
+        return
+    require(found == blocks, op, f"values in {blocks} blocks, as keys", found, "Quantise both with the same block.")
+    if keys.starts.is_cpu and not torch.compiler.is_compiling():  # to read them elsewhere takes time
+        starts, theirs = keys.starts.tolist(), values.starts.tolist()
+        require(starts == theirs, op, f"values whose blocks start at {starts}, as keys", theirs, "Quantise both alike.")
 
 
 def decode_attention(
@@ -248,7 +263,7 @@ def decode_attention(
         float32 (batch, query heads, queries). A query that sees nothing has 0 and -inf.
 
     Raises:
-        ValueError: invalid shapes, dtypes or options.
+        ValueError: invalid shapes, dtypes or options, or a tensor that requires gradients.
 
     Example:
         >>> import torch
@@ -264,6 +279,7 @@ def decode_attention(
     check_tokens(op, "window_k", window_k)
     check_tokens(op, "window_v", window_v)
     check_queries(op, q, window_k)
+    check_needs_no_gradient(op, q=q, window_k=window_k, window_v=window_v)
     check_softcap(op, softcap)
     batch, heads, slots = window_k.shape[:3]
     fits = slots == 0 or q.shape[2] <= slots
@@ -274,7 +290,7 @@ def decode_attention(
     require(fits, op, contract, f"{tuple(window_v.shape)} of {window_v.dtype}", "Only channels may differ.")
     check_exact(op, "window", window, torch.int32, (batch, 2), window_k)
     check_exact(op, "first", first, torch.int32, (len(segments), batch, heads), window_k)
-    check_sinks(op, sinks, q)
+    sinks = check_sinks(op, sinks, q)
     pairs = all(isinstance(segment, tuple) and len(segment) == 2 for segment in segments)
     require(pairs, op, "segments as a list of pairs", type(segments).__name__, "Pass [(keys, values), ...].")
     for keys, values in segments:
@@ -286,8 +302,8 @@ def decode_attention(
         Segments.of(segments),
         last_dense(window_k),
         last_dense(window_v),
-        window,
-        first=first,
+        window.contiguous(),
+        first=dense(first),
         sinks=sinks,
         scale=scale,
         softcap=softcap,

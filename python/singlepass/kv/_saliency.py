@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops import kv as ops
-from ._checks import check_exact, check_queries, check_softcap, check_tokens
+from ._checks import check_exact, check_needs_no_gradient, check_queries, check_softcap, check_tokens, dense
 from ._functional import last_dense
 
 __all__ = ["probe_saliency"]
@@ -52,7 +52,7 @@ def probe_saliency(
         sees, of which nothing is known; 0 for padding.
 
     Raises:
-        ValueError: invalid shapes, dtypes or options.
+        ValueError: invalid shapes, dtypes or options, or a tensor that requires gradients.
 
     Source: He et al., "ZipCache", arXiv 2405.14256, eq. 8 and section 4.3.
 
@@ -73,6 +73,7 @@ def probe_saliency(
         fits = mask.shape == shape and mask.dtype == torch.bool
         require(fits, op, f"a bool mask of shape {shape}", tuple(mask.shape), "True marks tokens.")
     check_exact(op, "lse", lse, torch.float32, tuple(q.shape[:3]), k)
+    check_needs_no_gradient(op, q=q, k=k)
     check_softcap(op, softcap)
     known = normalization in NORMALIZATIONS
     require(known, op, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
@@ -94,7 +95,7 @@ def attention_sums(
     """The attention that tokens get from all probes together, float32 (batch, heads, tokens), the mean over the query
     heads of a head. Arguments are those of :func:`probe_saliency`, and were checked."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    tensors = last_dense(q), last_dense(k), positions, mask, lse
+    tensors = last_dense(q), last_dense(k), positions.contiguous(), dense(mask), dense(lse)
     sums = ops.saliency(*tensors, scale=scale, softcap=float(softcap), backend=backend)
     return sums / (q.shape[1] // k.shape[1])
 

@@ -35,7 +35,7 @@ class GroupedAttention(GroupedTokens):
             ValueError: an empty cache, invalid shapes or options, or a tensor that requires gradients.
         """
         k, _ = self._check_held()
-        self._check_queries(q, k, sinks)
+        sinks = self._check_queries(q, k, sinks)
         if self._planned:
             check_step(_OP, q.shape[2], self._planned, None)
         elif q.shape[2] > 1:
@@ -44,13 +44,13 @@ class GroupedAttention(GroupedTokens):
             require(q.shape[2] <= most, _OP, f"at most {most} queries, of the newest tokens", q.shape[2], remedy)
         return self._attend(q, sinks, check_rotary(_OP, rotary, q))
 
-    def _check_queries(self, q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
-        """Raises unless they go with such keys."""
+    def _check_queries(self, q: Tensor, k: Tensor, sinks: Tensor | None) -> Tensor | None:
+        """The sinks, as kernels take them. Raises unless they and the queries go with such keys."""
         check_queries(_OP, q, k)
         check_needs_no_gradient(_OP, q=q)
         if q.dtype != k.dtype:
             raise ValueError(message(_OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it."))
-        check_sinks(_OP, sinks, q)
+        return check_sinks(_OP, sinks, q)
 
     def _attend(self, q: Tensor, sinks: Tensor | None, rotary: Rotary | None) -> Tensor:
         """The same, of queries that were checked."""

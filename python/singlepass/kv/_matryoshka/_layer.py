@@ -272,7 +272,7 @@ class MatryoshkaLayer(GroupedAttention):
             ValueError: as both. The cache is unchanged.
         """
         self._check_new(k, v, None)
-        self._check_queries(q, k, sinks)
+        sinks = self._check_queries(q, k, sinks)
         tokens, most = k.shape[2], k.shape[2] if self.bits is None else self.window
         if not q.shape[2] == tokens <= most:
             contract, got = f"a query for each of at most {most} tokens", f"{q.shape[2]} for {tokens}"
