@@ -170,8 +170,12 @@ def test_beams(codec: str) -> None:
 def test_beams_out_of_range_change_nothing() -> None:
     layer = made()
     before = layer.state_dict()
-    with pytest.raises(IndexError):
-        layer.select_sequences(torch.tensor([0, 2]))
+    for wrong in (torch.tensor([0, 2]), [-1], [], "0", [None]):
+        with pytest.raises(ValueError, match="expected numbers of sequences from 0 to 1, a list or an int64 tensor"):
+            layer.select_sequences(wrong)
+    for times in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match=f"expected 1 or more times; got {times!r}"):
+            layer.repeat_sequences(times)
     assert_same(layer.state_dict(), before)
 
 
@@ -181,7 +185,7 @@ def test_sequences_by_a_list() -> None:
     other.select_sequences(torch.tensor([1, 1, 0]))
     assert_same(layer.state_dict(), other.state_dict())
     for wrong in ([0.0], [True, False], [[0]]):
-        with pytest.raises(ValueError, match=r"^ZipCacheLayer: expected numbers of sequences, .* Pass \[0\]"):
+        with pytest.raises(ValueError, match=r"^ZipCacheLayer: expected numbers of sequences .* Pass \[0\]"):
             layer.select_sequences(wrong)
     assert_same(layer.state_dict(), other.state_dict())
 
@@ -381,3 +385,21 @@ def test_groups_that_do_not_divide_the_channels() -> None:
     with pytest.raises(ValueError, match="expected a value_group that divides 32 channels; got 24"):
         layer.append(*TENSORS[1:])
     assert layer.length == 0
+
+
+@pytest.mark.parametrize("wrong", [1.0, 0.5, True, None, "1"], ids=repr)
+def test_what_is_no_number_of_tokens_is_not_dropped(wrong: Any) -> None:
+    layer = made()
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match=r"expected 0 to .* tokens, those that are not compressed yet"):
+        layer.drop_newest(wrong)
+    assert_same(layer.state_dict(), before)
+
+
+def test_a_cache_has_at_least_one_sequence_and_head() -> None:
+    _, k, v = drawn(5)
+    for some in ((slice(0), slice(None)), (slice(None), slice(0))):
+        layer = ZipCacheLayer()
+        with pytest.raises(ValueError, match="expected at least one sequence and one head"):
+            layer.append(k[some], v[some])
+        assert (layer.length, layer.batch) == (0, None)

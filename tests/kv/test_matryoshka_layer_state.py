@@ -175,3 +175,21 @@ def test_bad_tokens_change_nothing() -> None:
     with pytest.raises(ValueError, match=r"k \(batch, 2, tokens, 32\), as the bases"):
         fresh.append(*drawn(5, heads=4)[1:])
     assert fresh.length == 0
+
+
+def test_wrong_numbers_and_beams_change_nothing() -> None:
+    _, k, v = drawn(20)
+    layer = made()
+    layer.append(k, v)
+    before = layer.state_dict()
+    for call in (
+        lambda: layer.select_sequences([2]),
+        lambda: layer.select_sequences([]),
+        lambda: layer.repeat_sequences(0),
+        lambda: layer.drop_newest(0.5),
+    ):
+        with pytest.raises(ValueError, match="MatryoshkaLayer: expected"):
+            call()
+        assert_same(layer.state_dict(), before)
+    with pytest.raises(ValueError, match="expected at least one sequence and one head"):
+        made().append(k[:0], v[:0])

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -228,3 +230,26 @@ def test_saved_and_loaded(name: str) -> None:
         ValueError, match=r"the options \{'window': 9\}; got \{'window': 8\}\. Load it into a cache made"
     ):
         ZipCache(model.config, window=9).load_state_dict(cache.state_dict())
+
+
+def test_pickling_says_what_to_save() -> None:
+    """A pickled config would not tell which attention the model runs."""
+    model = build()
+    model.set_attn_implementation("singlepass")
+    cache = ZipCache(model.config)
+    run(model, prompt(1, 5), [], cache)
+    for save in (pickle.dumps, lambda its: torch.save(its, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"ZipCache: expected state_dict\(\) of a cache to pickle or save"):
+            save(cache)
+    assert copy.deepcopy(cache).get_seq_length() == 5
+
+
+def test_sequences_by_a_list() -> None:
+    model = build()
+    model.set_attn_implementation("singlepass")
+    cache = ZipCache(model.config)
+    run(model, prompt(3, 5), [], cache)
+    cache.batch_select_indices([0, 2])
+    assert cache.batch_size == 2
+    with pytest.raises(ValueError, match="expected numbers of sequences from 0 to 1"):
+        cache.reorder_cache(torch.tensor([0, 2]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,10 @@ class Config:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Config:
         return self
+
+    def __reduce__(self) -> NoReturn:
+        contract, remedy = "state_dict() of a cache to pickle or save", "Load that into a cache for the same model."
+        raise TypeError(message(self.where, contract, "the cache itself, which is bound to its model's config", remedy))
 
 
 class Undo:
@@ -322,6 +326,7 @@ class CompressedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.require_settled()
         if self.inner.length:  # indices may be a mask too
+            indices = torch.as_tensor(indices)
             self.inner.select_sequences(torch.arange(self.batch_size, device=indices.device)[indices])
 
 

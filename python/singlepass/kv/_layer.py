@@ -16,6 +16,7 @@ from ._checks import check_needs_no_gradient, check_queries, check_sinks
 from ._codec import Codec
 from ._modes import lasting
 from ._options import (
+    check_count,
     check_hides_newest,
     check_index,
     check_mask,
@@ -298,13 +299,18 @@ class ZipCacheLayer(LayerAttention):
         Raises:
             ValueError: anything but indices of sequences.
         """
-        chosen = check_index(_OP, index)
+        chosen = check_index(_OP, index, self.batch)
         beams = len(chosen) == self.batch  # at every step
         self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)), keep_room=beams)
 
     @lasting
     def repeat_sequences(self, times: int) -> None:
-        """Repeats each sequence of the batch ``times`` times in a row."""
+        """Repeats each sequence of the batch ``times`` times in a row.
+
+        Raises:
+            ValueError: anything but a number of times, one or more.
+        """
+        check_count(_OP, times, 1, None, "times", "Call reset() to remove all.")
         self._map_batch(lambda t: t.repeat_interleave(times, 0))
 
     @lasting
@@ -315,9 +321,8 @@ class ZipCacheLayer(LayerAttention):
             ValueError: more tokens than the window holds. The cache is unchanged.
         """
         self._require_unplanned("drop_newest")
-        fits = 0 <= tokens <= self.window_length
-        contract = f"0 to {self.window_length} tokens, those that are not compressed yet"
-        require(fits, _OP, contract, tokens, "Compressed tokens can't be removed; build the cache anew.")
+        remedy = "Compressed tokens can't be removed; build the cache anew."
+        check_count(_OP, tokens, 0, self.window_length, "tokens, those that are not compressed yet", remedy)
         if self._held is not None:
             self._held.window.drop_newest(tokens)
         self.length -= tokens

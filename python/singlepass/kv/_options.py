@@ -81,6 +81,8 @@ def _check_anew(
     fits = k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device
     got = f"{tuple(v.shape)} of {v.dtype} on {v.device}"
     require(fits, where, f"v for k {tuple(k.shape)} of {k.dtype} on {k.device}", got, "Only channels may differ.")
+    some = k.shape[0] > 0 and k.shape[1] > 0
+    require(some, where, "at least one sequence and one head", tuple(k.shape), "Leave the call out.")
     for x in (k, v):
         codec.check_head_dim(where, x.shape[3])
     ops.quantize_.choose(k.device.type, {k.dtype}, backend)  # raises if there is none, before anything is changed
@@ -110,12 +112,27 @@ def check_hides_newest(where: str, held: Tensor, mask: Tensor) -> None:
     require(not bool(shown_after.any()), where, "a mask that hides the newest tokens", "others", remedy)
 
 
-def check_index(where: str, index: Tensor | Sequence[int]) -> Tensor:
-    """Numbers of sequences as a tensor, if they are."""
-    chosen = torch.as_tensor(index)
-    fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32)
-    require(fits, where, "numbers of sequences, a list or an int64 tensor", index, "Pass [0] for the first.")
+def check_index(where: str, index: Tensor | Sequence[int], batch: int | None) -> Tensor:
+    """Numbers of sequences as a tensor, if they are: one or more of ``batch``, None of an empty cache. What is on
+    another device is not read."""
+    try:
+        chosen = torch.as_tensor(index)
+    except (RuntimeError, TypeError, ValueError):
+        chosen = torch.empty(0)
+    fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32) and len(chosen) > 0
+    if fits and batch is not None and chosen.device.type == "cpu":
+        lowest, highest = chosen.aminmax()
+        fits = int(lowest) >= 0 and int(highest) < batch
+    some = "numbers of sequences" if batch is None else f"numbers of sequences from 0 to {batch - 1}"
+    require(fits, where, f"{some}, a list or an int64 tensor", index, "Pass [0] for the first.")
     return chosen
+
+
+def check_count(where: str, count: int, least: int, most: int | None, what: str, remedy: str) -> None:
+    """Raises unless it is a whole number from ``least`` to ``most``, None: any, of what it counts."""
+    fits = type(count) is int and least <= count and (most is None or count <= most)
+    numbers = f"{least} or more" if most is None else f"{least} to {most}"
+    require(fits, where, f"{numbers} {what}", repr(count), remedy)
 
 
 def without_padding(k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from .._checks import check_sinks
 from .._codec import Codec
 from .._layer import ZipCacheLayer
 from .._modes import lasting
-from .._options import check_hides_newest, check_index, check_mask, check_new_tokens, without_padding
+from .._options import check_count, check_hides_newest, check_index, check_mask, check_new_tokens, without_padding
 from .._prompt import behind, causal_attention
 from .._segment import held_nbytes
 from .._steps import check_step
@@ -352,14 +352,19 @@ class MatryoshkaLayer(GroupedAttention):
         Raises:
             ValueError: anything but indices of sequences.
         """
-        chosen = check_index(_OP, index)
+        chosen = check_index(_OP, index, self.batch)
         self._map_batch(lambda t: t.index_select(0, chosen.to(t.device)))
         for group in self._groups:
             group.inner.select_sequences(chosen)
 
     @lasting
     def repeat_sequences(self, times: int) -> None:
-        """Repeats each sequence of the batch ``times`` times in a row."""
+        """Repeats each sequence of the batch ``times`` times in a row.
+
+        Raises:
+            ValueError: anything but a number of times, one or more.
+        """
+        check_count(_OP, times, 1, None, "times", "Call reset() to remove all.")
         self._map_batch(lambda t: t.repeat_interleave(times, 0))
         for group in self._groups:
             group.inner.repeat_sequences(times)
@@ -372,9 +377,8 @@ class MatryoshkaLayer(GroupedAttention):
             ValueError: more tokens than that. The cache is unchanged.
         """
         self._require_unplanned("drop_newest")
-        fits = 0 <= tokens <= self.window_length
-        contract = f"0 to {self.window_length} tokens, those that can still be removed"
-        require(fits, _OP, contract, tokens, "Build the cache anew, of fewer tokens.")
+        remedy = "Build the cache anew, of fewer tokens."
+        check_count(_OP, tokens, 0, self.window_length, "tokens, those that can still be removed", remedy)
         for group in self._groups:
             group.inner.drop_newest(tokens)
         self.length -= tokens
