@@ -114,6 +114,7 @@ CORRUPTIONS: list[tuple[tuple[Any, ...], Change]] = [
     (("segments",), lambda t: {0: t[0]}),
     (("segments",), lambda t: {0: t[1], 1: t[0]}),
     (("segments",), lambda t: {str(key): value for key, value in t.items()}),
+    *((("segments", 0), lambda t, other=other: other) for other in (None, 3, [])),
     (("segments", 0), lambda t: {name: value for name, value in t.items() if name != "counts"}),
     *((("segments", 1, name), lambda t: t[..., :-1]) for name in ("key_codes", "key_scales", "value_codes", "starts")),
     *((("segments", 0, name), lambda t: t[:1]) for name in ("key_codes", "value_scales", "value_channels", "counts")),

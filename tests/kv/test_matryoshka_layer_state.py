@@ -193,3 +193,20 @@ def test_wrong_numbers_and_beams_change_nothing() -> None:
         assert_same(layer.state_dict(), before)
     with pytest.raises(ValueError, match="expected at least one sequence and one head"):
         made().append(k[:0], v[:0])
+
+
+@pytest.mark.parametrize("bits", [None, (4, 2)], ids=str)
+def test_saved_tensors_on_several_devices_are_refused(bits: Any) -> None:
+    _, k, v = drawn(20)
+    layer, other = made(bits=bits), made(bits=bits)
+    layer.append(k, v)
+    saved = layer.state_dict()
+    saved["like"] = saved["like"][0].to("meta"), saved["like"][1]
+    with pytest.raises(ValueError, match="load_state_dict: expected"):
+        other.load_state_dict(saved)
+    if bits is None:
+        saved = layer.state_dict()
+        saved["groups"][0]["v"] = saved["groups"][0]["v"].to("meta")
+        with pytest.raises(ValueError, match="load_state_dict: expected"):
+            other.load_state_dict(saved)
+    assert other.length == 0

@@ -327,3 +327,27 @@ def test_all_probes_are_the_newest(window: int, random_probes: float) -> None:
         layers[1].append(*part((k, v), i, i + 2))
         layers[1].attend(q[:, :, i : i + 2])
     assert_same(*(its.state_dict()["segments"] for its in layers))
+
+
+@each_layer
+@pytest.mark.parametrize("times", [0, 2])
+def test_tokens_that_do_not_come_or_come_twice(name: str, times: int) -> None:
+    """As where a loop ends within a step: the host has counted what the device has not."""
+    q, k, v = drawn(60)
+    layer, other = LAYERS[name](max_tokens=60), LAYERS[name](max_tokens=60)
+    for its in (layer, other):
+        its.prefill(*part((q, k, v), 0, 30))
+        planned(its, *part((q, k, v), 30, 33))
+
+    def step() -> None:
+        with layer.planned():
+            for _ in range(times):
+                layer.append(*part((k, v), 33, 34))
+                layer.attend(q[:, :, 33:34])
+
+    with pytest.raises(ValueError, match=f"planned: expected the 1 tokens that were planned; got {times}"):
+        step()
+    assert layer.length == 33
+    for a, b in zip(*(planned(its, *part((q, k, v), 33, 60)) for its in (layer, other)), strict=True):
+        assert_same_bits(a, b)
+    assert_same(layer.state_dict(), other.state_dict())

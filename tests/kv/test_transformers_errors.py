@@ -7,6 +7,7 @@ import copy
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -240,3 +241,16 @@ def test_more_candidates_than_the_window_holds(implementation: str) -> None:
 def test_an_unknown_backend_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"^ZipCache: expected backend among native, triton, eager; got 'cuda'"):
         ZipCache(None, backend="cuda")
+
+
+@pytest.mark.parametrize("changes", [{"scale": []}, {"scale": "1"}, {"softcap": None}, {"softcap": -1.0}], ids=str)
+def test_a_saved_cache_with_a_scale_that_is_none(changes: dict[str, Any]) -> None:
+    model = build()
+    model.set_attn_implementation("singlepass")
+    cache = ZipCache(model.config)
+    run(model, prompt(1, 5), [], cache)
+    saved = cache.state_dict()
+    saved["layers"][1]["options"] |= changes
+    with pytest.raises(ValueError, match=r"load_state_dict: expected .*(scale as a number|softcap)"):
+        cache.load_state_dict(saved)
+    assert cache.get_seq_length() == 5

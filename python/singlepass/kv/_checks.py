@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -57,8 +58,12 @@ def check_needs_no_gradient(op: str, **tensors: Tensor) -> None:
             raise ValueError(message(op, f"{name} that needs no gradient", got, remedy))
 
 
-def check_softcap(op: str, softcap: float) -> None:
-    require(math.isfinite(softcap) and softcap >= 0, op, "softcap >= 0", softcap, "0 leaves logits as they are.")
+def check_logits(op: str, scale: float | None, softcap: float) -> None:
+    """Raises unless they can scale logits and cap them."""
+    fits = scale is None or (isinstance(scale, Real) and math.isfinite(scale))
+    require(fits, op, "scale as a number, or None", repr(scale), "None: channels^-0.5.")
+    fits = isinstance(softcap, Real) and math.isfinite(softcap) and softcap >= 0
+    require(fits, op, "softcap >= 0", repr(softcap), "0 leaves logits as they are.")
 
 
 def check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> Tensor | None:

@@ -232,6 +232,9 @@ class DenseLayer(Planned):
         room, bounds = self._whole()
         return [*room, bounds]
 
+    def _counts(self) -> tuple[Tensor, int]:
+        return self._whole()[1], self._held
+
     def _whole(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """What planned steps use: the whole room, and where tokens begin and end in it."""
         assert self._room is not None
@@ -325,6 +328,7 @@ class DenseLayer(Planned):
             self.reset()
             return
         fits = isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == v.dim() == 4 and k.dtype == v.dtype
+        fits = fits and k.device == v.device
         require(fits and k.shape[:3] == v.shape[:3], _WHERE, "keys and values of as many tokens", "others", _FOREIGN)
         fits = mask is None or (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == k.shape[:3:2])
         require(fits, _WHERE, "a bool mask of these tokens, or None", "another", _FOREIGN)

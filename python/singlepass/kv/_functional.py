@@ -16,10 +16,10 @@ from ._checks import (
     FLOATS,
     check_bits,
     check_exact,
+    check_logits,
     check_needs_no_gradient,
     check_queries,
     check_sinks,
-    check_softcap,
     check_tokens,
     dense,
 )
@@ -280,7 +280,7 @@ def decode_attention(
     check_tokens(op, "window_v", window_v)
     check_queries(op, q, window_k)
     check_needs_no_gradient(op, q=q, window_k=window_k, window_v=window_v)
-    check_softcap(op, softcap)
+    check_logits(op, scale, softcap)
     batch, heads, slots = window_k.shape[:3]
     fits = slots == 0 or q.shape[2] <= slots
     remedy = "Pass the last ones alone, or a window that holds all their tokens."

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._errors import message, require
 from .._ops.kv import MAX_HEAD_DIM
+from ._checks import check_logits
 from ._modes import lasting
 from ._segment import held_nbytes
 from ._steps import Planned
@@ -206,7 +207,9 @@ def _loaded(where: str, layer: Any, saved: Any) -> Any:
         compressed = layer.like()
         options = saved.get("options") if isinstance(saved, dict) else None
         if isinstance(options, dict):  # these came from the model, and will again
-            compressed.inner.scale, compressed.inner.softcap = options.get("scale"), options.get("softcap", 0.0)
+            scale, softcap = options.get("scale"), options.get("softcap", 0.0)
+            check_logits(f"{where}.load_state_dict", scale, softcap)
+            compressed.inner.scale, compressed.inner.softcap = scale, softcap
         compressed.inner.load_state_dict(saved)
         return compressed
     fits = type(layer) is DynamicSlidingWindowLayer and isinstance(saved, dict) and set(saved) == set(_SLIDING)

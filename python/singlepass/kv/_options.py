@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from .._errors import require
 from .._ops import check_backend
 from .._ops import kv as ops
-from ._checks import check_bits, check_needs_no_gradient, check_softcap, check_tokens
+from ._checks import check_bits, check_logits, check_needs_no_gradient, check_tokens
 from ._codec import Codec
 from ._saliency import NORMALIZATIONS
 
@@ -35,11 +34,9 @@ def check_options(options: dict[str, Any]) -> None:
         fits = isinstance(count, int) and count >= 1
         require(fits, _OP, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for the default.")
     check_max_tokens(_OP, options["max_tokens"], options["sliding_window"])
-    check_softcap(_OP, options["softcap"])
-    seed, scale = options["seed"], options["scale"]
+    check_logits(_OP, options["scale"], options["softcap"])
+    seed = options["seed"]
     require(isinstance(seed, int), _OP, "seed as a whole number", repr(seed), "Leave it out for 0.")
-    fits = scale is None or (isinstance(scale, Real) and math.isfinite(scale))
-    require(fits, _OP, "scale as a number, or None", repr(scale), "None: channels^-0.5.")
     sliding = options["sliding_window"]
     fits = sliding is None or (isinstance(sliding, int) and sliding >= 1)
     require(fits, _OP, "sliding_window as a whole number, 1 or more, or None", repr(sliding), "None: no limit.")

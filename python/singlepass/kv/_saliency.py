@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._errors import require
 from .._ops import kv as ops
-from ._checks import check_exact, check_needs_no_gradient, check_queries, check_softcap, check_tokens, dense
+from ._checks import check_exact, check_logits, check_needs_no_gradient, check_queries, check_tokens, dense
 from ._functional import last_dense
 
 __all__ = ["probe_saliency"]
@@ -74,7 +74,7 @@ def probe_saliency(
         require(fits, op, f"a bool mask of shape {shape}", tuple(mask.shape), "True marks tokens.")
     check_exact(op, "lse", lse, torch.float32, tuple(q.shape[:3]), k)
     check_needs_no_gradient(op, q=q, k=k)
-    check_softcap(op, softcap)
+    check_logits(op, scale, softcap)
     known = normalization in NORMALIZATIONS
     require(known, op, " or ".join(NORMALIZATIONS), repr(normalization), "Choose one of them.")
     options: dict[str, Any] = {"mask": mask, "lse": lse, "scale": scale, "softcap": softcap, "backend": backend}

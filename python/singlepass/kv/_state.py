@@ -161,6 +161,7 @@ def _check_queries(queries: list[Any], k: Tensor) -> None:
 def _check_segment(segment: Segment, parts: dict[str, Any], k: Tensor) -> None:
     """Raises unless ``parts`` can be a segment's tensors."""
     empty = segment.state()
+    _check(isinstance(parts, dict), "a dictionary of a segment's tensors", type(parts).__name__)
     _check(set(parts) == set(empty), f"tensors {sorted(empty)}", sorted(map(str, parts)))
     codes, counts = parts["key_codes"], parts["counts"]
     _check(isinstance(codes, Tensor) and codes.dim() == 4, "key_codes of four dimensions", shown(parts))

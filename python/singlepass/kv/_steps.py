@@ -35,23 +35,26 @@ class Planned:
             tokens: 1 to 16, each time as many as the step was compiled or captured for.
 
         Raises:
-            ValueError: a cache without ``max_tokens``, one that would have to grow, an empty one. It is unchanged.
+            ValueError: a cache without ``max_tokens``, one that would have to grow, an empty one; on a CPU also a step
+                in which as many tokens as planned did not come. It is unchanged.
         """
         self._require_unplanned("another")
         self._check_plan(tokens)
-        with ExitStack() as parts:
-            for part in self._parts():
-                parts.enter_context(part.planned(tokens))
-            self._plan(tokens)
-            self._fixed = self._fixed or fix(self._fixed_tensors())
-            self._planned = tokens
-            try:
+        try:
+            with ExitStack() as parts:
+                for part in self._parts():
+                    parts.enter_context(part.planned(tokens))
+                self._plan(tokens)
+                self._planned = tokens
+                self._fixed = self._fixed or fix(self._fixed_tensors())
                 yield
-            except BaseException:
+                self._check_written(tokens)
+        except BaseException:
+            if self._planned:
                 self._unplan(tokens)
-                raise
-            finally:
-                self._planned = 0
+            raise
+        finally:
+            self._planned = 0
 
     def _require_unplanned(self, call: str) -> None:
         if self._planned:
@@ -71,6 +74,19 @@ class Planned:
     def _fixed_tensors(self) -> list[Tensor]:
         """What it uses in planned steps, without its parts."""
         return []
+
+    def _counts(self) -> tuple[Tensor, int] | None:
+        """Where the device counts the tokens that :func:`write_behind` writes, and their number by the host's count.
+        None: its parts count."""
+        return None
+
+    def _check_written(self, tokens: int) -> None:
+        """Raises unless the tokens that the host counted came. Elsewhere than on a CPU, to ask would take time."""
+        counts = self._counts()
+        if counts is not None and counts[0].is_cpu:
+            got = tokens + int(counts[0][0, 1]) - counts[1]
+            contract, remedy = f"the {tokens} tokens that were planned", "Append and attend once within the step."
+            require(got == tokens, f"{type(self).__name__}.planned", contract, got, remedy)
 
     def _unplan(self, tokens: int) -> None:
         """Removes the tokens planned last."""

@@ -177,6 +177,10 @@ class LayerTokens(Planned, Lasting):
         window, compressed = self._tokens()
         return [*window.fixed(), *(t for segment in compressed.segments.values() for t in segment.tensors())]
 
+    def _counts(self) -> tuple[Tensor, int]:
+        window = self._tokens().window
+        return window.ends, window.length
+
     def _note_queries(self, q: Tensor) -> None:
         """Remembers what queries are like, for planned steps."""
         if self.max_tokens is not None and (self._queries is None or not alike(q, self._queries)):

@@ -77,4 +77,5 @@ def _check_like(like: Any, groups: Sequence[Group], bases: Pair, projections: Se
         k, v = (x[:, :, :0] for x in group.inner.dequantize())
         for x, rank, whole in ((k, of_keys, like[0]), (v, of_values, like[1])):
             fits = fits and x.shape == (len(whole), len(group.heads), 0, rank) and x.dtype == whole.dtype
+            fits = fits and x.device == whole.device
     require(fits, _WHERE, "shapes of the tokens", type(like).__name__, _FOREIGN)
