@@ -181,3 +181,24 @@ def test_room_made_ahead_is_not_repeated() -> None:
     before = layer.nbytes
     layer.select_sequences([0, 1])
     assert layer.nbytes < 0.4 * before
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_equal_bits_are_counted_as_they_are_stored(ratio: float, bits: int) -> None:
+    """Without a second kind of tokens, whatever share would be salient."""
+    q, k, v = drawn(100)
+    layer = ZipCacheLayer(ratio, salient_bits=bits, regular_bits=bits)
+    layer.prefill(q, k, v)
+    options: dict[str, Any] = {"salient_ratio": ratio, "salient_bits": bits, "regular_bits": bits}
+    assert cache_nbytes(100, batch=2, heads=2, head_dim=32, **options) == layer.nbytes
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch": -1}, {"heads": 0}, {"heads": 1.5}, {"head_dim": 528}, {"head_dim": 20}, {"tokens": 1.5}],
+    ids=str,
+)
+def test_no_bytes_of_a_cache_that_can_not_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="cache_nbytes: expected"):
+        cache_nbytes(**({"tokens": 10} | wrong))

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -404,3 +405,15 @@ def test_a_cache_has_at_least_one_sequence_and_head() -> None:
         with pytest.raises(ValueError, match="expected at least one sequence and one head"):
             layer.append(k[some], v[some])
         assert (layer.length, layer.batch) == (0, None)
+
+
+def test_options_of_numpy_are_saved_as_plain_numbers() -> None:
+    options: dict[str, Any] = {"salient_ratio": np.float32(0.5), "recent_probes": np.float64(0.25)}
+    layer = ZipCacheLayer(**options)
+    layer.append(*drawn(5)[1:])
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = ZipCacheLayer(0.5, recent_probes=0.25)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.length == 5

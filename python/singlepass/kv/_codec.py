@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .._errors import require
+from .._ops.kv import MAX_HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def cache_nbytes(
         tokens: length of the prompt.
         batch: number of sequences.
         heads: number of key-value heads.
-        head_dim: channels of a head, a multiple of 16.
+        head_dim: channels of a head, a multiple of 16 up to 512.
         salient_ratio, salient_bits, regular_bits, codec: as for :class:`ZipCacheLayer`.
 
     Raises:
@@ -97,14 +98,20 @@ def cache_nbytes(
         120.0
     """
     where, codec = "cache_nbytes", Codec() if codec is None else codec
-    require(tokens >= 0, where, "0 tokens or more", tokens, "Pass the length of the prompt.")
+    fits = isinstance(tokens, int) and tokens >= 0
+    require(fits, where, "0 tokens or more", repr(tokens), "Pass the length of the prompt.")
+    for name, count in (("batch", batch), ("heads", heads)):
+        fits = isinstance(count, int) and count >= 1
+        require(fits, where, f"{name} as a whole number, 1 or more", repr(count), "Leave it out for 1.")
     require(0.0 <= salient_ratio <= 1.0, where, "salient_ratio from 0 to 1", salient_ratio, "It is a share.")
     for name, bits in (("salient_bits", salient_bits), ("regular_bits", regular_bits)):
         require(bits in (2, 4, 8), where, f"{name} 2, 4 or 8", bits, "Choose one of them.")
-    require(head_dim > 0 and head_dim % 16 == 0, where, "head_dim a multiple of 16", head_dim, "Pad channels.")
+    fits = head_dim % 16 == 0 and 0 < head_dim <= MAX_HEAD_DIM
+    require(fits, where, f"a head_dim of 16, 32, ..., {MAX_HEAD_DIM}", head_dim, "Pad channels with zeros.")
     codec.check_head_dim(where, head_dim)
     key_groups, value_groups = (head_dim // (group or head_dim) for group in (codec.key_group, codec.value_group))
-    salient = int(tokens * salient_ratio + 0.5)
+    alike = salient_bits == regular_bits and salient_ratio > 0.0  # no token is told from another
+    salient = tokens if alike else int(tokens * salient_ratio + 0.5)
     of_heads, shared = -(-tokens // 4), 0
     kinds = ((salient_bits, codec.block, salient), (regular_bits, codec.regular_block, tokens - salient))
     for bits, block, n in kinds:

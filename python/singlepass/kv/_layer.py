@@ -16,6 +16,7 @@ from ._checks import check_needs_no_gradient, check_queries, check_sinks
 from ._codec import Codec
 from ._modes import lasting
 from ._options import (
+    as_plain,
     check_count,
     check_hides_newest,
     check_index,
@@ -353,4 +354,4 @@ class ZipCacheLayer(LayerAttention):
 
     def _saved(self) -> dict[str, Any]:
         """The options that decide on what is stored, as plain data."""
-        return {name: getattr(self, name) for name in _SAVED} | {"codec": asdict(self.codec)}
+        return as_plain({name: getattr(self, name) for name in _SAVED}) | {"codec": asdict(self.codec)}

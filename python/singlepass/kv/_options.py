@@ -46,6 +46,11 @@ def check_options(options: dict[str, Any]) -> None:
     require(known, _OP, " or ".join(NORMALIZATIONS), repr(options["normalization"]), "Choose one of them.")
 
 
+def as_plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without NumPy's numbers, which ``torch.load(weights_only=True)`` does not take."""
+    return {k: float(v) if isinstance(v, Real) and not isinstance(v, int) else v for k, v in options.items()}
+
+
 def check_max_tokens(where: str, tokens: int | None, sliding_window: int | None) -> None:
     """Raises unless it is a number of tokens to reserve room for, or None."""
     fits = tokens is None or (type(tokens) is int and tokens >= 1)

@@ -15,7 +15,15 @@ from .._checks import check_sinks
 from .._codec import Codec
 from .._layer import ZipCacheLayer
 from .._modes import lasting
-from .._options import check_count, check_hides_newest, check_index, check_mask, check_new_tokens, without_padding
+from .._options import (
+    as_plain,
+    check_count,
+    check_hides_newest,
+    check_index,
+    check_mask,
+    check_new_tokens,
+    without_padding,
+)
 from .._prompt import behind, causal_attention
 from .._segment import held_nbytes
 from .._steps import check_step
@@ -407,6 +415,6 @@ class MatryoshkaLayer(GroupedAttention):
     def _saved(self) -> dict[str, Any]:
         """What decides on what is stored, as plain data."""
         names = ("bits", "salient_ratio", "window", "scale", "softcap", "sliding_window")
-        options = {name: getattr(self, name) for name in names} | {"prefill": self.prefill_on}
+        options = as_plain({name: getattr(self, name) for name in names}) | {"prefill": self.prefill_on}
         ranks = {name: its.tolist() for name, its in zip(("key_ranks", "value_ranks"), self._ranks, strict=True)}
         return options | ranks | {"codec": asdict(self.codec), "bases": fingerprint(self._bases)}
