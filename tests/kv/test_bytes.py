@@ -113,9 +113,9 @@ def test_growth_copies_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch
     copied, at = 0, {}
     grow = _segment.grown
 
-    def counted(tensor: Tensor, dim: int, used: int, size: int) -> Tensor:
+    def counted(tensor: Tensor, dim: int, used: int, size: int, **options: Any) -> Tensor:
         nonlocal copied
-        larger = grow(tensor, dim, used, size)
+        larger = grow(tensor, dim, used, size, **options)
         copied += 0 if larger is tensor else tensor.narrow(dim, 0, used).nbytes
         return larger
 
