@@ -417,3 +417,17 @@ def test_options_of_numpy_are_saved_as_plain_numbers() -> None:
     other = ZipCacheLayer(0.5, recent_probes=0.25)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.length == 5
+
+
+def test_queries_of_another_dtype_or_number_of_heads_are_refused() -> None:
+    q, k, v = drawn(20)
+    layer = ZipCacheLayer(window=4)
+    with pytest.raises(ValueError, match=r"expected q of torch\.float32, as the keys; got torch\.bfloat16"):
+        layer.prefill(q.bfloat16(), k, v)
+    assert (layer.length, layer.batch) == (0, None)
+    stream(layer, *part((q, k, v), 0, 2))
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match="expected 4 query heads, as before; got 2"):
+        layer.attend(q[:, :2, :1])
+    assert_same(layer.state_dict(), before)
+    stream(layer, *part((q, k, v), 2, 20))

@@ -181,6 +181,7 @@ class ZipCacheLayer(LayerAttention):
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         self._check_prompt(q, k, v, mask)
+        require(q.dtype == k.dtype, _OP, f"q of {k.dtype}, as the keys", q.dtype, "Convert it.")
         check_sinks(_OP, sinks, q)
         k, v = without_padding(k, v, mask)
         if self.codec.rotate:

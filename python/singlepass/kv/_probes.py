@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._errors import message
 from ._saliency import attention_sums, mean_attention
 from ._steps import MOST_PLANNED
 
@@ -75,6 +76,12 @@ class WindowProbes:
         """Lays aside the queries of neighbouring tokens, the first one's at place ``begin``, in memory that nobody else
         writes to, and their lse; both as in Queries."""
         self._settle()
+        if self.queries and self.queries[-1].q.shape[1] != q.shape[1]:
+            contract, remedy = (
+                f"{self.queries[-1].q.shape[1]} query heads, as before",
+                "Call reset() for another model.",
+            )
+            raise ValueError(message("ZipCacheLayer", contract, q.shape[1], remedy))
         if self.queries and self.queries[-1].places[-1] >= begin:  # these tokens were removed again
             self.drop(begin)
         # The newest before this call's stay, for transformers may remove all of this call's tokens.
