@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from singlepass.kv import Codec, ZipCacheLayer
+from singlepass.kv import Codec, MatryoshkaLayer, ZipCacheLayer
 from singlepass.kv._selection import SALIENT
 
 from ..tolerances import assert_same_bits
 from .layers import assert_same, drawn, kinds, part
+from .matryoshka import bases, made
 
 
 @pytest.mark.parametrize("codec", [Codec.zipcache(), Codec.per_token_head(rotate=True)], ids=["zipcache", "rotated"])
@@ -84,3 +87,35 @@ def test_masks_and_sinks_may_be_strided(ratio: float) -> None:
         outs.append((prompt, layer.attend(q[:, :, :1], sinks=one), *layer.dequantize()))
     for a, b in zip(*outs, strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", ["zipcache", "low rank"])
+def test_the_default_device_does_not_matter(name: str) -> None:
+    """``torch.set_default_device`` may name another one than that of the tokens: what the host draws stays there."""
+    tensors = drawn(60)
+    mask, its = torch.arange(40).ge(3).expand(2, -1), bases(2, 32)
+    low_rank: dict[str, Any] = {"key_ranks": [16, 32], "value_ranks": 32, "bits": (4, 2), "window": 8}
+
+    def used() -> list[Tensor]:
+        layer = ZipCacheLayer(window=8) if name == "zipcache" else MatryoshkaLayer(its, its, **low_rank)
+        outs = [layer.prefill(*part(tensors, 0, 40), mask)]
+        for i in range(40, 60):
+            layer.append(*part(tensors[1:], i, i + 1))
+            outs.append(layer.attend(tensors[0][:, :, i : i + 1]))
+        layer.select_sequences([1, 0])
+        return [*outs, *layer.dequantize()]
+
+    want = used()
+    with torch.device("meta"):
+        got = used()
+    for a, b in zip(got, want, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_a_mask_on_another_device_is_refused() -> None:
+    q, k, v = drawn(5)
+    mask = torch.ones(2, 5, dtype=torch.bool, device="meta")
+    for layer in (ZipCacheLayer(), made()):
+        with pytest.raises(ValueError, match="expected a mask on cpu, as the tokens; got meta"):
+            layer.prefill(q, k, v, mask)
+        assert layer.length == 0

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", minversion="5.24")
 
 from transformers import PreTrainedModel, Qwen2Config
 
-from singlepass.kv import MatryoshkaBases, MatryoshkaCache, fit_matryoshka, search_ranks
+from singlepass.kv import MatryoshkaBases, MatryoshkaCache, fit_matryoshka, fold_values, search_ranks
 from singlepass.kv._matryoshka._hooks import checked_batches
 from singlepass.kv._matryoshka._search import _Search
 from singlepass.kv._matryoshka._train import cayley, divergence
@@ -253,3 +253,16 @@ def test_wrong_searches() -> None:
         good: dict[str, Any] = {"model": its, "bases": bases, "batches": texts(), "budget": 0.75}
         with pytest.raises(ValueError, match=contract):
             search_ranks(**(good | {"progress": False} | options))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """What is drawn with a generator of the host stays there, whatever ``torch.set_default_device`` names."""
+    model, texts = build(head_dim=32, num_hidden_layers=1), [prompt(2, 20)]
+    want = fit_matryoshka(model, texts, 2, progress=False)
+    found = search_ranks(model, want, texts, 0.75, progress=False)
+    with torch.device("meta"):
+        got = fit_matryoshka(model, texts, 2, progress=False)
+        again = search_ranks(model, want, texts, 0.75, progress=False)
+        fold_values(model, want)
+    assert torch.equal(got.keys[0], want.keys[0])
+    assert torch.equal(again.ranks_of(0.75)[0].keys, found.ranks_of(0.75)[0].keys)

@@ -326,7 +326,7 @@ class CompressedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.require_settled()
         if self.inner.length:  # indices may be a mask too
-            indices = torch.as_tensor(indices)
+            indices = indices if isinstance(indices, Tensor) else torch.as_tensor(indices, device="cpu")
             self.inner.select_sequences(torch.arange(self.batch_size, device=indices.device)[indices])
 
 

@@ -216,7 +216,7 @@ class ZipCacheLayer(LayerAttention):
             check_queries(_OP, q, k)
             check_needs_no_gradient(_OP, q=q)
             require(q.shape[2] == k.shape[2], _OP, f"{k.shape[2]} queries, one for each token", q.shape[2], "Pass all.")
-        check_mask(_OP, mask, (k.shape[0], k.shape[2]))
+        check_mask(_OP, mask, (k.shape[0], k.shape[2]), k.device)
 
     @lasting
     def append(self, k: Tensor, v: Tensor, mask: Tensor | None = None) -> None:
@@ -232,7 +232,7 @@ class ZipCacheLayer(LayerAttention):
             ValueError: invalid shapes, dtypes or devices, or a tensor that requires gradients. The cache is unchanged.
         """
         check_new_tokens(_OP, k, v, None if self._held is None else self._held.window.room, self.codec, self.backend)
-        check_mask(_OP, mask, (k.shape[0], k.shape[2]))
+        check_mask(_OP, mask, (k.shape[0], k.shape[2]), k.device)
         k, v = without_padding(k, v, mask)
         if self.codec.rotate:
             k, v = rotate(k), rotate(v)
@@ -284,7 +284,7 @@ class ZipCacheLayer(LayerAttention):
         """
         self._require_unplanned("hide")
         window, compressed = self._tokens()
-        check_mask(_OP, mask, (len(window.keys), self.length))
+        check_mask(_OP, mask, (len(window.keys), self.length), window.keys.device)
         check_hides_newest(_OP, self.token_mask(), mask)
         mask = mask.clone()
         # What left the sliding window is forgotten in its own time, unless its sequence ended before the window.

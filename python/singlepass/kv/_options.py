@@ -99,12 +99,14 @@ def _check_anew(
         require(fits, where, contract, got, "Call reset() for other sequences.")
 
 
-def check_mask(where: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
-    """Raises unless it is a mask of so many sequences and tokens, or None."""
+def check_mask(where: str, mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    """Raises unless it is a mask of so many sequences and tokens on their device, or None."""
     if mask is not None:
-        fits = isinstance(mask, Tensor) and mask.shape == shape and mask.dtype == torch.bool
-        got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        is_tensor = isinstance(mask, Tensor)
+        fits = is_tensor and mask.shape == shape and mask.dtype == torch.bool
+        got = f"{tuple(mask.shape)} of {mask.dtype}" if is_tensor else type(mask).__name__
         require(fits, where, f"a bool mask of shape {shape}", got, "True marks tokens.")
+        require(mask.device == device, where, f"a mask on {device}, as the tokens", mask.device, "Move it there.")
 
 
 def check_hides_newest(where: str, held: Tensor, mask: Tensor) -> None:
@@ -118,9 +120,9 @@ def check_index(where: str, index: Tensor | Sequence[int], batch: int | None) ->
     """Numbers of sequences as a tensor, if they are: one or more of ``batch``, None of an empty cache. What is on
     another device is not read."""
     try:
-        chosen = torch.as_tensor(index)
+        chosen = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     except (RuntimeError, TypeError, ValueError):
-        chosen = torch.empty(0)
+        chosen = torch.empty(0, device="cpu")
     fits = chosen.dim() == 1 and chosen.dtype in (torch.int64, torch.int32) and len(chosen) > 0
     if fits and batch is not None and chosen.device.type == "cpu":
         lowest, highest = chosen.aminmax()

@@ -194,7 +194,7 @@ class ProbeRows:
         self._due = set(due)
         own = {place: row for row, place in enumerate(sorted(due))}
         self._rows = [own.get(place, len(own) + place % self._turns) for place in range(len(self._rows))]
-        self._row_of.copy_(torch.tensor(self._rows))
+        self._row_of.copy_(torch.tensor(self._rows, device="cpu"))
 
     def add(self, q: Tensor, lse: Tensor, places: Tensor) -> None:
         """Copies queries and what belongs to them, as in Queries, to the rows of their places, int64 (queries,)."""

@@ -27,8 +27,8 @@ def probe_positions(length: int, recent: float, random: float, most: int, genera
     """Where probes stand among ``length`` tokens, ascending: the newest ones and a random choice of the others. int64,
     on the CPU."""
     newest, others = probe_count(length, recent, random, most)
-    drawn = torch.randperm(length - newest, generator=generator)[:others]
-    return torch.cat((drawn.sort().values, torch.arange(length - newest, length)))
+    drawn = torch.randperm(length - newest, generator=generator, device="cpu")[:others]
+    return torch.cat((drawn.sort().values, torch.arange(length - newest, length, device="cpu")))
 
 
 class ProbeDraw:

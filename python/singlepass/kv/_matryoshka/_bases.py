@@ -211,16 +211,18 @@ def _uniform(budget: float, keys: Tensor, values: Tensor) -> Ranks:
     least = 2 * STEP / (most + most_of_values)
     require(steps >= 2, _OP, f"a budget of {least} or more for heads of {most}", budget, "Each keeps 16 at least.")
     of_keys = min(max(steps // 2, steps - most_of_values // STEP), most // STEP)
-    full = (torch.full((heads,), STEP * n) for n in (of_keys, min(steps - of_keys, most_of_values // STEP)))
+    full = (
+        torch.full((heads,), STEP * n, device="cpu") for n in (of_keys, min(steps - of_keys, most_of_values // STEP))
+    )
     return Ranks(*full)
 
 
 def check_ranks(where: str, ranks: Any, name: str, heads: int, most: int) -> Tensor:
     """Ranks of one layer's heads, int64 (heads,), if they are."""
     try:
-        its = torch.as_tensor(ranks)
+        its = torch.as_tensor(ranks, device="cpu")
     except (RuntimeError, TypeError, ValueError):
-        its = torch.empty(0)
+        its = torch.empty(0, device="cpu")
     its = its.expand(heads) if its.dim() == 0 else its
     fits = its.shape == (heads,) and its.dtype in (torch.int64, torch.int32)
     fits = fits and bool(((its % STEP == 0) & (its >= STEP) & (its <= most)).all())

@@ -64,7 +64,8 @@ def fold_values(model: PreTrainedModel, bases: MatryoshkaBases) -> MatryoshkaBas
     whole = {layer: u.detach().double().cpu() for layer, u in bases.values.items()}
     mark = hashlib.sha256(b"".join(u.numpy().tobytes() for u in whole.values())).hexdigest()[:16]
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(config.vocab_size, (1, 128), generator=generator).to(next(model.parameters()).device)
+    probe = torch.randint(config.vocab_size, (1, 128), generator=generator, device="cpu")
+    probe = probe.to(next(model.parameters()).device)
     was = [(w, w.detach().clone()) for layer in layers.values() for w in _weights(*layer)]
     try:
         with torch.no_grad(), evaluating(model):
@@ -86,7 +87,7 @@ def fold_values(model: PreTrainedModel, bases: MatryoshkaBases) -> MatryoshkaBas
                 weight.copy_(its)
         raise
     setattr(config, MARK, mark)
-    values_now = {layer: torch.eye(u.shape[1]).expand(u.shape).contiguous() for layer, u in whole.items()}
+    values_now = {layer: torch.eye(u.shape[1], device="cpu").expand(u.shape).contiguous() for layer, u in whole.items()}
     return replace(bases, values=values_now, sample=sample_of(model), folded=mark)
 
 

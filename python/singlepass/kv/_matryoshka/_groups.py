@@ -40,7 +40,7 @@ class Projection:
         self.order = [head for its in heads for head in its]
         self.bases = [matrices[its, :, :rank].contiguous() for its, rank in zip(heads, ranks, strict=True)]
         self._transposed: list[Tensor] = []
-        self._heads = [torch.tensor(its) for its in heads]
+        self._heads = [torch.tensor(its, device=matrices.device) for its in heads]
         whole = torch.eye(self.channels, dtype=matrices.dtype, device=matrices.device)
         self.is_identity = bool((matrices == whole).all())
 

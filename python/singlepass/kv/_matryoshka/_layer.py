@@ -179,7 +179,7 @@ class MatryoshkaLayer(GroupedAttention):
             fits = x.shape[1] == bases.shape[0] and x.shape[3] == bases.shape[1]
             contract = f"{name} (batch, {bases.shape[0]}, tokens, {bases.shape[1]}), as the bases"
             require(fits, _OP, contract, tuple(x.shape), "Pass bases of this layer.")
-        check_mask(_OP, mask, (k.shape[0], k.shape[2]))
+        check_mask(_OP, mask, (k.shape[0], k.shape[2]), k.device)
 
     @lasting
     def prefill(
@@ -346,7 +346,7 @@ class MatryoshkaLayer(GroupedAttention):
         """
         self._require_unplanned("hide")
         k, _ = self._check_held()
-        check_mask(_OP, mask, (len(k), self.length))
+        check_mask(_OP, mask, (len(k), self.length), k.device)
         check_hides_newest(_OP, self.token_mask(), mask)
         for group in self._groups:
             group.inner.hide(mask)

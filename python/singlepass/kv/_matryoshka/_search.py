@@ -119,7 +119,9 @@ class _Search:
         require(bool(layers), _OP, contract, got, "Pass compress_sliding=True, or choose another model.")
         pairs = {layer: (bases.keys[layer], bases.values[layer]) for layer in layers}
         self._bases = {layer: [u.to(device) for u in pair] for layer, pair in pairs.items()}
-        self.ranks = {layer: [torch.full((len(u),), u.shape[1]) for u in pair] for layer, pair in pairs.items()}
+        self.ranks = {
+            layer: [torch.full((len(u),), u.shape[1], device="cpu") for u in pair] for layer, pair in pairs.items()
+        }
         self.entries = sum(len(u) for pair in pairs.values() for u in pair)
         self.total = self.kept
         if start is not None and set(pairs) <= set(start):
@@ -142,7 +144,7 @@ class _Search:
         out = []
         for x, u, ranks in zip((k, v), self._bases[layer], self.ranks[layer], strict=True):
             whole = bool((ranks == u.shape[1]).all())
-            mask = torch.arange(u.shape[1]) < ranks[:, None]
+            mask = torch.arange(u.shape[1], device="cpu") < ranks[:, None]
             out.append(x if whole else truncate(x, u, mask))
         return out[0], out[1]
 

@@ -105,8 +105,8 @@ def _masks(like: Bases, seed: int, step: int) -> Bases:
 
     def drawn(u: Tensor) -> Tensor:
         heads, most = u.shape[:2]
-        ranks = STEP * torch.randint(1, most // STEP + 1, (heads, 1), generator=generator)
-        return (torch.arange(most) < ranks).to(u)
+        ranks = STEP * torch.randint(1, most // STEP + 1, (heads, 1), generator=generator, device="cpu")
+        return (torch.arange(most, device="cpu") < ranks).to(u)
 
     return {layer: [drawn(u) for u in pair] for layer, pair in like.items()}
 
