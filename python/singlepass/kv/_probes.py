@@ -76,11 +76,9 @@ class WindowProbes:
         """Lays aside the queries of neighbouring tokens, the first one's at place ``begin``, in memory that nobody else
         writes to, and their lse; both as in Queries."""
         self._settle()
-        if self.queries and self.queries[-1].q.shape[1] != q.shape[1]:
-            contract, remedy = (
-                f"{self.queries[-1].q.shape[1]} query heads, as before",
-                "Call reset() for another model.",
-            )
+        heads = self.queries[-1].q.shape[1] if self.queries else q.shape[1]
+        if heads != q.shape[1]:
+            contract, remedy = f"{heads} query heads, as before", "Call reset() for another model."
             raise ValueError(message("ZipCacheLayer", contract, q.shape[1], remedy))
         if self.queries and self.queries[-1].places[-1] >= begin:  # these tokens were removed again
             self.drop(begin)
