@@ -105,6 +105,12 @@ class Instruction:
         return (found[1], int(found[2] or "0", 16) // 32) if found else (self.operands, 0)
 
     @property
+    def groups_left(self) -> int:
+        """Of copies to shared memory, that DEPBAR does not wait for."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands)
+        return int(found[1], 16) if found else 0
+
+    @property
     def target(self) -> int | None:
         """Where a branch goes."""
         found = re.search(r"0x([0-9a-f]+)$", self.operands)

@@ -8,12 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import inf
 
 import networkx
 
 from .cubins import Instruction, Kernel
 from .flow import Flow, Loop
 
+LANES = 32
+COPYING = 3, 6  # passes after which copies run ahead as they always do, and passes that are averaged then
 UNROLLED = (1, 2, 4, 8, 16)
 GLOBAL_LOADS = ("LDG", "LD", "LDGSTS", "ATOMG", "ATOM")
 
@@ -81,31 +84,51 @@ class Path:
         return found
 
     def clocks(
-        self, times: Mapping[str, float], far: Callable[[str, Instruction], float], near: float, name: str = ""
+        self,
+        times: Mapping[str, float],
+        far: Callable[[str, Instruction], float],
+        near: float,
+        name: str = "",
+        bytes_per_clock: float = inf,
     ) -> float:
         """Of one pass of a warp that is alone, after another one: what the compiler makes it wait between instructions,
         and what its barriers make it wait for results. These come after `near` clocks, what is loaded from global
-        memory in a loop after far(its name, the load); the second half of a sector is then in the L1 cache. Copies to
-        shared memory that run ahead are taken to be there in time."""
+        memory in a loop after far(its name, the load), and no faster than so many bytes of the warp in a clock; the
+        second half of a sector is then in the L1 cache. Of copies to shared memory the warp waits for its own."""
         ready: dict[int, float] = {}
-        clock = began = 0.0
-        for _ in range(2):
-            began = clock
+        clock = began = free = copied = 0.0
+        groups: list[float] = []  # of copies: when each is there
+        inside = [
+            (loop.at, loop.times(times) * loop.path.clocks(times, far, near, loop.name, bytes_per_clock))
+            for loop in self.loops
+        ]
+        settling, measured = COPYING if any(i.op == "LDGDEPBAR" for i in self.code) else (1, 1)
+        for number in range(settling + measured):
+            if number == settling:
+                began = clock
             sectors: set[tuple[str, int]] = set()
             for n in range(len(self.code) + 1):
-                for loop in self.loops:
-                    if loop.at == n:
-                        clock += loop.times(times) * loop.path.clocks(times, far, near, loop.name)
+                clock += sum(clocks for at, clocks in inside if at == n)
                 if n == len(self.code):
                     break
                 i = self.code[n]
                 clock = max([clock, *(ready.pop(barrier, 0.0) for barrier in i.waits)])
-                if i.sets is not None:
-                    is_far = i.op in GLOBAL_LOADS and i.sector not in sectors
-                    ready[i.sets] = max(ready.get(i.sets, 0.0), clock + (far(name, i) if is_far else near))
+                if i.op == "DEPBAR":
+                    clock = max([clock, *groups[: len(groups) - i.groups_left]])
+                elif i.op == "LDGDEPBAR":
+                    groups.append(copied)
+                elif i.op == "LDGSTS":
+                    asked = max(clock, free)
+                    copied, free = asked + far(name, i), asked + LANES * i.bits / 8 / bytes_per_clock
+                elif i.sets is not None:
+                    there = clock + near
+                    if i.op in GLOBAL_LOADS and i.sector not in sectors:
+                        asked = max(clock, free)
+                        there, free = asked + far(name, i), asked + LANES * i.bits / 8 / bytes_per_clock
+                    ready[i.sets] = max(ready.get(i.sets, 0.0), there)
                     sectors.add(i.sector)
                 clock += i.stall
-        return clock - began
+        return (clock - began) / measured
 
     @property
     def cost(self) -> tuple[int, int]:

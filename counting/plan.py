@@ -12,7 +12,7 @@ from . import cubins
 from .cubins import Instruction, Kernel
 from .gpus import Gpu
 from .paths import Inner, Path, Paths, Step
-from .roofline import SHORT_LATENCY, Launch, Warp
+from .roofline import L2_BYTES, SHORT_LATENCY, Launch, Warp
 
 # Of csrc/common/reduce.h: the loop of sum_partials(), and what a pass of a block's thread adds up.
 IN_FLIGHT = 8
@@ -156,12 +156,13 @@ class Compiled:
         return Warp(instructions, clocks[0], clocks[1], pipes)
 
     def tail_clocks(self, gpu: Gpu) -> float:
-        """Of the tail alone, which reads the L2 cache."""
+        """Of the tail alone, which reads the L2 cache. The warps of its block share the way from there to their SM."""
         if self.plan.tail is None:
             return 0.0
-        l2 = gpu.l2_latency
+        of_warp = L2_BYTES / (self.plan.threads // 32)
         return sum(
-            sign * self.way(work).clocks(work.times, lambda *_: l2, SHORT_LATENCY) for sign, work in self.plan.tail.both
+            sign * self.way(work).clocks(work.times, lambda *_: gpu.l2_latency, SHORT_LATENCY, bytes_per_clock=of_warp)
+            for sign, work in self.plan.tail.both
         )
 
     @property

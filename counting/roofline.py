@@ -18,6 +18,7 @@ ISSUE_SHARE = 0.80  # of the clocks in which a busy scheduler issues
 PIPE_SHARE = 0.90  # the same of a pipe
 COPY_SHARE = 0.94  # of a copy's bandwidth that a kernel with enough loads in flight reaches
 SHORT_LATENCY = 30  # clocks until the result of shared memory, a shuffle, a conversion or a tensor core
+L2_BYTES = 64  # of a clock that come from the L2 cache to one SM, as assumed
 LAUNCH_US = 4.0  # until all SMs are busy and after the first is idle, for each launch
 # Two limits near each other do not overlap perfectly: the second adds this share, by a power of how near it is.
 OVERLAP_SHARE, OVERLAP_POWER = 0.15, 4

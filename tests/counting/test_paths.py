@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -202,6 +203,21 @@ def code(*lines: tuple[str, int, int | None, tuple[int, ...]]) -> tuple[Instruct
 )  # fmt: skip
 def test_clocks_of_a_pass(lines: tuple[tuple[str, int, int | None, tuple[int, ...]], ...], clocks: float) -> None:
     assert Way(code(*lines)).clocks({}, lambda loop, load: 1000.0, 30.0) == clocks
+
+
+def test_clocks_of_loads_that_come_one_by_one() -> None:
+    """Four, of 128 bytes of a warp each."""
+    load, use = ("LDG.E", 1, 0, ()), ("FADD", 2, None, (0,))
+    way = Way(code(load, load, load, load, use))
+    assert way.clocks({}, lambda loop, load: 1000.0, 30.0, bytes_per_clock=2) == 3 * 64 + 1000 + 2
+
+
+@pytest.mark.parametrize(("left", "clocks"), [(0, 1000), (1, 1000 / 2), (2, 1000 / 3)])
+def test_clocks_of_copies_that_run_ahead(left: int, clocks: float) -> None:
+    """A pass waits for a group of copies, but for those of the last passes, and asks for one."""
+    wait, copy, end = code(("DEPBAR.LE", 4, None, ()), ("LDGSTS.E.128", 1, 0, ()), ("LDGDEPBAR", 1, None, ()))
+    way = Way((replace(wait, operands=f"SB0, {left:#x}"), copy, end))
+    assert way.clocks({}, lambda loop, load: 1000.0, 30.0) == pytest.approx(clocks, rel=0.02, abs=6)
 
 
 def test_clocks_of_loops_inside() -> None:
