@@ -39,7 +39,7 @@ CODEC_THREADS, PIECE = 256, 16  # csrc/kv/pieces.h
 FROM_FLOAT16 = "HADD2.F32"  # converts a number
 NAN = "0x7fc00000"  # which numbers that are not finite become before they are encoded
 COLUMN_TILE, CHANNELS = 16, 128  # csrc/kv/project.cu: of a launch for a few rows
-MAXIMA, PARTS, MERGED = 4 * 32, 32, 16  # splits that a pass of the merge's loops takes
+MAXIMA, MERGED = 4 * 32, 4  # splits that a pass of the merge's loops takes
 # RestoredShared::bytes: a tile of tokens, logits of each warp, weights and factors of rows, and queries.
 SHARED = 4 * (CHUNK * (THREADS + 4) + WARPS * ROWS * CHUNK + CHUNK * ROWS + ROWS + ROWS * WIDTH)
 SHAPE = {shape.name: shape for shape in SHAPES["cuda"]}
@@ -85,26 +85,21 @@ def decode(tokens: Sequence[Tokens], heads: int, moved: float, itemsize: int, gp
     segments = [Segment(**vars(part), splits=n) for part, n in zip(tokens, numbers, strict=False)]
     work = [part for segment in segments for part in segment.work(every, itemsize)]
     work += window_work(numbers[-1], every, itemsize)
-    merged = Work((*work[0].steps, Step("rows", inside=merge_loops(gpu.arch))), merge_times(every, gpu.arch))
+    merged = Work((*work[0].steps, Step("rows", inside=merge_loops())), merge_times(every))
     return Plan(
         "kv/decode", name, tuple(work), moved, heads * every, THREADS, "chunks", CHUNK * WIDTH * 2, SHARED,
         tail=Tail(merged, work[0], 1 / every),
     )  # fmt: skip
 
 
-def merge_loops(arch: str) -> tuple[Step, ...]:
-    """Of a row: over the maxima of splits, and over their results, 16 in flight. Lanes have the factors of 32, of which
-    the compiler makes a loop over both halves, but for sm_90."""
-    maxima = Step("maxima", (("LDG.32", MAXIMA // 32),))
-    if arch == "sm_90":
-        return maxima, Step("merged", (("LDG.128", PARTS), ("SHFL", PARTS)))
-    merged = Step("merged", (("LDG.128", MERGED), ("SHFL", MERGED)))
-    return maxima, Step("parts", (("LDG.32", 2),), inside=(merged,))
+def merge_loops() -> tuple[Step, ...]:
+    """Of a row: over the maxima of splits, and over their results. The factors of 32 splits are made in a branch."""
+    merged = Step("merged", (("LDGSTS.128", MERGED), ("SHFL", MERGED), ("LDG.32", 0)))
+    return Step("maxima", (("LDG.32", MAXIMA // 32),)), merged
 
 
-def merge_times(splits: int, arch: str) -> dict[str, float]:
-    parts, merged = ceil(splits / PARTS), ceil(splits / MERGED)
-    return {"maxima": ceil(splits / MAXIMA), "parts": parts, "merged": merged / (2 if arch == "sm_90" else parts)}
+def merge_times(splits: int) -> dict[str, float]:
+    return {"maxima": ceil(splits / MAXIMA), "merged": ceil(splits / MERGED)}
 
 
 def queries(itemsize: int) -> Step:
@@ -157,7 +152,7 @@ class Segment(Tokens):
         }
         # Queries and the blocks' places are read by many.
         cached = {"search": 1.0, "queries": 1.0, "blocks": 1.0}
-        elsewhere = ("STS.128", "LDS.64", "SHFL", "FMNMX", "FMNMX3")
+        elsewhere = ("STS.128", "LDS.32", "LDS.64", "SHFL", "FMNMX", "FMNMX3")
         before = (Step("search", (("LDG.32", 1),), avoids=elsewhere), queries(itemsize))
         share = self.splits / splits
         return [

@@ -21,12 +21,33 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool exis
 #endif
 }
 
-// Waits for the thread's own copies. Those of others are there after a barrier that follows.
+// Ends a group of copies, those that the thread has asked for since the last one.
+__device__ __forceinline__ void end_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#elif defined(SINGLEPASS_SIMT)
+  ::simt::end_copies();
+#endif
+}
+
+// Waits for the thread's own copies, but for its last kLeft groups. Those of others are there after a barrier that
+// follows.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#elif defined(SINGLEPASS_SIMT)
+  ::simt::finish_copies(kLeft);
+#endif
+}
+
+// The same for all copies.
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
 #elif defined(SINGLEPASS_SIMT)
-  ::simt::finish_copies();
+  ::simt::end_copies();
+  ::simt::finish_copies(0);
 #endif
 }
 

@@ -109,7 +109,7 @@ template <int kWidth, int kGroups, int kHalves>
 void run(const Decode& p, const Gpu& gpu, DecodeCut cut) {
   const auto kernel = &decode_kernel<kWidth, kGroups, kHalves>;
   const size_t bytes = std::max({CodesShared<kGroups, kHalves>::bytes(p), WindowShared<kGroups>::bytes(p),
-                                 RestoredShared<4 * kGroups>::bytes(p)});
+                                 RestoredShared<4 * kGroups>::bytes(p), SplitChannels::kBytes});
   if (cut.places == 0) cut.places = resident_blocks(kernel, kDecodeThreads, bytes, gpu);
   const DeviceDecode d = on_device(p, 4 * kGroups, gpu, cut);
   const dim3 blocks(static_cast<unsigned>(d.batch * d.heads * d.tiles * d.splits * d.value_tiles));

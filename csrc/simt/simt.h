@@ -144,12 +144,17 @@ inline unsigned ballot(unsigned mask, int predicate, std::source_location site) 
 }
 
 inline void copy_later(void* to, const void* from, bool exists) {
-  Block::current->copy_later({to, from, exists});
+  Block::current->copy_later({to, exists ? from : nullptr});
 }
 
-inline void finish_copies() {
-  for (Copy copy; Block::current->next_copy(copy);) {
-    *static_cast<uint4*>(copy.to) = copy.exists ? *static_cast<const uint4*>(copy.from) : uint4{};
+inline void end_copies() {
+  Block::current->end_copies();
+}
+
+// All groups of the thread's copies but its last `left`.
+inline void finish_copies(unsigned left) {
+  for (Copy copy = Block::current->next_copy(left); copy.to != nullptr; copy = Block::current->next_copy(left)) {
+    *static_cast<uint4*>(copy.to) = copy.from != nullptr ? *static_cast<const uint4*>(copy.from) : uint4{};
   }
 }
 

@@ -59,8 +59,7 @@ enum class State { kNotStarted, kReady, kAtBarrier, kInWarpCollective, kExited }
 // Of 16 bytes to shared memory, which nobody has waited for yet.
 struct Copy {
   void* to;
-  const void* from;
-  bool exists;  // or zeros are written
+  const void* from;  // or null: zeros are written
 };
 
 struct Thread {
@@ -70,7 +69,8 @@ struct Thread {
   std::unique_ptr<Fiber> fiber;
   std::source_location site;  // where it waits
   WarpRequest request;
-  std::deque<Copy> copies;
+  std::deque<std::pair<unsigned, Copy>> copies;  // with the numbers of their groups
+  unsigned copy_groups = 0;                      // that have ended
 };
 
 struct Warp {
@@ -142,16 +142,22 @@ class Block {
   // cp.async: it happens when the thread that asks for it waits for it.
   void copy_later(const Copy& copy) {
     [[maybe_unused]] const Recorder::InRuntime pause;
-    running_->copies.push_back(copy);
+    running_->copies.emplace_back(running_->copy_groups, copy);
   }
 
-  // The next of the copies that the thread waits for, or false.
-  bool next_copy(Copy& copy) {
+  void end_copies() {
     [[maybe_unused]] const Recorder::InRuntime pause;
-    if (running_->copies.empty()) return false;
-    copy = running_->copies.front();
-    running_->copies.pop_front();
-    return true;
+    ++running_->copy_groups;
+  }
+
+  // The next of the copies that the thread waits for, those of all groups but its last `left`; or one to nowhere.
+  Copy next_copy(unsigned left) {
+    [[maybe_unused]] const Recorder::InRuntime pause;
+    auto& copies = running_->copies;
+    if (copies.empty() || copies.front().first + left >= running_->copy_groups) return {};
+    const Copy copy = copies.front().second;
+    copies.pop_front();
+    return copy;
   }
 
   // The *_sync collectives: all lanes that `mask` names, with the same mask and operation.

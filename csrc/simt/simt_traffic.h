@@ -83,7 +83,8 @@ class Recorder {
   void count_warp(unsigned first, unsigned last);
   bool is_shared(std::uintptr_t address) const;
 
-  inline static bool in_kernel_ = false;
+  // Volatile: it is announced only later that memory is accessed, so that compilers would see nobody read it.
+  inline static volatile bool in_kernel_ = false;
   inline static Recorder* current_ = nullptr;
   unsigned thread_ = 0;
   std::vector<Lanes> threads_;

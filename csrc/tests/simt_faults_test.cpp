@@ -267,6 +267,27 @@ TEST(a_copy_that_nobody_waits_for_is_missing) {
   CHECK(std::all_of(out.begin(), out.end(), [](float x) { return std::isnan(x); }));
 }
 
+__global__ void two_copies_kernel(const float* in, float* out) {
+  SINGLEPASS_SHARED(Floats<8>, values);
+  for (int i = 0; i < 8; i += 4) {
+    singlepass::copy_async(&values.value[i], &in[i], true);
+    singlepass::end_copies();
+  }
+  singlepass::wait_for_copies<1>();
+  out[0] = values.value[3], out[1] = values.value[4];
+  singlepass::wait_for_copies<0>();
+  out[2] = values.value[4];
+}
+
+TEST(the_last_groups_of_copies_are_not_there_before_they_are_waited_for) {
+  alignas(16) const float in[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  std::vector<float> out(3);
+  CHECK_EQUAL(simt::launch(two_copies_kernel, 1, 1, 0, nullptr, in, out.data()), cudaSuccess);
+  CHECK_EQUAL(out[0], 3.0f);
+  CHECK(std::isnan(out[1]));
+  CHECK_EQUAL(out[2], 4.0f);
+}
+
 TEST(uninitialised_shared_memory_reads_as_nan) {
   std::vector<float> out(32, 0.0f);
   for (int again = 0; again < 2; ++again) {  // nor does a block see what the last one left
