@@ -102,6 +102,12 @@ class Span {
 
   __device__ __forceinline__ static DType dtype(DType stored) { return kFloat32 ? DType::kFloat32 : stored; }
 
+  // Parameter and gradient of 16 bits, beside states of 32.
+  __device__ __forceinline__ bool is_mixed() const {
+    return size_of(t_.param_dtype) == 2 && size_of(t_.grad_dtype) == 2 && size_of(t_.state_dtype[0]) == 4 &&
+           size_of(t_.state_dtype[1]) == 4;
+  }
+
   // Sum over the thread block, returned to every thread. The last barrier lets the next call write `sum` again.
   __device__ __forceinline__ static double shared_sum(double value) {
     SINGLEPASS_SHARED(double, sum);
@@ -122,14 +128,23 @@ class Span {
     for (int64_t i = vectors_end_ + threadIdx.x; i < t_.numel; i += blockDim.x) body.template operator()<1>(i);
   }
 
-  // Starts all loads before it converts the first, and computes the update in registers. Nothing is written.
+  // Starts all loads before it converts the first, and computes the update in registers. Nothing is written. Where each
+  // dtype chooses between two loads, those of one width wait for those of the other, because either may write a
+  // register: what is usual has a branch of its own.
   template <int kWidth>
   __device__ __forceinline__ void update(int64_t i, Element<kWidth>& e) const {
     Raw<kWidth> raw_p, raw_g, raw_m, raw_v;
-    load(t_.param, dtype(t_.param_dtype), i, raw_p, kApart);
-    load(t_.grad, dtype(t_.grad_dtype), i, raw_g, kApart);
-    load(t_.state[0], dtype(t_.state_dtype[0]), i, raw_m, kApart);
-    load(t_.state[1], dtype(t_.state_dtype[1]), i, raw_v, kApart);
+    const auto load_all = [&](DType param, DType grad, DType first, DType second) {
+      load(t_.param, param, i, raw_p, kApart);
+      load(t_.grad, grad, i, raw_g, kApart);
+      load(t_.state[0], first, i, raw_m, kApart);
+      load(t_.state[1], second, i, raw_v, kApart);
+    };
+    if (!kFloat32 && kWidth > 1 && is_mixed()) {
+      load_all(DType::kBFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat32);
+    } else {
+      load_all(dtype(t_.param_dtype), dtype(t_.grad_dtype), dtype(t_.state_dtype[0]), dtype(t_.state_dtype[1]));
+    }
     float g[kWidth];
     decode(raw_p, dtype(t_.param_dtype), e.p);
     decode(raw_g, dtype(t_.grad_dtype), g);

@@ -133,7 +133,7 @@ EXCEPTIONS = (
     Excess("optim/LARS/gpt2-small/bfloat16 1 sm_80", NARROW, 8.0, _BESIDE),
     Excess("optim/SGDSaI/gpt2-small/bfloat16 0 sm_90", NARROW, 10.0, _BESIDE),
     Excess("optim/SGDSaI/gpt2-small/bfloat16 0 sm_80", NARROW, 8.0, _BESIDE),
-    Excess("spectral/spectral_step_/12-blocks-768/bfloat16 0 *", NARROW, 8.0, _BESIDE),
+    Excess("spectral/spectral_step_/12-blocks-768/bfloat16 0 *", NARROW, 6.0, _BESIDE),
     Excess("kv/kv_decode/8x32768/* 0 *", NARROW, 20.0, _WORDS),
     Excess("spectral/spectral_scale_/2048x8192/float32 1 *", NARROW, 4.0, _PARTIAL_SUMS),
     Excess("spectral/lorentz_backward/2048x8192/float32 1 *", NARROW, 8.0, _PARTIAL_SUMS),
