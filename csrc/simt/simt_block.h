@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// One thread block: its threads, barriers, warp collectives and shared memory, under a scheduler that a seed permutes.
+// One thread block: its threads, barriers and shared memory, under a scheduler that a seed permutes.
 //
 // A thread runs until it must wait; what is ready runs in an order drawn anew at each barrier. A thread that never
 // waits costs no switch: the fiber that has ended one thread goes on with the next.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <deque>
 #include <exception>
@@ -24,6 +23,7 @@
 #include "simt/simt_random.h"
 #include "simt/simt_traffic.h"
 #include "simt/simt_types.h"
+#include "simt/simt_warp.h"
 
 inline uint3 threadIdx{};
 inline uint3 blockIdx{};
@@ -32,7 +32,6 @@ inline dim3 gridDim{};
 
 namespace simt {
 
-constexpr unsigned kWarpSize = 32;
 constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr std::size_t kMaxStaticSharedBytes = 48 << 10;
 constexpr std::size_t kMaxSharedBytes = 227 << 10;
@@ -41,17 +40,6 @@ constexpr std::size_t kMaxSharedBytes = 227 << 10;
 // memory, more shared memory than there is, or a wait without end.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
-};
-
-enum class WarpOp { kSync, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor, kBallot };
-
-struct WarpRequest {
-  WarpOp op;
-  unsigned mask;
-  std::uint64_t value;  // what this lane offers
-  unsigned argument;    // source lane, delta or lane mask
-  unsigned width;
-  std::uint64_t result;
 };
 
 enum class State { kNotStarted, kReady, kAtBarrier, kInWarpCollective, kExited };
@@ -67,16 +55,9 @@ struct Thread {
   unsigned linear;
   State state;
   std::unique_ptr<Fiber> fiber;
-  std::source_location site;  // where it waits
-  WarpRequest request;
+  std::source_location site;                     // where it waits
   std::deque<std::pair<unsigned, Copy>> copies;  // with the numbers of their groups
   unsigned copy_groups = 0;                      // that have ended
-};
-
-struct Warp {
-  std::uint64_t order = 0;  // among the warps of the block, until the next barrier
-  unsigned absent = 0;      // lanes that have exited, or that the block does not have
-  unsigned waiting = 0;     // lanes in a collective
 };
 
 class Block {
@@ -164,27 +145,16 @@ class Block {
   std::uint64_t warp_collective(WarpOp op, unsigned mask, std::uint64_t value, unsigned argument, unsigned width,
                                 std::source_location site) {
     [[maybe_unused]] const Recorder::InRuntime pause;
-    Thread& self = *running_;
-    Warp& warp = warps_[self.linear / kWarpSize];
-    const unsigned own_lane = self.linear % kWarpSize;
-    const unsigned first = self.linear - own_lane;
-    self.request = {op, mask, value, argument, width, 0};
+    Warp& warp = warps_[running_->linear / kWarpSize];
+    const unsigned own_lane = running_->linear % kWarpSize, first = running_->linear - own_lane;
     wait_at(State::kInWarpCollective, site);
-    if ((mask >> own_lane & 1u) == 0) fail("a warp collective's mask leaves out the lane that calls it");
-    if (const unsigned missing = mask & warp.absent; missing != 0)
-      fail("a warp collective's mask names lane " + std::to_string(std::countr_zero(missing)) + ", which is not there");
-    warp.waiting |= 1u << own_lane;
-    // Only the last lane to come looks at the others' requests: if each did, that would be most of what kernels cost.
-    if ((mask & ~warp.waiting) == 0 && all_meet(&threads_[first], own_lane)) {
+    if (warp.meet(own_lane, {op, mask, value, argument, width}, [this](const std::string& what) { fail(what); })) {
       if (mask == ~0u) recorder_.meet(first, kWarpSize);
       for (unsigned lane = 0; lane < kWarpSize; ++lane)
-        if (mask >> lane & 1u) threads_[first + lane].request.result = collective_result(&threads_[first], lane);
-      for (unsigned lane = 0; lane < kWarpSize; ++lane)
         if (mask >> lane & 1u) release(threads_[first + lane]);
-      warp.waiting &= ~mask;
     }
     suspend();
-    return self.request.result;
+    return warp.result(own_lane);
   }
 
   // Atomics call it before and after: other threads run on, or other blocks, for which atomics are what they meet at.
@@ -308,53 +278,6 @@ class Block {
 
   static bool same(const std::source_location& a, const std::source_location& b) {
     return a.line() == b.line() && a.column() == b.column() && std::string_view(a.file_name()) == b.file_name();
-  }
-
-  // Whether the lanes that one lane's mask names, all of which wait, wait in the same collective.
-  bool all_meet(const Thread* warp, unsigned own_lane) const {
-    const WarpRequest& own = warp[own_lane].request;
-    bool all = true;
-    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-      if ((own.mask >> lane & 1u) == 0) continue;
-      const WarpRequest& other = warp[lane].request;
-      const bool meets = other.op == own.op && other.mask == own.mask;
-      if (!meets && (other.mask >> own_lane & 1u) != 0)
-        fail("lanes of one warp wait for each other in different collectives");
-      all &= meets;
-    }
-    return all;
-  }
-
-  std::uint64_t collective_result(const Thread* warp, unsigned lane) const {
-    const WarpRequest& request = warp[lane].request;
-    const unsigned last = lane | (request.width - 1);  // of the segment of `width` lanes
-    const unsigned first = last - (request.width - 1);
-    unsigned source = lane;
-    switch (request.op) {
-      case WarpOp::kSync:
-        return 0;
-      case WarpOp::kBallot: {
-        std::uint64_t ballot = 0;
-        for (unsigned i = 0; i < kWarpSize; ++i)
-          if (request.mask >> i & 1u) ballot |= static_cast<std::uint64_t>(warp[i].request.value != 0) << i;
-        return ballot;
-      }
-      case WarpOp::kShuffle:
-        source = first + request.argument % request.width;
-        break;
-      case WarpOp::kShuffleUp:
-        if (lane >= first + request.argument) source = lane - request.argument;
-        break;
-      case WarpOp::kShuffleDown:
-        if (lane + request.argument <= last) source = lane + request.argument;
-        break;
-      case WarpOp::kShuffleXor:
-        if ((lane ^ request.argument) <= last) source = lane ^ request.argument;
-        break;
-    }
-    if ((request.mask >> source & 1u) == 0)
-      fail("a shuffle reads lane " + std::to_string(source) + ", which its mask leaves out");
-    return warp[source].request.value;
   }
 
   // Thrown on a fiber it ends that thread; run() passes it on.
