@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from math import ceil
 
@@ -15,7 +14,7 @@ from singlepass.bench.registry import Case
 
 from .gpus import Gpu
 from .paths import Step
-from .plan import IN_FLIGHT, PARTIALS, Plan, Tail, Work
+from .plan import IN_FLIGHT, PARTIALS, Marks, Plan, Tail, Work, accesses, summed
 
 GRAD_NORM = "grad_norm_kernel"
 THREADS, CHUNK, VECTOR = 256, 16384, 8  # csrc/optim/device_table.h, csrc/common/raw.h
@@ -26,11 +25,9 @@ NAMES = {"AdamW": "AdamW<false>", "AdaBelief": "AdaBelief<false>", "SGDSaI": "Sg
 OTHERS = ("HADD2.F32", "0x37fff001", "-0x2daee0ad")
 
 
-def accesses(kind: str, own: int, states: int, dtype: torch.dtype) -> list[tuple[str, int]]:
-    """Of so many spread vectors of that dtype and of float32: two each, of four elements."""
-    counts = Counter({f"{kind}.{32 * dtype.itemsize}": 2 * own})
-    counts[f"{kind}.128"] += 2 * states
-    return list(counts.items())
+def spread(kind: str, own: int, states: int, dtype: torch.dtype) -> Marks:
+    """Of so many spread vectors of that dtype and of float32: two accesses each, of four elements."""
+    return summed(accesses(kind, dtype.itemsize, 4, 2 * own), accesses(kind, 4, 4, 2 * states))
 
 
 def vectors(reads: str, updates: str, dtype: torch.dtype) -> Step:
@@ -43,7 +40,7 @@ def vectors(reads: str, updates: str, dtype: torch.dtype) -> Step:
         if set(reads + updates) <= set(small):
             does.append((f"{kind}.128", own))
         else:
-            does += accesses(kind, own, len(part) - own, dtype)
+            does += spread(kind, own, len(part) - own, dtype)
     if small:
         encoded = sum(letter in small for letter in updates)
         decoded = sum(letter in small for letter in reads + updates)

@@ -17,7 +17,23 @@ from .roofline import L2_BYTES, SHORT_LATENCY, Launch, Warp
 # Of csrc/common/reduce.h: the loop of sum_partials(), and what a pass of a block's thread adds up.
 IN_FLIGHT = 8
 PARTIALS = Step("partials", (("LDG.64", IN_FLIGHT),))
+Marks = tuple[tuple[str, int], ...]  # of Step.does
 CUBINS = FilePath(__file__).parents[1] / "build" / "cmake" / "cubin"
+
+
+def accesses(kind: str, itemsize: int, elements: int, tensors: int = 1) -> Marks:
+    """What a thread does to load ("LDG") or store ("STG") so many neighbouring elements of some tensors: accesses of 16
+    bytes, or one of all that there is."""
+    size = elements * itemsize
+    return ((f"{kind}.{min(128, 8 * size)}", tensors * max(1, size // 16)),)
+
+
+def summed(*parts: Marks) -> Marks:
+    """Marks of several, each once."""
+    found: dict[str, int] = {}
+    for mark, count in (pair for part in parts for pair in part):
+        found[mark] = found.get(mark, 0) + count
+    return tuple(found.items())
 
 
 @dataclass(frozen=True)

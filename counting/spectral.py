@@ -22,7 +22,7 @@ from singlepass.bench.spectral.layers import (
 )
 
 from .gpus import Gpu
-from .optim import OTHERS, accesses
+from .optim import OTHERS, spread
 from .paths import Step
 from .plan import IN_FLIGHT, PARTIALS, Plan, Work
 
@@ -58,7 +58,7 @@ def step_kernel(dtype: torch.dtype) -> str:
 def updating(name: str, dtype: torch.dtype, stores: int, holds: int) -> Step:
     """A loop over vectors that computes new elements and writes states; so many vectors of parameters, too, and so many
     accesses to shared memory."""
-    does = *accesses("LDG", 2, STATES, dtype), *accesses("STG", stores, STATES, dtype), ("STS.128", holds)
+    does = *spread("LDG", 2, STATES, dtype), *spread("STG", stores, STATES, dtype), ("STS.128", holds)
     return converting(Step(name, does), dtype, decoded=2, encoded=stores)
 
 
@@ -73,7 +73,7 @@ def converting(step: Step, dtype: torch.dtype, decoded: int, encoded: int) -> St
 def unit_vectors(tensors: list[tuple[int, int]], dtype: torch.dtype, of_element: float) -> Plan:
     """A block takes a few whole rows. Threads that a row has no vector for do nothing."""
     update = updating("update", dtype, stores=0, holds=2)
-    unit = Step("unit", (("LDS.128", 2), *accesses("STG", 1, 0, dtype)))
+    unit = Step("unit", (("LDS.128", 2), *spread("STG", 1, 0, dtype)))
     unit = converting(unit, dtype, decoded=0, encoded=1)
     steps = (Step("rows", inside=(update, unit)),)
     longest = max(columns for _, columns in tensors)

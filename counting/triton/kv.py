@@ -10,8 +10,8 @@ from singlepass.bench.registry import Case
 
 from .. import kv
 from ..paths import Step
-from ..plan import Plan, Work
-from .plan import ITEMSIZE, accesses, plan, summed
+from ..plan import Plan, Work, accesses, summed
+from .plan import ITEMSIZE, plan
 from .recorder import Launch
 
 PACKED = (1 << 62) - 1  # the bits in which arguments.unspecialized() puts twice an integer, and one

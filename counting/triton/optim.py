@@ -15,8 +15,8 @@ from singlepass.triton_kernels._table import CHUNK
 
 from ..optim import MODELS, RULE
 from ..paths import Step
-from ..plan import Plan, Tail, Work
-from .plan import ITEMSIZE, accesses, alone, plan, summed
+from ..plan import Plan, Tail, Work, accesses, summed
+from .plan import ITEMSIZE, alone, plan
 from .recorder import TABLE, Launch, recording
 
 

@@ -65,21 +65,6 @@ def _compiled(launch: Launch, arch: str) -> Kernel:
     return _kernels[compiled.hash, arch]
 
 
-def accesses(kind: str, itemsize: int, elements: int, tensors: int = 1) -> tuple[tuple[str, int], ...]:
-    """What a thread does to load ("LDG") or store ("STG") so many neighbouring elements of some tensors: accesses of 16
-    bytes, or one of all that there is."""
-    size = elements * itemsize
-    return ((f"{kind}.{min(128, 8 * size)}", tensors * max(1, size // 16)),)
-
-
 def alone(kind: str, itemsize: int, elements: int) -> tuple[tuple[str, int], ...]:
-    """The same of one tensor, where each element is an access."""
+    """As accesses() of one tensor, where each element is an access."""
     return ((f"{kind}.{8 * itemsize}", elements),)
-
-
-def summed(*parts: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
-    """Marks of several, each once."""
-    found: dict[str, int] = {}
-    for mark, count in (pair for part in parts for pair in part):
-        found[mark] = found.get(mark, 0) + count
-    return tuple(found.items())

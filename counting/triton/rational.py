@@ -9,8 +9,8 @@ from singlepass.bench.rational.activations import BACKWARD, FORWARD, GROUPS
 from singlepass.bench.registry import Case
 
 from ..paths import Step
-from ..plan import Plan, Work
-from .plan import ITEMSIZE, accesses, plan, summed
+from ..plan import Plan, Work, accesses, summed
+from .plan import ITEMSIZE, plan
 from .recorder import Launch
 
 

@@ -10,8 +10,8 @@ from singlepass.bench.spectral.layers import LORENTZ, LORENTZ_BACKWARD, SCALE, U
 from singlepass.triton_kernels._table import NUMEL
 
 from ..paths import Step
-from ..plan import Plan, Work
-from .plan import ITEMSIZE, accesses, plan, summed
+from ..plan import Plan, Work, accesses, summed
+from .plan import ITEMSIZE, plan
 from .recorder import Launch
 
 
