@@ -146,7 +146,7 @@ class Bounds:
         one = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
         r = reference.rational(x, one, b, bias, None, **plain)
         if case.form == D:  # which makes noise of the one too
-            r = r / reference._noise(int(SEED), 1, reference._offsets(x), 1, torch.float64)[0]
+            r = r / reference._noise(SEED, 1, reference._offsets(x), 1, torch.float64)[0]
         f = reference.rational(x, a, b, bias, None, **plain)
         size_f = f.abs()
         err_p, err_q = (3 * m + 4) * u * sum_p, (3 * n + 6) * u * sum_q
@@ -154,7 +154,7 @@ class Bounds:
         kept, scale = torch.ones_like(x), 1.0
         threshold = dropout_threshold(case.dropout)
         if threshold > 0:
-            kept, scale = reference._kept(int(SEED), reference._offsets(x), threshold), 65536.0 / (65536.0 - threshold)
+            kept, scale = reference._kept(SEED, reference._offsets(x), threshold), 65536.0 / (65536.0 - threshold)
         factor = kept * scale * (1.0 if gate is None else gate.abs())
         self.y = factor * (err_f + 4 * u * size_f)
 
